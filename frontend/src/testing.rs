@@ -1,0 +1,28 @@
+//! Helpers for this crate's own tests: scratch folders and small files.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::safetensors::Writer;
+use crate::tensors::Dtype;
+
+/// An empty folder for one test, under cargo's or the system's folder for temporary files.
+pub(crate) fn folder(name: &str) -> PathBuf {
+    static COUNTER: AtomicU32 = AtomicU32::new(0);
+    let unique = format!("pleach-{name}-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
+    let dir = std::env::temp_dir().join(unique);
+    std::fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+/// Writes f32 tensors with small deterministic values.
+pub(crate) fn write_tensors(path: &Path, tensors: &[(String, Vec<u64>)]) {
+    let declared: Vec<_> = tensors.iter().map(|(n, s)| (n.clone(), Dtype::F32, s.clone())).collect();
+    let mut writer = Writer::create(path, &declared).unwrap();
+    for (index, (_, shape)) in tensors.iter().enumerate() {
+        let count: u64 = shape.iter().product();
+        let values: Vec<f32> = (0..count).map(|i| ((i * 7 + index as u64 * 3) % 11) as f32 * 0.1 - 0.5).collect();
+        writer.write_f32(&values).unwrap();
+    }
+    writer.finish().unwrap();
+}
