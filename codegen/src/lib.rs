@@ -1,1 +1,3 @@
-//! Skeleton.
+//! Kernels to MLIR to host objects or PTX; assembles the plan.
+
+pub mod emit;

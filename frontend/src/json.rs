@@ -77,6 +77,16 @@ impl<'a> Fields<'a> {
         Error::key(&self.path, format!("{}{key}", self.prefix), what)
     }
 
+    /// The file, for messages.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether the key occurs at all, null included.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.map.contains_key(key)
+    }
+
     /// The raw value; null counts as absent.
     pub(crate) fn raw(&mut self, key: &str) -> Option<&'a Value> {
         self.seen.insert(key.to_owned());

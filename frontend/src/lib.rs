@@ -1,1 +1,23 @@
-//! Skeleton.
+//! Models, adapters and tokenizers from files: Hugging Face folders, GGUF files and PEFT folders.
+//!
+//! Reads headers and configurations strictly: every tensor of a checkpoint or adapter is matched exactly once, every
+//! expected one must be there, and whatever changes the mathematics without being understood is refused by name.
+//! Weight values are touched only where a command asks for them (GGUF import, norms of adapter deltas), never while a
+//! graph is built.
+
+pub mod config;
+pub mod error;
+pub mod checkpoint;
+mod json;
+pub mod modules;
+pub mod nearest;
+pub mod safetensors;
+pub mod tensors;
+#[cfg(test)]
+mod testing;
+
+pub use checkpoint::Checkpoint;
+pub use config::ModelConfig;
+pub use error::{Error, Result};
+pub use modules::{Module, ModuleKind, ModuleTable};
+pub use tensors::{Dtype, TensorRef, TensorTable};

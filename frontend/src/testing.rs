@@ -26,3 +26,21 @@ pub(crate) fn write_tensors(path: &Path, tensors: &[(String, Vec<u64>)]) {
     }
     writer.finish().unwrap();
 }
+
+/// Configuration of a llama with two layers, width 16, 4 heads over 2 key heads, 40 ids and an untied head.
+pub(crate) fn tiny_llama() -> serde_json::Value {
+    serde_json::json!({
+        "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 40, "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false, "eos_token_id": 2
+    })
+}
+
+/// Configuration of a BERT with two layers, width 16, 4 heads and 40 ids.
+pub(crate) fn tiny_bert() -> serde_json::Value {
+    serde_json::json!({
+        "model_type": "bert", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "vocab_size": 40, "max_position_embeddings": 32, "type_vocab_size": 2,
+        "hidden_act": "gelu", "layer_norm_eps": 1e-12
+    })
+}

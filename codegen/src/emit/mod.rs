@@ -1,0 +1,4 @@
+//! Kernels as MLIR text. No MLIR library is used here; `crate::mlir` lowers the text.
+
+pub mod func;
+pub mod vmath;

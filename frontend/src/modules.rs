@@ -1,0 +1,232 @@
+//! The modules of a model as transformers names them: what adapters are matched against, and which parameters a
+//! checkpoint must hold.
+//!
+//! Paths are those of `LlamaForCausalLM` ("model.layers.0.self_attn.q_proj") and `BertModel`
+//! ("encoder.layer.0.attention.self.query"). Containers are listed too, since a pattern that matches one is a mistake
+//! worth reporting. Modules without parameters (activations, dropout) are listed as [`ModuleKind::Other`].
+
+use crate::config::{BertConfig, LlamaConfig, LlamaFamily, ModelConfig};
+
+/// What a module is, with its sizes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ModuleKind {
+    /// y = x · Wᵀ + b, W [out, in].
+    Linear {
+        /// Width of x.
+        input: u64,
+        /// Width of y.
+        output: u64,
+        /// Whether there is a bias [out].
+        bias: bool,
+    },
+    /// Table [rows, width].
+    Embedding {
+        /// Number of rows.
+        rows: u64,
+        /// Width of a row.
+        width: u64,
+    },
+    /// Scale [width], and a shift of the same width if `bias`.
+    Norm {
+        /// Width of the normalised row.
+        width: u64,
+        /// Whether there is a shift.
+        bias: bool,
+    },
+    /// A container, an activation, dropout: nothing that an adapter can attach to.
+    Other,
+}
+
+/// One module.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Module {
+    /// Dotted path.
+    pub path: String,
+    /// What it is.
+    pub kind: ModuleKind,
+    /// Whether it is the output head, which "all-linear" leaves out.
+    pub output_head: bool,
+}
+
+/// A parameter that belongs to a module.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parameter {
+    /// Dotted path with `.weight` or `.bias`.
+    pub path: String,
+    /// Row-major shape.
+    pub shape: Vec<u64>,
+}
+
+/// All modules of one model, in the order of `named_modules()`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModuleTable {
+    modules: Vec<Module>,
+    /// Name under which head-bearing classes hold the bare model: "model" or "bert".
+    wrapper: &'static str,
+    /// Whether the paths of this table carry the wrapper's name.
+    wrapped: bool,
+    default_targets: &'static [&'static str],
+}
+
+impl Module {
+    /// The parameters of the module with their shapes.
+    pub fn parameters(&self) -> Vec<Parameter> {
+        let parameter = |name: &str, shape: Vec<u64>| Parameter { path: format!("{}.{name}", self.path), shape };
+        match self.kind {
+            ModuleKind::Linear { input, output, bias } => {
+                let mut list = vec![parameter("weight", vec![output, input])];
+                list.extend(bias.then(|| parameter("bias", vec![output])));
+                list
+            }
+            ModuleKind::Embedding { rows, width } => vec![parameter("weight", vec![rows, width])],
+            ModuleKind::Norm { width, bias } => {
+                let mut list = vec![parameter("weight", vec![width])];
+                list.extend(bias.then(|| parameter("bias", vec![width])));
+                list
+            }
+            ModuleKind::Other => Vec::new(),
+        }
+    }
+}
+
+impl ModuleTable {
+    /// The modules of a model.
+    pub fn new(config: &ModelConfig) -> ModuleTable {
+        match config {
+            ModelConfig::Llama(c) => llama(c),
+            ModelConfig::Bert(c) => bert(c),
+        }
+    }
+
+    /// All modules in order.
+    pub fn iter(&self) -> impl Iterator<Item = &Module> {
+        self.modules.iter()
+    }
+
+    /// The module at `path`.
+    pub fn get(&self, path: &str) -> Option<&Module> {
+        self.modules.iter().find(|m| m.path == path)
+    }
+
+    /// `target_modules` where an adapter's configuration leaves them out, as PEFT fills them in.
+    pub fn default_targets(&self) -> &'static [&'static str] {
+        self.default_targets
+    }
+
+    /// The prefix ("model." or "bert.") that other transformers classes of this family add or leave out.
+    pub fn wrapper(&self) -> &'static str {
+        self.wrapper
+    }
+
+    /// Whether this table's paths carry the wrapper.
+    pub fn is_wrapped(&self) -> bool {
+        self.wrapped
+    }
+
+    /// The same modules as the other transformers class names them (`LlamaModel` for `LlamaForCausalLM`, a class with a
+    /// head for `BertModel`), each with its path in `self`.
+    pub fn renamed(&self) -> (ModuleTable, Vec<String>) {
+        let prefix = format!("{}.", self.wrapper);
+        let (mut modules, mut origins) = (Vec::new(), Vec::new());
+        if !self.wrapped {
+            modules.push(Module { path: self.wrapper.into(), kind: ModuleKind::Other, output_head: false });
+            origins.push(String::new());
+        }
+        for module in &self.modules {
+            let path = match self.wrapped {
+                true => match module.path.strip_prefix(&prefix) {
+                    Some(rest) => rest.to_owned(),
+                    None => continue,
+                },
+                false => format!("{prefix}{}", module.path),
+            };
+            origins.push(module.path.clone());
+            modules.push(Module { path, ..module.clone() });
+        }
+        let (wrapped, wrapper, default_targets) = (!self.wrapped, self.wrapper, self.default_targets);
+        (ModuleTable { modules, wrapper, wrapped, default_targets }, origins)
+    }
+}
+
+struct Builder(Vec<Module>);
+
+impl Builder {
+    fn add(&mut self, path: String, kind: ModuleKind) {
+        self.0.push(Module { path, kind, output_head: false });
+    }
+
+    fn linear(&mut self, path: String, input: u64, output: u64, bias: bool) {
+        self.add(path, ModuleKind::Linear { input, output, bias });
+    }
+
+    fn other(&mut self, paths: &[String]) {
+        for path in paths {
+            self.add(path.clone(), ModuleKind::Other);
+        }
+    }
+}
+
+fn llama(c: &LlamaConfig) -> ModuleTable {
+    let mut b = Builder(Vec::new());
+    let norm = ModuleKind::Norm { width: c.hidden, bias: false };
+    b.other(&["model".into()]);
+    b.add("model.embed_tokens".into(), ModuleKind::Embedding { rows: c.vocab, width: c.hidden });
+    b.other(&["model.layers".into()]);
+    for i in 0..c.layers {
+        let p = format!("model.layers.{i}");
+        b.other(&[p.clone(), format!("{p}.self_attn")]);
+        b.linear(format!("{p}.self_attn.q_proj"), c.hidden, c.heads * c.head_dim, c.qkv_bias);
+        b.linear(format!("{p}.self_attn.k_proj"), c.hidden, c.kv_heads * c.head_dim, c.qkv_bias);
+        b.linear(format!("{p}.self_attn.v_proj"), c.hidden, c.kv_heads * c.head_dim, c.qkv_bias);
+        b.linear(format!("{p}.self_attn.o_proj"), c.heads * c.head_dim, c.hidden, c.out_bias);
+        b.other(&[format!("{p}.mlp")]);
+        b.linear(format!("{p}.mlp.gate_proj"), c.hidden, c.intermediate, c.mlp_bias);
+        b.linear(format!("{p}.mlp.up_proj"), c.hidden, c.intermediate, c.mlp_bias);
+        b.linear(format!("{p}.mlp.down_proj"), c.intermediate, c.hidden, c.mlp_bias);
+        b.other(&[format!("{p}.mlp.act_fn")]);
+        b.add(format!("{p}.input_layernorm"), norm);
+        b.add(format!("{p}.post_attention_layernorm"), norm);
+    }
+    b.add("model.norm".into(), norm);
+    b.other(&["model.rotary_emb".into()]);
+    b.linear("lm_head".into(), c.hidden, c.vocab, false);
+    if let Some(head) = b.0.last_mut() {
+        head.output_head = true;
+    }
+    let default_targets: &[&str] = match c.family {
+        LlamaFamily::Llama | LlamaFamily::Mistral | LlamaFamily::Qwen2 => &["q_proj", "v_proj"],
+    };
+    ModuleTable { modules: b.0, wrapper: "model", wrapped: true, default_targets }
+}
+
+fn bert(c: &BertConfig) -> ModuleTable {
+    let mut b = Builder(Vec::new());
+    let d = c.hidden;
+    let norm = ModuleKind::Norm { width: d, bias: true };
+    b.other(&["embeddings".into()]);
+    b.add("embeddings.word_embeddings".into(), ModuleKind::Embedding { rows: c.vocab, width: d });
+    b.add("embeddings.position_embeddings".into(), ModuleKind::Embedding { rows: c.max_positions, width: d });
+    b.add("embeddings.token_type_embeddings".into(), ModuleKind::Embedding { rows: c.type_vocab, width: d });
+    b.add("embeddings.LayerNorm".into(), norm);
+    b.other(&["embeddings.dropout".into(), "encoder".into(), "encoder.layer".into()]);
+    for i in 0..c.layers {
+        let p = format!("encoder.layer.{i}");
+        b.other(&[p.clone(), format!("{p}.attention"), format!("{p}.attention.self")]);
+        for part in ["query", "key", "value"] {
+            b.linear(format!("{p}.attention.self.{part}"), d, d, true);
+        }
+        b.other(&[format!("{p}.attention.self.dropout"), format!("{p}.attention.output")]);
+        b.linear(format!("{p}.attention.output.dense"), d, d, true);
+        b.add(format!("{p}.attention.output.LayerNorm"), norm);
+        b.other(&[format!("{p}.attention.output.dropout"), format!("{p}.intermediate")]);
+        b.linear(format!("{p}.intermediate.dense"), d, c.intermediate, true);
+        b.other(&[format!("{p}.intermediate.intermediate_act_fn"), format!("{p}.output")]);
+        b.linear(format!("{p}.output.dense"), c.intermediate, d, true);
+        b.add(format!("{p}.output.LayerNorm"), norm);
+        b.other(&[format!("{p}.output.dropout")]);
+    }
+    b.other(&["pooler".into()]);
+    b.linear("pooler.dense".into(), d, d, true);
+    b.other(&["pooler.activation".into()]);
+    ModuleTable { modules: b.0, wrapper: "bert", wrapped: false, default_targets: &["query", "value"] }
+}
