@@ -1,0 +1,37 @@
+# setup    installs the packages that are missing (Debian: LLVM and MLIR 22)
+# build    builds the command line, optimised
+# models   fetches the two models of the demo into models/
+# demo     compiles a model with an adapter, generates with and without, embeds three sentences
+# test     formatting, lints and all tests
+# bench    measures against PyTorch + transformers + PEFT in the same run
+#
+# CARGO_TARGET_DIR moves the build folder; MLIR_SYS_220_PREFIX names another LLVM 22; PYTHON another python3.
+
+PYTHON ?= python3
+TARGET := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
+export PLEACH := $(TARGET)/release/pleach
+
+.NOTPARALLEL:
+.PHONY: setup build models demo test bench
+
+setup:
+	@bash scripts/setup.sh
+
+build: setup
+	cargo build --release -p pleach
+
+models: setup
+	@$(PYTHON) scripts/fetch_models.py
+
+demo: build models
+	@bash demo/run.sh
+
+# Tests that need ptxas or a fetched model skip visibly where it could not be fetched.
+test: setup
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	@$(PYTHON) scripts/fetch_models.py || echo "the models could not be fetched: their tests are skipped" >&2
+	@PLEACH_PTXAS=$$($(PYTHON) scripts/fetch_ptxas.py || true) && export PLEACH_PTXAS && set -x && cargo test --workspace
+
+bench: build models
+	@bash benches/run.sh
