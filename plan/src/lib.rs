@@ -1,1 +1,23 @@
-//! Skeleton.
+//! The plan: what a compiled model is, as one file.
+//!
+//! Holds the types ([`Plan`], [`Entry`], [`Kernel`], [`Param`]), size expressions ([`Expr`]), the encoding
+//! ([`Plan::read`], [`Plan::write`]), validation ([`validate`]) and the memory planner ([`memory`]). Depends on no other
+//! crate of the project, and runs nothing.
+
+mod encode;
+mod error;
+mod expr;
+pub mod memory;
+mod query;
+mod types;
+mod validate;
+
+pub use encode::{FORMAT_VERSION, MAGIC};
+pub use error::PlanError;
+pub use expr::{Expr, ExprError, MAX_DEPTH};
+pub use query::{ALIGN, ArenaLayout, arena, lifetimes};
+pub use types::{
+    Blob, BlobKind, Buffer, BufferKind, Check, DType, Entry, Input, Kernel, Layout, Meta, Output, Param, Plan,
+    Residency, Role, Source, Step, Symbol, Target,
+};
+pub use validate::validate;

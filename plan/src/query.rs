@@ -1,0 +1,176 @@
+//! Questions that producers and consumers of a plan both ask, and the conventions of the standard entries.
+
+use crate::error::PlanError;
+use crate::expr::{Expr, ExprError};
+use crate::memory::{self, Placement, Request};
+use crate::types::{BufferKind, Check, Entry, Plan, Residency, Source, Symbol};
+
+/// Alignment of every buffer in the arena and of every owned parameter, bytes: a cache line and an AVX-512 register.
+pub const ALIGN: u64 = 64;
+
+/// Where the arena buffers of an entry lie.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ArenaLayout {
+    /// Offset of each buffer of the entry; `None` for those outside the arena or used by no step.
+    pub offsets: Vec<Option<u64>>,
+    /// Bytes of the arena.
+    pub total: u64,
+    /// The largest sum of sizes alive at one step: no placement is smaller.
+    pub lower_bound: u64,
+    /// The planner's requests, as (buffer, request), for checkers and reports.
+    pub requests: Vec<(u32, Request)>,
+}
+
+impl Plan {
+    /// The entry of that name.
+    ///
+    /// # Errors
+    /// [`PlanError::NoEntry`] with the names there are.
+    pub fn entry(&self, name: &str) -> Result<&Entry, PlanError> {
+        self.entries.iter().find(|e| e.name == name).ok_or_else(|| PlanError::NoEntry {
+            name: name.into(),
+            have: self.entries.iter().map(|e| e.name.as_str()).collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// Index of the symbol of that name.
+    pub fn symbol(&self, name: &str) -> Option<u32> {
+        self.symbols.iter().position(|s| s.name == name).map(|i| i as u32)
+    }
+
+    /// The symbol of that name as an expression.
+    pub fn sym(&self, name: &str) -> Option<Expr> {
+        self.symbol(name).map(Expr::Sym)
+    }
+
+    /// Values of all symbols, from values of the free ones by name; what has no value given is 1.
+    ///
+    /// # Errors
+    /// [`ExprError`] when a derived symbol overflows.
+    pub fn env(&self, value: &dyn Fn(&str) -> Option<u64>) -> Result<Vec<u64>, ExprError> {
+        let mut env: Vec<u64> = Vec::with_capacity(self.symbols.len());
+        for Symbol { name, value: v } in &self.symbols {
+            let x = match v {
+                Some(e) => e.eval(&env)?,
+                None => value(name).unwrap_or(1),
+            };
+            env.push(x);
+        }
+        Ok(env)
+    }
+
+    /// Slot numbers of the adapters, sorted.
+    pub fn slots(&self) -> Vec<u32> {
+        let mut v: Vec<u32> = self
+            .params
+            .iter()
+            .filter_map(|p| if let Source::Adapter { slot, .. } = p.source { Some(slot) } else { None })
+            .collect();
+        v.sort_unstable();
+        v.dedup();
+        v
+    }
+
+    /// Sets the residency of every parameter from its use: a checkpoint tensor that only `prepare` entries read is
+    /// [`Residency::PrepareOnly`], one that any other entry reads is mapped, one that a step writes is owned.
+    pub fn settle_residency(&mut self) {
+        let mut run = vec![false; self.params.len()];
+        let mut prepare = vec![false; self.params.len()];
+        let mut written = vec![false; self.params.len()];
+        for e in &self.entries {
+            for s in &e.steps {
+                let operands = self.kernels.get(s.kernel as usize).map_or(0, |k| k.operands.len());
+                for (i, b) in s.buffers.iter().enumerate() {
+                    if let Some(BufferKind::Param(p)) = e.buffers.get(*b as usize).map(|b| b.kind) {
+                        let set = if e.prepares().is_some() { &mut prepare } else { &mut run };
+                        if let Some(x) = set.get_mut(p as usize) {
+                            *x = true;
+                        }
+                        if let Some(x) = written.get_mut(p as usize).filter(|_| i >= operands) {
+                            *x = true;
+                        }
+                    }
+                }
+            }
+        }
+        for (i, p) in self.params.iter_mut().enumerate() {
+            p.residency = match p.source {
+                Source::Checkpoint(_) if !written[i] && prepare[i] && !run[i] => Residency::PrepareOnly,
+                Source::Checkpoint(_) if !written[i] => Residency::Mapped,
+                _ => Residency::Owned,
+            };
+        }
+    }
+
+    /// The checks of an input of the standard entries `infer` and `generate`, by its name. Indices are bounded by the
+    /// vocabulary, the position tables, the tokens of the run and, for `generate`, the slots of the cache.
+    pub fn standard_checks(&self, entry: &str, input: &str) -> Vec<Check> {
+        let tokens = self.sym("T").unwrap_or(Expr::Const(0));
+        let keys = if entry == "generate" { self.sym("C").unwrap_or(Expr::Const(0)) } else { tokens.clone() };
+        match input {
+            "input_ids" => vec![Check::Range(Expr::Const(self.meta.vocab))],
+            "token_type_ids" => vec![Check::Range(Expr::Const(self.meta.type_vocab))],
+            "positions" => {
+                vec![Check::Range(self.sym("P").unwrap_or(Expr::Const(self.meta.max_positions)))]
+            }
+            "q_segments" => vec![Check::Segments(tokens)],
+            "kv_start" => vec![Check::Range(keys.add(1))],
+            "kv_len" => vec![Check::Span { start: "kv_start".into(), total: keys }, Check::Covers("q_segments".into())],
+            "slots" => vec![Check::Range(keys), Check::Distinct],
+            "last" => vec![Check::Range(tokens)],
+            _ => vec![],
+        }
+    }
+}
+
+/// First and last use of every arena buffer: `(buffer, first step, one past the last step)`. Outputs live until the
+/// entry ends. A buffer that no step uses does not occur.
+pub fn lifetimes(entry: &Entry) -> Vec<(u32, u64, u64)> {
+    let n = entry.steps.len() as u64;
+    let mut life: Vec<Option<(u64, u64)>> = vec![None; entry.buffers.len()];
+    for (i, s) in entry.steps.iter().enumerate() {
+        for b in &s.buffers {
+            if let Some(l) = life.get_mut(*b as usize) {
+                let i = i as u64;
+                *l = Some(l.map_or((i, i + 1), |(f, _)| (f, i + 1)));
+            }
+        }
+    }
+    for o in &entry.outputs {
+        if let Some(Some(l)) = life.get_mut(o.buffer as usize) {
+            l.1 = n;
+        }
+    }
+    let mut out = vec![];
+    for (i, (b, l)) in entry.buffers.iter().zip(life).enumerate() {
+        match (b.kind, l) {
+            (BufferKind::Arena, Some((f, l))) => out.push((i as u32, f, l)),
+            (BufferKind::Output, Some((f, _))) => out.push((i as u32, f, n)),
+            _ => {}
+        }
+    }
+    out
+}
+
+/// Places the arena of an entry for these values of the symbols (the capacities: every size is monotone, so the layout
+/// serves any smaller counts).
+///
+/// # Errors
+/// [`ExprError`] when a size has no value.
+pub fn arena(entry: &Entry, env: &[u64]) -> Result<ArenaLayout, ExprError> {
+    let mut requests = vec![];
+    let mut sum = 0u64;
+    for (b, first, last) in lifetimes(entry) {
+        let size = entry.buffers[b as usize].bytes.eval(env)?.max(1);
+        let size = size.checked_next_multiple_of(ALIGN).ok_or(ExprError::Overflow)?;
+        sum = sum.checked_add(size).ok_or(ExprError::Overflow)?;
+        requests.push((b, Request { first, last, size }));
+    }
+    let list: Vec<Request> = requests.iter().map(|r| r.1).collect();
+    let Placement { offsets, total, lower_bound, .. } = memory::place(&list, ALIGN);
+    let mut at = vec![None; entry.buffers.len()];
+    for ((b, _), o) in requests.iter().zip(&offsets) {
+        at[*b as usize] = Some(*o);
+    }
+    Ok(ArenaLayout { offsets: at, total, lower_bound, requests })
+}

@@ -1,0 +1,281 @@
+//! Checks everything a consumer of a plan relies on: indices, ranges, sizes, access.
+//!
+//! What passes can be opened and launched without reading or writing outside a buffer, as far as the manifest decides:
+//! the code in the blobs is trusted to keep to the sizes its kernel declares. All faults are reported together (the
+//! first hundred). Sizes are compared by value at several assignments of the symbols.
+
+use crate::error::PlanError;
+use crate::expr::Expr;
+use crate::types::{BlobKind, BufferKind, Check, DType, Entry, Layout, Plan, Residency, Source};
+use std::collections::BTreeSet;
+
+/// Symbols a plan may have.
+const MAX_SYMBOLS: usize = 16;
+/// Ranks a tensor may have.
+const MAX_RANK: usize = 8;
+/// Faults listed before the rest is left out.
+const MAX_FAULTS: usize = 100;
+
+struct Faults(Vec<String>);
+
+impl Faults {
+    fn add(&mut self, s: impl FnOnce() -> String) {
+        if self.0.len() < MAX_FAULTS {
+            self.0.push(s());
+        }
+    }
+
+    fn check(&mut self, ok: bool, s: impl FnOnce() -> String) {
+        if !ok {
+            self.add(s);
+        }
+    }
+}
+
+/// Checks a plan.
+///
+/// # Errors
+/// [`PlanError::Invalid`] with every fault on a line.
+pub fn validate(plan: &Plan) -> Result<(), PlanError> {
+    let mut f = Faults(vec![]);
+    let envs = symbols(plan, &mut f);
+    if f.0.is_empty() {
+        params(plan, &envs, &mut f);
+        kernels(plan, &envs, &mut f);
+        let mut names = BTreeSet::new();
+        for e in &plan.entries {
+            f.check(!e.name.is_empty() && names.insert(&e.name), || {
+                format!("entry `{}` occurs twice or has no name", e.name)
+            });
+            entry(plan, e, &envs, &mut f);
+        }
+    }
+    if f.0.is_empty() { Ok(()) } else { Err(PlanError::Invalid(f.0.join("\n"))) }
+}
+
+/// Checks the symbols and returns the assignments sizes are compared at.
+fn symbols(plan: &Plan, f: &mut Faults) -> Vec<Vec<u64>> {
+    f.check(plan.symbols.len() <= MAX_SYMBOLS, || format!("{} symbols; at most {MAX_SYMBOLS}", plan.symbols.len()));
+    let mut names = BTreeSet::new();
+    for (i, s) in plan.symbols.iter().enumerate() {
+        f.check(!s.name.is_empty() && names.insert(&s.name), || format!("symbol {i} has no name of its own"));
+        if let Some(e) = &s.value {
+            let ok = matches!(e, Expr::Add(v) if matches!(v.as_slice(),
+                [Expr::Sym(j), Expr::Const(c)] if (*j as usize) < i && plan.symbols[*j as usize].value.is_none() && *c < 1 << 20));
+            f.check(ok, || format!("symbol {} is not an earlier free symbol plus a number", s.name));
+        }
+    }
+    if !f.0.is_empty() {
+        return vec![];
+    }
+    let primes = [[1u64; 4], [7, 11, 13, 17], [512, 33, 97, 1021], [1009, 64, 48, 5]];
+    primes
+        .iter()
+        .map(|p| {
+            let mut env: Vec<u64> = vec![];
+            for (i, s) in plan.symbols.iter().enumerate() {
+                let v = s.value.as_ref().and_then(|e| e.eval(&env).ok());
+                env.push(v.unwrap_or(p[i % 4] + (i / 4) as u64));
+            }
+            env
+        })
+        .collect()
+}
+
+fn values(e: &Expr, envs: &[Vec<u64>]) -> Option<Vec<u64>> {
+    envs.iter().map(|env| e.eval(env).ok()).collect()
+}
+
+fn dense(dtype: DType, shape: &[Expr]) -> Expr {
+    Layout::RowMajor.bytes(dtype, shape).unwrap_or(Expr::Const(0))
+}
+
+fn params(plan: &Plan, envs: &[Vec<u64>], f: &mut Faults) {
+    let (mut names, mut keys) = (BTreeSet::new(), BTreeSet::new());
+    for p in &plan.params {
+        let name = &p.name;
+        f.check(!name.is_empty() && names.insert(name), || format!("parameter `{name}` occurs twice or has no name"));
+        f.check(p.shape.len() <= MAX_RANK, || format!("parameter `{name}` has rank {}", p.shape.len()));
+        if let Layout::Panels { nr, .. } = p.layout {
+            f.check(p.shape.len() == 2 && nr > 0 && nr <= 4096, || {
+                format!("parameter `{name}` cannot lie in panels of {nr}")
+            });
+        }
+        let size = p.layout.bytes(p.dtype, &p.shape).and_then(|e| values(&e, envs));
+        f.check(size.is_some() && size == values(&p.bytes, envs), || {
+            format!("parameter `{name}` does not have the size of its shape")
+        });
+        let outside = matches!(p.source, Source::Checkpoint(_) | Source::Adapter { .. });
+        if outside {
+            f.check(p.layout == Layout::RowMajor && p.shape.iter().all(|d| d.symbols().is_empty()), || {
+                format!("parameter `{name}` comes from a file and must be row-major and of known shape")
+            });
+        }
+        f.check(p.residency == Residency::Owned || matches!(p.source, Source::Checkpoint(_)), || {
+            format!("parameter `{name}` comes from no file and must be owned")
+        });
+        match &p.source {
+            Source::Checkpoint(n) => f.check(!n.is_empty(), || format!("parameter `{name}` names no tensor")),
+            Source::Adapter { slot, key } => {
+                f.check(*slot < 1024 && !key.is_empty() && keys.insert((slot, key)), || {
+                    format!("parameter `{name}` shares slot {slot} and key `{key}` with another, or has none")
+                });
+            }
+            Source::Derived | Source::Zeros => {}
+        }
+    }
+}
+
+fn kernels(plan: &Plan, envs: &[Vec<u64>], f: &mut Faults) {
+    for k in &plan.kernels {
+        let s = &k.symbol;
+        let ok = !s.is_empty()
+            && s.len() <= 255
+            && s.bytes().all(|c| c.is_ascii_alphanumeric() || matches!(c, b'_' | b'.' | b'$'));
+        f.check(ok, || format!("`{s}` is no name of a kernel"));
+        match plan.blobs.get(k.blob as usize) {
+            Some(b) if b.kind != BlobKind::Other => {}
+            _ => f.add(|| format!("kernel {s} names blob {}, which is no code", k.blob)),
+        }
+        let all = [&k.tasks, &k.scratch_bytes, &k.flops, &k.bytes].into_iter().chain(&k.operands).chain(&k.results);
+        for e in all {
+            f.check(values(e, envs).is_some(), || format!("kernel {s}: an expression has no value"));
+        }
+        f.check(k.aliases.len() == k.results.len(), || format!("kernel {s} does not say which results are in place"));
+        for (i, a) in k.aliases.iter().enumerate() {
+            if let Some(a) = a {
+                let ok = k
+                    .operands
+                    .get(*a as usize)
+                    .zip(k.results.get(i))
+                    .is_some_and(|(o, r)| values(o, envs) == values(r, envs));
+                f.check(ok, || format!("kernel {s}: result {i} cannot be in place of operand {a}"));
+            }
+        }
+    }
+}
+
+fn entry(plan: &Plan, e: &Entry, envs: &[Vec<u64>], f: &mut Faults) {
+    let at = &e.name;
+    inputs(plan, e, envs, f);
+    if let Some(slot) = e.prepares() {
+        f.check(e.inputs.is_empty(), || format!("{at}: a preparation takes no inputs"));
+        f.check(slot.is_none_or(|s| plan.slots().contains(&s)), || format!("{at}: no parameter belongs to that slot"));
+    }
+    let mut ready = vec![];
+    for (i, b) in e.buffers.iter().enumerate() {
+        let size = values(&b.bytes, envs);
+        let (same, is_ready) = match b.kind {
+            BufferKind::Input(j) => (e.inputs.get(j as usize).map(|x| values(&dense(x.dtype, &x.shape), envs)), true),
+            BufferKind::Param(j) => (plan.params.get(j as usize).map(|p| values(&p.bytes, envs)), true),
+            BufferKind::Arena | BufferKind::Output => (Some(size.clone()), false),
+        };
+        f.check(size.is_some() && same == Some(size), || {
+            format!("{at}: buffer {i} ({}) does not have the size of what it names", b.name)
+        });
+        ready.push(is_ready);
+    }
+    for (i, s) in e.steps.iter().enumerate() {
+        let Some(k) = plan.kernels.get(s.kernel as usize) else {
+            f.add(|| format!("{at}: step {i} names kernel {}, which does not exist", s.kernel));
+            continue;
+        };
+        let n = k.operands.len();
+        if s.buffers.len() != n + k.results.len() {
+            f.add(|| {
+                format!(
+                    "{at}: step {i} gives {} buffers to {}, which takes {}",
+                    s.buffers.len(),
+                    k.symbol,
+                    n + k.results.len()
+                )
+            });
+            continue;
+        }
+        for (j, b) in s.buffers.iter().enumerate() {
+            let Some(buffer) = e.buffers.get(*b as usize) else {
+                f.add(|| format!("{at}: step {i} names buffer {b}, which does not exist"));
+                continue;
+            };
+            let need = if j < n { &k.operands[j] } else { &k.results[j - n] };
+            let fits = values(need, envs)
+                .zip(values(&buffer.bytes, envs))
+                .is_some_and(|(x, y)| x.iter().zip(&y).all(|(x, y)| x <= y));
+            f.check(fits, || {
+                format!("{at}: step {i}: buffer {b} ({}) is smaller than {} needs", buffer.name, k.symbol)
+            });
+            if j < n {
+                f.check(ready[*b as usize], || {
+                    format!("{at}: step {i} reads buffer {b} ({}) before it is written", buffer.name)
+                });
+                continue;
+            }
+            let writable = match buffer.kind {
+                BufferKind::Input(_) => false,
+                BufferKind::Param(p) => plan.params.get(p as usize).is_some_and(|p| p.residency == Residency::Owned),
+                _ => true,
+            };
+            f.check(writable, || format!("{at}: step {i} writes buffer {b} ({}), which is read-only", buffer.name));
+            let shared = s.buffers[..n].iter().enumerate().any(|(o, x)| x == b && k.aliases[j - n] != Some(o as u32))
+                || s.buffers[n..j].contains(b);
+            f.check(!shared, || format!("{at}: step {i} overwrites buffer {b} ({}) while it is in use", buffer.name));
+            ready[*b as usize] = true;
+        }
+    }
+    let mut names = BTreeSet::new();
+    for o in &e.outputs {
+        f.check(!o.name.is_empty() && names.insert(&o.name), || {
+            format!("{at}: output `{}` occurs twice or has no name", o.name)
+        });
+        f.check(o.shape.len() <= MAX_RANK, || format!("{at}: output `{}` has rank {}", o.name, o.shape.len()));
+        let size = values(&dense(o.dtype, &o.shape), envs);
+        let ok = e.buffers.get(o.buffer as usize).is_some_and(|b| {
+            ready[o.buffer as usize]
+                && size.is_some()
+                && size == values(&b.bytes, envs)
+                && !matches!(b.kind, BufferKind::Arena)
+        });
+        f.check(ok, || format!("{at}: output `{}` is no buffer that is written and kept, of its size", o.name));
+    }
+}
+
+fn inputs(plan: &Plan, e: &Entry, envs: &[Vec<u64>], f: &mut Faults) {
+    let at = &e.name;
+    let mut names = BTreeSet::new();
+    let by_name = |n: &str| e.inputs.iter().find(|x| x.name == n);
+    for x in &e.inputs {
+        let name = &x.name;
+        f.check(!name.is_empty() && names.insert(name), || format!("{at}: input `{name}` occurs twice or has no name"));
+        f.check(x.shape.len() <= MAX_RANK, || format!("{at}: input `{name}` has rank {}", x.shape.len()));
+        f.check(x.shape.iter().all(|d| values(d, envs).is_some()), || {
+            format!("{at}: input `{name}` has a dimension without value")
+        });
+        let vector = |x: &crate::types::Input| x.dtype == DType::I32 && x.shape.len() == 1;
+        f.check(x.checks.is_empty() || x.dtype == DType::I32, || {
+            format!("{at}: input `{name}` is not i32 and cannot be checked")
+        });
+        for c in &x.checks {
+            let ok = match c {
+                Check::Range(e) => values(e, envs).is_some(),
+                Check::Distinct => x.checks.iter().any(|c| matches!(c, Check::Range(_))),
+                Check::Segments(e) => vector(x) && values(e, envs).is_some(),
+                Check::Span { start, total } => {
+                    vector(x)
+                        && values(total, envs).is_some()
+                        && by_name(start)
+                            .is_some_and(|s| vector(s) && values(&s.shape[0], envs) == values(&x.shape[0], envs))
+                }
+                Check::Covers(segments) => {
+                    vector(x)
+                        && by_name(segments).is_some_and(|s| {
+                            vector(s) && values(&s.shape[0], envs) == values(&x.shape[0].clone().add(1), envs)
+                        })
+                }
+            };
+            f.check(ok, || format!("{at}: a check of input `{name}` makes no sense"));
+        }
+    }
+    // Every symbol a run needs is given by an input or fixed when the session is opened; nothing to check here: the
+    // session gives a symbol without input the value of its capacity.
+    let _ = plan;
+}
