@@ -5,12 +5,13 @@
 //! Weight values are touched only where a command asks for them (GGUF import, norms of adapter deltas), never while a
 //! graph is built.
 
+pub mod checkpoint;
 pub mod config;
 pub mod error;
-pub mod checkpoint;
 mod json;
 pub mod modules;
 pub mod nearest;
+pub mod peft;
 pub mod safetensors;
 pub mod tensors;
 #[cfg(test)]
@@ -20,4 +21,5 @@ pub use checkpoint::Checkpoint;
 pub use config::ModelConfig;
 pub use error::{Error, Result};
 pub use modules::{Module, ModuleKind, ModuleTable};
+pub use peft::Adapter;
 pub use tensors::{Dtype, TensorRef, TensorTable};

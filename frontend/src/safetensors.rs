@@ -102,7 +102,8 @@ fn parse_header(path: &Path, header: &[u8], data_bytes: u64) -> Result<(Vec<Tens
     let mut covered = data_start;
     for tensor in &tensors {
         if tensor.offset != covered {
-            let what = if tensor.offset < covered { "overlaps the tensor before it" } else { "leaves a hole before it" };
+            let what =
+                if tensor.offset < covered { "overlaps the tensor before it" } else { "leaves a hole before it" };
             return Err(Error::tensor(path, &tensor.name, what));
         }
         covered += tensor.bytes;
@@ -135,10 +136,7 @@ impl Writer {
                 .try_fold(dtype.size(), |n, &d| n.checked_mul(d))
                 .and_then(|bytes| at.checked_add(bytes))
                 .ok_or_else(|| Error::tensor(path, name, format!("has an impossible shape {shape:?}")))?;
-            header.insert(
-                name.clone(),
-                json!({"dtype": dtype.to_string(), "shape": shape, "data_offsets": [at, end]}),
-            );
+            header.insert(name.clone(), json!({"dtype": dtype.to_string(), "shape": shape, "data_offsets": [at, end]}));
             at = end;
         }
         let mut text = Value::Object(header).to_string().into_bytes();
@@ -201,8 +199,16 @@ mod tests {
     #[test]
     fn refuses_hostile_headers() {
         let cases = [
-            (r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#, 12, "overlaps"),
-            (r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}"#, 16, "occurs twice"),
+            (
+                r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#,
+                12,
+                "overlaps",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}"#,
+                16,
+                "occurs twice",
+            ),
             (r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, 4, "truncated"),
             (r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}"#, 8, "8..0"),
             (r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}"#, 8, "needs 12 bytes"),

@@ -59,7 +59,8 @@ pub(super) fn read(fields: &mut Fields) -> Result<BertConfig> {
         "relu" => Activation::Relu,
         "silu" | "swish" => Activation::Silu,
         other => {
-            let what = format!("is `{other}`; supported are gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, relu and silu");
+            let what =
+                format!("is `{other}`; supported are gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, relu and silu");
             return Err(fields.fault("hidden_act", what));
         }
     };
@@ -120,7 +121,9 @@ mod tests {
         let ModelConfig::Bert(config) = parse(mini_lm()).unwrap() else { panic!("not an encoder") };
         assert_eq!((config.head_dim(), config.layers, config.norm_eps), (32, 6, 1e-12));
         assert_eq!(config.activation, Activation::Gelu);
-        let ModelConfig::Bert(tanh) = parse(with(&mini_lm(), "hidden_act", json!("gelu_new"))).unwrap() else { panic!() };
+        let ModelConfig::Bert(tanh) = parse(with(&mini_lm(), "hidden_act", json!("gelu_new"))).unwrap() else {
+            panic!()
+        };
         assert_eq!(tanh.activation, Activation::GeluTanh);
     }
 

@@ -60,12 +60,16 @@ pub(super) fn read(fields: &mut Fields, family: LlamaFamily) -> Result<LlamaConf
         (None, _) => return Err(fields.fault("num_key_value_heads", "is missing")),
     };
     if heads % kv_heads != 0 {
-        return Err(fields.fault("num_key_value_heads", format!("{kv_heads} does not divide num_attention_heads {heads}")));
+        return Err(
+            fields.fault("num_key_value_heads", format!("{kv_heads} does not divide num_attention_heads {heads}"))
+        );
     }
     let head_dim = match fields.count("head_dim", 1 << 16)? {
         Some(n) => n,
         None if hidden % heads == 0 => hidden / heads,
-        None => return Err(fields.fault("num_attention_heads", format!("{heads} does not divide hidden_size {hidden}"))),
+        None => {
+            return Err(fields.fault("num_attention_heads", format!("{heads} does not divide hidden_size {hidden}")));
+        }
     };
     if head_dim % 2 != 0 {
         return Err(fields.fault("head_dim", format!("is {head_dim}; RoPE needs an even width")));
@@ -122,7 +126,9 @@ fn refuse_windows(fields: &mut Fields, family: LlamaFamily) -> Result<()> {
     let absent = !fields.has("sliding_window");
     let window = fields.raw("sliding_window");
     if family == LlamaFamily::Mistral && absent {
-        return Err(fields.fault("sliding_window", "is missing, which means 4096 for mistral; set it to null if unused"));
+        return Err(
+            fields.fault("sliding_window", "is missing, which means 4096 for mistral; set it to null if unused")
+        );
     }
     if let Some(value) = window.filter(|_| !(off_by_switch && family == LlamaFamily::Qwen2)) {
         return Err(fields.fault("sliding_window", format!("is {}: {why}", brief(value))));

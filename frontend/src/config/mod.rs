@@ -48,7 +48,10 @@ impl ModelConfig {
     pub fn parse(path: &Path, map: &Map<String, Value>) -> Result<ModelConfig> {
         let mut fields = Fields::new(path, "", map);
         let model_type = fields.text("model_type")?.ok_or_else(|| fields.fault("model_type", "is missing"))?;
-        fields.must_be_off("quantization_config", "quantised checkpoints are not supported; use the f32, f16 or bf16 one")?;
+        fields.must_be_off(
+            "quantization_config",
+            "quantised checkpoints are not supported; use the f32, f16 or bf16 one",
+        )?;
         let config = match model_type {
             "llama" => ModelConfig::Llama(llama::read(&mut fields, LlamaFamily::Llama)?),
             "mistral" => ModelConfig::Llama(llama::read(&mut fields, LlamaFamily::Mistral)?),
@@ -80,7 +83,11 @@ impl ModelConfig {
 /// Refuses the first key that no reader consumed, that is not known to be harmless and that is switched on.
 fn refuse_unknown(fields: &Fields) -> Result<()> {
     for (key, value) in fields.unread() {
-        if HARMLESS.contains(&key.as_str()) || key.starts_with('_') || key.starts_with("transformers.js") || is_off(value) {
+        if HARMLESS.contains(&key.as_str())
+            || key.starts_with('_')
+            || key.starts_with("transformers.js")
+            || is_off(value)
+        {
             continue;
         }
         let what = format!(

@@ -93,7 +93,8 @@ pub(super) fn read(fields: &mut Fields, max_positions: u64) -> Result<Rope> {
         (Some((_, rope)), _) => Ok(rope),
         (None, Some(theta)) => Ok(Rope { theta, scaling: None }),
         (None, None) => {
-            Err(fields.fault("rope_theta", "is missing, and so is `rope_parameters.rope_theta`; add the base of the model"))
+            Err(fields
+                .fault("rope_theta", "is missing, and so is `rope_parameters.rope_theta`; add the base of the model"))
         }
     }
 }
@@ -198,7 +199,8 @@ mod tests {
     #[test]
     fn frequencies_fall_geometrically_and_llama3_stretches_the_long_ones() {
         let plain = Rope { theta: 10000.0, scaling: None };
-        let scaled = Rope { scaling: Some(Llama3Scaling { factor: 8.0, low: 1.0, high: 4.0, original: 8192.0 }), ..plain };
+        let scaled =
+            Rope { scaling: Some(Llama3Scaling { factor: 8.0, low: 1.0, high: 4.0, original: 8192.0 }), ..plain };
         let (a, b) = (plain.inverse_frequencies(64), scaled.inverse_frequencies(64));
         assert_eq!((a.len(), a[0]), (32, 1.0));
         assert!((a[16] - 0.01).abs() < 1e-8);
