@@ -31,7 +31,9 @@ test: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	@$(PYTHON) scripts/fetch_models.py || echo "the models could not be fetched: their tests are skipped" >&2
-	@PLEACH_PTXAS=$$($(PYTHON) scripts/fetch_ptxas.py || true) && export PLEACH_PTXAS && set -x && cargo test --workspace
+	@ptxas=$$($(PYTHON) scripts/fetch_ptxas.py) && export PLEACH_PTXAS="$$ptxas" || \
+	    echo "ptxas could not be fetched: its tests are skipped" >&2; \
+	set -x; cargo test --workspace
 
 bench: build models
 	@bash benches/run.sh
