@@ -11,4 +11,18 @@ pub enum CodegenError {
         /// What, and what would be accepted.
         why: String,
     },
+    /// MLIR or LLVM refused a text. `why` holds its diagnostics, with line and column of the text.
+    #[error("{stage} failed: {why}")]
+    Lowering {
+        /// `parse`, `lowering`, `translation`, `target`, `emission`.
+        stage: &'static str,
+        /// The diagnostics.
+        why: String,
+    },
+    /// The linker is missing or refused the objects.
+    #[error("linking failed: {why}")]
+    Link {
+        /// What the linker said.
+        why: String,
+    },
 }

@@ -2,5 +2,8 @@
 
 pub mod emit;
 mod error;
+pub mod link;
+pub mod mlir;
 
 pub use error::CodegenError;
+pub use mlir::HostTarget;
