@@ -8,6 +8,7 @@
 pub mod checkpoint;
 pub mod config;
 pub mod error;
+pub mod gguf;
 mod json;
 pub mod modules;
 pub mod nearest;

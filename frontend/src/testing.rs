@@ -6,13 +6,29 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use crate::safetensors::Writer;
 use crate::tensors::Dtype;
 
-/// An empty folder for one test, under cargo's or the system's folder for temporary files.
-pub(crate) fn folder(name: &str) -> PathBuf {
+/// A folder that is removed when the test is done with it.
+pub(crate) struct Folder(PathBuf);
+
+impl std::ops::Deref for Folder {
+    type Target = Path;
+    fn deref(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// An empty folder for one test, under the system's folder for temporary files.
+pub(crate) fn folder(name: &str) -> Folder {
     static COUNTER: AtomicU32 = AtomicU32::new(0);
     let unique = format!("pleach-{name}-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
     let dir = std::env::temp_dir().join(unique);
     std::fs::create_dir_all(&dir).unwrap();
-    dir
+    Folder(dir)
 }
 
 /// Writes f32 tensors with small deterministic values.

@@ -83,7 +83,8 @@ mod tests {
 
     #[test]
     fn norm_is_that_of_the_product() {
-        let path = folder("check").join("a.safetensors");
+        let dir = folder("check");
+        let path = dir.join("a.safetensors");
         let list = [("a".to_owned(), Dtype::F32, vec![2, 3]), ("b".to_owned(), Dtype::F32, vec![2, 2])];
         let mut writer = Writer::create(&path, &list).unwrap();
         writer.write_f32(&[1.0, 2.0, 0.0, 0.0, 1.0, -1.0]).unwrap();
