@@ -1,0 +1,264 @@
+//! A schedule as a plan: every kernel emitted, lowered in parallel and linked into one shared object.
+//!
+//! Assumes a checked schedule. Same schedule, target and options give the same plan bytes: kernels are emitted in the
+//! order of the schedule, and nothing here looks at a clock but the report.
+
+use crate::emit::{self, Emitted};
+use crate::error::CodegenError;
+use crate::mlir::{self, HostTarget};
+use pleach_ir::{BufferKind, Class, Dim, Kernel, Layout, Role, Schedule, Source, Sym, TensorType};
+use pleach_plan::{self as plan, Expr, Plan};
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+/// What to compile for.
+#[derive(Clone, Debug)]
+pub struct CompileOptions {
+    /// Processor and features.
+    pub target: HostTarget,
+    /// Contexts that lower kernels at the same time. Does not influence the result.
+    pub threads: usize,
+    /// Facts about the model that go into the plan.
+    pub meta: plan::Meta,
+}
+
+/// How long each stage took, in milliseconds.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct CompileTimes {
+    /// Kernels to text.
+    pub emit: f64,
+    /// Text to objects.
+    pub lower: f64,
+    /// Objects to a shared object.
+    pub link: f64,
+}
+
+/// Kernel as host text, by class.
+///
+/// # Errors
+/// [`CodegenError::Unsupported`] naming the kernel and the reason.
+pub fn emit_host(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted, CodegenError> {
+    match k.class {
+        Class::Row => emit::row::emit(k, symbols, target.isa),
+        Class::Contraction => emit::contraction::emit(k, symbols, target),
+        Class::Attention => emit::attention::emit(k, symbols, target.isa),
+        Class::Scatter => emit::scatter::emit(k, symbols, target.isa),
+    }
+}
+
+/// Whether a region can be one kernel on the host.
+///
+/// # Errors
+/// The reason why not.
+pub fn supported(k: &Kernel) -> Result<(), String> {
+    match k.class {
+        Class::Row => emit::row::supported(k),
+        Class::Contraction => emit::contraction::supported(k),
+        Class::Attention | Class::Scatter => Ok(()),
+    }
+}
+
+/// The symbols of a schedule in the order of the plan.
+pub fn plan_symbols(s: &Schedule) -> Vec<plan::Symbol> {
+    let types = s.params.iter().map(|(p, _)| &p.ty).chain(s.entries.iter().flat_map(|e| e.buffers.iter().map(|b| &b.ty)));
+    let mut names: Vec<Sym> = types.flat_map(TensorType::symbols).collect();
+    names.sort_unstable();
+    names.dedup();
+    plan::Symbol::list(names.iter().map(Sym::as_str))
+}
+
+fn syms(list: &[plan::Symbol]) -> Vec<Sym> {
+    list.iter().filter_map(|s| Sym::new(&s.name)).collect()
+}
+
+/// Every kernel of a schedule as text.
+///
+/// # Errors
+/// As [`emit_host`].
+pub fn emit_all(s: &Schedule, target: &HostTarget) -> Result<Vec<Emitted>, CodegenError> {
+    let symbols = syms(&plan_symbols(s));
+    s.kernels.iter().map(|k| emit_host(k, &symbols, target)).collect()
+}
+
+/// Compiles a schedule.
+///
+/// # Errors
+/// [`CodegenError`] when a kernel is refused or the toolchain fails.
+pub fn compile(s: &Schedule, options: &CompileOptions) -> Result<(Plan, CompileTimes), CodegenError> {
+    let mut times = CompileTimes::default();
+    let start = Instant::now();
+    let emitted = emit_all(s, &options.target)?;
+    times.emit = start.elapsed().as_secs_f64() * 1e3;
+
+    let start = Instant::now();
+    let texts: Vec<(String, String)> =
+        s.kernels.iter().zip(&emitted).map(|(k, e)| (k.name.clone(), e.text.clone())).collect();
+    let objects =
+        mlir::compile_parallel(&texts, &options.target, options.threads).into_iter().collect::<Result<Vec<_>, _>>()?;
+    times.lower = start.elapsed().as_secs_f64() * 1e3;
+
+    let start = Instant::now();
+    let object = crate::link::link(&objects)?;
+    times.link = start.elapsed().as_secs_f64() * 1e3;
+
+    let mut plan = assemble(s, &emitted, options);
+    plan.blobs.push(plan::Blob { name: "kernels".into(), kind: plan::BlobKind::HostObject, bytes: object });
+    plan::validate(&plan).map_err(|e| CodegenError::Plan(e.to_string()))?;
+    Ok((plan, times))
+}
+
+fn dtype(d: pleach_ir::DType) -> plan::DType {
+    match d {
+        pleach_ir::DType::F32 => plan::DType::F32,
+        pleach_ir::DType::BF16 => plan::DType::BF16,
+        pleach_ir::DType::F16 => plan::DType::F16,
+        pleach_ir::DType::I32 => plan::DType::I32,
+        pleach_ir::DType::Bool => plan::DType::Bool,
+    }
+}
+
+fn role(r: Role) -> plan::Role {
+    match r {
+        Role::Frozen => plan::Role::Frozen,
+        Role::Train => plan::Role::Train,
+        Role::Index => plan::Role::Index,
+        Role::Gate => plan::Role::Gate,
+        Role::Stat => plan::Role::Stat,
+        Role::State => plan::Role::State,
+        Role::Teacher => plan::Role::Teacher,
+    }
+}
+
+fn layout(l: Layout) -> plan::Layout {
+    match l {
+        Layout::RowMajor => plan::Layout::RowMajor,
+        Layout::Panels { nr, transposed } => plan::Layout::Panels { nr, transposed },
+    }
+}
+
+fn shape(dims: &[Dim], symbols: &[Sym]) -> Vec<Expr> {
+    dims.iter()
+        .map(|d| match d {
+            Dim::Known(n) => Expr::Const(*n),
+            Dim::Symbol(s) => Expr::Sym(symbols.iter().position(|x| x == s).unwrap_or(0) as u32),
+        })
+        .collect()
+}
+
+fn bytes(ty: &TensorType, l: Layout, symbols: &[Sym]) -> Expr {
+    layout(l).bytes(dtype(ty.dtype), &shape(&ty.shape, symbols)).unwrap_or(Expr::Const(0))
+}
+
+/// The plan without its code.
+fn assemble(s: &Schedule, emitted: &[Emitted], options: &CompileOptions) -> Plan {
+    let symbols_list = plan_symbols(s);
+    let symbols = syms(&symbols_list);
+    // Parameters that no launch touches take no memory.
+    let mut number: BTreeMap<usize, u32> = BTreeMap::new();
+    for e in &s.entries {
+        for b in &e.buffers {
+            if let BufferKind::Param(p) = b.kind {
+                number.insert(p.index(), 0);
+            }
+        }
+    }
+    for (i, n) in number.values_mut().enumerate() {
+        *n = i as u32;
+    }
+    let params = number
+        .keys()
+        .map(|i| {
+            let (p, l) = &s.params[*i];
+            let source = match &p.source {
+                Source::Checkpoint(t) => plan::Source::Checkpoint(t.clone()),
+                Source::Adapter { slot, key } => plan::Source::Adapter { slot: *slot, key: key.clone() },
+                Source::Derived => plan::Source::Derived,
+                Source::Zeros => plan::Source::Zeros,
+            };
+            plan::Param::new(
+                p.name.clone(),
+                dtype(p.ty.dtype),
+                shape(&p.ty.shape, &symbols),
+                layout(*l),
+                role(p.role),
+                source,
+            )
+        })
+        .collect();
+    let kernels = s
+        .kernels
+        .iter()
+        .zip(emitted)
+        .map(|(k, e)| plan::Kernel {
+            symbol: k.name.clone(),
+            blob: 0,
+            class: format!("{:?}", k.class).to_lowercase(),
+            tasks: e.tasks.clone(),
+            scratch_bytes: e.scratch_bytes.clone(),
+            operands: k.operand_types().iter().zip(&k.operands).map(|(t, l)| bytes(t, *l, &symbols)).collect(),
+            results: k.result_types().iter().zip(&k.results).map(|(t, l)| bytes(t, *l, &symbols)).collect(),
+            aliases: k.aliases.clone(),
+            flops: e.flops.clone(),
+            bytes: e.bytes.clone(),
+        })
+        .collect();
+    let mut plan = Plan {
+        target: plan::Target { arch: "x86_64".into(), features: options.target.required_features() },
+        symbols: symbols_list,
+        params,
+        kernels,
+        entries: vec![],
+        meta: options.meta.clone(),
+        blobs: vec![],
+    };
+    for e in &s.entries {
+        let mut inputs: Vec<plan::Input> = vec![];
+        let mut outputs = vec![];
+        let mut buffers: Vec<plan::Buffer> = vec![];
+        for b in &e.buffers {
+            let (kind, name) = match &b.kind {
+                BufferKind::Input(name) => {
+                    inputs.push(plan::Input {
+                        name: name.clone(),
+                        dtype: dtype(b.ty.dtype),
+                        shape: shape(&b.ty.shape, &symbols),
+                        checks: plan.standard_checks(&e.name, name),
+                    });
+                    (plan::BufferKind::Input(inputs.len() as u32 - 1), name.clone())
+                }
+                BufferKind::Param(p) => (plan::BufferKind::Param(number[&p.index()]), s.params[p.index()].0.name.clone()),
+                BufferKind::Arena => (plan::BufferKind::Arena, String::new()),
+                BufferKind::Output(name) => (plan::BufferKind::Output, name.clone()),
+            };
+            buffers.push(plan::Buffer { kind, bytes: bytes(&b.ty, b.layout, &symbols), name });
+        }
+        for st in &e.steps {
+            for w in &st.writes {
+                let b = &mut buffers[w.0 as usize];
+                if b.name.is_empty() {
+                    b.name = st.origin.clone().unwrap_or_default();
+                }
+            }
+        }
+        for (name, b, ty) in &e.outputs {
+            outputs.push(plan::Output {
+                name: name.clone(),
+                buffer: b.0,
+                dtype: dtype(ty.dtype),
+                shape: shape(&ty.shape, &symbols),
+            });
+        }
+        let steps = e
+            .steps
+            .iter()
+            .map(|st| plan::Step {
+                kernel: st.kernel.0,
+                buffers: st.reads.iter().chain(&st.writes).map(|b| b.0).collect(),
+                origin: st.origin.clone().unwrap_or_default(),
+            })
+            .collect();
+        plan.entries.push(plan::Entry { name: e.name.clone(), inputs, outputs, buffers, steps });
+    }
+    plan.settle_residency();
+    plan
+}

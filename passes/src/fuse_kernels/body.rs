@@ -1,0 +1,90 @@
+//! The body of one kernel: a group's operators as a small entry over operands `a0…`, with results `r0…`.
+
+use super::group::Partition;
+use pleach_ir::{Class, Entry, IrError, Kernel, Layout, Op, Param, ValueId};
+use std::collections::BTreeMap;
+
+/// A group as a kernel, and which values of the entry its operands and results are.
+pub(super) struct Region {
+    pub(super) kernel: Kernel,
+    pub(super) operands: Vec<ValueId>,
+    pub(super) results: Vec<ValueId>,
+    pub(super) origin: Option<String>,
+}
+
+struct Lower<'a> {
+    e: &'a Entry,
+    p: &'a Partition,
+    g: usize,
+    body: Entry,
+    operands: Vec<ValueId>,
+    done: BTreeMap<ValueId, ValueId>,
+}
+
+impl Lower<'_> {
+    fn value(&mut self, v: ValueId) -> Result<ValueId, IrError> {
+        if let Some(x) = self.done.get(&v) {
+            return Ok(*x);
+        }
+        let n = self.e.node(v);
+        let own = self.p.group(v) == Some(self.g);
+        let pulled = self.p.is_inline(v) || (self.p.is_view(v) && !self.shows_buffer(v));
+        let x = if own || pulled {
+            let inputs = n.inputs.iter().map(|i| self.value(*i)).collect::<Result<Vec<_>, _>>()?;
+            self.body.push(&[], n.op.clone(), &inputs)?
+        } else {
+            let name = format!("a{}", self.operands.len());
+            self.operands.push(v);
+            self.body.push(&[], Op::Input { name, dtype: n.ty.dtype, shape: n.ty.shape.clone() }, &[])?
+        };
+        self.done.insert(v, x);
+        Ok(x)
+    }
+
+    /// A reshape of something in memory outside the group is that memory under another shape.
+    fn shows_buffer(&self, v: ValueId) -> bool {
+        let b = self.p.alias_base(self.e, v);
+        b != v && !self.p.is_view(b) && !self.p.is_inline(b) && self.p.group(b) != Some(self.g)
+    }
+}
+
+/// Builds the kernel of group `g`.
+///
+/// # Errors
+/// [`IrError`] when a node cannot be rebuilt; that would be a fault of the input graph.
+pub(super) fn region(e: &Entry, p: &Partition, g: usize, params: &[(Param, Layout)]) -> Result<Region, IrError> {
+    let members = p.members(g);
+    let class = p.class(g);
+    let outside = |v: &ValueId| {
+        p.readers(*v).iter().any(|r| p.group(*r) != Some(g)) || e.roots.iter().any(|r| p.alias_base(e, r.value) == *v)
+    };
+    let results: Vec<ValueId> = members.iter().copied().filter(outside).collect();
+    let mut l = Lower { e, p, g, body: Entry::new("kernel"), operands: vec![], done: BTreeMap::new() };
+    for (i, v) in results.iter().enumerate() {
+        let x = l.value(*v)?;
+        l.body.output(format!("r{i}"), x);
+    }
+    let aliases = results
+        .iter()
+        .map(|v| match e.node(*v).op {
+            Op::Scatter { .. } => l.operands.iter().position(|o| *o == e.node(*v).inputs[0]).map(|i| i as u32),
+            _ => None,
+        })
+        .collect();
+    let layout = |v: &ValueId| match e.node(p.alias_base(e, *v)).op {
+        Op::Param(q) => params[q.index()].1,
+        _ => Layout::RowMajor,
+    };
+    let operands: Vec<Layout> = l.operands.iter().map(layout).collect();
+    let anchor = members.iter().find(|m| class != Class::Contraction || matches!(e.node(**m).op, Op::MatMul { .. }));
+    let origin = anchor.and_then(|m| e.node(*m).origin.as_ref()).map(|s| s.to_string());
+    let kernel = Kernel {
+        name: "kernel".into(),
+        class,
+        results: vec![Layout::RowMajor; results.len()],
+        operands,
+        aliases,
+        body: l.body,
+    };
+    Ok(Region { kernel, operands: l.operands, results, origin })
+}

@@ -1,0 +1,350 @@
+//! Cuts entries into kernels.
+//!
+//! A general partition, not a list of patterns: products, attention and scatters anchor a kernel each; elementwise
+//! operators join the epilogue of the products they read where shapes allow, and otherwise form row kernels with
+//! reductions and movement over the same rows. Movement that is only a view is pulled into the kernels that read it.
+//! Kernels of one signature are stored once, so equal layers share their code.
+//!
+//! Assumes a verified graph in phase Core whose parameter-only parts were moved into `prepare` entries. Leaves the
+//! order of launches to `order` and addresses to `plan-memory`.
+
+mod body;
+mod group;
+mod pack;
+
+use crate::PassError;
+use pleach_ir::schedule::same_elements;
+use pleach_ir::{
+    Buffer, BufferId, BufferKind, Class, Entry, Graph, IrError, Kernel, KernelId, Layout, Op, ParamId, RootKind,
+    Schedule, ScheduledEntry, Step, ValueId,
+};
+use std::collections::{BTreeMap, HashMap};
+
+/// What the cut has to know about the target.
+pub struct CutOptions<'a> {
+    /// Whether a region can be one kernel; a reason otherwise. Every single operator must be accepted.
+    pub supported: &'a dyn Fn(&Kernel) -> Result<(), String>,
+    /// Store right operands of products that are parameters as panels.
+    pub pack: bool,
+}
+
+fn fault(e: IrError) -> PassError {
+    PassError::Refused { pass: "fuse-kernels".into(), why: e.to_string() }
+}
+
+/// Cuts every entry of `graph` into kernels.
+///
+/// # Errors
+/// [`PassError`] when the graph breaks a rule of the IR; a region that the target refuses is split, never an error,
+/// unless a single operator is refused.
+pub fn schedule(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, PassError> {
+    let (graph, layouts) = if options.pack {
+        pack::pack(graph).map_err(fault)?
+    } else {
+        (graph.clone(), vec![Layout::RowMajor; graph.params.len()])
+    };
+    let mut out =
+        Schedule { params: graph.params.iter().cloned().zip(layouts).collect(), kernels: vec![], entries: vec![] };
+    let mut table = Kernels::default();
+    for e in &graph.entries {
+        let cut = EntryCut::new(&graph, e, &out.params, options)?;
+        out.entries.push(cut.emit(&mut table)?);
+    }
+    out.kernels = table.kernels;
+    for e in &mut out.entries {
+        crate::order::order(e, &out.kernels);
+    }
+    out.check().map_err(fault)?;
+    Ok(out)
+}
+
+/// Kernels by signature.
+#[derive(Default)]
+struct Kernels {
+    kernels: Vec<Kernel>,
+    by_signature: HashMap<String, KernelId>,
+}
+
+impl Kernels {
+    fn intern(&mut self, mut k: Kernel) -> KernelId {
+        let key = format!("{:?}|{:?}|{:?}|{:?}|{:?}", k.class, k.operands, k.results, k.aliases, k.body);
+        if let Some(id) = self.by_signature.get(&key) {
+            return *id;
+        }
+        let id = KernelId(self.kernels.len() as u32);
+        k.name = format!("k{}_{}", id.0, label(&k));
+        self.kernels.push(k);
+        self.by_signature.insert(key, id);
+        id
+    }
+}
+
+/// A short name from what a kernel holds.
+fn label(k: &Kernel) -> String {
+    let base = match k.class {
+        Class::Row => "row",
+        Class::Contraction => "mm",
+        Class::Attention => return "attention".into(),
+        Class::Scatter => return "scatter".into(),
+    };
+    if k.results.iter().any(|l| matches!(l, Layout::Panels { .. })) {
+        return "pack".into();
+    }
+    let mut names: Vec<&str> = vec![];
+    for n in &k.body.nodes {
+        let s = n.op.name();
+        if !n.op.is_leaf() && !n.op.is_movement() && s != "matmul" && names.last() != Some(&s) {
+            names.push(s);
+        }
+    }
+    names.dedup();
+    names.truncate(4);
+    let mm = k.body.nodes.iter().filter(|n| matches!(n.op, Op::MatMul { .. })).count();
+    let count = if mm > 1 { mm.to_string() } else { String::new() };
+    std::iter::once(format!("{base}{count}")).chain(names.iter().map(|s| s.to_string())).collect::<Vec<_>>().join("_")
+}
+
+/// One entry on its way to launches.
+struct EntryCut<'a> {
+    entry: &'a Entry,
+    params: &'a [(pleach_ir::Param, Layout)],
+    groups: group::Partition,
+}
+
+impl<'a> EntryCut<'a> {
+    fn new(
+        graph: &'a Graph,
+        entry: &'a Entry,
+        params: &'a [(pleach_ir::Param, Layout)],
+        options: &CutOptions<'_>,
+    ) -> Result<EntryCut<'a>, PassError> {
+        let mut groups = group::Partition::new(&graph.params, entry);
+        // A region the target refuses is taken apart into single operators.
+        for _ in 0..2 {
+            let mut refused = vec![];
+            for g in groups.order(entry) {
+                let r = body::region(entry, &groups, g, params).map_err(fault)?;
+                if groups.members(g).len() > 1 && (options.supported)(&r.kernel).is_err() {
+                    refused.push(g);
+                }
+            }
+            if refused.is_empty() {
+                break;
+            }
+            for g in refused {
+                groups.dissolve(entry, g);
+            }
+        }
+        Ok(EntryCut { entry, params, groups })
+    }
+
+    fn emit(&self, table: &mut Kernels) -> Result<ScheduledEntry, PassError> {
+        let mut b = Builder {
+            cut: self,
+            table,
+            out: ScheduledEntry { name: self.entry.name.clone(), buffers: vec![], steps: vec![], outputs: vec![] },
+            of_value: BTreeMap::new(),
+            of_param: BTreeMap::new(),
+            homes: BTreeMap::new(),
+        };
+        b.choose_homes();
+        for g in self.groups.order(self.entry) {
+            b.launch(g)?;
+        }
+        b.finish()?;
+        Ok(b.out)
+    }
+}
+
+/// Builds the launches of one entry.
+struct Builder<'a, 'b> {
+    cut: &'b EntryCut<'a>,
+    table: &'b mut Kernels,
+    out: ScheduledEntry,
+    of_value: BTreeMap<ValueId, BufferId>,
+    of_param: BTreeMap<ParamId, BufferId>,
+    /// Values that are computed right where they have to end up: an output or a parameter.
+    homes: BTreeMap<ValueId, BufferKind>,
+}
+
+impl Builder<'_, '_> {
+    fn buffer(&mut self, kind: BufferKind, ty: pleach_ir::TensorType, layout: Layout) -> BufferId {
+        self.out.buffers.push(Buffer { kind, ty, layout });
+        BufferId(self.out.buffers.len() as u32 - 1)
+    }
+
+    fn param_buffer(&mut self, p: ParamId) -> BufferId {
+        if let Some(b) = self.of_param.get(&p) {
+            return *b;
+        }
+        let (q, l) = &self.cut.params[p.index()];
+        let (ty, l) = (q.ty.clone(), *l);
+        let b = self.buffer(BufferKind::Param(p), ty, l);
+        self.of_param.insert(p, b);
+        b
+    }
+
+    /// The buffer that holds a materialised value (reshapes share their operand's).
+    fn buffer_of(&mut self, v: ValueId) -> Result<BufferId, PassError> {
+        let v = self.cut.groups.alias_base(self.cut.entry, v);
+        if let Some(b) = self.of_value.get(&v) {
+            return Ok(*b);
+        }
+        let n = self.cut.entry.node(v);
+        let b = match &n.op {
+            Op::Input { name, .. } => self.buffer(BufferKind::Input(name.clone()), n.ty.clone(), Layout::RowMajor),
+            Op::Param(p) => return Ok(self.param_buffer(*p)),
+            _ => {
+                let why = format!("{}: value {v} is read before it is computed", self.cut.entry.name);
+                return Err(fault(IrError::Schedule(why)));
+            }
+        };
+        self.of_value.insert(v, b);
+        Ok(b)
+    }
+
+    /// Decides which computed values are written straight to an output or a parameter.
+    fn choose_homes(&mut self) {
+        let (e, groups) = (self.cut.entry, &self.cut.groups);
+        for r in &e.roots {
+            let v = groups.alias_base(e, r.value);
+            if !groups.is_computed(v) || self.homes.contains_key(&v) {
+                continue;
+            }
+            let scatter = matches!(e.node(v).op, Op::Scatter { .. });
+            match &r.kind {
+                RootKind::Output(name) if !scatter => {
+                    self.homes.insert(v, BufferKind::Output(name.clone()));
+                }
+                RootKind::Assign(p) => {
+                    // The old value may be read only by the scatter that updates it in place.
+                    let readers: Vec<ValueId> =
+                        e.values().filter(|n| e.node(*n).op == Op::Param(*p)).flat_map(|n| groups.readers(n)).collect();
+                    let row_major = self.cut.params[p.index()].1 == Layout::RowMajor;
+                    let free = if scatter {
+                        readers == [v] && e.node(groups.alias_base(e, e.node(v).inputs[0])).op == Op::Param(*p)
+                    } else {
+                        readers.is_empty()
+                            && !e.roots.iter().any(|r| e.node(groups.alias_base(e, r.value)).op == Op::Param(*p))
+                    };
+                    if row_major && free {
+                        self.homes.insert(v, BufferKind::Param(*p));
+                    }
+                }
+                RootKind::Output(_) => {}
+            }
+        }
+    }
+
+    fn launch(&mut self, g: usize) -> Result<(), PassError> {
+        let e = self.cut.entry;
+        let mut r = body::region(e, &self.cut.groups, g, self.cut.params).map_err(fault)?;
+        let mut reads = r.operands.iter().map(|v| self.buffer_of(*v)).collect::<Result<Vec<_>, _>>()?;
+        let mut writes = vec![];
+        for (i, v) in r.results.iter().enumerate() {
+            let ty = e.ty(*v).clone();
+            let b = if let Some(target) = r.kernel.aliases[i] {
+                // A scatter: in place where nothing else needs the old contents, else on a copy.
+                let old = r.operands[target as usize];
+                let b = reads[target as usize];
+                let base = self.cut.groups.alias_base(e, old);
+                let home = self.homes.get(v).cloned();
+                let own = match &self.out.buffers[b.0 as usize].kind {
+                    BufferKind::Param(p) => home == Some(BufferKind::Param(*p)),
+                    BufferKind::Arena => {
+                        self.cut.groups.readers(base) == [*v] && !e.roots.iter().any(|x| x.value == old)
+                    }
+                    _ => false,
+                };
+                if own {
+                    b
+                } else {
+                    let c = self.buffer(BufferKind::Arena, ty, Layout::RowMajor);
+                    self.copy(b, c)?;
+                    reads[target as usize] = c;
+                    c
+                }
+            } else {
+                match self.homes.get(v).cloned() {
+                    Some(BufferKind::Param(p)) => self.param_buffer(p),
+                    Some(kind) => self.buffer(kind, ty, Layout::RowMajor),
+                    None => self.buffer(BufferKind::Arena, ty, Layout::RowMajor),
+                }
+            };
+            self.of_value.insert(*v, b);
+            writes.push(b);
+        }
+        r.kernel.body.name = "kernel".into();
+        let kernel = self.table.intern(r.kernel);
+        self.out.steps.push(Step { kernel, reads, writes, origin: r.origin });
+        Ok(())
+    }
+
+    /// A launch that copies one buffer into another, changing the layout if theirs differ.
+    fn copy(&mut self, from: BufferId, to: BufferId) -> Result<(), PassError> {
+        let (a, b) = (&self.out.buffers[from.0 as usize], &self.out.buffers[to.0 as usize]);
+        debug_assert!(same_elements(&a.ty.shape, &b.ty.shape));
+        let mut body = Entry::new("kernel");
+        let op = Op::Input { name: "a0".into(), dtype: b.ty.dtype, shape: b.ty.shape.clone() };
+        let x = body.push(&[], op, &[]).map_err(fault)?;
+        body.output("r0", x);
+        let k = Kernel {
+            name: String::new(),
+            class: Class::Row,
+            body,
+            operands: vec![a.layout],
+            results: vec![b.layout],
+            aliases: vec![None],
+        };
+        let kernel = self.table.intern(k);
+        self.out.steps.push(Step { kernel, reads: vec![from], writes: vec![to], origin: None });
+        Ok(())
+    }
+
+    /// Outputs and assignments that were not computed in place.
+    fn finish(&mut self) -> Result<(), PassError> {
+        let e = self.cut.entry;
+        let mut late = vec![];
+        for r in &e.roots {
+            let base = self.cut.groups.alias_base(e, r.value);
+            let b = self.buffer_of(base)?;
+            let kind = self.out.buffers[b.0 as usize].kind.clone();
+            let ty = e.ty(r.value).clone();
+            match &r.kind {
+                RootKind::Output(name) => {
+                    let out = if kind == BufferKind::Output(name.clone()) {
+                        b
+                    } else {
+                        let o = self.buffer(BufferKind::Output(name.clone()), ty.clone(), Layout::RowMajor);
+                        self.copy(b, o)?;
+                        o
+                    };
+                    self.out.outputs.push((name.clone(), out, ty));
+                }
+                RootKind::Assign(p) if kind != BufferKind::Param(*p) => late.push((b, *p)),
+                RootKind::Assign(_) => {}
+            }
+        }
+        // Values that are themselves parameters about to change are staged first: every read means the value at entry.
+        let mut staged = vec![];
+        for (b, p) in late {
+            let changes = matches!(self.out.buffers[b.0 as usize].kind, BufferKind::Param(q)
+                if e.roots.iter().any(|r| r.kind == RootKind::Assign(q)));
+            let from = if changes {
+                let ty = self.out.buffers[b.0 as usize].ty.clone();
+                let layout = self.out.buffers[b.0 as usize].layout;
+                let c = self.buffer(BufferKind::Arena, ty, layout);
+                self.copy(b, c)?;
+                c
+            } else {
+                b
+            };
+            staged.push((from, p));
+        }
+        for (from, p) in staged {
+            let to = self.param_buffer(p);
+            self.copy(from, to)?;
+        }
+        Ok(())
+    }
+}
