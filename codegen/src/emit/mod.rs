@@ -4,6 +4,7 @@
 //! the kernel, with the host ABI of a plan (`buffers` holds operands, then results; `dims` the symbols' values in the order
 //! of the `symbols` slice), and what the runtime has to know to launch it.
 
+pub mod attention;
 pub mod func;
 pub mod vmath;
 

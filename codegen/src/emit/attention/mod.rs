@@ -1,0 +1,442 @@
+//! Attention over packed sequences, on the host, in f32.
+//!
+//! One task is a block of query rows of one sequence with the query heads that share one key/value head; their (row, head)
+//! pairs are the *lanes*. Tasks are numbered by shapes alone; the sequence of a task is found by bisection in the segment
+//! bounds, so ragged batches cost what their tokens cost. Later rows come first: they see more keys.
+//!
+//! Keys are taken in blocks with a running maximum and sum (online softmax), so scratch memory does not depend on the number
+//! of keys. Two codes compute a task:
+//! * [`tile`]: lanes lie along vectors. Queries are transposed once; keys and values are read in place and broadcast, scores
+//!   come out as `[key][lane]` and softmax is lane-wise, without horizontal steps.
+//! * [`dot`], for few lanes (decoding): elements of a head lie along vectors, keys and values are streamed once for all
+//!   lanes.
+//!
+//! Every output element is computed in one order that depends on its sequence alone. Nothing outside the segments' rows and
+//! key ranges is read. The caller has checked that segments ascend from 0 to `T`, that key ranges lie in the operands, and
+//! that a causal sequence has at least as many keys as queries.
+
+mod dot;
+mod tile;
+mod transpose;
+pub(crate) mod view;
+
+use super::func::{Func, Val, vty};
+use super::{Emitted, HostIsa, bytes_expr, dim_expr, dim_val, unsupported};
+use crate::error::CodegenError;
+use pleach_ir::{AttentionAttrs, Class, DType, Dim, Kernel, Op, Sym, ValueId};
+use pleach_plan::Expr;
+use view::{RowView, operand_index, row_view, strip_reshape};
+
+/// Score of a key that a query does not see.
+const HIDDEN: f32 = -1e30;
+
+/// What is known when the code is written. Sizes in elements.
+struct Config {
+    at: AttentionAttrs,
+    q: RowView,
+    k: RowView,
+    v: RowView,
+    /// Operands that hold `q_segments`, `kv_start`, `kv_len`.
+    bounds: [usize; 3],
+    out: usize,
+    /// f32 lanes of a vector.
+    w: usize,
+    /// Width of a head, and rounded up to whole vectors.
+    d: i64,
+    dp: i64,
+    /// Query heads of a task, tasks per key/value head, rows of a task.
+    heads: i64,
+    chunks: i64,
+    rows: i64,
+    /// Most lanes of a task, padded.
+    lanes: i64,
+    /// Lanes up to which `dot` is used, and how many it takes at a time.
+    few: i64,
+    at_once: i64,
+    /// Keys of a block.
+    block: i64,
+}
+
+/// Addresses and bounds of one task.
+struct Task {
+    /// Scratch areas: queries by lane (and, at the end, results by lane); queries and results by element; scores.
+    by_lane: Val,
+    query: Val,
+    result: Val,
+    scores: Val,
+    /// Per lane: running maximum, sum, correction (f32), first key and key after the last (i32).
+    top: Val,
+    sum: Val,
+    fix: Val,
+    lo: Val,
+    hi: Val,
+    /// First key and value of the sequence's key range.
+    key: Val,
+    value: Val,
+    /// Keys that any lane sees.
+    first: Val,
+    last: Val,
+    /// Lanes in use.
+    lanes: Val,
+}
+
+/// Emits a kernel of class attention. `symbols` are the plan's, in the order of `dims`.
+///
+/// # Errors
+/// [`CodegenError::Unsupported`] when the body is not one attention in f32 on rows of operands.
+pub fn emit(k: &Kernel, symbols: &[Sym], isa: HostIsa) -> Result<Emitted, CodegenError> {
+    let node = attention_node(k)?;
+    let c = config(k, node, isa)?;
+    let shape = |v: ValueId, axis: usize| k.body.ty(v).shape.get(axis).copied().unwrap_or(Dim::Known(0));
+    let inputs = k.body.node(node).inputs.clone();
+    let (tokens, keys, sequences) = (shape(inputs[0], 0), shape(inputs[1], 0), shape(inputs[4], 0));
+
+    let mut f = Func::host_kernel(&k.name);
+    let t = dim_val(&mut f, k, tokens, symbols)?;
+    let s = dim_val(&mut f, k, sequences, symbols)?;
+    write_tasks(&mut f, &c, &t, &s);
+
+    let (te, ke, se) = (dim_expr(k, tokens, symbols)?, dim_expr(k, keys, symbols)?, dim_expr(k, sequences, symbols)?);
+    let mut bytes = Expr::Const(0);
+    for v in [node, inputs[0], inputs[1], inputs[2]] {
+        bytes = bytes.add(bytes_expr(k, k.body.ty(v), symbols)?);
+    }
+    Ok(Emitted {
+        text: f.text(),
+        tasks: te.clone().ceil_div(c.rows as u64).add(se).mul(u64::from(c.at.kv_heads) * c.chunks as u64),
+        scratch_bytes: Expr::Const(4 * c.scratch() as u64),
+        flops: te.mul(ke).mul(4 * u64::from(c.at.heads) * u64::from(c.at.head_dim)),
+        bytes,
+    })
+}
+
+fn attention_node(k: &Kernel) -> Result<ValueId, CodegenError> {
+    let [root] = &k.body.roots[..] else {
+        return Err(unsupported(k, "an attention kernel has one result"));
+    };
+    let v = strip_reshape(&k.body, root.value);
+    match k.body.node(v).op {
+        Op::Attention(_) if k.class == Class::Attention => Ok(v),
+        _ => Err(unsupported(k, "the result of an attention kernel must be the attention itself")),
+    }
+}
+
+fn config(k: &Kernel, node: ValueId, isa: HostIsa) -> Result<Config, CodegenError> {
+    let n = k.body.node(node);
+    let Op::Attention(at) = n.op else { return Err(unsupported(k, "not an attention")) };
+    if n.inputs[..3].iter().any(|v| k.body.ty(*v).dtype != DType::F32) {
+        return Err(unsupported(k, "attention on the host takes f32; cast q, k and v first"));
+    }
+    let rows = |i: usize| {
+        row_view(k, n.inputs[i]).ok_or_else(|| unsupported(k, "q, k and v must be operands or slices of their rows"))
+    };
+    let bound = |i: usize| {
+        operand_index(&k.body, strip_reshape(&k.body, n.inputs[i]))
+            .ok_or_else(|| unsupported(k, "segment bounds must be operands"))
+    };
+    if at.window.is_some() && !at.causal {
+        return Err(unsupported(k, "a window needs causal attention"));
+    }
+    let w = isa.lanes();
+    let full = 3 * w as i64;
+    let d = i64::from(at.head_dim);
+    let dp = (d + w as i64 - 1) / w as i64 * w as i64;
+    let group = i64::from(at.heads / at.kv_heads);
+    let chunks = (group + full - 1) / full;
+    let heads = (group + chunks - 1) / chunks;
+    let at_once = heads.min((w as i64 * w as i64 / dp).max(1)).min(4);
+    let few = w as i64 / 2;
+    Ok(Config {
+        at,
+        q: rows(0)?,
+        k: rows(1)?,
+        v: rows(2)?,
+        bounds: [bound(3)?, bound(4)?, bound(5)?],
+        out: k.operands.len(),
+        w,
+        d,
+        dp,
+        heads,
+        chunks,
+        rows: full / heads,
+        lanes: full,
+        few,
+        at_once,
+        block: 64,
+    })
+}
+
+impl Config {
+    fn vf(&self) -> String {
+        vty(self.w, "f32")
+    }
+
+    fn vi(&self) -> String {
+        vty(self.w, "i32")
+    }
+
+    /// Elements of scratch memory.
+    fn scratch(&self) -> i64 {
+        self.lanes * (3 * self.dp + self.block + 5)
+    }
+}
+
+/// `base[index]` of an i32 array, as i64.
+fn load_i32(f: &mut Func, base: &Val, index: &Val) -> Val {
+    let x = f.load_at(base, index, "i32", 1);
+    f.op(format!("arith.extsi {x} : i32 to i64"))
+}
+
+/// The loop over tasks.
+fn write_tasks(f: &mut Func, c: &Config, tokens: &Val, sequences: &Val) {
+    let seg = f.buffer(c.bounds[0]);
+    let slots = f.ceil_divc(tokens, c.rows);
+    let slots = f.add(&slots, sequences);
+    let per_slot = i64::from(c.at.kv_heads) * c.chunks;
+    let (first, last) = (f.arg("first"), f.arg("last"));
+    f.loop_(&first, &last, 1, |f, t| {
+        // Slot `bounds[s] / rows + s` and those after it belong to sequence s: at least as many as it has row blocks.
+        let turn = f.divc(t, per_slot);
+        let top = f.addc(&slots, -1);
+        let slot = f.sub(&top, &turn);
+        let head = f.remc(t, per_slot);
+        let s = find_sequence(f, c, &seg, &slot, sequences);
+        let begin = load_i32(f, &seg, &s);
+        let next = f.addc(&s, 1);
+        let end = load_i32(f, &seg, &next);
+        let base = f.divc(&begin, c.rows);
+        let base = f.add(&base, &s);
+        let nth = f.sub(&slot, &base);
+        let nth = f.mulc(&nth, c.rows);
+        let r0 = f.add(&begin, &nth);
+        let r1 = f.addc(&r0, c.rows);
+        let r1 = f.min(&r1, &end);
+        let some = f.cmp("slt", &r0, &r1);
+        f.if_(&some, |f| write_task(f, c, &s, [&begin, &end, &r0, &r1], &head));
+    });
+}
+
+/// The sequence that owns a slot.
+fn find_sequence(f: &mut Func, c: &Config, seg: &Val, slot: &Val, sequences: &Val) -> Val {
+    let zeros = f.op(format!("math.ctlz {sequences} : i64"));
+    let sixty_four = f.i64(64);
+    let bits = f.sub(&sixty_four, &zeros);
+    let (zero, one) = (f.i64(0), f.i64(1));
+    let end = f.addc(sequences, -1);
+    let r = f.for_(&zero, &bits, 1, &[(zero.clone(), "i64".into())], |f, i, s| {
+        let e = f.sub(&bits, i);
+        let e = f.addc(&e, -1);
+        let step = f.op(format!("arith.shli {one}, {e} : i64"));
+        let cand = f.add(&s[0], &step);
+        let safe = f.min(&cand, &end);
+        let b = load_i32(f, seg, &safe);
+        let b = f.divc(&b, c.rows);
+        let b = f.add(&b, &safe);
+        let inside = f.cmp("sle", &cand, &end);
+        let before = f.cmp("sle", &b, slot);
+        let take = f.op(format!("arith.andi {inside}, {before} : i1"));
+        vec![f.op(format!("arith.select {take}, {cand}, {} : i64", s[0]))]
+    });
+    r[0].clone()
+}
+
+/// One block of rows of one sequence; `rows` are the sequence's first and end row, the block's first and end row.
+fn write_task(f: &mut Func, c: &Config, s: &Val, rows: [&Val; 4], head: &Val) {
+    let [begin, end, r0, r1] = rows;
+    let (start, len) = (f.buffer(c.bounds[1]), f.buffer(c.bounds[2]));
+    let start = load_i32(f, &start, s);
+    let len = load_i32(f, &len, s);
+    let kv = f.divc(head, c.chunks);
+    let chunk = f.remc(head, c.chunks);
+    let group = i64::from(c.at.heads / c.at.kv_heads);
+    let skipped = f.mulc(&chunk, c.heads);
+    let h0 = f.mulc(&kv, group);
+    let h0 = f.add(&h0, &skipped);
+    let heads = if c.chunks == 1 {
+        f.i64(c.heads)
+    } else {
+        let (g, n) = (f.i64(group), f.i64(c.heads));
+        let rest = f.sub(&g, &skipped);
+        f.min(&n, &rest)
+    };
+    let n = f.sub(r1, r0);
+    let lanes = f.mul(&n, &heads);
+    // Keys that the block's first and last row see.
+    let queries = f.sub(end, begin);
+    let before = f.sub(&len, &queries);
+    let at = f.sub(r0, begin);
+    let pos = f.add(&before, &at);
+    let zero = f.i64(0);
+    let last = if c.at.causal { f.add(&pos, &n) } else { len };
+    let first = match c.at.window {
+        Some(w) => {
+            let x = f.addc(&pos, 1 - i64::from(w));
+            f.max(&x, &zero)
+        }
+        None => zero.clone(),
+    };
+    let source = |f: &mut Func, x: &RowView| {
+        let base = f.buffer(x.operand);
+        let row = f.mulc(&start, x.stride);
+        let col = f.mulc(&kv, c.d);
+        let at = f.add(&row, &col);
+        let at = f.addc(&at, x.offset);
+        f.gep(&base, &at, "f32")
+    };
+    let (key, value) = (source(f, &c.k), source(f, &c.v));
+    let scratch = f.arg("scratch");
+    let mut used = 0;
+    let mut area = |f: &mut Func, n: i64| {
+        let at = f.i64(used);
+        used += n;
+        f.gep(&scratch, &at, "f32")
+    };
+    let task = Task {
+        by_lane: area(f, c.lanes * c.dp),
+        query: area(f, c.lanes * c.dp),
+        result: area(f, c.lanes * c.dp),
+        scores: area(f, c.lanes * c.block),
+        top: area(f, c.lanes),
+        sum: area(f, c.lanes),
+        fix: area(f, c.lanes),
+        lo: area(f, c.lanes),
+        hi: area(f, c.lanes),
+        key,
+        value,
+        first,
+        last,
+        lanes,
+    };
+    debug_assert_eq!(used, c.scratch());
+    each_lane(f, &n, &heads, |f, r, h, lane| gather_query(f, c, &task, [r0, &h0, &pos], [r, h, lane]));
+    pad_lanes(f, c, &task);
+    let few = f.i64(c.few);
+    let few = f.cmp("sle", &task.lanes, &few);
+    f.if_else(
+        &few,
+        &[],
+        |f| {
+            dot::write(f, c, &task);
+            vec![]
+        },
+        |f| {
+            tile::write(f, c, &task);
+            vec![]
+        },
+    );
+    each_lane(f, &n, &heads, |f, r, h, lane| put_result(f, c, &task, [r0, &h0], [r, h, lane]));
+}
+
+/// For every row and head of the block: row, head, lane.
+fn each_lane(f: &mut Func, rows: &Val, heads: &Val, body: impl Fn(&mut Func, &Val, &Val, &Val)) {
+    let zero = f.i64(0);
+    f.loop_(&zero, rows, 1, |f, r| {
+        let base = f.mul(r, heads);
+        f.loop_(&zero, heads, 1, |f, h| {
+            let lane = f.add(&base, h);
+            body(f, r, h, &lane);
+        });
+    });
+}
+
+/// Element of a row of q or of the result where a head starts.
+fn head_at(f: &mut Func, c: &Config, [r0, h0]: [&Val; 2], [r, h]: [&Val; 2], stride: i64) -> Val {
+    let row = f.add(r0, r);
+    let row = f.mulc(&row, stride);
+    let head = f.add(h0, h);
+    let head = f.mulc(&head, c.d);
+    f.add(&row, &head)
+}
+
+/// Runs `body` for each vector of a head: first element, and the mask of a partial last vector.
+fn each_vector(f: &mut Func, c: &Config, mut body: impl FnMut(&mut Func, &Val, Option<&Val>)) {
+    let (zero, w) = (f.i64(0), c.w as i64);
+    let whole = f.i64(c.d / w * w);
+    f.loop_(&zero, &whole, w, |f, e| body(f, e, None));
+    if c.d % w != 0 {
+        let mask = tail_mask(f, c);
+        body(f, &whole, Some(&mask));
+    }
+}
+
+/// The lanes of the last, partial vector of a head.
+fn tail_mask(f: &mut Func, c: &Config) -> Val {
+    let bits = (0..c.w as i64).map(|i| (i < c.d % c.w as i64).to_string()).collect::<Vec<_>>().join(", ");
+    f.konst(&format!("dense<[{bits}]> : {}", vty(c.w, "i1")))
+}
+
+/// `lane * dp + e` of an area by lane.
+fn lane_at(f: &mut Func, c: &Config, area: &Val, lane: &Val, e: &Val) -> Val {
+    let at = f.mulc(lane, c.dp);
+    let at = f.add(&at, e);
+    f.gep(area, &at, "f32")
+}
+
+fn gather_query(f: &mut Func, c: &Config, t: &Task, [r0, h0, pos]: [&Val; 3], [r, h, lane]: [&Val; 3]) {
+    let q = f.buffer(c.q.operand);
+    let at = head_at(f, c, [r0, h0], [r, h], c.q.stride);
+    let at = f.addc(&at, c.q.offset);
+    let from = f.gep(&q, &at, "f32");
+    let scale = f.f32(f32::from_bits(c.at.scale), c.w);
+    let vf = c.vf();
+    each_vector(f, c, |f, e, mask| {
+        let p = f.gep(&from, e, "f32");
+        let x = match mask {
+            None => f.load(&p, &vf),
+            Some(m) => f.masked_load(&p, m, "f32", c.w),
+        };
+        let x = f.op(format!("arith.mulf {x}, {scale} : {vf}"));
+        let to = lane_at(f, c, &t.by_lane, lane, e);
+        f.store(&x, &to, &vf);
+    });
+    if c.at.causal {
+        let end = f.add(pos, r);
+        let end = f.addc(&end, 1);
+        let put = |f: &mut Func, x: &Val, to: &Val| {
+            let x = f.op(format!("arith.trunci {x} : i64 to i32"));
+            f.store_at(&x, to, lane, "i32", 1);
+        };
+        put(f, &end, &t.hi);
+        if let Some(w) = c.at.window {
+            let lo = f.addc(&end, -i64::from(w));
+            put(f, &lo, &t.lo);
+        }
+    }
+}
+
+/// Lanes beyond those in use: zero queries that see what they like.
+fn pad_lanes(f: &mut Func, c: &Config, t: &Task) {
+    let (zero, end) = (f.i64(0), f.i64(c.lanes));
+    let (none, z) = (f.i32(0, 1), f.f32(0.0, c.w));
+    let vf = c.vf();
+    f.loop_(&t.lanes, &end, 1, |f, lane| {
+        let dp = f.i64(c.dp);
+        f.loop_(&zero, &dp, c.w as i64, |f, e| {
+            let to = lane_at(f, c, &t.by_lane, lane, e);
+            f.store(&z, &to, &vf);
+        });
+        f.store_at(&none, &t.lo, lane, "i32", 1);
+        f.store_at(&none, &t.hi, lane, "i32", 1);
+    });
+}
+
+fn put_result(f: &mut Func, c: &Config, t: &Task, [r0, h0]: [&Val; 2], [r, h, lane]: [&Val; 3]) {
+    let out = f.buffer(c.out);
+    let at = head_at(f, c, [r0, h0], [r, h], i64::from(c.at.heads) * c.d);
+    let to = f.gep(&out, &at, "f32");
+    let sum = f.load_at(&t.sum, lane, "f32", 1);
+    let one = f.f32(1.0, 1);
+    let inv = f.op(format!("arith.divf {one}, {sum} : f32"));
+    let inv = f.splat(&inv, "f32", c.w);
+    let vf = c.vf();
+    each_vector(f, c, |f, e, mask| {
+        let p = lane_at(f, c, &t.by_lane, lane, e);
+        let x = f.load(&p, &vf);
+        let x = f.op(format!("arith.mulf {x}, {inv} : {vf}"));
+        let p = f.gep(&to, e, "f32");
+        match mask {
+            None => f.store(&x, &p, &vf),
+            Some(m) => f.masked_store(&x, &p, m, "f32", c.w),
+        }
+    });
+}

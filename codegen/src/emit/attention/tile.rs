@@ -1,0 +1,247 @@
+//! Attention of many lanes: lanes along vectors, keys and values broadcast from where they lie.
+//!
+//! A block of scores is `[key][lane]`. Its register tile is `TILE` keys by one to three vectors of lanes; the tile of the
+//! weighted values is `TILE` elements of a head by the same lanes. The last tile of keys is moved back to end at the last
+//! key, so that nothing is read past it; what it computes twice is the same twice.
+
+use super::{Config, HIDDEN, Task, transpose};
+use crate::emit::func::{Func, Val};
+use crate::emit::vmath::Math;
+
+/// Rows of a register tile for one, two and three vectors of lanes, with 16 lanes to a vector and with fewer.
+const TILE: [[i64; 3]; 2] = [[8, 8, 8], [8, 4, 4]];
+
+pub(super) fn write(f: &mut Func, c: &Config, t: &Task) {
+    let w = c.w as i64;
+    let vectors = f.ceil_divc(&t.lanes, w);
+    let width = f.mulc(&vectors, w);
+    let dp = f.i64(c.dp);
+    transpose::write(f, c.w, (&t.by_lane, &dp), (&t.query, &width), &width, &dp);
+    let (zero, z) = (f.i64(0), f.f32(0.0, c.w));
+    let all = f.mulc(&width, c.dp);
+    f.loop_(&zero, &all, w, |f, i| f.store_at(&z, &t.result, i, "f32", c.w));
+    let (one, two) = (f.i64(1), f.i64(2));
+    let is_one = f.cmp("eq", &vectors, &one);
+    let is_two = f.cmp("eq", &vectors, &two);
+    let none = |()| vec![];
+    f.if_else(
+        &is_one,
+        &[],
+        |f| none(Lanes { c, t, nv: 1 }.write(f)),
+        |f| f.if_else(&is_two, &[], |f| none(Lanes { c, t, nv: 2 }.write(f)), |f| none(Lanes { c, t, nv: 3 }.write(f))),
+    );
+    transpose::write(f, c.w, (&t.result, &width), (&t.by_lane, &dp), &dp, &width);
+}
+
+/// The code for a fixed number of vectors of lanes.
+struct Lanes<'a> {
+    c: &'a Config,
+    t: &'a Task,
+    nv: usize,
+}
+
+impl Lanes<'_> {
+    /// Lanes, padded.
+    fn width(&self) -> i64 {
+        (self.nv * self.c.w) as i64
+    }
+
+    fn tile(&self) -> i64 {
+        TILE[usize::from(self.c.w < 16)][self.nv - 1]
+    }
+
+    /// The pointers of the vectors of lanes at `base + row * width`.
+    fn row(&self, f: &mut Func, base: &Val, row: &Val) -> Vec<Val> {
+        let at = f.mulc(row, self.width());
+        let p = f.gep(base, &at, "f32");
+        self.vectors(f, &p)
+    }
+
+    fn vectors(&self, f: &mut Func, p: &Val) -> Vec<Val> {
+        (0..self.nv)
+            .map(|v| {
+                let at = f.i64((v * self.c.w) as i64);
+                f.gep(p, &at, "f32")
+            })
+            .collect()
+    }
+
+    fn load(&self, f: &mut Func, ps: &[Val]) -> Vec<Val> {
+        let ty = self.c.vf();
+        ps.iter().map(|p| f.load(p, &ty)).collect()
+    }
+
+    fn math<'f>(&self, f: &'f mut Func) -> Math<'f> {
+        Math { f, lanes: self.c.w }
+    }
+
+    fn write(&self, f: &mut Func) {
+        let (c, t, ty) = (self.c, self.t, self.c.vf());
+        let (hidden, none) = (f.f32(HIDDEN, c.w), f.f32(0.0, c.w));
+        let mut state: Vec<(Val, String)> = vec![];
+        state.extend((0..self.nv).map(|_| (hidden.clone(), ty.clone())));
+        state.extend((0..self.nv).map(|_| (none.clone(), ty.clone())));
+        let out = f.for_(&t.first, &t.last, c.block, &state, |f, at, state| {
+            let (top, sum) = state.split_at(self.nv);
+            let end = f.addc(at, c.block);
+            let end = f.min(&end, &t.last);
+            let n = f.sub(&end, at);
+            let new = self.scores(f, at, &n, top);
+            let fix: Vec<Val> = (0..self.nv)
+                .map(|v| {
+                    let mut m = self.math(f);
+                    let x = m.bin("subf", &top[v], &new[v]);
+                    m.exp(&x)
+                })
+                .collect();
+            let kept: Vec<Val> = (0..self.nv).map(|v| self.math(f).bin("mulf", &sum[v], &fix[v])).collect();
+            let sum = self.weights(f, &n, &new, &kept);
+            self.values(f, at, &n, &fix);
+            new.into_iter().chain(sum).collect()
+        });
+        let ps = self.vectors(f, &t.sum);
+        for (x, p) in out[self.nv..].iter().zip(&ps) {
+            f.store(x, p, &ty);
+        }
+    }
+
+    /// Scores of `n` keys from `at` on; the new running maximum.
+    fn scores(&self, f: &mut Func, at: &Val, n: &Val, top: &[Val]) -> Vec<Val> {
+        let ty = self.c.vf();
+        let rows = self.tile();
+        let state: Vec<(Val, String)> = top.iter().map(|x| (x.clone(), ty.clone())).collect();
+        let types: Vec<String> = state.iter().map(|x| x.1.clone()).collect();
+        let (zero, tile) = (f.i64(0), f.i64(rows));
+        let many = f.cmp("sge", n, &tile);
+        f.if_else(
+            &many,
+            &types,
+            |f| {
+                let last = f.addc(n, -rows);
+                f.for_(&zero, n, rows, &state, |f, j, top| {
+                    let j = f.min(j, &last);
+                    self.score_tile(f, rows, at, &j, top)
+                })
+            },
+            |f| f.for_(&zero, n, 1, &state, |f, j, top| self.score_tile(f, 1, at, j, top)),
+        )
+    }
+
+    fn score_tile(&self, f: &mut Func, rows: i64, at: &Val, j: &Val, top: &[Val]) -> Vec<Val> {
+        let (c, t, ty) = (self.c, self.t, self.c.vf());
+        let index = f.add(at, j);
+        let off = f.mulc(&index, c.k.stride);
+        let keys = f.gep(&t.key, &off, "f32");
+        let (zero, d, none) = (f.i64(0), f.i64(c.d), f.f32(0.0, c.w));
+        let inits = vec![(none, ty.clone()); rows as usize * self.nv];
+        let acc = f.for_(&zero, &d, 1, &inits, |f, e, acc| {
+            let q = self.row(f, &t.query, e);
+            let q = self.load(f, &q);
+            let p = f.gep(&keys, e, "f32");
+            self.outer(f, rows, &p, c.k.stride, &q, acc)
+        });
+        let mut top = top.to_vec();
+        let bounds = |f: &mut Func, area: &Val| {
+            let ps = self.vectors(f, area);
+            ps.iter().map(|p| f.load(p, &c.vi())).collect::<Vec<_>>()
+        };
+        let hi = if c.at.causal { bounds(f, &t.hi) } else { vec![] };
+        let lo = if c.at.window.is_some() { bounds(f, &t.lo) } else { vec![] };
+        let hidden = f.f32(HIDDEN, c.w);
+        for i in 0..rows {
+            let key = f.addc(&index, i);
+            let key = f.op(format!("arith.trunci {key} : i64 to i32"));
+            let key = f.splat(&key, "i32", c.w);
+            let row = f.addc(j, i);
+            let ps = self.row(f, &t.scores, &row);
+            for v in 0..self.nv {
+                let mut x = acc[i as usize * self.nv + v].clone();
+                for (pred, limit) in [("slt", hi.get(v)), ("sge", lo.get(v))] {
+                    if let Some(limit) = limit {
+                        let seen = f.op(format!("arith.cmpi {pred}, {key}, {limit} : {}", c.vi()));
+                        x = f.op(format!("arith.select {seen}, {x}, {hidden} : vector<{}xi1>, {ty}", c.w));
+                    }
+                }
+                f.store(&x, &ps[v], &ty);
+                top[v] = self.math(f).choose("ogt", &x, &top[v], &x, &top[v]);
+            }
+        }
+        top
+    }
+
+    /// `acc[i][v] += p[i * stride] * x[v]`.
+    fn outer(&self, f: &mut Func, rows: i64, p: &Val, stride: i64, x: &[Val], acc: &[Val]) -> Vec<Val> {
+        let mut out = vec![];
+        for i in 0..rows {
+            let at = f.i64(i * stride);
+            let a = f.load_at(p, &at, "f32", 1);
+            let a = f.splat(&a, "f32", self.c.w);
+            for v in 0..self.nv {
+                out.push(self.math(f).fma(&a, &x[v], &acc[i as usize * self.nv + v]));
+            }
+        }
+        out
+    }
+
+    /// Scores into weights; the new sum.
+    fn weights(&self, f: &mut Func, n: &Val, top: &[Val], sum: &[Val]) -> Vec<Val> {
+        let ty = self.c.vf();
+        let zero = f.i64(0);
+        let state: Vec<(Val, String)> = sum.iter().map(|x| (x.clone(), ty.clone())).collect();
+        f.for_(&zero, n, 1, &state, |f, j, sum| {
+            let ps = self.row(f, &self.t.scores, j);
+            let xs = self.load(f, &ps);
+            (0..self.nv)
+                .map(|v| {
+                    let mut m = self.math(f);
+                    let x = m.bin("subf", &xs[v], &top[v]);
+                    let e = m.exp(&x);
+                    m.f.store(&e, &ps[v], &ty);
+                    m.bin("addf", &sum[v], &e)
+                })
+                .collect()
+        })
+    }
+
+    /// `result = result * fix + value · weights` over `n` keys from `at` on.
+    fn values(&self, f: &mut Func, at: &Val, n: &Val, fix: &[Val]) {
+        let c = self.c;
+        let off = f.mulc(at, c.v.stride);
+        let values = f.gep(&self.t.value, &off, "f32");
+        let tile = self.tile();
+        let (zero, whole) = (f.i64(0), f.i64(c.d / tile * tile));
+        f.loop_(&zero, &whole, tile, |f, e| self.value_tile(f, tile, &values, e, n, fix));
+        if c.d % tile != 0 {
+            self.value_tile(f, c.d % tile, &values, &whole, n, fix);
+        }
+    }
+
+    fn value_tile(&self, f: &mut Func, rows: i64, values: &Val, e: &Val, n: &Val, fix: &[Val]) {
+        let (c, t, ty) = (self.c, self.t, self.c.vf());
+        let at: Vec<Vec<Val>> = (0..rows)
+            .map(|i| {
+                let row = f.addc(e, i);
+                self.row(f, &t.result, &row)
+            })
+            .collect();
+        let mut inits = vec![];
+        for ps in &at {
+            let old = self.load(f, ps);
+            for v in 0..self.nv {
+                inits.push((self.math(f).bin("mulf", &old[v], &fix[v]), ty.clone()));
+            }
+        }
+        let values = f.gep(values, e, "f32");
+        let zero = f.i64(0);
+        let out = f.for_(&zero, n, 1, &inits, |f, j, acc| {
+            let ws = self.row(f, &t.scores, j);
+            let ws = self.load(f, &ws);
+            let off = f.mulc(j, c.v.stride);
+            let p = f.gep(&values, &off, "f32");
+            self.outer(f, rows, &p, 1, &ws, acc)
+        });
+        for (x, p) in out.iter().zip(at.iter().flatten()) {
+            f.store(x, p, &ty);
+        }
+    }
+}
