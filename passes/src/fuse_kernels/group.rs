@@ -35,6 +35,8 @@ struct Group {
     row: Option<Dim>,
     /// No further member may join.
     closed: bool,
+    /// Values that a member reads from memory: they may not be computed in the same kernel.
+    apart: BTreeSet<ValueId>,
 }
 
 /// A partition of an entry's computed values.
@@ -198,14 +200,27 @@ impl Partition {
 
     fn start(&mut self, v: ValueId, class: Class, row: Option<Dim>, closed: bool) {
         self.group_of[v.index()] = Some(self.groups.len());
-        self.groups.push(Group { class, members: vec![v], row, closed });
+        self.groups.push(Group { class, members: vec![v], row, closed, apart: BTreeSet::new() });
+    }
+
+    /// Whether groups may become one as far as the values go that must be in memory.
+    fn separable(&self, set: &BTreeSet<usize>) -> bool {
+        set.iter()
+            .all(|g| self.groups[*g].apart.iter().all(|v| self.group_of[v.index()].is_none_or(|h| !set.contains(&h))))
     }
 
     fn place(&mut self, e: &Entry, v: ValueId) {
         let n = e.node(v);
         let row = n.ty.shape.first().copied();
+        let sources = self.sources(e, v);
         match &n.op {
-            Op::MatMul { .. } => return self.start(v, Class::Contraction, None, false),
+            Op::MatMul { .. } => {
+                self.start(v, Class::Contraction, None, false);
+                if let Some(g) = self.groups.last_mut() {
+                    g.apart = sources.into_iter().collect();
+                }
+                return;
+            }
             Op::Attention(_) => return self.start(v, Class::Attention, None, true),
             Op::Scatter { .. } => return self.start(v, Class::Scatter, None, true),
             Op::Reduce { axis: 0, .. } => return self.start(v, Class::Row, row, true),
@@ -328,6 +343,7 @@ impl Partition {
     fn join_rows(&mut self, e: &Entry, v: ValueId, row: Option<Dim>) {
         let n = e.node(v);
         let mut found: BTreeMap<usize, bool> = BTreeMap::new();
+        let mut apart: BTreeSet<ValueId> = BTreeSet::new();
         for (i, x) in n.inputs.iter().enumerate() {
             // The table of a gather and anything reached by a view that leaves the row must be in memory.
             let mut aligned = match &n.op {
@@ -341,6 +357,9 @@ impl Partition {
                 x = e.node(x).inputs[0];
             }
             aligned &= e.ty(x).shape.first().copied() == row;
+            if !aligned {
+                apart.insert(x);
+            }
             if let Some(g) = self.group_of[x.index()] {
                 let ok = aligned
                     && self.groups[g].class == Class::Row
@@ -353,12 +372,20 @@ impl Partition {
         for (g, ok) in found.iter().rev() {
             if *ok {
                 set.insert(*g);
-                if self.cycle(e, &set, v) {
+                let near = |x: &ValueId| self.group_of[x.index()].is_some_and(|h| set.contains(&h));
+                if apart.iter().any(near) || !self.separable(&set) || self.cycle(e, &set, v) {
                     set.remove(g);
                 }
             }
         }
-        if set.is_empty() { self.start(v, Class::Row, row, false) } else { self.merge(v, &set) }
+        if set.is_empty() {
+            self.start(v, Class::Row, row, false)
+        } else {
+            self.merge(v, &set)
+        }
+        if let Some(g) = self.group_of[v.index()] {
+            self.groups[g].apart.extend(apart);
+        }
     }
 
     /// Whether one kernel of these groups and `v` would have to wait for a kernel that waits for it.
@@ -401,6 +428,8 @@ impl Partition {
                 self.group_of[m.index()] = Some(first);
             }
             self.groups[first].members.extend(moved);
+            let apart = std::mem::take(&mut self.groups[*g].apart);
+            self.groups[first].apart.extend(apart);
         }
         self.group_of[v.index()] = Some(first);
         self.groups[first].members.push(v);
