@@ -1,0 +1,193 @@
+//! The pass manager: one loop of dump, run, time, verify.
+//!
+//! Texts and times are returned, never printed. A graph that does not verify after a pass is a fault of that pass and
+//! says so. Whether a pass changed a graph is decided here by comparison, not by what the pass claims.
+
+use crate::error::PassError;
+use crate::options::Options;
+use crate::{canonicalize, fold_params, rewrite};
+use pleach_ir::Graph;
+use pleach_ir::text::print;
+use pleach_ir::verify::verify;
+use std::time::Instant;
+
+/// What a pass computes: a new graph, and what it has to say in the report.
+pub type PassFn = fn(&Graph, &Options, &mut Report) -> Result<Graph, PassError>;
+
+/// A pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Pass {
+    /// Name, kebab-case.
+    pub name: &'static str,
+    /// What it does, one line.
+    pub about: &'static str,
+    /// The function.
+    pub run: PassFn,
+}
+
+/// Every pass from graph to graph, in the order of the default pipeline.
+const PASSES: &[Pass] = &[
+    Pass {
+        name: "canonicalize",
+        about: "one form for what is trivially equal; dead nodes removed",
+        run: canonicalize::run,
+    },
+    Pass {
+        name: "rewrite",
+        about: "the cheapest equal form of the linear algebra, by equality saturation",
+        run: rewrite::run,
+    },
+    Pass {
+        name: "fold-params",
+        about: "what depends on parameters alone moves into prepare entries",
+        run: fold_params::run,
+    },
+];
+
+/// Every pass, in the order of the default pipeline.
+pub fn passes() -> &'static [Pass] {
+    PASSES
+}
+
+/// Names of every pass, in the order of the default pipeline.
+pub fn names() -> Vec<&'static str> {
+    PASSES.iter().map(|p| p.name).collect()
+}
+
+/// The pass of that name.
+///
+/// # Errors
+/// [`PassError::UnknownPass`] listing the known names.
+pub fn find(name: &str) -> Result<Pass, PassError> {
+    PASSES
+        .iter()
+        .find(|p| p.name == name)
+        .copied()
+        .ok_or_else(|| PassError::UnknownPass { name: name.into(), known: names().join(", ") })
+}
+
+/// How often a rewrite rule did something.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RuleCount {
+    /// Name of the rule.
+    pub rule: &'static str,
+    /// Equalities it found, over all regions saturated.
+    pub fired: usize,
+    /// Nodes of the result that it made, over all regions applied.
+    pub chosen: usize,
+}
+
+/// Filled by a pass while it runs.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Report {
+    /// One short line for people; empty when there is nothing to say.
+    pub note: String,
+    /// Rewrite rules that did something.
+    pub rules: Vec<RuleCount>,
+}
+
+/// What happened in one pass.
+#[derive(Clone, PartialEq, Debug)]
+pub struct PassReport {
+    /// Name of the pass.
+    pub name: &'static str,
+    /// Nodes of all entries before.
+    pub nodes_before: usize,
+    /// Nodes of all entries after.
+    pub nodes_after: usize,
+    /// The graph after differs from the graph before.
+    pub changed: bool,
+    /// Wall time in milliseconds.
+    pub ms: f64,
+    /// What the pass says about itself.
+    pub note: String,
+    /// Rewrite rules that did something.
+    pub rules: Vec<RuleCount>,
+}
+
+/// Which passes run, and what is kept on the way.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Pipeline {
+    /// Names of the passes in order.
+    pub passes: Vec<String>,
+    /// Names of passes to leave out.
+    pub disable: Vec<String>,
+    /// Stop after this many passes have run.
+    pub stop_after: Option<usize>,
+    /// Keep the text of the graph after every pass that changed it.
+    pub print_ir_after_change: bool,
+}
+
+impl Default for Pipeline {
+    fn default() -> Pipeline {
+        Pipeline {
+            passes: ["canonicalize", "rewrite", "fold-params", "canonicalize"].map(String::from).to_vec(),
+            disable: vec![],
+            stop_after: None,
+            print_ir_after_change: false,
+        }
+    }
+}
+
+impl Pipeline {
+    /// A pipeline of these passes.
+    pub fn of(passes: &[&str]) -> Pipeline {
+        Pipeline { passes: passes.iter().map(|s| s.to_string()).collect(), ..Pipeline::default() }
+    }
+}
+
+/// The result of a pipeline.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Outcome {
+    /// The graph after the last pass.
+    pub graph: Graph,
+    /// One report per pass that ran.
+    pub reports: Vec<PassReport>,
+    /// `(NN-after-<pass>, text)` of every pass that changed the graph, if asked for.
+    pub dumps: Vec<(String, String)>,
+}
+
+/// Nodes of all entries.
+pub fn node_count(g: &Graph) -> usize {
+    g.entries.iter().map(|e| e.nodes.len()).sum()
+}
+
+/// Runs the pipeline.
+///
+/// # Errors
+/// [`PassError::UnknownPass`] before anything runs; [`PassError::Input`] when `g` itself does not verify; else the
+/// error of the pass that failed, or [`PassError::Verify`] naming the pass whose result does not verify.
+pub fn run(g: &Graph, pipeline: &Pipeline, opts: &Options) -> Result<Outcome, PassError> {
+    for name in pipeline.disable.iter().chain(&pipeline.passes) {
+        find(name)?;
+    }
+    rewrite::check_rule_names(&opts.disabled_rules)?;
+    verify(g).map_err(PassError::Input)?;
+    let mut out = Outcome { graph: g.clone(), reports: vec![], dumps: vec![] };
+    for name in pipeline.passes.iter().filter(|n| !pipeline.disable.contains(n)) {
+        if pipeline.stop_after.is_some_and(|n| out.reports.len() >= n) {
+            break;
+        }
+        let pass = find(name)?;
+        let mut report = Report::default();
+        let start = Instant::now();
+        let next = (pass.run)(&out.graph, opts, &mut report)?;
+        let ms = start.elapsed().as_secs_f64() * 1e3;
+        verify(&next).map_err(|source| PassError::Verify { pass: pass.name.into(), source })?;
+        let changed = next != out.graph;
+        out.reports.push(PassReport {
+            name: pass.name,
+            nodes_before: node_count(&out.graph),
+            nodes_after: node_count(&next),
+            changed,
+            ms,
+            note: report.note,
+            rules: report.rules,
+        });
+        if changed && pipeline.print_ir_after_change {
+            out.dumps.push((format!("{:02}-after-{}", out.reports.len(), pass.name), print(&next)));
+        }
+        out.graph = next;
+    }
+    Ok(out)
+}
