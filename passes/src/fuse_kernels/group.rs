@@ -252,6 +252,7 @@ impl Partition {
         for set in tries {
             if !set.is_empty()
                 && self.products_agree(e, &set)
+                && self.separable(&set)
                 && self.operands_fit(e, v, &set)
                 && !self.cycle(e, &set, v)
             {
