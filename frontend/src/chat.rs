@@ -229,7 +229,17 @@ fn python_float(x: f64) -> String {
 /// The directives of `strftime` that templates use, in UTC and English.
 fn strftime(format: &str, now: SystemTime) -> std::result::Result<String, minijinja::Error> {
     const MONTHS: [&str; 12] = [
-        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
         "December",
     ];
     const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
@@ -328,8 +338,16 @@ mod tests {
         assert_eq!(out("{{ {'a': [1], 'b': {}} | tojson(indent=2) }}"), "{\n  \"a\": [\n    1\n  ],\n  \"b\": {}\n}");
         assert_eq!(out("{{ strftime_now('%d %b %Y, %A %H:%M:%S') }}"), "29 Feb 2024, Thursday 12:34:56");
         assert_eq!(out("{% generation %}\na\n{% endgeneration %}\nb"), "a\nb");
-        assert_eq!(out("{%- for m in messages %}\n    {%- if m.role == 'x' %}{% continue %}{% endif %}\n{{ m.role.upper() }}\n{%- endfor %}"), "USER");
-        assert_eq!([1e16, 1.5e-7, 123.25, 0.0, -1e22].map(python_float), ["1e+16", "1.5e-07", "123.25", "0.0", "-1e+22"]);
+        assert_eq!(
+            out(
+                "{%- for m in messages %}\n    {%- if m.role == 'x' %}{% continue %}{% endif %}\n{{ m.role.upper() }}\n{%- endfor %}"
+            ),
+            "USER"
+        );
+        assert_eq!(
+            [1e16, 1.5e-7, 123.25, 0.0, -1e22].map(python_float),
+            ["1e+16", "1.5e-07", "123.25", "0.0", "-1e+22"]
+        );
     }
 
     #[test]

@@ -178,7 +178,7 @@ mod tests {
         let mut list: Vec<_> =
             ModuleTable::new(&model).iter().flat_map(|m| m.parameters()).map(|p| (p.path, p.shape)).collect();
         edit(&mut list);
-        write_tensors(&dir.join("model.safetensors"), &list);
+        write_tensors(&dir.join("model.safetensors"), &list, 0);
         Checkpoint::open(&dir)
     }
 

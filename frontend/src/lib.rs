@@ -5,26 +5,29 @@
 //! Weight values are touched only where a command asks for them (GGUF import, norms of adapter deltas), never while a
 //! graph is built.
 
+pub mod adapter;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
 pub mod error;
 pub mod gguf;
 mod json;
+pub mod lower;
 pub mod modules;
 pub mod nearest;
 pub mod peft;
 pub mod safetensors;
 pub mod tensors;
-pub mod tokenizer;
 #[cfg(test)]
 mod testing;
+pub mod tokenizer;
 
 pub use chat::{ChatInput, ChatTemplate};
 pub use checkpoint::Checkpoint;
 pub use config::ModelConfig;
 pub use error::{Error, Result};
+pub use lower::{EntryKind, build_graph};
 pub use modules::{Module, ModuleKind, ModuleTable};
 pub use peft::Adapter;
-pub use tokenizer::{TextStream, TextTokenizer, eos_ids};
 pub use tensors::{Dtype, TensorRef, TensorTable};
+pub use tokenizer::{TextStream, TextTokenizer, eos_ids};

@@ -263,8 +263,8 @@ mod tests {
 
     fn sharded(index: &str) -> Result<TensorTable> {
         let dir = folder("shards");
-        write_tensors(&dir.join("a.safetensors"), &[("x".into(), vec![2])]);
-        write_tensors(&dir.join("b.safetensors"), &[("y".into(), vec![3]), ("z".into(), vec![1])]);
+        write_tensors(&dir.join("a.safetensors"), &[("x".into(), vec![2])], 0);
+        write_tensors(&dir.join("b.safetensors"), &[("y".into(), vec![3]), ("z".into(), vec![1])], 0);
         std::fs::write(dir.join("model.safetensors.index.json"), index).unwrap();
         TensorTable::open_folder(&dir)
     }

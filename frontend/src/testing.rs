@@ -31,14 +31,22 @@ pub(crate) fn folder(name: &str) -> Folder {
     Folder(dir)
 }
 
-/// Writes f32 tensors with small deterministic values.
-pub(crate) fn write_tensors(path: &Path, tensors: &[(String, Vec<u64>)]) {
+/// Values in -1..1 of a linear congruential sequence that depends on `index`; `tests/reference.py` makes the same.
+pub(crate) fn values(index: u32, count: u64) -> Vec<f32> {
+    let mut state = index.wrapping_mul(2654435761).wrapping_add(12345);
+    let mut next = || {
+        state = state.wrapping_mul(1664525).wrapping_add(1013904223);
+        ((f64::from(state >> 8)) / f64::from(1 << 23) - 1.0) as f32
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+/// Writes f32 tensors; tensor `k` of the list holds the values of index `first + k`.
+pub(crate) fn write_tensors(path: &Path, tensors: &[(String, Vec<u64>)], first: u32) {
     let declared: Vec<_> = tensors.iter().map(|(n, s)| (n.clone(), Dtype::F32, s.clone())).collect();
     let mut writer = Writer::create(path, &declared).unwrap();
     for (index, (_, shape)) in tensors.iter().enumerate() {
-        let count: u64 = shape.iter().product();
-        let values: Vec<f32> = (0..count).map(|i| ((i * 7 + index as u64 * 3) % 11) as f32 * 0.1 - 0.5).collect();
-        writer.write_f32(&values).unwrap();
+        writer.write_f32(&values(first + index as u32, shape.iter().product())).unwrap();
     }
     writer.finish().unwrap();
 }

@@ -135,12 +135,14 @@ mod tests {
 
     /// Byte-level BPE without merges: every byte is a token.
     fn bytes_tokenizer() -> (TextTokenizer, Folder) {
-        let mut alphabet: Vec<char> = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
+        let mut alphabet: Vec<char> =
+            tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
         alphabet.sort_unstable();
         let mut vocab: serde_json::Map<_, _> =
             alphabet.iter().enumerate().map(|(i, c)| (c.to_string(), json!(i + 1))).collect();
         vocab.insert("<|end|>".into(), json!(0));
-        let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+        let byte_level =
+            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
         let file = json!({
             "version": "1.0", "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
             "padding": null, "normalizer": null, "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,

@@ -218,7 +218,7 @@ mod tests {
             full[k] = v.clone();
         }
         std::fs::write(dir.join("adapter_config.json"), full.to_string()).unwrap();
-        write_tensors(&dir.join("adapter_model.safetensors"), &list);
+        write_tensors(&dir.join("adapter_model.safetensors"), &list, 0);
         Adapter::open(&dir, Some("style"), &modules).map_err(|e| e.to_string())
     }
 

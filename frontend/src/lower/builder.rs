@@ -1,0 +1,211 @@
+//! Appends operators to one entry at a time, sharing parameters between entries.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use pleach_ir::{
+    BinaryOp, DType, Dim, Entry, Graph, Op, Param, ParamId, ReduceOp, Role, Source, TensorType, UnaryOp, ValueId,
+};
+
+use super::Branches;
+use crate::adapter::lora;
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+
+/// A graph under construction.
+pub(crate) struct Builder<'a> {
+    model: &'a Checkpoint,
+    branches: Branches<'a>,
+    graph: Graph,
+    params: BTreeMap<String, ParamId>,
+    entry: Entry,
+    /// Values of parameters in the current entry.
+    reads: BTreeMap<ParamId, ValueId>,
+    origin: Option<Arc<str>>,
+}
+
+impl<'a> Builder<'a> {
+    pub(super) fn new(model: &'a Checkpoint, branches: Branches<'a>) -> Builder<'a> {
+        Builder {
+            model,
+            branches,
+            graph: Graph::default(),
+            params: BTreeMap::new(),
+            entry: Entry::default(),
+            reads: BTreeMap::new(),
+            origin: None,
+        }
+    }
+
+    pub(super) fn start(&mut self, entry: Entry) {
+        self.entry = entry;
+        self.reads.clear();
+        self.origin = None;
+    }
+
+    pub(super) fn finish(&mut self) {
+        self.graph.entries.push(std::mem::take(&mut self.entry));
+    }
+
+    pub(super) fn into_graph(self) -> Graph {
+        self.graph
+    }
+
+    /// Nodes pushed from here on come from this module.
+    pub(super) fn at(&mut self, module: &str) {
+        self.origin = Some(Arc::from(module));
+    }
+
+    /// Appends a node.
+    pub(crate) fn push(&mut self, op: Op, inputs: &[ValueId]) -> Result<ValueId> {
+        self.entry.push_from(&self.graph.params, op, inputs, self.origin.clone()).map_err(|e| {
+            Error::Graph(format!("{} in `{}`: {e}", self.origin.as_deref().unwrap_or("?"), self.entry.name))
+        })
+    }
+
+    /// The value of a parameter, which is declared at its first use.
+    pub(crate) fn param(&mut self, name: String, ty: TensorType, role: Role, source: Source) -> Result<ValueId> {
+        let id = self.declare(name, ty, role, source);
+        if let Some(&value) = self.reads.get(&id) {
+            return Ok(value);
+        }
+        let value = self.push(Op::Param(id), &[])?;
+        self.reads.insert(id, value);
+        Ok(value)
+    }
+
+    /// Declares a parameter, or finds it again.
+    pub(super) fn declare(&mut self, name: String, ty: TensorType, role: Role, source: Source) -> ParamId {
+        if let Some(&id) = self.params.get(&name) {
+            return id;
+        }
+        let id = self.graph.add_param(Param { name: name.clone(), ty, role, source });
+        self.params.insert(name, id);
+        id
+    }
+
+    /// The value of a parameter of the base model, by the path of its module ("model.norm.weight").
+    pub(super) fn weight(&mut self, path: &str) -> Result<ValueId> {
+        let tensor = self.model.param(path).ok_or_else(|| Error::Graph(format!("there is no parameter `{path}`")))?;
+        let ty = TensorType::new(DType::F32, tensor.shape.iter().copied());
+        let name = tensor.name.clone();
+        self.param(name.clone(), ty, Role::Frozen, Source::Checkpoint(name))
+    }
+
+    /// An input of the entry, i32.
+    pub(super) fn input(&mut self, name: &str, count: impl Into<Dim>) -> Result<ValueId> {
+        self.push(Op::Input { name: name.into(), dtype: DType::I32, shape: vec![count.into()] }, &[])
+    }
+
+    /// Names a result of the entry.
+    pub(super) fn output(&mut self, name: &str, value: ValueId) {
+        self.entry.output(name, value);
+    }
+
+    /// Writes a parameter when the entry ends.
+    pub(super) fn assign(&mut self, param: ParamId, value: ValueId) {
+        self.entry.assign(param, value);
+    }
+
+    fn shape(&self, value: ValueId) -> &[Dim] {
+        &self.entry.ty(value).shape
+    }
+
+    pub(super) fn unary(&mut self, op: UnaryOp, x: ValueId) -> Result<ValueId> {
+        self.push(Op::Unary(op), &[x])
+    }
+
+    pub(super) fn mul(&mut self, a: ValueId, b: ValueId) -> Result<ValueId> {
+        self.push(Op::Binary(BinaryOp::Mul), &[a, b])
+    }
+
+    pub(super) fn sub(&mut self, a: ValueId, b: ValueId) -> Result<ValueId> {
+        self.push(Op::Binary(BinaryOp::Sub), &[a, b])
+    }
+
+    pub(super) fn add(&mut self, terms: &[ValueId]) -> Result<ValueId> {
+        self.push(Op::Add, terms)
+    }
+
+    /// x · c, elementwise.
+    pub(super) fn scale(&mut self, x: ValueId, c: f32) -> Result<ValueId> {
+        let c = self.push(Op::f32(c), &[])?;
+        self.mul(x, c)
+    }
+
+    /// x + c, elementwise.
+    pub(super) fn shift(&mut self, x: ValueId, c: f32) -> Result<ValueId> {
+        let c = self.push(Op::f32(c), &[])?;
+        self.add(&[x, c])
+    }
+
+    /// A per-column vector [d] over the rows of x [T, d].
+    fn over_rows(&mut self, vector: ValueId, x: ValueId) -> Result<ValueId> {
+        let shape = self.shape(x).to_vec();
+        self.push(Op::Broadcast { shape, axes: vec![1] }, &[vector])
+    }
+
+    /// Rows of a table [n, d] at i32 indices.
+    pub(super) fn rows(&mut self, table: ValueId, index: ValueId) -> Result<ValueId> {
+        self.push(Op::Gather { axis: 0 }, &[table, index])
+    }
+
+    /// Mean of each row of x [T, d], spread over the row again.
+    fn row_mean(&mut self, x: ValueId) -> Result<ValueId> {
+        let shape = self.shape(x).to_vec();
+        let width = shape[1].known().ok_or_else(|| Error::Graph("a row's width must be static".into()))?;
+        let sum = self.push(Op::Reduce { op: ReduceOp::Sum, axis: 1 }, &[x])?;
+        let width = self.push(Op::f32(width as f32), &[])?;
+        let mean = self.push(Op::Binary(BinaryOp::Div), &[sum, width])?;
+        self.push(Op::Broadcast { shape, axes: vec![0] }, &[mean])
+    }
+
+    /// x / √(mean(x²) + ε), row by row.
+    fn normalized(&mut self, x: ValueId, eps: f64) -> Result<ValueId> {
+        let square = self.mul(x, x)?;
+        let mean = self.row_mean(square)?;
+        let shifted = self.shift(mean, eps as f32)?;
+        let inverse = self.unary(UnaryOp::Rsqrt, shifted)?;
+        self.mul(x, inverse)
+    }
+
+    /// RMSNorm of the rows of x [T, d] with the scale of `module` (Zhang & Sennrich 2019).
+    pub(super) fn rms_norm(&mut self, module: &str, x: ValueId, eps: f64) -> Result<ValueId> {
+        self.at(module);
+        let weight = self.weight(&format!("{module}.weight"))?;
+        let normalized = self.normalized(x, eps)?;
+        let weight = self.over_rows(weight, x)?;
+        self.mul(normalized, weight)
+    }
+
+    /// LayerNorm of the rows of x [T, d] with scale and shift of `module` (Ba et al. 2016).
+    pub(super) fn layer_norm(&mut self, module: &str, x: ValueId, eps: f64) -> Result<ValueId> {
+        self.at(module);
+        let weight = self.weight(&format!("{module}.weight"))?;
+        let bias = self.weight(&format!("{module}.bias"))?;
+        let mean = self.row_mean(x)?;
+        let centred = self.sub(x, mean)?;
+        let normalized = self.normalized(centred, eps)?;
+        let weight = self.over_rows(weight, x)?;
+        let scaled = self.mul(normalized, weight)?;
+        let bias = self.over_rows(bias, x)?;
+        self.add(&[scaled, bias])
+    }
+
+    /// The linear layer `module` on x [T, in]: x · Wᵀ, bias if there is one, and the branch of every slot.
+    pub(super) fn linear(&mut self, module: &str, x: ValueId) -> Result<ValueId> {
+        self.at(module);
+        let weight = self.weight(&format!("{module}.weight"))?;
+        let product = self.push(Op::MatMul { ta: false, tb: true }, &[x, weight])?;
+        let mut terms = vec![product];
+        let bias = format!("{module}.bias");
+        if self.model.param(&bias).is_some() {
+            let bias = self.weight(&bias)?;
+            terms.push(self.over_rows(bias, product)?);
+        }
+        for (slot, site) in self.branches.get(module).cloned().unwrap_or_default() {
+            terms.push(lora::branch(self, slot, site, x)?);
+        }
+        if terms.len() == 1 { Ok(product) } else { self.add(&terms) }
+    }
+}

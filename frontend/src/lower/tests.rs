@@ -1,0 +1,236 @@
+//! Lowered graphs, run by the reference interpreter, against transformers and PEFT.
+//!
+//! The constants are what `tests/reference.py` prints: one number per token, the row's product with a fixed vector.
+
+use std::collections::BTreeMap;
+
+use pleach_ir::interp::{Data, Symbols, Tensor, run_entry_with};
+use pleach_ir::{ParamId, Source, Sym};
+use serde_json::{Value, json};
+
+use super::*;
+use crate::adapter::{SlotValue, slot_values};
+use crate::modules::ModuleTable;
+use crate::testing::{Folder, folder, tiny_bert, tiny_llama, values, write_tensors};
+
+const LLAMA: [f64; 8] = [2.09959, 3.87599, 3.92773, 1.53238, -6.46631, 8.10495, 8.30445, 8.32177];
+const LLAMA_WIDE: [f64; 8] = [-2.22068, 1.22431, 1.89943, 3.0314, 4.60746, -3.45185, 1.52303, 3.51415];
+const LLAMA_ONE: [f64; 8] = [8.40367, 7.84278, -7.97122, -8.16883, -7.76491, 2.81966, 5.29005, 4.58912];
+const LLAMA_TWO: [f64; 8] = [-2.09665, 0.83457, -6.39402, -6.01951, -5.60445, 0.86829, 2.94657, 3.06604];
+const BERT: [f64; 8] = [4.00371, 3.91501, 4.03126, 4.00682, 4.04669, 3.72459, 3.72835, 3.71157];
+const BERT_TANH: [f64; 8] = [4.00402, 3.91517, 4.03158, 4.00721, 4.04702, 3.72486, 3.72856, 3.71177];
+const BERT_RELU_ADAPTED: [f64; 8] = [4.98501, 4.96011, 4.9793, 4.97963, 4.97909, 5.10131, 5.08541, 5.07726];
+
+const IDS: [i32; 8] = [3, 17, 39, 0, 8, 21, 5, 5];
+const POSITIONS: [i32; 8] = [0, 1, 2, 3, 4, 0, 1, 2];
+const TYPES: [i32; 8] = [0, 0, 1, 1, 1, 1, 0, 0];
+
+fn with(mut config: Value, extra: Value) -> Value {
+    for (key, value) in extra.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    config
+}
+
+fn model(config: &Value) -> (Checkpoint, Folder) {
+    let dir = folder("lower-model");
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let modules = ModuleTable::new(&ModelConfig::read(&dir).unwrap());
+    let list: Vec<_> = modules.iter().flat_map(|m| m.parameters()).map(|p| (p.path, p.shape)).collect();
+    write_tensors(&dir.join("model.safetensors"), &list, 0);
+    (Checkpoint::open(&dir).unwrap(), dir)
+}
+
+fn adapter(model: &Checkpoint, slot: u32, config: Value) -> (Adapter, Folder) {
+    let dir = folder("lower-adapter");
+    let config = with(json!({"peft_type": "LORA"}), config);
+    std::fs::write(dir.join("adapter_config.json"), config.to_string()).unwrap();
+    let parsed = crate::peft::LoraConfig::read(&dir).unwrap();
+    let mut list = Vec::new();
+    for t in crate::peft::match_modules(&parsed, &model.modules).unwrap() {
+        list.push((format!("base_model.model.{}.lora_A.weight", t.module), vec![t.rank, t.input]));
+        list.push((format!("base_model.model.{}.lora_B.weight", t.module), vec![t.output, t.rank]));
+    }
+    list.sort();
+    write_tensors(&dir.join("adapter_model.safetensors"), &list, 1000 * (slot + 1));
+    (Adapter::open(&dir, None, &model.modules).unwrap(), dir)
+}
+
+/// Values of all parameters; caches are zeros of `cache` slots.
+fn load(graph: &Graph, model: &Checkpoint, adapters: &[Adapter], cache: u64) -> Vec<Tensor> {
+    let slots: Vec<BTreeMap<String, SlotValue>> =
+        adapters.iter().map(|a| slot_values(a).into_iter().collect()).collect();
+    let value = |param: &pleach_ir::Param| {
+        let tensor = match &param.source {
+            Source::Checkpoint(name) => model.params().find(|(_, t)| t.name == *name).unwrap().1.clone(),
+            Source::Adapter { slot, key } => match &slots[*slot as usize][key] {
+                SlotValue::Tensor(tensor) => tensor.clone(),
+                SlotValue::Scalar(x) => return Tensor::f32([], vec![*x]),
+            },
+            _ => {
+                let width = param.ty.shape[1].known().unwrap();
+                return Tensor::f32([cache, width], vec![0.0; (cache * width) as usize]);
+            }
+        };
+        Tensor::f32(tensor.shape.clone(), tensor.read_f32().unwrap())
+    };
+    graph.params.iter().map(value).collect()
+}
+
+fn inputs(list: &[(&str, &[i32])]) -> BTreeMap<String, Tensor> {
+    list.iter().map(|(name, v)| ((*name).to_owned(), Tensor::i32([v.len() as u64], v.to_vec()))).collect()
+}
+
+/// Runs an entry; returns its output's rows times the fixed vector, and keeps what it assigned.
+fn run(graph: &Graph, entry: &str, params: &mut [Tensor], given: &[(&str, &[i32])]) -> Vec<f64> {
+    let symbols = Symbols::from([(Sym::P, 32)]);
+    let given = inputs(given);
+    let current = params.to_vec();
+    let value = |id: ParamId| current.get(id.index());
+    let result = run_entry_with(&graph.params, &value, graph.entry(entry).unwrap(), &given, &symbols).unwrap();
+    for (id, tensor) in result.assigns {
+        params[id.index()] = tensor;
+    }
+    let output = result.outputs.into_values().next().unwrap();
+    let Data::F32(rows) = output.data else { panic!("not f32") };
+    let width = output.shape[1] as usize;
+    let fixed = values(777, width as u64);
+    rows.chunks(width).map(|row| row.iter().zip(&fixed).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()).collect()
+}
+
+fn infer(config: Value, adapters: &[Value]) -> Vec<f64> {
+    let (model, _dir) = model(&config);
+    let (adapters, _dirs): (Vec<_>, Vec<_>) =
+        adapters.iter().enumerate().map(|(i, c)| adapter(&model, i as u32, c.clone())).unzip();
+    let graph = build_graph(&model, &adapters, &[EntryKind::Infer]).unwrap();
+    let mut params = load(&graph, &model, &adapters, 0);
+    let packed: [(&str, &[i32]); 6] = [
+        ("input_ids", &IDS),
+        ("positions", &POSITIONS),
+        ("q_segments", &[0, 5, 8]),
+        ("kv_start", &[0, 5]),
+        ("kv_len", &[5, 3]),
+        ("token_type_ids", &TYPES),
+    ];
+    run(&graph, "infer", &mut params, &packed)
+}
+
+fn assert_close(actual: &[f64], expected: &[f64]) {
+    let size = expected.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+    for (a, e) in actual.iter().zip(expected) {
+        assert!((a - e).abs() <= 1e-5 * size, "{actual:?}\n{expected:?}");
+    }
+    assert_eq!(actual.len(), expected.len());
+}
+
+fn first_adapter() -> Value {
+    json!({"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"], "rank_pattern": {"down_proj": 5}})
+}
+
+fn second_adapter() -> Value {
+    json!({"r": 4, "lora_alpha": 2, "use_rslora": true, "target_modules": "all-linear", "alpha_pattern": {"0.mlp.up_proj": 1}})
+}
+
+#[test]
+fn llama_agrees_with_transformers() {
+    assert_close(&infer(tiny_llama(), &[]), &LLAMA);
+    let wide = json!({
+        "attention_bias": true, "mlp_bias": true, "head_dim": 6, "rope_theta": null,
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    });
+    assert_close(&infer(with(tiny_llama(), wide), &[]), &LLAMA_WIDE);
+}
+
+#[test]
+fn adapters_agree_with_peft_and_add_up() {
+    assert_close(&infer(tiny_llama(), &[first_adapter()]), &LLAMA_ONE);
+    assert_close(&infer(tiny_llama(), &[first_adapter(), second_adapter()]), &LLAMA_TWO);
+}
+
+#[test]
+fn bert_agrees_with_transformers_and_peft() {
+    assert_close(&infer(tiny_bert(), &[]), &BERT);
+    assert_close(&infer(with(tiny_bert(), json!({"hidden_act": "gelu_new"})), &[]), &BERT_TANH);
+    let relu = with(tiny_bert(), json!({"hidden_act": "relu"}));
+    let adapter = json!({"r": 2, "lora_alpha": 3, "target_modules": ["query", "dense"]});
+    assert_close(&infer(relu, &[adapter]), &BERT_RELU_ADAPTED);
+}
+
+#[test]
+fn generating_step_by_step_equals_one_pass() {
+    let (model, _dir) = model(&tiny_llama());
+    let (adapter, _adir) = adapter(&model, 0, first_adapter());
+    let adapters = [adapter];
+    let graph = build_graph(&model, &adapters, &[EntryKind::Infer, EntryKind::Generate]).unwrap();
+    let mut params = load(&graph, &model, &adapters, 16);
+    // Sequence 0 owns slots 1.., sequence 1 owns slots 9..: first three and two tokens, then one each, then one.
+    let start: [i32; 2] = [1, 9];
+    let prefill = run(
+        &graph,
+        "generate",
+        &mut params,
+        &[
+            ("input_ids", &[3, 17, 39, 21, 5]),
+            ("positions", &[0, 1, 2, 0, 1]),
+            ("q_segments", &[0, 3, 5]),
+            ("kv_start", &start),
+            ("kv_len", &[3, 2]),
+            ("slots", &[1, 2, 3, 9, 10]),
+            ("last", &[2, 4]),
+        ],
+    );
+    assert_close(&prefill, &[LLAMA_ONE[2], LLAMA_ONE[6]]);
+    let both = run(
+        &graph,
+        "generate",
+        &mut params,
+        &[
+            ("input_ids", &[0, 5]),
+            ("positions", &[3, 2]),
+            ("q_segments", &[0, 1, 2]),
+            ("kv_start", &start),
+            ("kv_len", &[4, 3]),
+            ("slots", &[4, 11]),
+            ("last", &[0, 1]),
+        ],
+    );
+    assert_close(&both, &[LLAMA_ONE[3], LLAMA_ONE[7]]);
+    let one = run(
+        &graph,
+        "generate",
+        &mut params,
+        &[
+            ("input_ids", &[8]),
+            ("positions", &[4]),
+            ("q_segments", &[0, 1]),
+            ("kv_start", &[1]),
+            ("kv_len", &[5]),
+            ("slots", &[5]),
+            ("last", &[0]),
+        ],
+    );
+    assert_close(&one, &[LLAMA_ONE[4]]);
+}
+
+#[test]
+fn graphs_are_shared_named_and_deterministic() {
+    let (model, _dir) = model(&with(tiny_llama(), json!({"num_hidden_layers": 3})));
+    let (adapter, _adir) = adapter(&model, 0, first_adapter());
+    let adapters = [adapter];
+    let build = || build_graph(&model, &adapters, &[EntryKind::Infer, EntryKind::Generate]).unwrap();
+    let graph = build();
+    assert_eq!(graph, build());
+    let names: Vec<&str> = graph.params.iter().map(|p| p.name.as_str()).collect();
+    assert!(names.contains(&"slot0.model.layers.2.mlp.down_proj.lora_B"));
+    assert!(names.contains(&"slot0.model.layers.0.self_attn.q_proj.scale"));
+    assert!(names.contains(&"cache.2.v"));
+    let unique: std::collections::BTreeSet<_> = names.iter().collect();
+    assert_eq!(unique.len(), names.len());
+    assert!(graph.entries.iter().all(|e| e.nodes.iter().all(|n| n.op.is_leaf() || n.origin.is_some())));
+}
+
+#[test]
+fn encoders_do_not_generate() {
+    let (model, _dir) = model(&tiny_bert());
+    assert!(build_graph(&model, &[], &[EntryKind::Generate]).unwrap_err().to_string().contains("encoder"));
+}
