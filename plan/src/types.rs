@@ -264,7 +264,7 @@ pub struct Input {
 pub struct Output {
     /// Name.
     pub name: String,
-    /// Buffer of the entry that holds it.
+    /// Buffer of the entry that holds it: of kind [`BufferKind::Output`] or a parameter.
     pub buffer: u32,
     /// Element type.
     pub dtype: DType,

@@ -233,7 +233,7 @@ fn entry(plan: &Plan, e: &Entry, envs: &[Vec<u64>], f: &mut Faults) {
             ready[o.buffer as usize]
                 && size.is_some()
                 && size == values(&b.bytes, envs)
-                && !matches!(b.kind, BufferKind::Arena)
+                && matches!(b.kind, BufferKind::Output | BufferKind::Param(_))
         });
         f.check(ok, || format!("{at}: output `{}` is no buffer that is written and kept, of its size", o.name));
     }

@@ -1,1 +1,36 @@
-//! Skeleton.
+//! The runtime: loads a plan, finds its weights, runs its entries. This is what programs embed.
+//!
+//! [`Session`] is the centre: opened once from a [`Plan`](pleach_plan::Plan) and [`Weights`], it runs entries
+//! ([`Session::run`]), exchanges adapters ([`Session::load_slot`]) and generates ([`generate`]). Knows nothing of
+//! compilers: no IR, no LLVM. `unsafe` is at the borders to memory maps, compiled code and C, each with its reason.
+
+pub mod capi;
+mod cast;
+mod device;
+mod error;
+mod generate;
+mod pack;
+mod pool;
+mod profile;
+mod random;
+mod region;
+mod run;
+mod sample;
+mod session;
+mod slots;
+mod weights;
+
+pub use cast::f16_to_f32;
+pub use device::{Address, Cpu, Device, check_target};
+pub use error::{Result, RuntimeError};
+pub use generate::{GenerateParams, Generated, Stats, generate};
+pub use pool::{KernelFn, Launch, Pool};
+pub use profile::KernelTime;
+pub use random::Philox;
+pub use region::Region;
+pub use run::{Output, Outputs, Values};
+pub use sample::{Sampling, pick};
+pub use session::{Memory, Options, Session};
+pub use weights::{Files, InMemory, Tensor, TensorSource, Weights, open_weights, random_weights};
+
+pub use pleach_plan as plan;

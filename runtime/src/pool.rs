@@ -1,0 +1,314 @@
+//! The thread pool: the caller is worker 0, the others spin for about a millisecond after the last launch, then park.
+//!
+//! A launch has a number of independent tasks. Workers claim ranges of them through one atomic word, large ranges first,
+//! so a worker whose core was taken away holds up only what it has claimed, and never a launch it has not joined.
+//! Which worker computes which task does not reach the result: kernels fix what a task is.
+#![allow(unsafe_code)]
+
+use crate::error::{Result, RuntimeError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence};
+use std::thread::{JoinHandle, Thread};
+use std::time::{Duration, Instant};
+
+/// A compiled kernel; see [`pleach_plan::Kernel`].
+pub type KernelFn = unsafe extern "C" fn(*const *mut u8, *const i64, i64, i64, *mut u8);
+
+/// One launch. All pointers must stay valid until [`Pool::run`] returns.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    /// Code.
+    pub kernel: KernelFn,
+    /// Operands, then results.
+    pub buffers: *const *mut u8,
+    /// Values of the symbols.
+    pub dims: *const i64,
+    /// Number of tasks.
+    pub tasks: u64,
+    /// Scratch of worker 0.
+    pub scratch: *mut u8,
+    /// Distance of the scratch of two workers, bytes.
+    pub scratch_stride: usize,
+}
+
+/// Low bits of the ticket count tasks, the others launches.
+const INDEX_BITS: u32 = 24;
+const INDEX_MASK: u64 = (1 << INDEX_BITS) - 1;
+/// The index of a launch that is being written.
+const CLOSED: u64 = INDEX_MASK;
+/// Tasks of one published launch; longer ones are published in pieces.
+const PIECE: u64 = INDEX_MASK - 1;
+/// How long a worker without work spins before it parks.
+const SPIN: Duration = Duration::from_millis(1);
+
+#[repr(align(128))]
+#[derive(Default)]
+struct Line<T>(T);
+
+#[derive(Default)]
+struct Shared {
+    /// `(launch << INDEX_BITS) | next task`.
+    ticket: Line<AtomicU64>,
+    /// Tasks of the launch that are finished.
+    done: Line<AtomicU64>,
+    kernel: AtomicPtr<()>,
+    buffers: AtomicPtr<*mut u8>,
+    dims: AtomicPtr<i64>,
+    base: AtomicU64,
+    tasks: AtomicU64,
+    scratch: AtomicPtr<u8>,
+    stride: AtomicUsize,
+    workers: AtomicU64,
+    stop: AtomicBool,
+    asleep: Vec<AtomicBool>,
+}
+
+/// Persistent worker threads.
+pub struct Pool {
+    shared: Arc<Shared>,
+    handles: Vec<JoinHandle<()>>,
+    threads: Vec<Thread>,
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Pool({} threads)", self.threads())
+    }
+}
+
+impl Pool {
+    /// A pool of `threads` workers in all, the caller among them; 0 means one per core that this process may use.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Io`] when threads cannot be started.
+    pub fn new(threads: usize) -> Result<Pool> {
+        let n = match threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            n => n.min(1024),
+        };
+        let shared = Arc::new(Shared {
+            asleep: (1..n).map(|_| AtomicBool::new(false)).collect(),
+            workers: AtomicU64::new(n as u64),
+            ..Shared::default()
+        });
+        let mut pool = Pool { shared, handles: vec![], threads: vec![] };
+        for id in 1..n {
+            let s = pool.shared.clone();
+            let h = std::thread::Builder::new()
+                .name(format!("pleach-{id}"))
+                .spawn(move || worker(&s, id))
+                .map_err(RuntimeError::io("starting a worker thread; ask for fewer threads"))?;
+            pool.threads.push(h.thread().clone());
+            pool.handles.push(h);
+        }
+        Ok(pool)
+    }
+
+    /// Number of workers, the caller among them.
+    pub fn threads(&self) -> usize {
+        self.threads.len() + 1
+    }
+
+    /// Runs all tasks of a launch and returns when they are finished.
+    ///
+    /// # Safety
+    /// Everything the launch points at must be valid for what the kernel does with it, on any thread, until this
+    /// returns; every worker's scratch too.
+    pub unsafe fn run(&mut self, l: &Launch) {
+        if l.tasks == 0 {
+            return;
+        }
+        if self.threads.is_empty() || l.tasks == 1 {
+            // SAFETY: promised by the caller.
+            unsafe { (l.kernel)(l.buffers, l.dims, 0, l.tasks as i64, l.scratch) };
+            return;
+        }
+        let s = &*self.shared;
+        let mut base = 0;
+        while base < l.tasks {
+            let piece = (l.tasks - base).min(PIECE);
+            let launch = (s.ticket.0.load(Ordering::Relaxed) >> INDEX_BITS).wrapping_add(1) << INDEX_BITS;
+            // Closed first: a worker that reads a mixture of two launches must fail to claim from either.
+            s.ticket.0.store(launch | CLOSED, Ordering::Release);
+            fence(Ordering::SeqCst);
+            s.kernel.store(l.kernel as *mut (), Ordering::Release);
+            s.buffers.store(l.buffers.cast_mut(), Ordering::Release);
+            s.dims.store(l.dims.cast_mut(), Ordering::Release);
+            s.base.store(base, Ordering::Release);
+            s.tasks.store(piece, Ordering::Release);
+            s.scratch.store(l.scratch, Ordering::Release);
+            s.stride.store(l.scratch_stride, Ordering::Release);
+            s.done.0.store(0, Ordering::Release);
+            let launch = launch.wrapping_add(1 << INDEX_BITS);
+            s.ticket.0.store(launch, Ordering::SeqCst);
+            self.wake();
+            join(s, 0, launch);
+            let mut turns = 0u32;
+            while s.done.0.load(Ordering::Acquire) < piece {
+                turns += 1;
+                // A worker holds tasks but not its core: let it have this one.
+                if turns.is_multiple_of(4096) { std::thread::yield_now() } else { std::hint::spin_loop() }
+            }
+            base += piece;
+        }
+    }
+
+    /// Wakes the workers before the first launch of a run, so that they are there for it.
+    pub fn wake(&self) {
+        fence(Ordering::SeqCst);
+        for (a, t) in self.shared.asleep.iter().zip(&self.threads) {
+            if a.load(Ordering::Relaxed) && a.swap(false, Ordering::SeqCst) {
+                t.unpark();
+            }
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for t in &self.threads {
+            t.unpark();
+        }
+        for h in self.handles.drain(..) {
+            let _ = h.join();
+        }
+    }
+}
+
+/// Claims and runs tasks of the launch with this number until none is left.
+fn join(s: &Shared, id: usize, launch: u64) {
+    loop {
+        let t = s.ticket.0.load(Ordering::Acquire);
+        if t & !INDEX_MASK != launch || t & INDEX_MASK == CLOSED {
+            return;
+        }
+        let (kernel, tasks) = (s.kernel.load(Ordering::Acquire), s.tasks.load(Ordering::Acquire));
+        let (buffers, dims) = (s.buffers.load(Ordering::Acquire), s.dims.load(Ordering::Acquire));
+        let (base, scratch) = (s.base.load(Ordering::Acquire), s.scratch.load(Ordering::Acquire));
+        let stride = s.stride.load(Ordering::Acquire);
+        let first = t & INDEX_MASK;
+        if first >= tasks {
+            return;
+        }
+        let share = ((tasks - first) / (2 * s.workers.load(Ordering::Relaxed).max(1))).max(1);
+        // Succeeds only while the launch is still this one; then everything read above belongs to it.
+        if s.ticket.0.compare_exchange(t, t + share, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            std::hint::spin_loop();
+            continue;
+        }
+        // SAFETY: the pointer was a `KernelFn` when it was stored for this launch.
+        let f: KernelFn = unsafe { std::mem::transmute::<*mut (), KernelFn>(kernel) };
+        // SAFETY: the launch is not finished before `done` counts these tasks, and `Pool::run` keeps everything valid
+        // until then; the scratch of worker `id` lies `id` strides on.
+        unsafe {
+            let scratch = scratch.wrapping_add(id * stride);
+            f(buffers, dims, (base + first) as i64, (base + first + share) as i64, scratch);
+        }
+        s.done.0.fetch_add(share, Ordering::AcqRel);
+    }
+}
+
+fn worker(s: &Shared, id: usize) {
+    let asleep = &s.asleep[id - 1];
+    let mut seen = 0u64;
+    loop {
+        let (mut turns, mut since) = (0u32, None);
+        loop {
+            if s.stop.load(Ordering::Relaxed) {
+                return;
+            }
+            let t = s.ticket.0.load(Ordering::Acquire);
+            if t & !INDEX_MASK != seen && t & INDEX_MASK != CLOSED {
+                seen = t & !INDEX_MASK;
+                break;
+            }
+            std::hint::spin_loop();
+            turns = turns.wrapping_add(1);
+            if turns.is_multiple_of(256) && since.get_or_insert_with(Instant::now).elapsed() > SPIN {
+                asleep.store(true, Ordering::SeqCst);
+                fence(Ordering::SeqCst);
+                // A launch published in between has either been seen here or sees the flag.
+                let t = s.ticket.0.load(Ordering::SeqCst);
+                if t & !INDEX_MASK == seen && !s.stop.load(Ordering::SeqCst) {
+                    std::thread::park();
+                }
+                asleep.store(false, Ordering::SeqCst);
+                since = None;
+            }
+        }
+        join(s, id, seen);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Adds 1 to every task's cell, and the worker's mark to its scratch.
+    unsafe extern "C" fn count(buffers: *const *mut u8, dims: *const i64, first: i64, last: i64, scratch: *mut u8) {
+        // SAFETY: the test gives a vector with a cell for each task, one dimension, and scratch for each worker.
+        unsafe {
+            let cells = (*buffers).cast::<u64>();
+            for i in first..last {
+                *cells.add(i as usize) += *dims as u64;
+            }
+            *scratch.cast::<u64>() += (last - first) as u64;
+        }
+    }
+
+    #[test]
+    fn runs_every_task_once_with_any_number_of_threads() {
+        for threads in [1, 2, 3, 8] {
+            let mut pool = Pool::new(threads).unwrap();
+            assert_eq!(pool.threads(), threads);
+            let mut scratch = vec![0u64; threads * 8];
+            let mut expected = 0;
+            for (round, tasks) in [1u64, 2, 7, 64, 1000, 0, 33].into_iter().cycle().take(3000).enumerate() {
+                let mut cells = vec![0u64; tasks as usize];
+                let buffers = [cells.as_mut_ptr().cast::<u8>()];
+                let dims = [round as i64 + 1];
+                let l = Launch {
+                    kernel: count,
+                    buffers: buffers.as_ptr(),
+                    dims: dims.as_ptr(),
+                    tasks,
+                    scratch: scratch.as_mut_ptr().cast(),
+                    scratch_stride: 64,
+                };
+                // SAFETY: everything lives until the call returns.
+                unsafe { pool.run(&l) };
+                assert!(cells.iter().all(|c| *c == round as u64 + 1), "round {round} of {tasks} tasks");
+                expected += tasks;
+                if round % 700 == 0 {
+                    std::thread::sleep(Duration::from_millis(3));
+                }
+            }
+            assert_eq!(scratch.iter().sum::<u64>(), expected);
+        }
+    }
+
+    #[test]
+    fn publishes_very_long_launches_in_pieces() {
+        unsafe extern "C" fn sum(buffers: *const *mut u8, _: *const i64, first: i64, last: i64, _: *mut u8) {
+            // SAFETY: the test gives one atomic cell.
+            let cell = unsafe { &*(*buffers).cast::<AtomicU64>() };
+            cell.fetch_add((first..last).map(|i| i as u64 & 1).sum(), Ordering::Relaxed);
+        }
+        let mut pool = Pool::new(2).unwrap();
+        let cell = AtomicU64::new(0);
+        let buffers = [(&raw const cell).cast_mut().cast::<u8>()];
+        let tasks = 2 * PIECE + 10;
+        let l = Launch {
+            kernel: sum,
+            buffers: buffers.as_ptr(),
+            dims: std::ptr::null(),
+            tasks,
+            scratch: std::ptr::null_mut(),
+            scratch_stride: 0,
+        };
+        // SAFETY: everything lives until the call returns; the kernel uses no dims and no scratch.
+        unsafe { pool.run(&l) };
+        assert_eq!(cell.load(Ordering::Relaxed), tasks / 2);
+    }
+}

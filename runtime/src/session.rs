@@ -1,0 +1,403 @@
+//! A session: a plan with its weights, memory at fixed addresses, and the entries ready to run.
+//!
+//! Opened once with capacities; serves any smaller counts. Parameters are mapped, owned or derived as the plan says;
+//! `prepare` entries run when needed: the base's at opening, a slot's before the first run and at every swap.
+#![allow(unsafe_code)]
+
+use crate::cast::{cast, castable};
+use crate::device::{Address, Cpu, Device};
+use crate::error::{Result, RuntimeError};
+use crate::profile::Profile;
+use crate::region::Region;
+use crate::weights::{TensorSource, Weights, nearest};
+use pleach_plan::{ALIGN, ArenaLayout, BufferKind, Param, Plan, Residency, Source, arena};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// What a session is opened with.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Workers, the caller among them; 0 means one per core.
+    pub threads: usize,
+    /// Largest values of the plan's symbols: `T` tokens of a run, `S` sequences of a run, `C` slots of the cache, `P`
+    /// positions. `P` defaults to what the model was made for.
+    pub capacities: BTreeMap<String, u64>,
+}
+
+impl Options {
+    /// The same options with this capacity.
+    pub fn capacity(mut self, symbol: &str, value: u64) -> Options {
+        self.capacities.insert(symbol.into(), value);
+        self
+    }
+
+    /// The same options with this number of workers.
+    pub fn threads(mut self, threads: usize) -> Options {
+        self.threads = threads;
+        self
+    }
+}
+
+/// An entry bound to addresses.
+#[derive(Debug)]
+pub(crate) struct Bound {
+    /// Addresses of all steps' buffers, one step after another; null where an input or a prepare-only parameter goes.
+    pub(crate) pointers: Vec<Address>,
+    /// Where each step begins in `pointers`, and the end.
+    pub(crate) starts: Vec<usize>,
+    /// Places in `pointers` that an input fills: (place, input).
+    pub(crate) inputs: Vec<(usize, u32)>,
+    /// Address of each buffer that has one.
+    pub(crate) buffers: Vec<Address>,
+    /// Values of the symbols the task counts below are for.
+    pub(crate) env: Vec<u64>,
+    /// Tasks of each step.
+    pub(crate) tasks: Vec<u64>,
+}
+
+/// Bytes a session holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// The arena, shared by all entries.
+    pub arena: u64,
+    /// Per entry: name, its arena, and the peak of live bytes, which no arena can be below.
+    pub entries: Vec<(String, u64, u64)>,
+    /// Owned parameters: packed, derived, adapters, caches.
+    pub owned: u64,
+    /// Parameters read in place from the mapped files.
+    pub mapped: u64,
+    /// Parameters that only preparations read; given back after them.
+    pub prepare_only: u64,
+}
+
+/// A plan ready to run.
+pub struct Session {
+    pub(crate) device: Box<dyn Device>,
+    pub(crate) plan: Arc<Plan>,
+    pub(crate) weights: Weights,
+    /// Values of the symbols at capacity.
+    pub(crate) capacity: Vec<u64>,
+    /// Symbols whose value is the capacity in every run, because a parameter has their size.
+    pub(crate) fixed: Vec<bool>,
+    /// Address of each parameter; null for prepare-only ones.
+    pub(crate) params: Vec<Address>,
+    pub(crate) entries: Vec<Bound>,
+    /// Preparations that must run before the next run.
+    pub(crate) stale: BTreeSet<usize>,
+    pub(crate) profile: Option<Profile>,
+    pub(crate) seen: Vec<u64>,
+    memory: Memory,
+}
+
+// SAFETY: the addresses are of memory that the device and the weights own, which move with the session; nothing in it
+// belongs to a thread.
+unsafe impl Send for Session {}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Session({}, {} entries)", self.device.name(), self.entries.len())
+    }
+}
+
+impl Session {
+    /// Opens a session on the host: reserves memory, maps weights, runs `prepare(base)`. Adapter slots start as zeros,
+    /// which is the base model.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Target`], [`RuntimeError::Weights`], [`RuntimeError::Capacity`] and what loading code gives.
+    pub fn open(plan: Arc<Plan>, weights: Weights, options: &Options) -> Result<Session> {
+        pleach_plan::validate(&plan)?;
+        let capacity = capacities(&plan, options)?;
+        let device = Box::new(Cpu::new(&plan, &capacity, options.threads)?);
+        Session::on(device, plan, weights, capacity)
+    }
+
+    fn on(mut device: Box<dyn Device>, plan: Arc<Plan>, weights: Weights, capacity: Vec<u64>) -> Result<Session> {
+        let mut fixed = vec![false; plan.symbols.len()];
+        for p in &plan.params {
+            for s in p.shape.iter().chain([&p.bytes]).flat_map(|e| e.symbols()) {
+                fixed[s as usize] = true;
+            }
+        }
+        let faults: Vec<String> =
+            plan.params.iter().filter_map(|p| fits(&*weights, p, &weights.names()).err()).take(8).collect();
+        if !faults.is_empty() {
+            return Err(RuntimeError::Weights(faults.join("\n")));
+        }
+        let mut memory = Memory::default();
+        let params = place_params(&plan, &*weights, &mut *device, &capacity, &mut memory)?;
+        let mut layouts = vec![];
+        for e in &plan.entries {
+            let l = arena(e, &capacity)?;
+            memory.arena = memory.arena.max(l.total);
+            memory.entries.push((e.name.clone(), l.total, l.lower_bound));
+            layouts.push(l);
+        }
+        let base = device.allocate(memory.arena, "activations")?;
+        let entries = plan.entries.iter().zip(&layouts).map(|(e, l)| bind(e, l, base, &params)).collect();
+        let mut stale = BTreeSet::new();
+        for (i, e) in plan.entries.iter().enumerate() {
+            if e.prepares().is_some() {
+                stale.insert(i);
+            }
+        }
+        let mut s = Session {
+            device,
+            plan,
+            weights,
+            capacity,
+            fixed,
+            params,
+            entries,
+            stale,
+            profile: None,
+            seen: vec![],
+            memory,
+        };
+        for i in s.stale.clone() {
+            if s.plan.entries[i].prepares() == Some(None) {
+                s.prepare(i)?;
+            }
+        }
+        Ok(s)
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The capacity of a symbol, or its only value for one that nothing else decides.
+    pub fn capacity(&self, symbol: &str) -> Option<u64> {
+        self.plan.symbol(symbol).and_then(|i| self.capacity.get(i as usize).copied())
+    }
+
+    /// Bytes the session holds.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Number of workers.
+    pub fn threads(&self) -> usize {
+        self.device.threads()
+    }
+
+    /// The address of a parameter's buffer, for those that stay: it never changes while the session lives.
+    pub fn address_of(&self, param: &str) -> Option<usize> {
+        let i = self.plan.params.iter().position(|p| p.name == param)?;
+        let a = self.params[i] as usize;
+        (a != 0).then_some(a)
+    }
+
+    /// Runs every preparation that is due.
+    pub(crate) fn refresh(&mut self) -> Result<()> {
+        while let Some(i) = self.stale.first().copied() {
+            self.prepare(i)?;
+        }
+        Ok(())
+    }
+
+    /// Runs a preparation. Prepare-only parameters are brought in at the first step that reads them and given back after
+    /// the last one, so that at no time more than a few source tensors are in memory.
+    pub(crate) fn prepare(&mut self, index: usize) -> Result<()> {
+        let plan = self.plan.clone();
+        let entry = &plan.entries[index];
+        let env = self.capacity.clone();
+        let dims: Vec<i64> = env.iter().map(|v| *v as i64).collect();
+        let mut last = BTreeMap::new();
+        let passing = |b: u32| match entry.buffers[b as usize].kind {
+            BufferKind::Param(p) if self.params[p as usize].is_null() => Some(p),
+            _ => None,
+        };
+        for (i, s) in entry.steps.iter().enumerate() {
+            last.extend(s.buffers.iter().filter_map(|b| passing(*b)).map(|p| (p, i)));
+        }
+        // Kept for the time of the steps that read it: address, and the memory of a copy.
+        let mut here: BTreeMap<u32, (Address, Option<Region>)> = BTreeMap::new();
+        self.device.begin();
+        for (i, s) in entry.steps.iter().enumerate() {
+            let kernel = &plan.kernels[s.kernel as usize];
+            let at = self.entries[index].starts[i];
+            let mut buffers = self.entries[index].pointers[at..at + s.buffers.len()].to_vec();
+            for (slot, b) in buffers.iter_mut().zip(&s.buffers) {
+                let BufferKind::Param(p) = entry.buffers[*b as usize].kind else { continue };
+                if !self.params[p as usize].is_null() {
+                    continue;
+                }
+                if !here.contains_key(&p) {
+                    let param = &plan.params[p as usize];
+                    here.insert(p, bring(param, &*self.weights, &mut *self.device)?);
+                }
+                *slot = here[&p].0;
+            }
+            let tasks = kernel.tasks.eval(&env)?;
+            let start = self.profile.as_ref().map(|_| std::time::Instant::now());
+            // SAFETY: the plan is validated, so each buffer has the size the kernel declares; addresses are of the
+            // arena at capacity, of parameters, or of what `here` holds; the session is borrowed mutably.
+            unsafe { self.device.launch(s.kernel, &buffers, &dims, tasks) };
+            if let (Some(p), Some(t)) = (&mut self.profile, start) {
+                p.add(s.kernel, t.elapsed(), kernel, &env);
+            }
+            let done: Vec<u32> = here.keys().copied().filter(|p| last.get(p) == Some(&i)).collect();
+            for p in done {
+                here.remove(&p);
+                if let Source::Checkpoint(name) = &plan.params[p as usize].source {
+                    self.weights.release(name);
+                }
+            }
+        }
+        self.stale.remove(&index);
+        Ok(())
+    }
+}
+
+/// Values of all symbols at capacity.
+fn capacities(plan: &Plan, options: &Options) -> Result<Vec<u64>> {
+    let free = || plan.symbols.iter().filter(|s| s.value.is_none());
+    for (name, v) in &options.capacities {
+        if !free().any(|s| s.name == *name) {
+            // A plan specialised to a count has no such symbol: nothing to reserve.
+            continue;
+        }
+        if *v == 0 || *v > i32::MAX as u64 {
+            return Err(RuntimeError::Capacity(format!("the capacity of {name} is {v}; give 1 to {}", i32::MAX)));
+        }
+    }
+    let value = |name: &str| {
+        let given = options.capacities.get(name).copied();
+        given.or_else(|| (name == "P" && plan.meta.max_positions > 0).then_some(plan.meta.max_positions))
+    };
+    let missing: Vec<&str> = free().filter(|s| value(&s.name).is_none()).map(|s| s.name.as_str()).collect();
+    if !missing.is_empty() {
+        return Err(RuntimeError::Capacity(format!("give the session a capacity for {}", missing.join(", "))));
+    }
+    Ok(plan.env(&value)?)
+}
+
+/// Checks that a source has what a checkpoint parameter needs.
+fn fits(weights: &dyn TensorSource, p: &Param, names: &[&str]) -> std::result::Result<(), String> {
+    let Source::Checkpoint(name) = &p.source else { return Ok(()) };
+    let Some(t) = weights.tensor(name) else {
+        return Err(match nearest(names.iter().copied(), name) {
+            Some(n) if n == name => format!("tensor `{name}` has an element type that is not read; convert it to f32"),
+            Some(n) => format!("no tensor `{name}` (nearest: `{n}`); give the model the plan was compiled for"),
+            None => format!("no tensor `{name}`; give the model the plan was compiled for"),
+        });
+    };
+    misfit(p, t.dtype, t.shape, t.bytes.len()).map_or(Ok(()), |why| Err(format!("tensor `{name}` {why}")))
+}
+
+/// Why a tensor cannot be given for a parameter.
+pub(crate) fn misfit(p: &Param, dtype: pleach_plan::DType, shape: &[u64], bytes: usize) -> Option<String> {
+    let want: Option<Vec<u64>> = p.shape.iter().map(|d| d.eval(&[]).ok()).collect();
+    if want.as_deref() != Some(shape) {
+        return Some(format!("is {shape:?}, the plan expects {:?}", want.unwrap_or_default()));
+    }
+    if !castable(dtype, p.dtype) {
+        return Some(format!("is {}, the plan expects {}", dtype.name(), p.dtype.name()));
+    }
+    let size = shape.iter().try_fold(dtype.size(), |a, b| a.checked_mul(*b));
+    (size != Some(bytes as u64)).then(|| format!("has {bytes} bytes, which is not its shape"))
+}
+
+/// Gives every parameter its address.
+fn place_params(
+    plan: &Plan,
+    weights: &dyn TensorSource,
+    device: &mut dyn Device,
+    env: &[u64],
+    memory: &mut Memory,
+) -> Result<Vec<Address>> {
+    let mut out = vec![std::ptr::null_mut(); plan.params.len()];
+    // First what can be read in place; the rest shares one block, so that huge pages cover it.
+    let mut owned: Vec<(usize, u64)> = vec![];
+    for (i, p) in plan.params.iter().enumerate() {
+        let bytes = p.bytes.eval(env)?;
+        match (&p.source, p.residency) {
+            (Source::Checkpoint(_), Residency::PrepareOnly) => {
+                memory.prepare_only = memory.prepare_only.saturating_add(bytes);
+            }
+            (Source::Checkpoint(name), Residency::Mapped) => {
+                let t = weights.tensor(name).filter(|t| t.dtype == p.dtype);
+                // SAFETY: the session keeps the weights as long as the device.
+                match t.and_then(|t| unsafe { device.borrow(t.bytes) }) {
+                    Some(a) => {
+                        out[i] = a;
+                        memory.mapped = memory.mapped.saturating_add(bytes);
+                    }
+                    None => owned.push((i, bytes)),
+                }
+            }
+            _ => owned.push((i, bytes)),
+        }
+    }
+    let mut total = 0u64;
+    let mut offsets = vec![];
+    for (_, bytes) in &owned {
+        offsets.push(total);
+        let size = (*bytes).max(1).checked_next_multiple_of(ALIGN);
+        total = size.and_then(|s| total.checked_add(s)).ok_or(pleach_plan::ExprError::Overflow)?;
+    }
+    memory.owned = total;
+    let base = device.allocate(total, "parameters")?;
+    for ((i, bytes), offset) in owned.iter().zip(offsets) {
+        // SAFETY: offset and size lie inside the block just reserved.
+        let at = unsafe { base.add(offset as usize) };
+        out[*i] = at;
+        let p = &plan.params[*i];
+        if let Source::Checkpoint(name) = &p.source {
+            if let Some(t) = weights.tensor(name) {
+                let mut copy = vec![0u8; *bytes as usize];
+                cast(t.dtype, t.bytes, p.dtype, &mut copy);
+                // SAFETY: `bytes` bytes at `at` belong to this parameter.
+                unsafe { device.write(at, &copy) };
+            }
+            weights.release(name);
+        }
+    }
+    Ok(out)
+}
+
+/// A prepare-only parameter for a while: in place, or as a cast copy.
+fn bring(p: &Param, weights: &dyn TensorSource, device: &mut dyn Device) -> Result<(Address, Option<Region>)> {
+    let gone = || RuntimeError::Weights(format!("the tensor of parameter `{}` is no longer there", p.name));
+    let Source::Checkpoint(name) = &p.source else { return Err(gone()) };
+    let t = weights.tensor(name).filter(|t| misfit(p, t.dtype, t.shape, t.bytes.len()).is_none()).ok_or_else(gone)?;
+    if t.dtype == p.dtype {
+        // SAFETY: the session holds the weights, and the address is used during this preparation only.
+        if let Some(a) = unsafe { device.borrow(t.bytes) } {
+            return Ok((a, None));
+        }
+    }
+    let bytes = p.bytes.eval(&[])?;
+    let mut r = Region::new(bytes, &p.name)?;
+    cast(t.dtype, t.bytes, p.dtype, r.bytes_mut());
+    let a = r.at(0, bytes)?;
+    Ok((a, Some(r)))
+}
+
+fn bind(e: &pleach_plan::Entry, layout: &ArenaLayout, arena: Address, params: &[Address]) -> Bound {
+    let buffers: Vec<Address> = e
+        .buffers
+        .iter()
+        .zip(&layout.offsets)
+        .map(|(b, o)| match (b.kind, o) {
+            (BufferKind::Param(p), _) => params[p as usize],
+            // SAFETY: the offset lies inside the arena, whose size is the largest of all entries.
+            (BufferKind::Arena | BufferKind::Output, Some(o)) => unsafe { arena.add(*o as usize) },
+            _ => std::ptr::null_mut(),
+        })
+        .collect();
+    let (mut pointers, mut starts, mut inputs) = (vec![], vec![], vec![]);
+    for s in &e.steps {
+        starts.push(pointers.len());
+        for b in &s.buffers {
+            if let BufferKind::Input(i) = e.buffers[*b as usize].kind {
+                inputs.push((pointers.len(), i));
+            }
+            pointers.push(buffers[*b as usize]);
+        }
+    }
+    starts.push(pointers.len());
+    Bound { pointers, starts, inputs, buffers, env: vec![], tasks: vec![] }
+}
