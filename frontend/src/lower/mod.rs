@@ -22,7 +22,7 @@ use crate::peft::{Adapter, LoraSite};
 
 /// The runnable functions that a model can be lowered to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum EntryKind {
+pub(crate) enum EntryKind {
     /// All tokens at once: logits of a decoder, hidden states of an encoder.
     Infer,
     /// With a key/value cache: logits of each sequence's last token. Decoders only.
@@ -32,11 +32,13 @@ pub enum EntryKind {
 /// Sites of all adapters by module: slot and site.
 pub(crate) type Branches<'a> = BTreeMap<&'a str, Vec<(u32, &'a LoraSite)>>;
 
-/// Lowers a model with its adapters; adapter `i` takes slot `i`, and the contributions of all slots add up.
+/// Lowers a model with its adapters to the entries of these names: `infer`, `generate`. Adapter `i` takes slot `i`, and
+/// the contributions of all slots add up.
 ///
 /// # Errors
-/// `Generate` for an encoder, and [`Error::Graph`] should an operator not fit (a fault of this crate).
-pub fn build_graph(model: &Checkpoint, adapters: &[Adapter], entries: &[EntryKind]) -> Result<Graph> {
+/// An unknown entry, `generate` for an encoder, and [`Error::Graph`] should an operator not fit (a fault of this
+/// crate).
+pub fn import(model: &Checkpoint, adapters: &[Adapter], entries: &[&str]) -> Result<Graph> {
     let mut branches = Branches::new();
     for (slot, adapter) in adapters.iter().enumerate() {
         for site in &adapter.sites {
@@ -44,14 +46,15 @@ pub fn build_graph(model: &Checkpoint, adapters: &[Adapter], entries: &[EntryKin
         }
     }
     let mut builder = Builder::new(model, branches);
-    for kind in entries {
-        let name = match kind {
-            EntryKind::Infer => "infer",
-            EntryKind::Generate => "generate",
+    for &name in entries {
+        let kind = match name {
+            "infer" => EntryKind::Infer,
+            "generate" => EntryKind::Generate,
+            other => return Err(Error::Graph(format!("there is no entry `{other}`; known are infer and generate"))),
         };
         builder.start(Entry::new(name));
         match (&model.config, kind) {
-            (ModelConfig::Llama(config), kind) => llama::lower(&mut builder, config, *kind)?,
+            (ModelConfig::Llama(config), kind) => llama::lower(&mut builder, config, kind)?,
             (ModelConfig::Bert(config), EntryKind::Infer) => bert::lower(&mut builder, config)?,
             (ModelConfig::Bert(_), EntryKind::Generate) => {
                 return Err(Error::format(&model.dir, "is an encoder: it has hidden states, but generates no text"));

@@ -102,7 +102,7 @@ fn infer(config: Value, adapters: &[Value]) -> Vec<f64> {
     let (model, _dir) = model(&config);
     let (adapters, _dirs): (Vec<_>, Vec<_>) =
         adapters.iter().enumerate().map(|(i, c)| adapter(&model, i as u32, c.clone())).unzip();
-    let graph = build_graph(&model, &adapters, &[EntryKind::Infer]).unwrap();
+    let graph = import(&model, &adapters, &["infer"]).unwrap();
     let mut params = load(&graph, &model, &adapters, 0);
     let packed: [(&str, &[i32]); 6] = [
         ("input_ids", &IDS),
@@ -161,7 +161,7 @@ fn generating_step_by_step_equals_one_pass() {
     let (model, _dir) = model(&tiny_llama());
     let (adapter, _adir) = adapter(&model, 0, first_adapter());
     let adapters = [adapter];
-    let graph = build_graph(&model, &adapters, &[EntryKind::Infer, EntryKind::Generate]).unwrap();
+    let graph = import(&model, &adapters, &["infer", "generate"]).unwrap();
     let mut params = load(&graph, &model, &adapters, 16);
     // Sequence 0 owns slots 1.., sequence 1 owns slots 9..: first three and two tokens, then one each, then one.
     let start: [i32; 2] = [1, 9];
@@ -217,9 +217,10 @@ fn graphs_are_shared_named_and_deterministic() {
     let (model, _dir) = model(&with(tiny_llama(), json!({"num_hidden_layers": 3})));
     let (adapter, _adir) = adapter(&model, 0, first_adapter());
     let adapters = [adapter];
-    let build = || build_graph(&model, &adapters, &[EntryKind::Infer, EntryKind::Generate]).unwrap();
+    let build = || import(&model, &adapters, &["infer", "generate"]).unwrap();
     let graph = build();
     assert_eq!(graph, build());
+    pleach_ir::verify::verify(&graph).unwrap();
     let names: Vec<&str> = graph.params.iter().map(|p| p.name.as_str()).collect();
     assert!(names.contains(&"slot0.model.layers.2.mlp.down_proj.lora_B"));
     assert!(names.contains(&"slot0.model.layers.0.self_attn.q_proj.scale"));
@@ -232,5 +233,6 @@ fn graphs_are_shared_named_and_deterministic() {
 #[test]
 fn encoders_do_not_generate() {
     let (model, _dir) = model(&tiny_bert());
-    assert!(build_graph(&model, &[], &[EntryKind::Generate]).unwrap_err().to_string().contains("encoder"));
+    assert!(import(&model, &[], &["generate"]).unwrap_err().to_string().contains("encoder"));
+    assert!(import(&model, &[], &["train"]).unwrap_err().to_string().contains("`train`"));
 }
