@@ -6,6 +6,7 @@
 
 pub mod attention;
 pub mod func;
+pub mod scatter;
 pub mod vmath;
 
 use crate::error::CodegenError;
