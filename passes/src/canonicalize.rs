@@ -101,7 +101,10 @@ fn flatten(params: &[Param], e: &Entry) -> Result<Entry, IrError> {
             }
         }
         terms.sort_unstable();
-        out.nodes[v.index()].inputs = terms;
+        let from = e.node(v).inputs.iter().filter(|&&i| inner(i)).find_map(|&i| out.node(i).origin.clone());
+        let n = &mut out.nodes[v.index()];
+        n.inputs = terms;
+        n.origin = n.origin.take().or(from);
     }
     compact(params, &out)
 }

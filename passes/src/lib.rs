@@ -14,6 +14,8 @@ pub mod manager;
 pub mod options;
 pub mod order;
 pub mod rewrite;
+#[cfg(test)]
+mod testing;
 
 pub use error::PassError;
 pub use manager::{Outcome, Pass, PassFn, PassReport, Pipeline, Report, RuleCount, find, names, passes, run};

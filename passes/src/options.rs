@@ -26,7 +26,7 @@ impl Target {
         bytes_per_s: 12e9,
         launch_us: 0.3,
         view_us: 0.3,
-        tile: 16.0,
+        tile: 32.0,
         resident_us: 1e-7,
         prepare_us: 1e-6,
     };
@@ -36,7 +36,7 @@ impl Target {
         bytes_per_s: 4.3e12,
         launch_us: 2.0,
         view_us: 0.0,
-        tile: 64.0,
+        tile: 128.0,
         resident_us: 1e-9,
         prepare_us: 1e-8,
     };

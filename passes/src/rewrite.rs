@@ -333,6 +333,7 @@ fn place(
     chosen: &mut [usize],
 ) -> Result<(), IrError> {
     let Some(Some(s)) = solved.get(&r.body) else { return Ok(()) };
+    let whole = common_module(r.members.iter().filter_map(|&v| e.node(v).origin.as_deref()));
     let mut at: Vec<ValueId> = vec![];
     for n in &s.nodes {
         at.push(match &n.label {
@@ -342,7 +343,8 @@ fn place(
                     Maker::Source(k) => e.node(r.values[k]).origin.clone(),
                     Maker::Rule(rule, of) => {
                         chosen[rule] += 1;
-                        let module = of.and_then(|k| e.node(r.values[k]).origin.as_deref()).unwrap_or("");
+                        let module = of.and_then(|k| e.node(r.values[k]).origin.as_deref());
+                        let module = module.map_or(&whole[..], |m| m.split(" [").next().unwrap_or(m));
                         Some(Arc::from(format!("{module} [{}]", RULES[rule].name).trim_start()))
                     }
                 };
@@ -354,6 +356,19 @@ fn place(
         map[r.values[o].index()] = Some(at[k]);
     }
     Ok(())
+}
+
+/// The longest module path that all of these start with; rules of an earlier run, in brackets, do not count.
+fn common_module<'a>(origins: impl Iterator<Item = &'a str>) -> String {
+    let mut common: Option<Vec<&str>> = None;
+    for o in origins {
+        let path: Vec<&str> = o.split(" [").next().unwrap_or("").split('.').collect();
+        common = Some(match common {
+            None => path,
+            Some(c) => c.iter().zip(&path).take_while(|(a, b)| a == b).map(|(a, _)| *a).collect(),
+        });
+    }
+    common.unwrap_or_default().join(".")
 }
 
 #[cfg(test)]

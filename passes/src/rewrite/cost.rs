@@ -19,6 +19,10 @@ use std::collections::BTreeMap;
 
 /// A slot's copy of base weights although slots are to stay apart: dearer than any sum of honest nodes.
 const FORBIDDEN: f64 = 1e9;
+/// Steps of the inner loop that one more product in a kernel is worth.
+const TURN: f64 = 4.0;
+/// What a byte read from a cache costs of one read from memory.
+const CACHED: f64 = 0.2;
 /// Ways to take one term of a sum into a kernel that are looked at.
 const WAYS: usize = 3;
 /// Alternatives of one sum at most.
@@ -108,9 +112,11 @@ impl Meter<'_> {
         let pick = |s: &[Dim], first: bool| s.get(r + usize::from(!first)).map_or(1.0, |d| self.dim(*d));
         let (m, k, n) = (pick(a, !left.1), pick(a, left.1), pick(b, right.1));
         let batch: f64 = a[..r.min(a.len())].iter().map(|d| self.dim(*d)).product();
-        // a narrow product leaves part of each tile empty
-        let flops = 2.0 * batch * m * k * (n + self.t.tile / 2.0);
-        (flops / self.t.flops * 1e6, self.us(self.bytes(left.0) + self.bytes(right.0)))
+        // a narrow product leaves part of a tile empty
+        let flops = 2.0 * batch * m * (k + TURN) * (n / self.t.tile).ceil() * self.t.tile;
+        // activations come from a cache, weights from memory
+        let from = |c: Id| if self.w.is_param(c) { self.bytes(c) } else { CACHED * self.bytes(c) };
+        (flops / self.t.flops * 1e6, self.us(from(left.0) + from(right.0)))
     }
 
     /// One e-node run on its own.
