@@ -246,21 +246,23 @@ impl Partition {
                 found.insert(g);
             }
         }
-        // All of them, else the latest one that works.
-        let mut tries: Vec<BTreeSet<usize>> = vec![found.clone()];
-        tries.extend(found.iter().rev().map(|g| BTreeSet::from([*g])));
-        for set in tries {
-            if !set.is_empty()
-                && self.products_agree(e, &set)
+        // As many as go together, the latest first.
+        let mut set: BTreeSet<usize> = BTreeSet::new();
+        for g in found.iter().rev() {
+            set.insert(*g);
+            let ok = self.products_agree(e, &set)
                 && self.separable(&set)
                 && self.operands_fit(e, v, &set)
-                && !self.cycle(e, &set, v)
-            {
-                self.merge(v, &set);
-                return true;
+                && !self.cycle(e, &set, v);
+            if !ok {
+                set.remove(g);
             }
         }
-        false
+        if set.is_empty() {
+            return false;
+        }
+        self.merge(v, &set);
+        true
     }
 
     /// Whether `v` has the shape of the group's results, or of equal slices of them that nobody else reads whole.
