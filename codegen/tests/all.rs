@@ -5,3 +5,9 @@
 mod kit;
 #[path = "all/toolchain.rs"]
 mod toolchain;
+#[path = "all/attention.rs"]
+mod attention;
+#[path = "all/launch.rs"]
+mod launch;
+#[path = "all/scatter.rs"]
+mod scatter;
