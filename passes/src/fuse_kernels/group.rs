@@ -237,6 +237,9 @@ impl Partition {
 
     /// Joins the epilogue of the products that `v` reads.
     fn join_products(&mut self, e: &Entry, v: ValueId) -> bool {
+        if !self.saves_a_pass(e, v) {
+            return false;
+        }
         let mut found: BTreeSet<usize> = BTreeSet::new();
         for s in self.sources(e, v) {
             if let Some(g) = self.group_of[s.index()]
@@ -263,6 +266,18 @@ impl Partition {
         }
         self.merge(v, &set);
         true
+    }
+
+    /// An epilogue is no place for a value that ends there while what it is made of is stored as well: the kernel that
+    /// reads it can compute it from the same loads.
+    fn saves_a_pass(&self, e: &Entry, v: ValueId) -> bool {
+        let goes_on = |u: &ValueId| e.node(*u).op.is_elementwise();
+        let ends = !self.readers[v.index()].iter().any(goes_on) && !self.readers[v.index()].is_empty();
+        !ends
+            || self
+                .sources(e, v)
+                .iter()
+                .all(|m| !self.is_computed(*m) || self.readers[m.index()].iter().all(|u| *u == v))
     }
 
     /// Whether `v` has the shape of the group's results, or of equal slices of them that nobody else reads whole.
