@@ -157,7 +157,7 @@ fn kernels(plan: &Plan, envs: &[Vec<u64>], f: &mut Faults) {
 
 fn entry(plan: &Plan, e: &Entry, envs: &[Vec<u64>], f: &mut Faults) {
     let at = &e.name;
-    inputs(plan, e, envs, f);
+    inputs(e, envs, f);
     if let Some(slot) = e.prepares() {
         f.check(e.inputs.is_empty(), || format!("{at}: a preparation takes no inputs"));
         f.check(slot.is_none_or(|s| plan.slots().contains(&s)), || format!("{at}: no parameter belongs to that slot"));
@@ -239,7 +239,7 @@ fn entry(plan: &Plan, e: &Entry, envs: &[Vec<u64>], f: &mut Faults) {
     }
 }
 
-fn inputs(plan: &Plan, e: &Entry, envs: &[Vec<u64>], f: &mut Faults) {
+fn inputs(e: &Entry, envs: &[Vec<u64>], f: &mut Faults) {
     let at = &e.name;
     let mut names = BTreeSet::new();
     let by_name = |n: &str| e.inputs.iter().find(|x| x.name == n);
@@ -275,7 +275,4 @@ fn inputs(plan: &Plan, e: &Entry, envs: &[Vec<u64>], f: &mut Faults) {
             f.check(ok, || format!("{at}: a check of input `{name}` makes no sense"));
         }
     }
-    // Every symbol a run needs is given by an input or fixed when the session is opened; nothing to check here: the
-    // session gives a symbol without input the value of its capacity.
-    let _ = plan;
 }

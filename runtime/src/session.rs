@@ -119,11 +119,12 @@ impl Session {
                 fixed[s as usize] = true;
             }
         }
-        let faults: Vec<String> =
-            plan.params.iter().filter_map(|p| fits(&*weights, p, &weights.names()).err()).take(8).collect();
+        let names = weights.names();
+        let faults: Vec<String> = plan.params.iter().filter_map(|p| fits(&*weights, p, &names).err()).take(8).collect();
         if !faults.is_empty() {
             return Err(RuntimeError::Weights(faults.join("\n")));
         }
+        drop(names);
         let mut memory = Memory::default();
         let params = place_params(&plan, &*weights, &mut *device, &capacity, &mut memory)?;
         let mut layouts = vec![];

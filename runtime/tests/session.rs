@@ -286,7 +286,7 @@ fn weights_in_half_precision_are_cast() {
         exact = exact.f32(name, &[V as u64, D as u64], &values);
     }
     let o = Options::default().capacity("T", 8).capacity("S", 1).capacity("C", 8);
-    let mut run = |w: InMemory| {
+    let run = |w: InMemory| {
         let mut s = Session::open(Arc::new(plan()), Arc::new(w), &o).unwrap();
         bits(s.infer(&[[1, 2, 3]], None).unwrap().f32("logits").unwrap())
     };
