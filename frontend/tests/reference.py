@@ -43,7 +43,7 @@ def adapt(model, configs):
         model = get_peft_model(model, config, adapter_name=name) if slot == 0 else model
         if slot:
             model.add_adapter(name, config)
-        named = [(n, p) for n, p in model.named_parameters() if f".{name}." in n]
+        named = [(n, p) for n, p in model.named_parameters() if f".{name}." in f"{n}."]
         fill(sorted(named, key=lambda x: x[0].replace(f".{name}", "")), 1000 * (slot + 1))
     if configs:
         model.base_model.set_adapter([f"a{slot}" for slot in range(len(configs))])
@@ -80,6 +80,8 @@ print("LLAMA", llama(rope_parameters=PLAIN))
 print("LLAMA_WIDE", llama(rope_parameters=ROPE3, attention_bias=True, mlp_bias=True, head_dim=6))
 print("LLAMA_ONE", llama([A], rope_parameters=PLAIN))
 print("LLAMA_TWO", llama([A, B], rope_parameters=PLAIN))
+ENDS = LoraConfig(r=2, lora_alpha=3, target_modules=["embed_tokens", "lm_head", "k_proj"])
+print("LLAMA_ENDS", llama([ENDS], rope_parameters=PLAIN))
 print("BERT", bert())
 print("BERT_TANH", bert(hidden_act="gelu_new"))
 print("BERT_RELU_ADAPTED", bert([LoraConfig(r=2, lora_alpha=3, target_modules=["query", "dense"])], hidden_act="relu"))

@@ -18,7 +18,8 @@ pub(super) fn values(site: &LoraSite) -> [(String, SlotValue); 3] {
     ]
 }
 
-/// Appends the branch of one site; x is [T, in], the result [T, out].
+/// Appends the branch of one site. Beside a linear layer x is [T, in]; beside an embedding it is the i32 index [T], and
+/// the token's column of A takes the place of x · Aᵀ. The result is [T, out].
 pub(crate) fn branch(b: &mut Builder, slot: u32, site: &LoraSite, x: ValueId) -> Result<ValueId> {
     let mut param = |part: &str, shape: &[u64]| {
         let key = format!("{}.{part}", site.module);
@@ -28,7 +29,12 @@ pub(crate) fn branch(b: &mut Builder, slot: u32, site: &LoraSite, x: ValueId) ->
     let down = param("lora_A", &[site.rank, site.input])?;
     let up = param("lora_B", &[site.output, site.rank])?;
     let scale = param("scale", &[])?;
-    let narrow = b.push(Op::MatMul { ta: false, tb: true }, &[x, down])?;
+    let narrow = if site.embedding {
+        let table = b.push(Op::Transpose(vec![1, 0]), &[down])?;
+        b.push(Op::Gather { axis: 0 }, &[table, x])?
+    } else {
+        b.push(Op::MatMul { ta: false, tb: true }, &[x, down])?
+    };
     let wide = b.push(Op::MatMul { ta: false, tb: true }, &[narrow, up])?;
     b.push(Op::Binary(BinaryOp::Mul), &[scale, wide])
 }

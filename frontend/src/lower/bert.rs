@@ -19,10 +19,7 @@ pub(super) fn lower(b: &mut Builder, c: &BertConfig) -> Result<()> {
 
     let mut terms = Vec::new();
     for (table, index) in [("word", ids), ("token_type", kinds), ("position", positions)] {
-        let module = format!("embeddings.{table}_embeddings");
-        b.at(&module);
-        let table = b.weight(&format!("{module}.weight"))?;
-        terms.push(b.rows(table, index)?);
+        terms.push(b.embedding(&format!("embeddings.{table}_embeddings"), index)?);
     }
     b.at("embeddings");
     let summed = b.add(&terms)?;

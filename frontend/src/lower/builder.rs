@@ -203,9 +203,21 @@ impl<'a> Builder<'a> {
             let bias = self.weight(&bias)?;
             terms.push(self.over_rows(bias, product)?);
         }
+        self.with_branches(module, x, terms)
+    }
+
+    /// The embedding `module` at i32 indices [T]: rows of its table, and the branch of every slot.
+    pub(super) fn embedding(&mut self, module: &str, index: ValueId) -> Result<ValueId> {
+        self.at(module);
+        let table = self.weight(&format!("{module}.weight"))?;
+        let rows = self.rows(table, index)?;
+        self.with_branches(module, index, vec![rows])
+    }
+
+    fn with_branches(&mut self, module: &str, x: ValueId, mut terms: Vec<ValueId>) -> Result<ValueId> {
         for (slot, site) in self.branches.get(module).cloned().unwrap_or_default() {
             terms.push(lora::branch(self, slot, site, x)?);
         }
-        if terms.len() == 1 { Ok(product) } else { self.add(&terms) }
+        if let [only] = terms[..] { Ok(only) } else { self.add(&terms) }
     }
 }

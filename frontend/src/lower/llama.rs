@@ -36,9 +36,7 @@ pub(super) fn lower(b: &mut Builder, c: &LlamaConfig, kind: EntryKind) -> Result
     let (cos, sin) = rotary_rows(b, c, positions)?;
     let shared = Shared { cos, sin, q_segments, kv_start, kv_len, slots };
 
-    b.at("model.embed_tokens");
-    let table = b.weight("model.embed_tokens.weight")?;
-    let mut x = b.rows(table, ids)?;
+    let mut x = b.embedding("model.embed_tokens", ids)?;
     for layer in 0..c.layers {
         x = block(b, c, layer, x, &shared)?;
     }

@@ -36,11 +36,12 @@ pub(crate) type Branches<'a> = BTreeMap<&'a str, Vec<(u32, &'a LoraSite)>>;
 /// the contributions of all slots add up.
 ///
 /// # Errors
-/// An unknown entry, `generate` for an encoder, and [`Error::Graph`] should an operator not fit (a fault of this
+/// An unknown entry, `generate` for an encoder, a copy of a base weight that differs ([`Adapter::check_copies`]), and [`Error::Graph`] should an operator not fit (a fault of this
 /// crate).
 pub fn import(model: &Checkpoint, adapters: &[Adapter], entries: &[&str]) -> Result<Graph> {
     let mut branches = Branches::new();
     for (slot, adapter) in adapters.iter().enumerate() {
+        adapter.check_copies(model)?;
         for site in &adapter.sites {
             branches.entry(&site.module).or_default().push((slot as u32, site));
         }

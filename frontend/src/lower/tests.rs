@@ -17,6 +17,7 @@ const LLAMA: [f64; 8] = [2.09959, 3.87599, 3.92773, 1.53238, -6.46631, 8.10495, 
 const LLAMA_WIDE: [f64; 8] = [-2.22068, 1.22431, 1.89943, 3.0314, 4.60746, -3.45185, 1.52303, 3.51415];
 const LLAMA_ONE: [f64; 8] = [8.40367, 7.84278, -7.97122, -8.16883, -7.76491, 2.81966, 5.29005, 4.58912];
 const LLAMA_TWO: [f64; 8] = [-2.09665, 0.83457, -6.39402, -6.01951, -5.60445, 0.86829, 2.94657, 3.06604];
+const LLAMA_ENDS: [f64; 8] = [0.8417, 1.81756, -0.99935, 7.56616, 1.3443, 0.22323, 0.20744, 1.2403];
 const BERT: [f64; 8] = [4.00371, 3.91501, 4.03126, 4.00682, 4.04669, 3.72459, 3.72835, 3.71157];
 const BERT_TANH: [f64; 8] = [4.00402, 3.91517, 4.03158, 4.00721, 4.04702, 3.72486, 3.72856, 3.71177];
 const BERT_RELU_ADAPTED: [f64; 8] = [4.98501, 4.96011, 4.9793, 4.97963, 4.97909, 5.10131, 5.08541, 5.07726];
@@ -48,8 +49,10 @@ fn adapter(model: &Checkpoint, slot: u32, config: Value) -> (Adapter, Folder) {
     let parsed = crate::peft::LoraConfig::read(&dir).unwrap();
     let mut list = Vec::new();
     for t in crate::peft::match_modules(&parsed, &model.modules).unwrap() {
-        list.push((format!("base_model.model.{}.lora_A.weight", t.module), vec![t.rank, t.input]));
-        list.push((format!("base_model.model.{}.lora_B.weight", t.module), vec![t.output, t.rank]));
+        let (prefix, suffix) = if t.embedding { ("embedding_", "") } else { ("", ".weight") };
+        let name = |part: &str| format!("base_model.model.{}.lora_{prefix}{part}{suffix}", t.module);
+        list.push((name("A"), vec![t.rank, t.input]));
+        list.push((name("B"), vec![t.output, t.rank]));
     }
     list.sort();
     write_tensors(&dir.join("adapter_model.safetensors"), &list, 1000 * (slot + 1));
@@ -145,6 +148,12 @@ fn llama_agrees_with_transformers() {
 fn adapters_agree_with_peft_and_add_up() {
     assert_close(&infer(tiny_llama(), &[first_adapter()]), &LLAMA_ONE);
     assert_close(&infer(tiny_llama(), &[first_adapter(), second_adapter()]), &LLAMA_TWO);
+}
+
+#[test]
+fn adapters_of_embedding_and_head_agree_with_peft() {
+    let ends = json!({"r": 2, "lora_alpha": 3, "target_modules": ["embed_tokens", "lm_head", "k_proj"]});
+    assert_close(&infer(tiny_llama(), &[ends]), &LLAMA_ENDS);
 }
 
 #[test]

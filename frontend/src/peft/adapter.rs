@@ -5,23 +5,27 @@ use std::path::{Path, PathBuf};
 
 use super::config::LoraConfig;
 use super::targets::{Target, match_modules};
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::modules::ModuleTable;
+use crate::modules::{ModuleKind, ModuleTable};
 use crate::nearest::nearest_hint;
 use crate::tensors::{TensorRef, TensorTable};
 
 const PREFIX: &str = "base_model.model.";
 
-/// One LoRA branch: y += scale · (x · Aᵀ) · Bᵀ beside a linear layer.
+/// One LoRA branch beside a linear layer, y += scale · (x · Aᵀ) · Bᵀ, or beside an embedding, where a token's column of
+/// A takes the place of x · Aᵀ.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraSite {
-    /// Path of the linear layer in the base's [`ModuleTable`], such as `model.layers.0.self_attn.q_proj`.
+    /// Path of the layer in the base's [`ModuleTable`], such as `model.layers.0.self_attn.q_proj`.
     pub module: String,
+    /// Whether the layer is an embedding.
+    pub embedding: bool,
     /// r.
     pub rank: u64,
     /// alpha / r, or alpha / √r.
     pub scale: f64,
-    /// Width of x.
+    /// Width of x; rows of the table for an embedding.
     pub input: u64,
     /// Width of y.
     pub output: u64,
@@ -42,6 +46,9 @@ pub struct Adapter {
     pub config: LoraConfig,
     /// Its branches, in module order.
     pub sites: Vec<LoraSite>,
+    /// Copies of base weights that the file carries (PEFT adds the embedding and the head when they are targeted), by
+    /// the parameter's path. They must equal the base's, see [`Adapter::check_copies`].
+    pub copies: Vec<(String, TensorRef)>,
     /// Remarks for the user.
     pub notes: Vec<String>,
 }
@@ -59,19 +66,43 @@ impl Adapter {
         let folder_name = || dir.file_name().map_or("adapter".into(), |n| n.to_string_lossy().into_owned());
         let name = name.map_or_else(folder_name, str::to_owned);
         let (renamed, origins) = modules.renamed();
-        let sites = if count_known(&tensors, &renamed) > count_known(&tensors, modules) {
+        let (sites, copies) = if count_known(&tensors, &renamed) > count_known(&tensors, modules) {
             let origin: BTreeMap<&str, &str> =
                 renamed.iter().map(|m| m.path.as_str()).zip(origins.iter().map(String::as_str)).collect();
-            let mut sites = bind(dir, &config, &tensors, &renamed)?;
-            for site in &mut sites {
-                site.module = origin[site.module.as_str()].to_owned();
+            let (mut sites, mut copies) = bind(dir, &config, &tensors, &renamed)?;
+            for path in sites.iter_mut().map(|s| &mut s.module).chain(copies.iter_mut().map(|c| &mut c.0)) {
+                *path = origin[path.as_str()].to_owned();
             }
-            sites
+            (sites, copies)
         } else {
             bind(dir, &config, &tensors, modules)?
         };
+        let copies = copies.into_iter().map(|(module, tensor)| (format!("{module}.weight"), tensor)).collect();
         let notes = config.notes.clone();
-        Ok(Adapter { name, dir: dir.to_owned(), config, sites, notes })
+        Ok(Adapter { name, dir: dir.to_owned(), config, sites, copies, notes })
+    }
+
+    /// Compares the copies of base weights that the file carries with the base itself, value by value.
+    ///
+    /// # Errors
+    /// A copy that differs: the adapter was made for another base, or its embedding was trained or resized, which is
+    /// not supported.
+    pub fn check_copies(&self, base: &Checkpoint) -> Result<()> {
+        for (path, copy) in &self.copies {
+            let same = match base.param(path) {
+                Some(tensor) => tensor.shape == copy.shape && tensor.read_f32()? == copy.read_f32()?,
+                None => false,
+            };
+            if !same {
+                let what = format!(
+                    "differs from `{path}` of {}: the adapter belongs to another base, or carries a trained embedding, which is \
+                     not supported yet",
+                    base.dir.display()
+                );
+                return Err(Error::tensor(&self.dir, &copy.name, what));
+            }
+        }
+        Ok(())
     }
 
     /// Trainable values in all branches.
@@ -114,13 +145,24 @@ fn count_known(tensors: &TensorTable, modules: &ModuleTable) -> usize {
     tensors.names().filter_map(module_of).filter(|path| paths.contains(path.as_str())).count()
 }
 
-fn bind(dir: &Path, config: &LoraConfig, tensors: &TensorTable, modules: &ModuleTable) -> Result<Vec<LoraSite>> {
+/// Branches, and copies of base weights by module.
+type Bound = (Vec<LoraSite>, Vec<(String, TensorRef)>);
+
+fn bind(dir: &Path, config: &LoraConfig, tensors: &TensorTable, modules: &ModuleTable) -> Result<Bound> {
     let targets = match_modules(config, modules)?;
-    refuse_special_sites(dir, config, &targets)?;
-    let name = |target: &Target, part: &str| format!("{PREFIX}{}.{part}.weight", target.module);
+    if config.ensure_weight_tying && targets.iter().any(|t| t.embedding || t.module.ends_with("lm_head")) {
+        let path = dir.join("adapter_config.json");
+        let what = "is true for a targeted embedding or head, which is not supported";
+        return Err(Error::key(&path, "ensure_weight_tying", what));
+    }
+    let name = |target: &Target, part: &str| match target.embedding {
+        true => format!("{PREFIX}{}.lora_embedding_{part}", target.module),
+        false => format!("{PREFIX}{}.lora_{part}.weight", target.module),
+    };
     let expected: BTreeMap<String, &Target> =
-        targets.iter().flat_map(|t| [(name(t, "lora_A"), t), (name(t, "lora_B"), t)]).collect();
-    refuse_unexpected(dir, tensors, &expected)?;
+        targets.iter().flat_map(|t| [(name(t, "A"), t), (name(t, "B"), t)]).collect();
+    let copies = find_copies(tensors, modules, &targets);
+    refuse_unexpected(dir, tensors, &expected, &copies)?;
     let unmatched = || tensors.names().filter(|n| !expected.contains_key(*n));
     let find = |target: &Target, part: &str, shape: [u64; 2]| {
         let name = name(target, part);
@@ -143,42 +185,45 @@ fn bind(dir: &Path, config: &LoraConfig, tensors: &TensorTable, modules: &Module
         }
         Ok(tensor.clone())
     };
-    targets
-        .iter()
-        .map(|t| {
-            Ok(LoraSite {
-                module: t.module.clone(),
-                rank: t.rank,
-                scale: t.scale,
-                input: t.input,
-                output: t.output,
-                a: find(t, "lora_A", [t.rank, t.input])?,
-                b: find(t, "lora_B", [t.output, t.rank])?,
-            })
+    let site = |t: &Target| {
+        Ok(LoraSite {
+            module: t.module.clone(),
+            embedding: t.embedding,
+            rank: t.rank,
+            scale: t.scale,
+            input: t.input,
+            output: t.output,
+            a: find(t, "A", [t.rank, t.input])?,
+            b: find(t, "B", [t.output, t.rank])?,
         })
-        .collect()
+    };
+    Ok((targets.iter().map(site).collect::<Result<_>>()?, copies))
 }
 
-fn refuse_special_sites(dir: &Path, config: &LoraConfig, targets: &[Target]) -> Result<()> {
-    let path = dir.join("adapter_config.json");
-    if let Some(target) = targets.iter().find(|t| t.embedding) {
-        let what = format!("matches the embedding `{}`; LoRA on embeddings is not supported yet", target.module);
-        return Err(Error::key(&path, "target_modules", what));
-    }
-    if config.ensure_weight_tying && targets.iter().any(|t| t.module.ends_with("lm_head")) {
-        return Err(Error::key(&path, "ensure_weight_tying", "is true for a targeted head, which is not supported"));
-    }
-    Ok(())
+/// Tensors of the file that are copies of base weights: of targeted layers under `base_layer`, and of the embedding and
+/// the head under their own names.
+fn find_copies(tensors: &TensorTable, modules: &ModuleTable, targets: &[Target]) -> Vec<(String, TensorRef)> {
+    let targeted = targets.iter().map(|t| (t.module.clone(), format!("{PREFIX}{}.base_layer.weight", t.module)));
+    let tables = modules
+        .iter()
+        .filter(|m| m.output_head || matches!(m.kind, ModuleKind::Embedding { .. }))
+        .map(|m| (m.path.clone(), format!("{PREFIX}{}.weight", m.path)));
+    let found = |(module, name): (String, String)| Some((module, tensors.get(&name)?.clone()));
+    targeted.chain(tables).filter_map(found).collect()
 }
 
 /// Every tensor of the file must be expected.
-fn refuse_unexpected(dir: &Path, tensors: &TensorTable, expected: &BTreeMap<String, &Target>) -> Result<()> {
-    let unmatched: Vec<&str> = tensors.names().filter(|n| !expected.contains_key(*n)).collect();
+fn refuse_unexpected(
+    dir: &Path,
+    tensors: &TensorTable,
+    expected: &BTreeMap<String, &Target>,
+    copies: &[(String, TensorRef)],
+) -> Result<()> {
+    let known = |name: &&str| expected.contains_key(*name) || copies.iter().any(|c| c.1.name == **name);
+    let unmatched: Vec<&str> = tensors.names().filter(|n| !known(n)).collect();
     let Some(first) = unmatched.first() else { return Ok(()) };
     let reason = if first.contains("lora_magnitude_vector") {
         "is a DoRA magnitude, which is not supported yet".to_owned()
-    } else if first.ends_with(".base_layer.weight") {
-        "is a saved copy of a base weight, which is not supported yet; save with save_embedding_layers=False".to_owned()
     } else if !first.starts_with(PREFIX) {
         format!("does not start with `{PREFIX}`; was the file saved by PEFT's save_pretrained?")
     } else {
@@ -248,7 +293,7 @@ mod tests {
             (json!({}), |l| l[0].1 = vec![5, 16], "rank 4"),
             (json!({"r": 3}), |_| {}, "make it [3, 16]"),
             (json!({"target_modules": ["q_proj"]}), |_| {}, "targets"),
-            (json!({"target_modules": ["embed_tokens"]}), |_| {}, "embedding"),
+            (json!({"target_modules": ["embed_tokens"]}), |_| {}, "belongs to no module"),
             (json!({}), |l| l.iter_mut().for_each(|t| t.0 = t.0.replace("base_model.", "")), "does not start with"),
             (
                 json!({}),
@@ -260,6 +305,33 @@ mod tests {
             let message = open(config, edit).unwrap_err();
             assert!(message.contains(expected), "{expected}: {message}");
         }
+    }
+
+    #[test]
+    fn embeddings_and_copies_of_base_weights() {
+        let dir = folder("adapter-base");
+        std::fs::write(dir.join("config.json"), tiny_llama().to_string()).unwrap();
+        let modules = ModuleTable::new(&ModelConfig::read(&dir).unwrap());
+        let list: Vec<_> = modules.iter().flat_map(|m| m.parameters()).map(|p| (p.path, p.shape)).collect();
+        write_tensors(&dir.join("model.safetensors"), &list, 0);
+        let base = Checkpoint::open(&dir).unwrap();
+        let config = json!({"peft_type": "LORA", "r": 4, "target_modules": ["embed_tokens"]});
+        let name = format!("{PREFIX}model.embed_tokens");
+        let write = |first: u32| {
+            let list = [
+                // The first tensor of the base is the embedding: with the same index it has the same values.
+                (format!("{name}.base_layer.weight"), vec![40, 16]),
+                (format!("{name}.lora_embedding_A"), vec![4, 40]),
+                (format!("{name}.lora_embedding_B"), vec![16, 4]),
+            ];
+            std::fs::write(dir.join("adapter_config.json"), config.to_string()).unwrap();
+            write_tensors(&dir.join("adapter_model.safetensors"), &list, first);
+            Adapter::open(&dir, None, &base.modules).unwrap()
+        };
+        let adapter = write(0);
+        assert!(adapter.sites[0].embedding && adapter.copies[0].0 == "model.embed_tokens.weight");
+        adapter.check_copies(&base).unwrap();
+        assert!(write(5).check_copies(&base).unwrap_err().to_string().contains("another base"));
     }
 
     #[test]

@@ -92,7 +92,7 @@ mod tests {
         writer.finish().unwrap();
         let table = TensorTable::open_file(&path).unwrap();
         let (a, b) = (table.get("a").unwrap().clone(), table.get("b").unwrap().clone());
-        let site = LoraSite { module: "m".into(), rank: 2, scale: -2.0, input: 3, output: 2, a, b };
+        let site = LoraSite { module: "m".into(), embedding: false, rank: 2, scale: -2.0, input: 3, output: 2, a, b };
         // BA = [[1, 2, 0], [2, 7, -3]], squares sum to 67.
         let report = report(&site).unwrap();
         assert!((report.delta_norm - 2.0 * 67f64.sqrt()).abs() < 1e-12);
