@@ -13,6 +13,8 @@ pub mod fuse_kernels;
 pub mod manager;
 pub mod options;
 pub mod order;
+#[cfg(test)]
+mod random_tests;
 pub mod rewrite;
 #[cfg(test)]
 mod testing;

@@ -186,6 +186,11 @@ fn symbols() -> Symbols {
 /// Runs the prepare entries and every other entry of `g` on seeded values; parameters are found by name, so that graphs
 /// with different parameter lists see the same values. Results by entry and output.
 pub(crate) fn results(g: &Graph) -> BTreeMap<String, Tensor> {
+    try_results(g).unwrap_or_else(|x| panic!("{x}"))
+}
+
+/// As [`results`]; an error when the values do not suit the graph.
+pub(crate) fn try_results(g: &Graph) -> Result<BTreeMap<String, Tensor>, pleach_ir::IrError> {
     let hash = |s: &str| s.bytes().fold(7u64, |h, c| h.wrapping_mul(31).wrapping_add(u64::from(c)));
     let mut values: Vec<Option<Tensor>> =
         g.params.iter().map(|p| (p.source != Source::Derived).then(|| tensor(&p.ty, hash(&p.name)))).collect();
@@ -205,7 +210,7 @@ pub(crate) fn results(g: &Graph) -> BTreeMap<String, Tensor> {
     let (prepare, run): (Vec<&Entry>, Vec<&Entry>) = g.entries.iter().partition(|e| e.name.starts_with("prepare("));
     for e in prepare.into_iter().chain(run) {
         let r = run_entry_with(&g.params, &|p: ParamId| values[p.index()].as_ref(), e, &inputs, &symbols());
-        let r = r.unwrap_or_else(|x| panic!("{}: {x}", e.name));
+        let r = r?;
         let derived = |p: ParamId| g.params[p.index()].source == Source::Derived;
         for (p, t) in r.assigns {
             if derived(p) {
@@ -216,7 +221,7 @@ pub(crate) fn results(g: &Graph) -> BTreeMap<String, Tensor> {
         }
         out.extend(r.outputs.into_iter().map(|(k, t)| (format!("{}/{k}", e.name), t)));
     }
-    out
+    Ok(out)
 }
 
 /// Panics unless both graphs compute the same outputs and states.
