@@ -25,4 +25,7 @@ pub enum CodegenError {
         /// What the linker said.
         why: String,
     },
+    /// The assembled plan breaks a rule of its own format.
+    #[error("the assembled plan is invalid: {0}")]
+    Plan(String),
 }

@@ -39,7 +39,7 @@ fn fault(why: impl Into<String>) -> CodegenError {
 /// # Errors
 /// [`CodegenError::Link`] when there is no linker, the directory for temporary files cannot be written, or a symbol is
 /// missing.
-pub fn link_shared(objects: &[Vec<u8>]) -> Result<Vec<u8>, CodegenError> {
+pub fn link(objects: &[Vec<u8>]) -> Result<Vec<u8>, CodegenError> {
     if objects.is_empty() {
         return Err(fault("there is no object to link"));
     }

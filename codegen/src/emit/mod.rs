@@ -5,6 +5,8 @@
 //! of the `symbols` slice), and what the runtime has to know to launch it.
 
 pub mod attention;
+pub mod contraction;
+pub(crate) mod elementwise;
 pub mod func;
 pub mod scatter;
 pub mod vmath;

@@ -7,7 +7,6 @@
 use super::HostTarget;
 use crate::error::CodegenError;
 use melior::ir::Module;
-use melior::ir::operation::OperationLike;
 use mlir_sys::{
     LLVMContextCreate, LLVMContextDispose, LLVMContextRef, LLVMDisposeMemoryBuffer, LLVMDisposeMessage,
     LLVMDisposeModule, LLVMGetBufferSize, LLVMGetBufferStart, LLVMMemoryBufferRef, LLVMModuleRef,

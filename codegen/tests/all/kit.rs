@@ -1,6 +1,9 @@
 //! Compiling a text, loading it and calling it.
 
-use pleach_codegen::{HostTarget, link, mlir};
+use pleach_codegen::emit::Emitted;
+use pleach_codegen::{CodegenError, HostTarget, link, mlir};
+use pleach_ir::interp::Tensor;
+use pleach_ir::{Kernel, Layout, Sym};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The host ABI of kernels.
@@ -21,7 +24,7 @@ impl Loaded {
     /// Links and loads objects.
     pub(crate) fn from_objects(objects: &[Vec<u8>]) -> Loaded {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let so = link::link_shared(objects).unwrap();
+        let so = link::link(objects).unwrap();
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = std::env::temp_dir().join(format!("pleach-test-{}-{n}.so", std::process::id()));
         std::fs::write(&path, so).unwrap();
@@ -55,4 +58,118 @@ pub(crate) fn targets() -> Vec<HostTarget> {
             vec![]
         }
     }
+}
+
+/// The emitter of a class of kernels.
+pub(crate) type Emitter = fn(&Kernel, &[Sym], &HostTarget) -> Result<Emitted, CodegenError>;
+
+/// A tensor in a layout, as bytes.
+fn laid_out(t: &Tensor, layout: &Layout) -> Vec<u8> {
+    let Layout::Panels { nr, transposed } = layout else { return t.to_bytes() };
+    let x = t.as_f32().unwrap();
+    let (r, c) = (t.shape[0] as usize, t.shape[1] as usize);
+    let (k, n) = if *transposed { (c, r) } else { (r, c) };
+    let nr = *nr as usize;
+    let mut out = vec![];
+    for p in 0..n.div_ceil(nr) {
+        for i in 0..k {
+            for j in p * nr..(p + 1) * nr {
+                let v = if j >= n {
+                    0.0
+                } else if *transposed {
+                    x[j * k + i]
+                } else {
+                    x[i * n + j]
+                };
+                out.extend(v.to_le_bytes());
+            }
+        }
+    }
+    out
+}
+
+/// What a kernel gives: its results for one split of the tasks.
+pub(crate) fn run_host(
+    lib: &Loaded,
+    k: &Kernel,
+    e: &Emitted,
+    operands: &[Tensor],
+    symbols: &[(Sym, u64)],
+    tasks_per_call: u64,
+) -> Vec<Tensor> {
+    let env = |s: Sym| symbols.iter().find(|x| x.0 == s).map(|x| x.1);
+    let values: Vec<u64> = symbols.iter().map(|s| s.1).collect();
+    // A guard after every buffer shows writes past the end.
+    const GUARD: usize = 256;
+    let mut memory: Vec<Vec<u8>> = vec![];
+    for (t, l) in operands.iter().zip(&k.operands) {
+        memory.push(laid_out(t, l));
+    }
+    let mut place: Vec<usize> = (0..memory.len()).collect();
+    for (ty, alias) in k.result_types().iter().zip(&k.aliases) {
+        match alias {
+            Some(a) => place.push(*a as usize),
+            None => {
+                place.push(memory.len());
+                memory.push(vec![0xcd; ty.bytes(&env).unwrap() as usize]);
+            }
+        }
+    }
+    let sizes: Vec<usize> = memory.iter().map(Vec::len).collect();
+    memory.iter_mut().for_each(|m| m.resize(m.len() + GUARD, 0xee));
+    let pointers: Vec<*mut u8> = memory.iter_mut().map(|m| m.as_mut_ptr()).collect();
+    let buffers: Vec<*mut u8> = place.iter().map(|i| pointers[*i]).collect();
+    let dims: Vec<i64> = values.iter().map(|v| *v as i64).collect();
+    let (tasks, scratch) = (e.tasks.eval(&values).unwrap(), e.scratch_bytes.eval(&values).unwrap());
+    let mut t = 0;
+    while t < tasks {
+        lib.run(&k.name, &buffers, &dims, (t, tasks.min(t + tasks_per_call)), scratch);
+        t += tasks_per_call;
+    }
+    for (m, n) in memory.iter().zip(&sizes) {
+        assert!(m[*n..].iter().all(|b| *b == 0xee), "{} writes past a buffer", k.name);
+    }
+    let results = k.result_types();
+    results
+        .iter()
+        .zip(&place[operands.len()..])
+        .map(|(ty, i)| {
+            let shape: Vec<u64> = ty.shape.iter().map(|d| d.eval(&env).unwrap()).collect();
+            let bytes = ty.bytes(&env).unwrap() as usize;
+            Tensor::from_bytes(ty.dtype, shape, &memory[*i][..bytes]).unwrap()
+        })
+        .collect()
+}
+
+/// Compiles a kernel for every target at hand, runs it whole and task by task, and compares with the interpreter.
+pub(crate) fn check(emit: Emitter, k: &Kernel, operands: &[Tensor], symbols: &[(Sym, u64)], tolerance: f64) {
+    let names: Vec<Sym> = symbols.iter().map(|s| s.0).collect();
+    let want = pleach_ir::interp::run_kernel(k, operands).unwrap();
+    for target in targets() {
+        let e = emit(k, &names, &target).unwrap_or_else(|e| panic!("{e}"));
+        let lib = Loaded::new(&e.text, &target);
+        let whole = run_host(&lib, k, &e, operands, symbols, u64::MAX >> 1);
+        let single = run_host(&lib, k, &e, operands, symbols, 1);
+        for (i, ((a, b), w)) in whole.iter().zip(&single).zip(&want).enumerate() {
+            assert_eq!(a, b, "{}: result {i} depends on the split of tasks ({:?})", k.name, target.isa);
+            assert_eq!(a.shape, w.shape);
+            let err = a.relative_error(w);
+            assert!(err <= tolerance, "{}: result {i} is off by {err:e} ({:?}, {symbols:?})", k.name, target.isa);
+        }
+    }
+}
+
+/// Reproducible values in -1 … 1.
+pub(crate) fn noise(shape: &[u64], seed: u64) -> Tensor {
+    let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let n = shape.iter().product::<u64>();
+    let v = (0..n)
+        .map(|_| {
+            s ^= s << 13;
+            s ^= s >> 7;
+            s ^= s << 17;
+            (s >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect();
+    Tensor::f32(shape, v)
 }

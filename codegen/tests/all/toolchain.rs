@@ -48,7 +48,7 @@ fn bytes_are_the_same_for_any_number_of_threads() {
     let one: Vec<Vec<u8>> = mlir::compile_parallel(&texts, &target, 1).into_iter().map(Result::unwrap).collect();
     let two: Vec<Vec<u8>> = mlir::compile_parallel(&texts, &target, 3).into_iter().map(Result::unwrap).collect();
     assert_eq!(one, two);
-    assert_eq!(link::link_shared(&one).unwrap(), link::link_shared(&two).unwrap());
+    assert_eq!(link::link(&one).unwrap(), link::link(&two).unwrap());
 }
 
 #[test]
@@ -62,7 +62,7 @@ fn faults_name_the_place() {
     assert!(matches!(&e, CodegenError::Lowering { stage: "translation", .. }), "{e}");
     let text = "func.func private @absent(f32) -> f32\nfunc.func @f(%x: f32) -> f32 { %0 = call @absent(%x) : (f32) -> f32 return %0 : f32 }";
     let object = mlir::compile_object(text, &target).unwrap();
-    let e = link::link_shared(&[object]).unwrap_err();
+    let e = link::link(&[object]).unwrap_err();
     assert!(e.to_string().contains("absent"), "{e}");
 }
 

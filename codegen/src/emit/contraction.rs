@@ -1,0 +1,424 @@
+//! Contraction kernels of the host: products, sums of products, and what is elementwise after them.
+//!
+//! One function: tasks over batches, row blocks and column blocks (few rows: column blocks alone); inside, blocks of the
+//! right operand that stay in the second-level cache, row tiles, column tiles, and the register tile of `tile`.
+//! Each element of a result is summed in an order that depends on the shapes alone, so any split of the tasks gives
+//! the same bits. f32; row-major results; any sizes, 0 and 1 included.
+//!
+//! * Right operands: panels, row-major in place, or any strides (packed by the task that needs them).
+//! * Sums of products run in one set of accumulators, the thin product (an adapter's) first.
+//! * A cheap remainder (bias, residual) runs on the registers of the tile; others, several groups of columns, or long
+//!   sums that run in parts go through scratch memory that stays in the first-level cache.
+
+mod analyze;
+mod blocking;
+mod cells;
+mod context;
+mod pack;
+mod tile;
+mod view;
+
+use crate::emit::elementwise::apply;
+use crate::emit::func::{Func, Val, vty};
+use crate::emit::{Emitted, HostIsa, bytes_expr, dim_expr, unsupported};
+use crate::error::CodegenError;
+use crate::mlir::HostTarget;
+use analyze::Analysis;
+pub use blocking::choose_panel;
+use blocking::{Blocking, LANES};
+use cells::Cells;
+use context::{Context, Place, repacked};
+use pleach_ir::{Dim, Kernel, Op, Sym, ValueId};
+use pleach_plan::Expr;
+
+/// Whether a region can be one contraction kernel.
+///
+/// # Errors
+/// The reason why not.
+pub fn supported(k: &Kernel) -> Result<(), String> {
+    let mut symbols: Vec<Sym> = k.body.nodes.iter().flat_map(|n| n.ty.symbols()).collect();
+    symbols.sort_unstable();
+    symbols.dedup();
+    emit_isa(k, &symbols, HostIsa::Avx512).map(|_| ()).map_err(|e| match e {
+        CodegenError::Unsupported { why, .. } => why,
+        other => other.to_string(),
+    })
+}
+
+/// Emits a contraction kernel.
+///
+/// # Errors
+/// [`CodegenError::Unsupported`] with what has no code and where to cut instead.
+pub fn emit(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted, CodegenError> {
+    emit_isa(k, symbols, target.isa)
+}
+
+fn emit_isa(k: &Kernel, symbols: &[Sym], isa: HostIsa) -> Result<Emitted, CodegenError> {
+    let an = Analysis::new(k).map_err(|why| unsupported(k, why))?;
+    let bl = Blocking::new(&an, isa).map_err(|why| unsupported(k, why))?;
+    let mut f = Func::host_kernel(&k.name);
+    let cx = Context::new(&mut f, k, &an, &bl, symbols).map_err(|why| unsupported(k, why))?;
+    kernel(&mut f, &cx).map_err(|why| unsupported(k, why))?;
+    let text = f.text();
+
+    let dim = |d: Dim| dim_expr(k, d, symbols);
+    let batches = an.batch.iter().try_fold(Expr::Const(1), |e, d| Ok::<_, CodegenError>(e.mul(dim(*d)?)))?;
+    let (m, n) = (dim(an.m)?, dim(an.n)?);
+    let narrow = n.clone().ceil_div(bl.width).ceil_div(bl.narrow_tiles);
+    let wide = n.clone().ceil_div(bl.width).ceil_div(bl.task_tiles).mul(m.clone().ceil_div(bl.task_rows));
+    let tasks = match an.m {
+        Dim::Known(x) if x <= bl.task_rows => narrow,
+        Dim::Known(_) => wide,
+        Dim::Symbol(_) => narrow.max(wide),
+    };
+    let mut scratch = Expr::Const(partial_elements(&an, &bl));
+    for (_, p) in repacked(&an) {
+        scratch = scratch.add(dim(an.products[p].k)?.mul(bl.task_tiles * bl.width));
+    }
+    let mut flops = Expr::Const(0);
+    for p in an.groups.iter().flat_map(|g| &g.products) {
+        flops = flops.add(batches.clone().mul(m.clone()).mul(n.clone()).mul(dim(an.products[*p].k)?).mul(2));
+    }
+    let mut bytes = Expr::Const(0);
+    for t in k.operand_types().iter().chain(&k.result_types()) {
+        bytes = bytes.add(bytes_expr(k, t, symbols)?);
+    }
+    Ok(Emitted { text, tasks: batches.mul(tasks), scratch_bytes: scratch.mul(4), flops, bytes })
+}
+
+/// f32 elements of scratch that hold accumulators.
+fn partial_elements(an: &Analysis, bl: &Blocking) -> u64 {
+    let groups = an.groups.len() as u64;
+    match (bl.direct, bl.part) {
+        (true, _) => 0,
+        (false, None) => groups * bl.rows[0] * bl.width,
+        (false, Some(_)) => groups * bl.task_rows * bl.task_tiles * bl.width,
+    }
+}
+
+/// A rank-0 value that depends on no product, in every lane.
+fn scalar(f: &mut Func, cx: &Context, v: ValueId) -> Result<Val, String> {
+    let body = &cx.kernel.body;
+    let node = body.node(v);
+    if let Some(x) = cx.scalars.get(&v) {
+        return Ok(x.clone());
+    }
+    if let Op::Const { dtype, bits, .. } = &node.op {
+        return Ok(crate::emit::elementwise::constant(f, *dtype, bits.first().copied().unwrap_or(0), LANES));
+    }
+    if !node.op.is_elementwise() {
+        return Err(format!("{} has no place beside a product; put it into a kernel of its own", node.op.name()));
+    }
+    let mut args = vec![];
+    for x in &node.inputs {
+        args.push((scalar(f, cx, *x)?, body.ty(*x).dtype));
+    }
+    apply(f, &node.op, &args, node.ty.dtype, LANES)
+}
+
+/// Rows and tiles of a task.
+struct Span {
+    rows: (Val, Val),
+    tiles: (Val, Val),
+    /// Tiles worked on at a time.
+    chunk: Val,
+}
+
+fn kernel(f: &mut Func, cx: &Context) -> Result<(), String> {
+    let (first, last) = (f.arg("first"), f.arg("last"));
+    let bl = cx.bl;
+    let (m, n) = (cx.dim(f, cx.an.m), cx.dim(f, cx.an.n));
+    let tiles = f.ceil_divc(&n, bl.width as i64);
+    let one = f.i64(1);
+    let row_blocks = f.ceil_divc(&m, bl.task_rows as i64);
+    let row_blocks = f.max(&row_blocks, &one);
+    let narrow = f.ceil_divc(&tiles, bl.narrow_tiles as i64);
+    let wide = f.ceil_divc(&tiles, bl.task_tiles as i64);
+    let wide = f.mul(&wide, &row_blocks);
+    let per_batch = match cx.an.m {
+        Dim::Known(x) if x <= bl.task_rows => narrow,
+        Dim::Known(_) => wide,
+        Dim::Symbol(_) => f.max(&narrow, &wide),
+    };
+    let mut fault = Ok(());
+    f.loop_(&first, &last, 1, |f, task| {
+        let (mut rest, mut inner) = (f.i64(0), task.clone());
+        if !cx.an.batch.is_empty() {
+            rest = f.div(task, &per_batch);
+            inner = f.rem(task, &per_batch);
+        }
+        let mut batch = vec![rest.clone(); cx.an.batch.len()];
+        for (i, d) in cx.an.batch.iter().enumerate().rev() {
+            let d = cx.dim(f, *d);
+            batch[i] = if i == 0 { rest.clone() } else { f.rem(&rest, &d) };
+            rest = f.div(&rest, &d);
+        }
+        let span = span(f, cx, &m, &tiles, &row_blocks, &inner);
+        fault = block(f, cx, &batch, &span, &n);
+    });
+    fault
+}
+
+fn span(f: &mut Func, cx: &Context, m: &Val, tiles: &Val, row_blocks: &Val, task: &Val) -> Span {
+    let bl = cx.bl;
+    let zero = f.i64(0);
+    let narrow = |f: &mut Func| {
+        let t = f.mulc(task, bl.narrow_tiles as i64);
+        (zero.clone(), m.clone(), t, f.i64(bl.narrow_tiles as i64), f.i64(1))
+    };
+    let wide = |f: &mut Func| {
+        // Row blocks count fastest: tasks that follow each other read the same columns.
+        let (c, r) = (f.div(task, row_blocks), f.rem(task, row_blocks));
+        let low = f.mulc(&r, bl.task_rows as i64);
+        let high = f.addc(&low, bl.task_rows as i64);
+        let high = f.min(&high, m);
+        let t = f.mulc(&c, bl.task_tiles as i64);
+        let n = f.i64(bl.task_tiles as i64);
+        (low, high, t, n.clone(), n)
+    };
+    let (low, high, from, count, chunk) = match cx.an.m {
+        Dim::Known(x) if x <= bl.task_rows => narrow(f),
+        Dim::Known(_) => wide(f),
+        Dim::Symbol(_) => {
+            let limit = f.i64(bl.task_rows as i64);
+            let few = f.cmp("sle", m, &limit);
+            let (a, b) = (narrow(f), wide(f));
+            let mut pick = |x: &Val, y: &Val| f.op(format!("arith.select {few}, {x}, {y} : i64"));
+            (pick(&a.0, &b.0), pick(&a.1, &b.1), pick(&a.2, &b.2), pick(&a.3, &b.3), pick(&a.4, &b.4))
+        }
+    };
+    let to = f.add(&from, &count);
+    let to = f.min(&to, tiles);
+    Span { rows: (low, high), tiles: (from, to), chunk }
+}
+
+/// All tiles of a task.
+fn block(f: &mut Func, cx: &Context, batch: &[Val], span: &Span, n: &Val) -> Result<(), String> {
+    let mut fault = Ok(());
+    let (zero, one) = (f.i64(0), f.i64(1));
+    let count = f.sub(&span.tiles.1, &span.tiles.0);
+    let less = f.sub(&span.chunk, &one);
+    let up = f.add(&count, &less);
+    // A task past the last tile has a count below 1.
+    let up = f.max(&up, &zero);
+    let chunks = f.div(&up, &span.chunk);
+    f.loop_(&zero, &chunks, 1, |f, c| {
+        let from = f.mul(c, &span.chunk);
+        let from = f.add(&span.tiles.0, &from);
+        let to = f.add(&from, &span.chunk);
+        let to = f.min(&to, &span.tiles.1);
+        pack::pack(f, cx, batch, &from, &to);
+        fault = match cx.bl.part {
+            None => rows(f, cx, batch, span, (&from, &to), n, None),
+            Some(part) => {
+                let mut longest = f.i64(0);
+                for g in &cx.an.groups {
+                    let k = g.products.last().map_or(Dim::Known(0), |p| cx.an.products[*p].k);
+                    let k = cx.dim(f, k);
+                    longest = f.max(&longest, &k);
+                }
+                let parts = f.ceil_divc(&longest, part as i64);
+                let parts = f.max(&parts, &one);
+                let final_ = f.sub(&parts, &one);
+                let mut inner = Ok(());
+                f.loop_(&zero, &parts, 1, |f, i| {
+                    let k0 = f.mulc(i, part as i64);
+                    let k1 = f.addc(&k0, part as i64);
+                    let head = f.cmp("eq", i, &zero);
+                    let tail = f.cmp("eq", i, &final_);
+                    inner = rows(f, cx, batch, span, (&from, &to), n, Some(&Part { k0, k1, head, tail }));
+                });
+                inner
+            }
+        };
+    });
+    fault
+}
+
+/// A part of a long sum.
+struct Part {
+    k0: Val,
+    k1: Val,
+    /// It is the first.
+    head: Val,
+    /// It is the last.
+    tail: Val,
+}
+
+/// Row tiles of falling sizes over the rows of a task; under each, the tiles of a chunk side by side.
+fn rows(
+    f: &mut Func,
+    cx: &Context,
+    batch: &[Val],
+    span: &Span,
+    (from, to): (&Val, &Val),
+    n: &Val,
+    part: Option<&Part>,
+) -> Result<(), String> {
+    let mut fault = Ok(());
+    let mut left = cx.an.m.known();
+    let mut low = span.rows.0.clone();
+    for &size in &cx.bl.rows {
+        // The rows of a task are a multiple of the largest tile, but for the last task.
+        if left.is_some_and(|x| x < size) {
+            continue;
+        }
+        left = left.map(|x| x % size);
+        let stop = f.addc(&span.rows.1, 1 - size as i64);
+        f.loop_(&low, &stop, size as i64, |f, row| {
+            f.loop_(from, to, 1, |f, t| {
+                let column = f.mulc(t, cx.bl.width as i64);
+                let slot = f.sub(t, from);
+                let at = Place { batch: batch.to_vec(), row: row.clone(), column, slot };
+                if let Err(e) = one_tile(f, cx, &at, size, n, &span.rows.0, part) {
+                    fault = Err(e);
+                }
+            });
+        });
+        if size > 1 && left != Some(0) {
+            let zero = f.i64(0);
+            let height = f.sub(&span.rows.1, &low);
+            let height = f.max(&height, &zero);
+            let turns = f.divc(&height, size as i64);
+            let done = f.mulc(&turns, size as i64);
+            low = f.add(&low, &done);
+        }
+    }
+    fault
+}
+
+fn one_tile(
+    f: &mut Func,
+    cx: &Context,
+    at: &Place,
+    rows: u64,
+    n: &Val,
+    row0: &Val,
+    part: Option<&Part>,
+) -> Result<(), String> {
+    let bl = cx.bl;
+    let whole = n.known().is_some_and(|n| n as u64 % bl.width == 0);
+    let masks: Vec<Option<Val>> = if whole {
+        vec![None; bl.vectors]
+    } else {
+        let left = f.sub(n, &at.column);
+        (0..bl.vectors)
+            .map(|j| {
+                let left = f.addc(&left, -((j * LANES) as i64));
+                Some(f.lane_mask(&left, LANES))
+            })
+            .collect()
+    };
+    if bl.direct {
+        let sum = tile::chain(f, cx, 0, at, &masks, rows, &cx.an.groups[0].products)?;
+        return Cells::new(cx, at, &masks, &[sum]).finish(f, rows);
+    }
+    // Accumulators in scratch: [group][row][tile][width], one tile only when the sum is whole.
+    let (side, down) = if part.is_some() { (bl.task_tiles, bl.task_rows) } else { (1, bl.rows[0]) };
+    let pitch = (side * bl.width) as i64;
+    let home = match part {
+        None => cx.scratch.clone(),
+        Some(_) => {
+            let r = f.sub(&at.row, row0);
+            let r = f.mulc(&r, pitch);
+            let c = f.mulc(&at.slot, bl.width as i64);
+            let s = f.add(&r, &c);
+            f.gep(&cx.scratch, &s, "f32")
+        }
+    };
+    let area = |g: usize| g as i64 * down as i64 * pitch;
+    let spot = |g: usize, i: u64, j: usize| area(g) + i as i64 * pitch + (j * LANES) as i64;
+    for g in 0..cx.an.groups.len() {
+        let products = &cx.an.groups[g].products;
+        let sum = match part {
+            None => tile::chain(f, cx, g, at, &masks, rows, products)?,
+            Some(p) => partial(f, cx, g, at, &masks, rows, p, &home, &spot)?,
+        };
+        for i in 0..rows {
+            for j in 0..bl.vectors {
+                let d = f.i64(spot(g, i, j));
+                f.store_at(&sum[i as usize * bl.vectors + j], &home, &d, "f32", LANES);
+            }
+        }
+    }
+    let mut fault = Ok(());
+    let mut finish = |f: &mut Func| {
+        let (zero, end) = (f.i64(0), f.i64(rows as i64));
+        f.loop_(&zero, &end, 1, |f, i| {
+            let down = f.mulc(i, pitch);
+            let line = f.gep(&home, &down, "f32");
+            let sums: Vec<Vec<Val>> = (0..cx.an.groups.len())
+                .map(|g| {
+                    (0..bl.vectors)
+                        .map(|j| {
+                            let d = f.i64(spot(g, 0, j));
+                            f.load_at(&line, &d, "f32", LANES)
+                        })
+                        .collect()
+                })
+                .collect();
+            let here = Place { row: f.add(&at.row, i), ..at.clone() };
+            fault = Cells::new(cx, &here, &masks, &sums).finish(f, 1);
+        });
+    };
+    match part {
+        Some(p) => f.if_(&p.tail, finish),
+        None => finish(f),
+    }
+    fault
+}
+
+/// One part of a long sum: earlier parts come from scratch, the first part starts with the thin products.
+#[allow(clippy::too_many_arguments, reason = "the tile's frame")]
+fn partial(
+    f: &mut Func,
+    cx: &Context,
+    g: usize,
+    at: &Place,
+    masks: &[Option<Val>],
+    rows: u64,
+    p: &Part,
+    home: &Val,
+    spot: &dyn Fn(usize, u64, usize) -> i64,
+) -> Result<Vec<Val>, String> {
+    let group = &cx.an.groups[g];
+    let Some((long, thin)) = group.products.split_last() else { return Ok(tile::zeros(f, cx, rows)) };
+    let types = vec![vty(LANES, "f32"); rows as usize * cx.bl.vectors];
+    let mut fault = Ok(());
+    let start = f.if_else(
+        &p.head,
+        &types,
+        |f| match tile::chain(f, cx, g, at, masks, rows, thin) {
+            Ok(v) => v,
+            Err(e) => {
+                fault = Err(e);
+                tile::zeros(f, cx, rows)
+            }
+        },
+        |f| {
+            let mut v = vec![];
+            for i in 0..rows {
+                for j in 0..cx.bl.vectors {
+                    let d = f.i64(spot(g, i, j));
+                    v.push(f.load_at(home, &d, "f32", LANES));
+                }
+            }
+            v
+        },
+    );
+    fault?;
+    let k = cx.dim(f, cx.an.products[*long].k);
+    // Another group may have more parts.
+    let (k0, k1) = (f.min(&p.k0, &k), f.min(&p.k1, &k));
+    let sum = tile::multiply(f, cx, g, *long, at, masks, rows, start, (&k0, &k1));
+    if !thin.is_empty() || group.scale.is_none() {
+        return Ok(sum);
+    }
+    // The scaled product is the long one itself.
+    let first = tile::scaled(f, cx, group.scale, sum.clone())?;
+    Ok(sum
+        .into_iter()
+        .zip(first)
+        .map(|(a, b)| f.op(format!("arith.select {}, {b}, {a} : {}", p.tail, vty(LANES, "f32"))))
+        .collect())
+}

@@ -1,0 +1,269 @@
+//! What a contraction kernel computes: sums of products at column offsets, and an elementwise remainder.
+//!
+//! A [`Group`] is one set of accumulators of a result tile: a sum of products, read at a column offset. Slices of the
+//! last axis are pushed through the elementwise operators down to the products, so that a tile of `silu(z[:, :F]) *
+//! z[:, F:]` holds two groups of the same product. Decides nothing about tiles.
+
+use super::view::{View, view};
+use pleach_ir::{BinaryOp, Class, DType, Dim, Entry, Kernel, Layout, Op, ValueId};
+use std::collections::BTreeMap;
+
+/// The right operand of a product.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Right {
+    /// Packed panels of `nr` columns.
+    Panels { arg: usize, nr: u64 },
+    /// Strides of `(batch…, k, n)`, unit step along `n`.
+    Rows(View),
+    /// Any other strides; repacked while it runs.
+    Strided(View),
+}
+
+/// One `matmul`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Product {
+    /// Strides of `(batch…, m, k)`.
+    pub(super) left: View,
+    pub(super) right: Right,
+    pub(super) k: Dim,
+    pub(super) n: Dim,
+}
+
+/// Accumulators of a tile: `scale · p0 + p1 + …` from column `offset` on.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Group {
+    /// Indices of products, in the order they are summed.
+    pub(super) products: Vec<usize>,
+    /// A rank-0 value that multiplies the first product.
+    pub(super) scale: Option<ValueId>,
+    pub(super) offset: u64,
+}
+
+/// The terms of an `Add`: a group and what is added to it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Sum {
+    pub(super) group: usize,
+    pub(super) rest: Vec<ValueId>,
+}
+
+/// A kernel taken apart.
+pub(super) struct Analysis {
+    pub(super) batch: Vec<Dim>,
+    pub(super) m: Dim,
+    /// Columns of the results.
+    pub(super) n: Dim,
+    pub(super) products: Vec<Product>,
+    pub(super) groups: Vec<Group>,
+    /// Groups of `matmul` and `Add` nodes, by node and column offset.
+    pub(super) sums: BTreeMap<(ValueId, u64), Sum>,
+    /// Which values depend on a product.
+    pub(super) computed: Vec<bool>,
+    /// Operand number of each input node.
+    pub(super) args: Vec<Option<usize>>,
+    /// Rough cost of the remainder per element.
+    pub(super) cost: u64,
+}
+
+impl Analysis {
+    /// Takes a kernel apart.
+    ///
+    /// # Errors
+    /// What this class has no code for.
+    pub(super) fn new(k: &Kernel) -> Result<Analysis, String> {
+        if k.class != Class::Contraction {
+            return Err("is no contraction".into());
+        }
+        let body = &k.body;
+        let mut args = vec![None; body.nodes.len()];
+        for (i, (v, _)) in body.inputs().iter().enumerate() {
+            args[v.index()] = Some(i);
+        }
+        let mut computed = vec![false; body.nodes.len()];
+        for v in body.values() {
+            let n = body.node(v);
+            computed[v.index()] = matches!(n.op, Op::MatMul { .. }) || n.inputs.iter().any(|i| computed[i.index()]);
+        }
+        let first = body.roots.first().ok_or("has no result")?;
+        let shape = body.ty(first.value).shape.clone();
+        let [batch @ .., m, n] = shape.as_slice() else { return Err("a result has a rank below 2".into()) };
+        let mut a = Analysis {
+            batch: batch.to_vec(),
+            m: *m,
+            n: *n,
+            products: vec![],
+            groups: vec![],
+            sums: BTreeMap::new(),
+            computed,
+            args,
+            cost: 0,
+        };
+        for (i, r) in body.roots.iter().enumerate() {
+            if body.ty(r.value).shape != shape {
+                return Err(format!("results of different shapes: {} and {}", body.ty(first.value), body.ty(r.value)));
+            }
+            if k.results.get(i).is_some_and(|l| *l != Layout::RowMajor) {
+                return Err("a result is not row-major".into());
+            }
+        }
+        let users = body.users();
+        let mut seen = BTreeMap::new();
+        for r in &body.roots {
+            a.walk(k, &users, r.value, 0, &mut seen)?;
+        }
+        if a.groups.is_empty() {
+            return Err("no result depends on a product".into());
+        }
+        Ok(a)
+    }
+
+    fn walk(
+        &mut self,
+        k: &Kernel,
+        users: &[Vec<ValueId>],
+        v: ValueId,
+        offset: u64,
+        seen: &mut BTreeMap<(ValueId, u64), ()>,
+    ) -> Result<(), String> {
+        if !self.computed[v.index()] || seen.insert((v, offset), ()).is_some() {
+            return Ok(());
+        }
+        let body = &k.body;
+        let node = body.node(v);
+        match &node.op {
+            Op::MatMul { .. } => {
+                let p = self.product(k, v)?;
+                self.sum(v, offset, Group { products: vec![p], scale: None, offset }, vec![])
+            }
+            Op::Add => {
+                let (chain, scale, rest) = self.terms(body, users, v);
+                if !chain.is_empty() {
+                    let products = chain.iter().map(|m| self.product(k, *m)).collect::<Result<Vec<_>, _>>()?;
+                    let mut order: Vec<usize> = products;
+                    let from = usize::from(scale.is_some());
+                    // Thin products first: the long loop then runs last, over accumulators that hold them already.
+                    order[from..].sort_by_key(|p| (self.products[*p].k.known().unwrap_or(u64::MAX), *p));
+                    self.sum(v, offset, Group { products: order, scale, offset }, rest.clone())?;
+                }
+                let terms = if chain.is_empty() { node.inputs.clone() } else { rest };
+                self.cost += terms.len() as u64;
+                terms.iter().try_for_each(|t| self.walk(k, users, *t, offset, seen))
+            }
+            Op::Slice { axis, start, .. } if usize::from(*axis) + 1 == node.ty.rank() => {
+                self.walk(k, users, node.inputs[0], offset + start, seen)
+            }
+            op if op.is_elementwise() => {
+                self.cost += match op {
+                    Op::Unary(u) => match u {
+                        pleach_ir::UnaryOp::Neg | pleach_ir::UnaryOp::Abs | pleach_ir::UnaryOp::Not => 1,
+                        _ => 20,
+                    },
+                    _ => 1,
+                };
+                node.inputs.iter().try_for_each(|t| self.walk(k, users, *t, offset, seen))
+            }
+            Op::Broadcast { shape, .. } | Op::Reshape(shape) if *shape == body.ty(node.inputs[0]).shape => {
+                self.walk(k, users, node.inputs[0], offset, seen)
+            }
+            op => Err(format!("{} of a product has no place in a contraction; cut the kernel before it", op.name())),
+        }
+    }
+
+    fn sum(&mut self, v: ValueId, offset: u64, group: Group, rest: Vec<ValueId>) -> Result<(), String> {
+        let at = match self.groups.iter().position(|g| *g == group) {
+            Some(i) => i,
+            None => {
+                self.groups.push(group);
+                self.groups.len() - 1
+            }
+        };
+        self.sums.insert((v, offset), Sum { group: at, rest });
+        Ok(())
+    }
+
+    /// Terms of an `Add`: products that only this sum reads (the scaled one, if any, first), its scale, the rest.
+    fn terms(&self, body: &Entry, users: &[Vec<ValueId>], v: ValueId) -> (Vec<ValueId>, Option<ValueId>, Vec<ValueId>) {
+        let own = |x: ValueId| users[x.index()].len() == 1 && body.roots.iter().all(|r| r.value != x);
+        let is_product = |x: ValueId| matches!(body.node(x).op, Op::MatMul { .. }) && own(x);
+        let (mut chain, mut scale, mut rest) = (vec![], None, vec![]);
+        for t in &body.node(v).inputs {
+            let n = body.node(*t);
+            if is_product(*t) {
+                chain.push(*t);
+                continue;
+            }
+            if n.op == Op::Binary(BinaryOp::Mul) && own(*t) && scale.is_none() {
+                let (a, b) = (n.inputs[0], n.inputs[1]);
+                let scalar = |x: ValueId| body.ty(x).rank() == 0 && !self.computed[x.index()];
+                let pair = if is_product(a) && scalar(b) {
+                    Some((a, b))
+                } else if is_product(b) && scalar(a) {
+                    Some((b, a))
+                } else {
+                    None
+                };
+                if let Some((p, s)) = pair {
+                    chain.insert(0, p);
+                    scale = Some(s);
+                    continue;
+                }
+            }
+            rest.push(*t);
+        }
+        (chain, scale, rest)
+    }
+
+    fn product(&mut self, k: &Kernel, v: ValueId) -> Result<usize, String> {
+        let body = &k.body;
+        let node = body.node(v);
+        let Op::MatMul { ta, tb } = node.op else { return Err("is no product".into()) };
+        let [batch @ .., m, n] = node.ty.shape.as_slice() else { return Err("a product has a rank below 2".into()) };
+        if batch != self.batch || *m != self.m {
+            return Err(format!("a product is {}, which has other rows than the results", node.ty));
+        }
+        let (l, r) = (node.inputs[0], node.inputs[1]);
+        for x in [l, r] {
+            if body.ty(x).dtype != DType::F32 {
+                return Err(format!("a product of {}; only f32 has code here", body.ty(x).dtype));
+            }
+        }
+        let rank = node.ty.rank();
+        let mut left = view(body, &self.args, l)?;
+        if k.operands.get(left.arg).is_some_and(|x| *x != Layout::RowMajor) {
+            return Err("a left operand is not row-major".into());
+        }
+        let (rows, inner) = (rank - 2, rank - 1);
+        let dim = body.ty(l).shape[if ta { rows } else { inner }];
+        if ta {
+            left.strides.swap(rows, inner);
+        }
+        let right = match (self.args[r.index()], self.args[r.index()].and_then(|i| k.operands.get(i))) {
+            (Some(arg), Some(Layout::Panels { nr, transposed })) => {
+                if *transposed != tb || rank != 2 {
+                    return Err("panels do not fit the product they are read by".into());
+                }
+                if *nr == 0 || nr % 16 != 0 || n.known().is_none() || dim.known().is_none() {
+                    return Err("panels need static dimensions and a width that 16 divides".into());
+                }
+                Right::Panels { arg, nr: u64::from(*nr) }
+            }
+            _ => {
+                let mut w = view(body, &self.args, r)?;
+                if k.operands.get(w.arg).is_some_and(|x| *x != Layout::RowMajor) {
+                    return Err("packed panels are read through a movement".into());
+                }
+                if tb {
+                    w.strides.swap(rows, inner);
+                }
+                if w.strides[inner].known() == Some(1) { Right::Rows(w) } else { Right::Strided(w) }
+            }
+        };
+        let p = Product { left, right, k: dim, n: *n };
+        Ok(match self.products.iter().position(|q| *q == p) {
+            Some(i) => i,
+            None => {
+                self.products.push(p);
+                self.products.len() - 1
+            }
+        })
+    }
+}
