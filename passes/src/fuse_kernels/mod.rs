@@ -217,16 +217,18 @@ impl Builder<'_, '_> {
                     self.homes.insert(v, BufferKind::Output(name.clone()));
                 }
                 RootKind::Assign(p) => {
-                    // The old value may be read only by the scatter that updates it in place.
+                    // The old value may be read only by the scatter that updates it in place, and be no result.
                     let readers: Vec<ValueId> =
                         e.values().filter(|n| e.node(*n).op == Op::Param(*p)).flat_map(|n| groups.readers(n)).collect();
                     let row_major = self.cut.params[p.index()].1 == Layout::RowMajor;
-                    let free = if scatter {
+                    let returned =
+                        e.roots.iter().any(|r| e.node(groups.alias_base(e, r.value)).op == Op::Param(*p));
+                    let unread = if scatter {
                         readers == [v] && e.node(groups.alias_base(e, e.node(v).inputs[0])).op == Op::Param(*p)
                     } else {
                         readers.is_empty()
-                            && !e.roots.iter().any(|r| e.node(groups.alias_base(e, r.value)).op == Op::Param(*p))
                     };
+                    let free = unread && !returned;
                     if row_major && free {
                         self.homes.insert(v, BufferKind::Param(*p));
                     }
