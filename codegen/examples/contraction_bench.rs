@@ -1,0 +1,322 @@
+//! Speed of contraction kernels against this machine's own peak and bandwidth, measured in the same run.
+//!
+//! `cargo run --release -p pleach-codegen --example contraction_bench [threads] [avx512|avx2] [filter]`
+//!
+//! Each line: best time of many, GFLOP/s or GB/s, percent of the peak measured on the same threads. A matrix-vector
+//! product is compared with a plain read of as many bytes.
+#![allow(unsafe_code, clippy::print_stdout, unreachable_pub, reason = "a measuring program; calls compiled kernels")]
+
+use pleach_codegen::emit::HostIsa;
+use pleach_codegen::emit::contraction::{choose_panel, emit};
+use pleach_codegen::emit::func::{Func, vty};
+use pleach_codegen::{HostTarget, link, mlir};
+use pleach_ir::{BinaryOp, Class, DType, Dim, Entry, Kernel, Layout, Op, Sym, UnaryOp, ValueId};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+
+type KernelFn = unsafe extern "C" fn(*const *mut u8, *const i64, i64, i64, *mut u8);
+
+const LINE: usize = 64;
+
+/// Zeroed or filled memory on a cache line.
+struct Memory(Vec<f32>, usize);
+
+impl Memory {
+    fn new(n: usize, value: f32) -> Memory {
+        let v = vec![value; n + 2 * LINE];
+        let skip = (LINE - v.as_ptr() as usize % LINE) % LINE / 4;
+        Memory(v, skip)
+    }
+    fn ptr(&self) -> *mut u8 {
+        self.0[self.1..].as_ptr().cast_mut().cast()
+    }
+}
+
+fn load(text: &str, name: &str, target: &HostTarget) -> (libloading::Library, KernelFn, f64) {
+    let start = Instant::now();
+    let object = mlir::compile_object(text, target).unwrap_or_else(|e| panic!("{e}"));
+    let ms = start.elapsed().as_secs_f64() * 1e3;
+    let path = std::env::temp_dir().join(format!("pleach-bench-{}-{name}.so", std::process::id()));
+    std::fs::write(&path, link::link(&[object]).unwrap()).unwrap();
+    let lib = unsafe { libloading::Library::new(&path).unwrap() };
+    std::fs::remove_file(&path).unwrap();
+    let f = *unsafe { lib.get::<KernelFn>(name.as_bytes()).unwrap() };
+    (lib, f, ms)
+}
+
+struct Launch<'a> {
+    f: KernelFn,
+    buffers: &'a [*mut u8],
+    dims: &'a [i64],
+    tasks: u64,
+    scratch: &'a [Memory],
+}
+unsafe impl Sync for Launch<'_> {}
+
+/// Best time of a launch: tasks are handed out through one counter, as the runtime does it.
+fn best(l: &Launch, threads: usize, budget_ms: f64) -> f64 {
+    let (turn, next, done, stop) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
+    let work = |id: usize| loop {
+        let t = next.fetch_add(1, Ordering::Relaxed);
+        if t >= l.tasks {
+            break;
+        }
+        unsafe { (l.f)(l.buffers.as_ptr(), l.dims.as_ptr(), t as i64, t as i64 + 1, l.scratch[id].ptr()) };
+    };
+    let mut low = f64::MAX;
+    std::thread::scope(|s| {
+        for id in 1..threads {
+            let (turn, done, stop, work) = (&turn, &done, &stop, &work);
+            s.spawn(move || {
+                let mut seen = 0;
+                loop {
+                    let now = turn.load(Ordering::Acquire);
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    if now != seen {
+                        seen = now;
+                        work(id);
+                        done.fetch_add(1, Ordering::Release);
+                    }
+                    std::hint::spin_loop();
+                }
+            });
+        }
+        let clock = Instant::now();
+        let mut n = 0;
+        while n < 20 || clock.elapsed().as_secs_f64() * 1e3 < budget_ms {
+            let start = Instant::now();
+            next.store(0, Ordering::Relaxed);
+            done.store(0, Ordering::Relaxed);
+            turn.fetch_add(1, Ordering::Release);
+            work(0);
+            while done.load(Ordering::Acquire) < threads as u64 - 1 {
+                std::hint::spin_loop();
+            }
+            low = low.min(start.elapsed().as_secs_f64());
+            n += 1;
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    low
+}
+
+/// 24 independent chains of multiply-adds; `dims[0]` turns per task.
+fn peak_text(isa: HostIsa) -> String {
+    let mut f = Func::host_kernel("peak");
+    let lanes = isa.lanes();
+    let chains = if isa == HostIsa::Avx512 { 24 } else { 12 };
+    let v = vty(lanes, "f32");
+    let (n, out, zero) = (f.dim(0), f.buffer(0), f.i64(0));
+    let (first, last) = (f.arg("first"), f.arg("last"));
+    f.loop_(&first, &last, 1, |f, task| {
+        let inits: Vec<_> = (0..chains).map(|i| (f.f32(i as f32, lanes), v.clone())).collect();
+        let (a, b) = (f.f32(0.5, lanes), f.f32(0.25, lanes));
+        let r = f.for_(&zero, &n, 1, &inits, |f, _, acc| {
+            acc.iter().map(|x| f.op(format!("math.fma {x}, {a}, {b} : {v}"))).collect()
+        });
+        let mut s = r[0].clone();
+        for x in &r[1..] {
+            s = f.op(format!("arith.addf {s}, {x} : {v}"));
+        }
+        let at = f.mulc(task, lanes as i64);
+        f.store_at(&s, &out, &at, "f32", lanes);
+    });
+    f.text()
+}
+
+/// Sums `dims[0]` elements per task.
+fn read_text() -> String {
+    let mut f = Func::host_kernel("read");
+    let v = vty(16, "f32");
+    let (n, x, out, zero) = (f.dim(0), f.buffer(0), f.buffer(1), f.i64(0));
+    let (first, last) = (f.arg("first"), f.arg("last"));
+    f.loop_(&first, &last, 1, |f, task| {
+        let base = f.mul(task, &n);
+        let base = f.gep(&x, &base, "f32");
+        let z = f.f32(0.0, 16);
+        let r = f.for_(&zero, &n, 128, &vec![(z, v.clone()); 8], |f, i, acc| {
+            let p = f.gep(&base, i, "f32");
+            (0..8)
+                .map(|u| {
+                    let d = f.i64(16 * u);
+                    let t = f.load_at(&p, &d, "f32", 16);
+                    f.op(format!("arith.addf {}, {t} : {v}", acc[u as usize]))
+                })
+                .collect()
+        });
+        let mut s = r[0].clone();
+        for t in &r[1..] {
+            s = f.op(format!("arith.addf {s}, {t} : {v}"));
+        }
+        let at = f.mulc(task, 16);
+        f.store_at(&s, &out, &at, "f32", 16);
+    });
+    f.text()
+}
+
+/// What follows the product.
+#[derive(Clone, Copy, PartialEq)]
+enum Tail {
+    Plain,
+    /// Bias and residual.
+    Add,
+    /// Rank-16 branch.
+    Lora,
+    /// silu(x·Wg) * (x·Wu), two packed weights.
+    Siblings,
+    /// The same with rank-16 branches in both.
+    LoraSiblings,
+    /// The same as slices of one packed weight.
+    Slices,
+    /// The right operand row-major `[K, N]`.
+    Rows,
+}
+
+fn contraction(n: u64, k: u64, isa: HostIsa, tail: Tail) -> Kernel {
+    let t = Dim::Symbol(Sym::T);
+    let (mut body, mut operands) = (Entry::new("k"), vec![]);
+    let mut push = |op: Op, x: &[ValueId]| body.push(&[], op, x).unwrap();
+    let mut input = |push: &mut dyn FnMut(Op, &[ValueId]) -> ValueId, shape: &[Dim], layout: Layout| {
+        operands.push(layout);
+        push(Op::Input { name: format!("a{}", operands.len() - 1), dtype: DType::F32, shape: shape.to_vec() }, &[])
+    };
+    let wide = if tail == Tail::Slices { 2 * n } else { n };
+    let packed = Layout::Panels { nr: choose_panel(n, &[], isa), transposed: true };
+    let x = input(&mut push, &[t, Dim::Known(k)], Layout::RowMajor);
+    let mm = Op::MatMul { ta: false, tb: true };
+    let product = |push: &mut dyn FnMut(Op, &[ValueId]) -> ValueId,
+                   input: &mut dyn FnMut(&mut dyn FnMut(Op, &[ValueId]) -> ValueId, &[Dim], Layout) -> ValueId,
+                   lora: bool| {
+        if tail == Tail::Rows {
+            let w = input(push, &[Dim::Known(k), Dim::Known(n)], Layout::RowMajor);
+            return push(Op::MatMul { ta: false, tb: false }, &[x, w]);
+        }
+        let w = input(push, &[Dim::Known(wide), Dim::Known(k)], packed);
+        let y = push(mm.clone(), &[x, w]);
+        if !lora {
+            return y;
+        }
+        let h = input(push, &[t, Dim::Known(16)], Layout::RowMajor);
+        let b = input(push, &[Dim::Known(wide), Dim::Known(16)], packed);
+        let z = push(mm.clone(), &[h, b]);
+        push(Op::Add, &[y, z])
+    };
+    let silu = |push: &mut dyn FnMut(Op, &[ValueId]) -> ValueId, g, u| {
+        let s = push(Op::Unary(UnaryOp::Sigmoid), &[g]);
+        let s = push(Op::Binary(BinaryOp::Mul), &[g, s]);
+        push(Op::Binary(BinaryOp::Mul), &[s, u])
+    };
+    let y = match tail {
+        Tail::Plain | Tail::Rows => product(&mut push, &mut input, false),
+        Tail::Lora => product(&mut push, &mut input, true),
+        Tail::Add => {
+            let y = product(&mut push, &mut input, false);
+            let b = input(&mut push, &[Dim::Known(n)], Layout::RowMajor);
+            let b = push(Op::Broadcast { shape: vec![t, Dim::Known(n)], axes: vec![1] }, &[b]);
+            let r = input(&mut push, &[t, Dim::Known(n)], Layout::RowMajor);
+            push(Op::Add, &[y, b, r])
+        }
+        Tail::Siblings | Tail::LoraSiblings => {
+            let g = product(&mut push, &mut input, tail == Tail::LoraSiblings);
+            let u = product(&mut push, &mut input, tail == Tail::LoraSiblings);
+            silu(&mut push, g, u)
+        }
+        Tail::Slices => {
+            let z = product(&mut push, &mut input, false);
+            let g = push(Op::Slice { axis: 1, start: 0, end: n }, &[z]);
+            let u = push(Op::Slice { axis: 1, start: n, end: 2 * n }, &[z]);
+            silu(&mut push, g, u)
+        }
+    };
+    body.output("r0", y);
+    Kernel {
+        name: "k".into(),
+        class: Class::Contraction,
+        body,
+        operands,
+        results: vec![Layout::RowMajor],
+        aliases: vec![None],
+    }
+}
+
+fn main() {
+    let mut args = std::env::args().skip(1);
+    let threads: usize = args.next().and_then(|s| s.parse().ok()).unwrap_or(2);
+    let target = HostTarget::from_name(&args.next().unwrap_or("native".into())).expect("a target: avx512, avx2, native");
+    let filter = args.next().unwrap_or_default();
+    let (_peak_lib, peak, _) = load(&peak_text(target.isa), "peak", &target);
+    let (_read_lib, read, _) = load(&read_text(), "read", &target);
+    let scratch: Vec<Memory> = (0..threads).map(|_| Memory::new(8 << 20, 0.0)).collect();
+    let sink = Memory::new(1 << 16, 0.0);
+    let peak_rate = || {
+        let turns = 20_000i64;
+        let l = Launch { f: peak, buffers: &[sink.ptr()], dims: &[turns], tasks: threads as u64, scratch: &scratch };
+        let chains = if target.isa == HostIsa::Avx512 { 24 } else { 12 };
+        let flop = (chains * target.isa.lanes() * 2) as f64 * turns as f64 * threads as f64;
+        flop / best(&l, threads, 60.0) / 1e9
+    };
+    let read_rate = |bytes: u64| {
+        let tasks = (bytes / (128 << 10)).clamp(threads as u64, 1024);
+        let n = bytes / 4 / tasks / 128 * 128;
+        let x = Memory::new((n * tasks) as usize, 1.0);
+        let l = Launch {
+            f: read,
+            buffers: &[x.ptr(), sink.ptr()],
+            dims: &[n as i64],
+            tasks,
+            scratch: &scratch,
+        };
+        (n * tasks * 4) as f64 / best(&l, threads, 150.0) / 1e9
+    };
+    println!("{threads} threads, {:?}; peak {:.0} GFLOP/s", target.isa, peak_rate());
+    let shapes: &[(u64, u64, Tail, &str)] = &[
+        (576, 576, Tail::Plain, "o"),
+        (192, 576, Tail::Plain, "kv"),
+        (1536, 576, Tail::Plain, "gate"),
+        (1536, 576, Tail::Siblings, "gate+up"),
+        (1536, 576, Tail::Slices, "gate+up slices"),
+        (1536, 576, Tail::LoraSiblings, "gate+up lora"),
+        (576, 1536, Tail::Plain, "down"),
+        (576, 1536, Tail::Add, "down bias+res"),
+        (576, 576, Tail::Add, "o bias+res"),
+        (576, 576, Tail::Lora, "o lora"),
+        (576, 576, Tail::Rows, "o row-major"),
+        (16, 576, Tail::Plain, "lora a"),
+        (576, 16, Tail::Plain, "lora b"),
+        (384, 384, Tail::Plain, "bert"),
+        (4096, 4096, Tail::Plain, "4096"),
+        (49152, 576, Tail::Plain, "head"),
+    ];
+    for &(n, k, tail, name) in shapes.iter().filter(|s| s.3.contains(&filter)) {
+        let kernel = contraction(n, k, target.isa, tail);
+        let e = emit(&kernel, &[Sym::T], &target).unwrap_or_else(|e| panic!("{e}"));
+        let (_lib, f, ms) = load(&e.text, "k", &target);
+        for m in [512u64, 1, 4, 16, 128] {
+            if n * k > 1 << 24 && m == 128 {
+                continue;
+            }
+            let env = |_: Sym| Some(m);
+            let mut memory = vec![];
+            for (ty, l) in kernel.operand_types().iter().zip(&kernel.operands) {
+                memory.push(Memory::new(l.elements(ty, &env).unwrap() as usize, 0.01));
+            }
+            memory.push(Memory::new((m * n) as usize, 0.0));
+            let buffers: Vec<*mut u8> = memory.iter().map(Memory::ptr).collect();
+            let tasks = e.tasks.eval(&[m]).unwrap();
+            let l = Launch { f, buffers: &buffers, dims: &[m as i64], tasks, scratch: &scratch };
+            let s = best(&l, threads, 200.0);
+            let flop = e.flops.eval(&[m]).unwrap() as f64;
+            let bytes = e.bytes.eval(&[m]).unwrap();
+            let head = format!("{name:>16} M={m:<4} N={n:<6} K={k:<5} tasks {tasks:<5} {:>9.1} us", s * 1e6);
+            if m <= 4 {
+                let (rate, limit) = (bytes as f64 / s / 1e9, read_rate(bytes));
+                println!("{head} {rate:>7.1} GB/s    {:>5.1} % of a read at {limit:.0}", 100.0 * rate / limit);
+            } else {
+                let (rate, limit) = (flop / s / 1e9, peak_rate());
+                println!("{head} {rate:>7.1} GFLOP/s {:>5.1} % of {limit:.0}   (compiled in {ms:.0} ms)", 100.0 * rate / limit);
+            }
+        }
+    }
+}
