@@ -116,7 +116,7 @@ impl Session {
             check_values(e, x, *v, &given, &env, &mut self.seen)
                 .map_err(|why| bad(format!("input `{}`: {why}", x.name)))?;
         }
-        self.refresh()?;
+        self.prepare_all()?;
         self.launch_all(index, &given, &env)?;
         self.outputs(index, &env)
     }
@@ -141,28 +141,21 @@ impl Session {
             }
             let len = v.len() as u64;
             let [s] = unknown[..] else { continue };
-            if known == 0 || len % known != 0 {
+            if known == 0 || !len.is_multiple_of(known) {
                 return Err(bad(format!("input `{}` has {len} values, which is no multiple of {known}", x.name)));
             }
             let n = len / known;
             value[s] = Some(n);
             // A symbol defined as another plus a number gives that one as well.
-            if let Some(Expr::Add(t)) = &plan.symbols[s].value {
-                if let [Expr::Sym(j), Expr::Const(c)] = t.as_slice() {
-                    let m = n
-                        .checked_sub(*c)
-                        .ok_or_else(|| bad(format!("input `{}` must have at least {c} values", x.name)))?;
-                    if value[*j as usize].is_some_and(|v| v != m) {
-                        return Err(bad(format!(
-                            "input `{}` has {n} values where {} = {}",
-                            x.name,
-                            plan.symbols[*j as usize].name,
-                            value[*j as usize].unwrap_or(0)
-                        )));
-                    }
-                    value[*j as usize] = Some(m);
-                }
+            let Some(Expr::Add(t)) = &plan.symbols[s].value else { continue };
+            let [Expr::Sym(j), Expr::Const(c)] = t.as_slice() else { continue };
+            let (other, name) = (&mut value[*j as usize], &plan.symbols[*j as usize].name);
+            let m =
+                n.checked_sub(*c).ok_or_else(|| bad(format!("input `{}` must have at least {c} values", x.name)))?;
+            if let Some(v) = other.filter(|v| *v != m) {
+                return Err(bad(format!("input `{}` has {n} values where {name} = {v}", x.name)));
             }
+            *other = Some(m);
         }
         let mut env: Vec<u64> = vec![];
         for (i, s) in plan.symbols.iter().enumerate() {

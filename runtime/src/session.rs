@@ -1,7 +1,8 @@
 //! A session: a plan with its weights, memory at fixed addresses, and the entries ready to run.
 //!
-//! Opened once with capacities; serves any smaller counts. Parameters are mapped, owned or derived as the plan says;
-//! `prepare` entries run when needed: the base's at opening, a slot's before the first run and at every swap.
+//! Opened once with capacities; serves any smaller counts. Parameters are mapped, owned or derived as the plan says.
+//! `prepare` entries run when they are due: before the first run (or at [`Session::prepare_all`]), and those of a slot at
+//! every swap.
 #![allow(unsafe_code)]
 
 use crate::cast::{cast, castable};
@@ -11,6 +12,7 @@ use crate::profile::Profile;
 use crate::region::Region;
 use crate::weights::{TensorSource, Weights, nearest};
 use pleach_plan::{ALIGN, ArenaLayout, BufferKind, Param, Plan, Residency, Source, arena};
+use std::collections::btree_map::Entry as Slot;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -100,8 +102,8 @@ impl std::fmt::Debug for Session {
 }
 
 impl Session {
-    /// Opens a session on the host: reserves memory, maps weights, runs `prepare(base)`. Adapter slots start as zeros,
-    /// which is the base model.
+    /// Opens a session on the host: loads the code, reserves memory, maps weights. Adapter slots start as zeros, which is
+    /// the base model. Nothing has run yet: see [`Session::prepare_all`].
     ///
     /// # Errors
     /// [`RuntimeError::Target`], [`RuntimeError::Weights`], [`RuntimeError::Capacity`] and what loading code gives.
@@ -142,7 +144,7 @@ impl Session {
                 stale.insert(i);
             }
         }
-        let mut s = Session {
+        Ok(Session {
             device,
             plan,
             weights,
@@ -154,13 +156,7 @@ impl Session {
             profile: None,
             seen: vec![],
             memory,
-        };
-        for i in s.stale.clone() {
-            if s.plan.entries[i].prepares() == Some(None) {
-                s.prepare(i)?;
-            }
-        }
-        Ok(s)
+        })
     }
 
     /// The plan.
@@ -190,8 +186,11 @@ impl Session {
         (a != 0).then_some(a)
     }
 
-    /// Runs every preparation that is due.
-    pub(crate) fn refresh(&mut self) -> Result<()> {
+    /// Runs every preparation that is due: packing, folding and merging of parameters. The next run would do it, too.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Weights`] when a tensor is gone, [`RuntimeError::Capacity`] when there is no memory.
+    pub fn prepare_all(&mut self) -> Result<()> {
         while let Some(i) = self.stale.first().copied() {
             self.prepare(i)?;
         }
@@ -225,11 +224,10 @@ impl Session {
                 if !self.params[p as usize].is_null() {
                     continue;
                 }
-                if !here.contains_key(&p) {
-                    let param = &plan.params[p as usize];
-                    here.insert(p, bring(param, &*self.weights, &mut *self.device)?);
-                }
-                *slot = here[&p].0;
+                *slot = match here.entry(p) {
+                    Slot::Occupied(o) => o.get().0,
+                    Slot::Vacant(v) => v.insert(bring(&plan.params[p as usize], &*self.weights, &mut *self.device)?).0,
+                };
             }
             let tasks = kernel.tasks.eval(&env)?;
             let start = self.profile.as_ref().map(|_| std::time::Instant::now());

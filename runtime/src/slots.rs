@@ -108,7 +108,7 @@ impl Session {
                 self.stale.insert(i);
             }
         }
-        self.refresh()
+        self.prepare_all()
     }
 }
 
