@@ -137,7 +137,7 @@ impl Meter<'_> {
 
     /// One kernel for a sum of products and other terms.
     fn sum(&self, id: Id, parts: &[(Id, Option<(ENode, bool)>)]) -> f64 {
-        let (mut flops, mut mem) = (0.0, self.us(self.bytes(id)));
+        let (mut flops, mut mem, mut end) = (0.0, self.us(self.bytes(id)), 0.0);
         for (c, product) in parts {
             match product {
                 Some((n, scaled)) => {
@@ -145,12 +145,13 @@ impl Meter<'_> {
                     let (f, m) = self.product((n.ch[0], *ta), (n.ch[1], *tb));
                     flops += f;
                     // a factor that no operand takes is one more multiplication per element at the end
-                    mem += m + if *scaled { 0.05 * self.us(self.bytes(id)) + 1e-3 } else { 0.0 };
+                    mem += m;
+                    end += if *scaled { 0.05 * self.us(self.bytes(id)) + 0.1 * self.t.launch_us } else { 0.0 };
                 }
                 None => mem += self.us(self.read(*c)),
             }
         }
-        flops.max(mem) + self.t.launch_us
+        flops.max(mem) + end + self.t.launch_us
     }
 
     /// Building a value at load time: small against everything at run time, but more work costs more.

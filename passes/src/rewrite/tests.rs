@@ -386,3 +386,21 @@ fn noise_is_noise() {
     assert!(n.iter().any(|x| *x > 0.2) && n.iter().any(|x| *x < -0.2) && n.iter().all(|x| x.abs() <= 1.0));
     assert_eq!(tensor(&pleach_ir::TensorType::new(DType::F32, [Dim::Symbol(Sym::T)]), 1).shape, [5]);
 }
+
+#[test]
+#[ignore = "prints times"]
+fn times() {
+    for ranks in [vec![], vec![16], vec![16, 16]] {
+        for merge in [false, true] {
+            let d = Decoder { layers: 30, ranks: ranks.clone(), ..Decoder::default() };
+            let g = d.build();
+            let out = run_passes(&g, &Pipeline::default(), &Options { merge, ..Options::default() }).unwrap();
+            for r in out.reports {
+                println!(
+                    "{ranks:?} {merge} {} {}->{} {:.1} ms {}",
+                    r.name, r.nodes_before, r.nodes_after, r.ms, r.note
+                );
+            }
+        }
+    }
+}

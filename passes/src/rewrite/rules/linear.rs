@@ -11,6 +11,10 @@ pub(super) fn assoc(w: &World, out: &mut Found) {
         let ok = |a: View, b: View| {
             let new = size(dims(w, a).0).saturating_mul(size(dims(w, b).1));
             if w.is_param(a.0) && w.is_param(b.0) {
+                // where slots stay apart, a slot's factors are not multiplied out
+                if !w.merge && w.known(a.0).min(w.known(b.0)) == Known::Slot && new > area(a).max(area(b)) {
+                    return false;
+                }
                 // a small product of base weights and a slot is not a slot's copy of the base weights
                 return !w.mixes(a.0, b.0) || new.saturating_mul(2) < area(a).max(area(b));
             }
