@@ -13,3 +13,5 @@ mod attention;
 mod launch;
 #[path = "all/scatter.rs"]
 mod scatter;
+#[path = "all/ptx.rs"]
+mod ptx;

@@ -7,7 +7,11 @@
 pub mod attention;
 pub mod contraction;
 pub(crate) mod elementwise;
+pub(crate) mod expr;
 pub mod func;
+pub(crate) mod index;
+pub mod row;
+pub mod gpu;
 pub mod scatter;
 pub mod vmath;
 

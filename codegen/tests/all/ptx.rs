@@ -1,0 +1,184 @@
+//! Kernels of the host, unchanged, as PTX: emitted for sm_80, and assembled by `ptxas` where it is at hand.
+
+use pleach_codegen::emit::gpu::{self, GpuEmitted};
+use pleach_codegen::{HostTarget, emit, mlir};
+use pleach_ir::{Class, DType, Dim, Entry, Kernel, Layout, Op, ReduceOp, Sym, UnaryOp, ValueId};
+use std::path::PathBuf;
+use std::process::Command;
+
+const SYMBOLS: [Sym; 1] = [Sym::T];
+
+fn input(e: &mut Entry, shape: &[Dim]) -> ValueId {
+    let name = format!("a{}", e.inputs().len());
+    e.push(&[], Op::Input { name, dtype: DType::F32, shape: shape.to_vec() }, &[]).unwrap()
+}
+
+fn push(e: &mut Entry, op: Op, x: &[ValueId]) -> ValueId {
+    e.push(&[], op, x).unwrap()
+}
+
+fn kernel(name: &str, class: Class, body: Entry) -> Kernel {
+    let (n, r) = (body.inputs().len(), body.roots.len());
+    let (operands, results) = (vec![Layout::RowMajor; n], vec![Layout::RowMajor; r]);
+    Kernel { name: name.into(), class, body, operands, results, aliases: vec![None; r] }
+}
+
+/// y = x * rsqrt(mean(x * x) + eps) * w
+fn rms_norm(columns: u64) -> Kernel {
+    let mut e = Entry::new("kernel");
+    let full = vec![Dim::Symbol(Sym::T), Dim::Known(columns)];
+    let x = input(&mut e, &full);
+    let w = input(&mut e, &full[1..]);
+    let square = push(&mut e, Op::Binary(pleach_ir::BinaryOp::Mul), &[x, x]);
+    let sum = push(&mut e, Op::Reduce { op: ReduceOp::Sum, axis: 1 }, &[square]);
+    let n = push(&mut e, Op::f32(1.0 / columns as f32), &[]);
+    let mean = push(&mut e, Op::Binary(pleach_ir::BinaryOp::Mul), &[sum, n]);
+    let eps = push(&mut e, Op::f32(1e-5), &[]);
+    let shifted = push(&mut e, Op::Add, &[mean, eps]);
+    let r = push(&mut e, Op::Unary(UnaryOp::Rsqrt), &[shifted]);
+    let r = push(&mut e, Op::Broadcast { shape: full.clone(), axes: vec![0] }, &[r]);
+    let w = push(&mut e, Op::Broadcast { shape: full, axes: vec![1] }, &[w]);
+    let y = push(&mut e, Op::Binary(pleach_ir::BinaryOp::Mul), &[x, r]);
+    let y = push(&mut e, Op::Binary(pleach_ir::BinaryOp::Mul), &[y, w]);
+    e.output("r0", y);
+    kernel("rms_norm", Class::Row, e)
+}
+
+/// y = silu(x · Wᵀ + s * h · Bᵀ + bias) + residual, with W in panels.
+fn linear(depth: u64, columns: u64, rank: u64) -> Kernel {
+    let mut e = Entry::new("kernel");
+    let t = Dim::Symbol(Sym::T);
+    let full = vec![t, Dim::Known(columns)];
+    let x = input(&mut e, &[t, depth.into()]);
+    let w = input(&mut e, &[columns.into(), depth.into()]);
+    let h = input(&mut e, &[t, rank.into()]);
+    let b = input(&mut e, &[columns.into(), rank.into()]);
+    let s = input(&mut e, &[]);
+    let bias = input(&mut e, &[columns.into()]);
+    let residual = input(&mut e, &full);
+    let base = push(&mut e, Op::MatMul { ta: false, tb: true }, &[x, w]);
+    let branch = push(&mut e, Op::MatMul { ta: false, tb: true }, &[h, b]);
+    let branch = push(&mut e, Op::Binary(pleach_ir::BinaryOp::Mul), &[branch, s]);
+    let bias = push(&mut e, Op::Broadcast { shape: full, axes: vec![1] }, &[bias]);
+    let sum = push(&mut e, Op::Add, &[base, branch, bias]);
+    let gate = push(&mut e, Op::Unary(UnaryOp::Sigmoid), &[sum]);
+    let y = push(&mut e, Op::Binary(pleach_ir::BinaryOp::Mul), &[sum, gate]);
+    let y = push(&mut e, Op::Add, &[y, residual]);
+    e.output("r0", y);
+    let mut k = kernel("linear", Class::Contraction, e);
+    k.operands[1] = Layout::Panels { nr: 48, transposed: true };
+    k
+}
+
+/// `PLEACH_PTXAS`, or the one of the Python package in `.venv`.
+fn ptxas() -> Option<PathBuf> {
+    if let Some(p) = std::env::var_os("PLEACH_PTXAS") {
+        return Some(p.into());
+    }
+    let list = |p: PathBuf| -> Vec<PathBuf> {
+        let mut v: Vec<PathBuf> = std::fs::read_dir(p).into_iter().flatten().flatten().map(|d| d.path()).collect();
+        v.sort();
+        v
+    };
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../.venv/lib");
+    let nvidia = list(root).into_iter().flat_map(|p| list(p.join("site-packages/nvidia")));
+    nvidia.map(|p| p.join("bin/ptxas")).find(|p| p.exists())
+}
+
+/// Assembles for sm_80, and fails on any spill.
+fn assemble(name: &str, ptx: &str) {
+    let Some(ptxas) = ptxas() else {
+        eprintln!("skipped: {name} is not assembled, there is no ptxas; set PLEACH_PTXAS or run `make setup`");
+        return;
+    };
+    let dir = std::env::temp_dir().join(format!("pleach-ptx-{}-{name}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("k.ptx"), ptx).unwrap();
+    let run = Command::new(ptxas).args(["-v", "-arch=sm_80", "k.ptx", "-o", "k.cubin"]).current_dir(&dir).output();
+    let run = run.unwrap();
+    let cubin = std::fs::metadata(dir.join("k.cubin")).map_or(0, |m| m.len());
+    std::fs::remove_dir_all(&dir).unwrap();
+    let said = String::from_utf8_lossy(&run.stderr).into_owned() + &String::from_utf8_lossy(&run.stdout);
+    assert!(run.status.success() && cubin > 0, "{said}");
+    assert!(
+        said.contains("0 bytes spill stores, 0 bytes spill loads") && said.contains("0 bytes stack frame"),
+        "{said}"
+    );
+}
+
+/// The same kernel for the host and for the GPU.
+fn both(k: &Kernel, gpu: impl Fn(&Kernel, &[Sym]) -> GpuEmitted, host: impl Fn(&Kernel) -> String) -> String {
+    mlir::compile_object(&host(k), &HostTarget::avx2()).unwrap();
+    let e = gpu(k, &SYMBOLS);
+    assert!(e.shared_bytes < 48 << 10);
+    let ptx = mlir::compile_ptx(&e.text, "sm_80").unwrap();
+    if let Some(dir) = std::env::var_os("PLEACH_PTX_DIR") {
+        std::fs::write(PathBuf::from(dir).join(format!("{}.ptx", k.name)), &ptx).unwrap();
+    }
+    assert!(ptx.contains(&format!(".visible .entry {}(", k.name)), "{ptx}");
+    assert!(ptx.contains(".target sm_80") && ptx.contains(".maxntid 256, 1, 1"), "{ptx}");
+    assert!(!ptx.contains("call"), "calls a library:\n{ptx}");
+    assemble(&k.name, &ptx);
+    ptx
+}
+
+#[test]
+fn a_contraction_kernel() {
+    let k = linear(576, 960, 16);
+    let host = |k: &Kernel| emit::contraction::emit(k, &SYMBOLS, &HostTarget::avx2()).unwrap().text;
+    let ptx = both(&k, |k, s| gpu::contraction::emit(k, s).unwrap(), host);
+    assert!(ptx.contains("fma.rn.f32") && ptx.contains("ld.shared.v4.b32") && ptx.contains("st.global"), "{ptx}");
+    let e = gpu::contraction::emit(&k, &SYMBOLS).unwrap();
+    assert_eq!(e.grid.map(|x| x.eval(&[130]).unwrap()), [15, 3, 1]);
+}
+
+#[test]
+fn a_row_kernel() {
+    let k = rms_norm(576);
+    let ptx = both(&k, |k, s| gpu::row::emit(k, s).unwrap(), |_| String::new());
+    assert!(ptx.contains("shfl.sync.bfly") && ptx.contains("bar.sync") && ptx.contains("ld.global.nc"), "{ptx}");
+    let e = gpu::row::emit(&k, &SYMBOLS).unwrap();
+    assert_eq!(e.grid.map(|x| x.eval(&[130]).unwrap()), [130, 1, 1]);
+}
+
+#[test]
+fn two_reductions_and_movement_in_a_row() {
+    // softmax of the first half of each row, and the row's maximum.
+    let mut e = Entry::new("kernel");
+    let (t, n) = (Dim::Symbol(Sym::T), Dim::Known(100));
+    let x = input(&mut e, &[t, 200.into()]);
+    let x = push(&mut e, Op::Slice { axis: 1, start: 0, end: 100 }, &[x]);
+    let top = push(&mut e, Op::Reduce { op: ReduceOp::Max, axis: 1 }, &[x]);
+    let wide = |e: &mut Entry, x| push(e, Op::Broadcast { shape: vec![t, n], axes: vec![0] }, &[x]);
+    let m = wide(&mut e, top);
+    let d = push(&mut e, Op::Binary(pleach_ir::BinaryOp::Sub), &[x, m]);
+    let p = push(&mut e, Op::Unary(UnaryOp::Exp), &[d]);
+    let sum = push(&mut e, Op::Reduce { op: ReduceOp::Sum, axis: 1 }, &[p]);
+    let sum = wide(&mut e, sum);
+    let y = push(&mut e, Op::Binary(pleach_ir::BinaryOp::Div), &[p, sum]);
+    let y = push(&mut e, Op::Reshape(vec![t, 10.into(), 10.into()]), &[y]);
+    e.output("r0", y);
+    e.output("r1", top);
+    let k = kernel("softmax", Class::Row, e);
+    let ptx = mlir::compile_ptx(&gpu::row::emit(&k, &SYMBOLS).unwrap().text, "sm_80").unwrap();
+    assert_eq!(ptx.matches("bar.sync").count(), 2);
+    assemble("softmax", &ptx);
+    if let Some(dir) = std::env::var_os("PLEACH_PTX_DIR") {
+        std::fs::write(PathBuf::from(dir).join("softmax.ptx"), &ptx).unwrap();
+    }
+}
+
+#[test]
+fn refuses_what_would_abort() {
+    let mut e = Entry::new("kernel");
+    let x = input(&mut e, &[Dim::Symbol(Sym::T), 8.into()]);
+    let y = push(&mut e, Op::Unary(UnaryOp::Sin), &[x]);
+    e.output("r0", y);
+    let why = gpu::row::emit(&kernel("table", Class::Row, e), &SYMBOLS).unwrap_err().to_string();
+    assert!(why.contains("table") && why.contains("sin has no GPU code"), "{why}");
+    let why = gpu::row::emit(&rms_norm(8), &[]).unwrap_err().to_string();
+    assert!(why.contains("symbol T"), "{why}");
+    let mut k = rms_norm(8);
+    k.class = Class::Contraction;
+    assert!(gpu::contraction::emit(&k, &SYMBOLS).is_err());
+}
