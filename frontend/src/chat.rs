@@ -288,7 +288,7 @@ fn strftime(format: &str, now: SystemTime) -> std::result::Result<String, miniji
 
 /// Year, month, day and day of the year of a day number since 1970.
 fn civil(days: u64) -> (u64, u64, u64, u64) {
-    let leap = |y: u64| y % 4 == 0 && (y % 100 != 0 || y % 400 == 0);
+    let leap = |y: u64| y.is_multiple_of(4) && (!y.is_multiple_of(100) || y.is_multiple_of(400));
     let (mut year, mut rest) = (1970, days);
     while rest >= 365 + u64::from(leap(year)) {
         rest -= 365 + u64::from(leap(year));

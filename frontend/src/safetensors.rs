@@ -35,8 +35,11 @@ struct Info {
     data_offsets: [u64; 2],
 }
 
+/// Tensors in the order of their data, and metadata strings.
+pub type Header = (Vec<TensorRef>, Vec<(String, String)>);
+
 /// Reads the header of one file: its tensors in the order of their data, and its metadata strings.
-pub fn read_header(path: &Path) -> Result<(Vec<TensorRef>, Vec<(String, String)>)> {
+pub fn read_header(path: &Path) -> Result<Header> {
     let mut file = File::open(path).map_err(Error::io("open", path))?;
     let size = file.metadata().map_err(Error::io("read", path))?.len();
     let mut length = [0; 8];
@@ -57,7 +60,7 @@ pub fn read_header(path: &Path) -> Result<(Vec<TensorRef>, Vec<(String, String)>
 }
 
 /// Checks a header against the number of data bytes that follow it.
-fn parse_header(path: &Path, header: &[u8], data_bytes: u64) -> Result<(Vec<TensorRef>, Vec<(String, String)>)> {
+fn parse_header(path: &Path, header: &[u8], data_bytes: u64) -> Result<Header> {
     let entries: UniqueMap<Entry> = serde_json::from_slice(header)
         .map_err(|e| Error::format(path, format!("the safetensors header is not valid: {e}")))?;
     let data_start = 8 + header.len() as u64;

@@ -1,7 +1,9 @@
 //! Text ↔ token ids: `tokenizer.json` through the tokenizers library, and decoding as ids arrive.
 
+use std::panic::catch_unwind;
 use std::path::Path;
 
+use serde::de::IgnoredAny;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
@@ -23,7 +25,11 @@ impl TextTokenizer {
             return Err(Error::format(dir, "holds no tokenizer.json; pass token ids instead of text"));
         }
         let bytes = read_bytes(&path)?;
-        let mut inner = Tokenizer::from_bytes(&bytes).map_err(|e| Error::format(&path, e.to_string()))?;
+        // The library unwraps in places where the file is at fault: JSON is checked first, the rest is caught.
+        serde_json::from_slice::<IgnoredAny>(&bytes).map_err(|e| Error::format(&path, format!("not valid JSON: {e}")))?;
+        let mut inner = catch_unwind(|| Tokenizer::from_bytes(&bytes))
+            .map_err(|_| Error::format(&path, "is not a tokenizer that can be read"))?
+            .map_err(|e| Error::format(&path, e.to_string()))?;
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| Error::format(&path, e.to_string()))?;
         Ok(TextTokenizer { inner })
