@@ -7,6 +7,7 @@
 pub mod compare;
 pub mod golden;
 pub mod random;
+pub mod readers;
 pub mod values;
 
 use std::path::{Path, PathBuf};

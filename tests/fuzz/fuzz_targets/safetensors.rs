@@ -1,0 +1,6 @@
+//! Fuzzes the reader `safetensors`; see `pleach_tests::readers`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    let _ = pleach_tests::readers::safetensors(data);
+});
