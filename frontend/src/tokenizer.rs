@@ -26,7 +26,8 @@ impl TextTokenizer {
         }
         let bytes = read_bytes(&path)?;
         // The library unwraps in places where the file is at fault: JSON is checked first, the rest is caught.
-        serde_json::from_slice::<IgnoredAny>(&bytes).map_err(|e| Error::format(&path, format!("not valid JSON: {e}")))?;
+        serde_json::from_slice::<IgnoredAny>(&bytes)
+            .map_err(|e| Error::format(&path, format!("not valid JSON: {e}")))?;
         let mut inner = catch_unwind(|| Tokenizer::from_bytes(&bytes))
             .map_err(|_| Error::format(&path, "is not a tokenizer that can be read"))?
             .map_err(|e| Error::format(&path, e.to_string()))?;

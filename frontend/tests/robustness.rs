@@ -13,7 +13,7 @@ use pleach_frontend::peft::{LoraConfig, match_modules};
 use pleach_frontend::{ChatInput, ChatTemplate, ModelConfig, ModuleTable, TensorTable, TextTokenizer};
 
 /// Damaged copies of each file of the corpus.
-const ROUNDS: u64 = 150;
+const ROUNDS: u64 = 60;
 
 struct Scratch(PathBuf);
 
