@@ -60,7 +60,8 @@ pub fn supported(k: &Kernel) -> Result<(), String> {
 
 /// The symbols of a schedule in the order of the plan.
 pub fn plan_symbols(s: &Schedule) -> Vec<plan::Symbol> {
-    let types = s.params.iter().map(|(p, _)| &p.ty).chain(s.entries.iter().flat_map(|e| e.buffers.iter().map(|b| &b.ty)));
+    let types =
+        s.params.iter().map(|(p, _)| &p.ty).chain(s.entries.iter().flat_map(|e| e.buffers.iter().map(|b| &b.ty)));
     let mut names: Vec<Sym> = types.flat_map(TensorType::symbols).collect();
     names.sort_unstable();
     names.dedup();
@@ -203,7 +204,10 @@ fn assemble(s: &Schedule, emitted: &[Emitted], options: &CompileOptions) -> Plan
         })
         .collect();
     let mut plan = Plan {
-        target: plan::Target { arch: "x86_64".into(), features: options.target.required_features() },
+        target: plan::Target {
+            arch: "x86_64".into(),
+            features: options.target.required_features().iter().map(|f| f.to_string()).collect(),
+        },
         symbols: symbols_list,
         params,
         kernels,
@@ -226,7 +230,9 @@ fn assemble(s: &Schedule, emitted: &[Emitted], options: &CompileOptions) -> Plan
                     });
                     (plan::BufferKind::Input(inputs.len() as u32 - 1), name.clone())
                 }
-                BufferKind::Param(p) => (plan::BufferKind::Param(number[&p.index()]), s.params[p.index()].0.name.clone()),
+                BufferKind::Param(p) => {
+                    (plan::BufferKind::Param(number[&p.index()]), s.params[p.index()].0.name.clone())
+                }
                 BufferKind::Arena => (plan::BufferKind::Arena, String::new()),
                 BufferKind::Output(name) => (plan::BufferKind::Output, name.clone()),
             };

@@ -1,5 +1,6 @@
 //! Kernels to MLIR to host objects or PTX; assembles the plan.
 
+pub mod compile;
 pub mod emit;
 mod error;
 pub mod link;

@@ -46,8 +46,10 @@ pub fn schedule(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, Pas
     let mut out =
         Schedule { params: graph.params.iter().cloned().zip(layouts).collect(), kernels: vec![], entries: vec![] };
     let mut table = Kernels::default();
+    let mut verdicts: HashMap<String, bool> = HashMap::new();
+    let mut accepts = |k: &Kernel| *verdicts.entry(signature(k)).or_insert_with(|| (options.supported)(k).is_ok());
     for e in &graph.entries {
-        let cut = EntryCut::new(&graph, e, &out.params, options)?;
+        let cut = EntryCut::new(&graph, e, &out.params, &mut accepts)?;
         out.entries.push(cut.emit(&mut table)?);
     }
     out.kernels = table.kernels;
@@ -56,6 +58,11 @@ pub fn schedule(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, Pas
     }
     out.check().map_err(fault)?;
     Ok(out)
+}
+
+/// Everything that makes a kernel what it is, but its name.
+fn signature(k: &Kernel) -> String {
+    format!("{:?}|{:?}|{:?}|{:?}|{:?}", k.class, k.operands, k.results, k.aliases, k.body)
 }
 
 /// Kernels by signature.
@@ -67,7 +74,7 @@ struct Kernels {
 
 impl Kernels {
     fn intern(&mut self, mut k: Kernel) -> KernelId {
-        let key = format!("{:?}|{:?}|{:?}|{:?}|{:?}", k.class, k.operands, k.results, k.aliases, k.body);
+        let key = signature(&k);
         if let Some(id) = self.by_signature.get(&key) {
             return *id;
         }
@@ -116,7 +123,7 @@ impl<'a> EntryCut<'a> {
         graph: &'a Graph,
         entry: &'a Entry,
         params: &'a [(pleach_ir::Param, Layout)],
-        options: &CutOptions<'_>,
+        accepts: &mut dyn FnMut(&Kernel) -> bool,
     ) -> Result<EntryCut<'a>, PassError> {
         let mut groups = group::Partition::new(&graph.params, entry);
         // A region the target refuses is taken apart into single operators.
@@ -124,7 +131,7 @@ impl<'a> EntryCut<'a> {
             let mut refused = vec![];
             for g in groups.order(entry) {
                 let r = body::region(entry, &groups, g, params).map_err(fault)?;
-                if groups.members(g).len() > 1 && (options.supported)(&r.kernel).is_err() {
+                if groups.members(g).len() > 1 && !accepts(&r.kernel) {
                     refused.push(g);
                 }
             }
@@ -221,8 +228,7 @@ impl Builder<'_, '_> {
                     let readers: Vec<ValueId> =
                         e.values().filter(|n| e.node(*n).op == Op::Param(*p)).flat_map(|n| groups.readers(n)).collect();
                     let row_major = self.cut.params[p.index()].1 == Layout::RowMajor;
-                    let returned =
-                        e.roots.iter().any(|r| e.node(groups.alias_base(e, r.value)).op == Op::Param(*p));
+                    let returned = e.roots.iter().any(|r| e.node(groups.alias_base(e, r.value)).op == Op::Param(*p));
                     let unread = if scatter {
                         readers == [v] && e.node(groups.alias_base(e, e.node(v).inputs[0])).op == Op::Param(*p)
                     } else {
