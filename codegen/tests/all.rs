@@ -13,5 +13,7 @@ mod attention;
 mod launch;
 #[path = "all/scatter.rs"]
 mod scatter;
+#[path = "all/row.rs"]
+mod row;
 #[path = "all/ptx.rs"]
 mod ptx;
