@@ -137,6 +137,7 @@ proptest! {
         let list: Vec<Request> = list.into_iter().map(|(a, n, size)| r(a, a + n, size)).collect();
         let p = place_checked(&list, 1);
         prop_assert_eq!(p.total, exhaustive(&list));
+        prop_assert!(p.optimal, "the search is complete for so few");
     }
 }
 

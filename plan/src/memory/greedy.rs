@@ -1,117 +1,21 @@
-//! The memory planner: where buffers with known lifetimes lie in one arena, so that it is as small as possible.
-//!
-//! This is dynamic storage allocation, which is NP-hard; the planner tries several greedy orders and then searches near
-//! the best one. Effort is bounded by counts, so the result is the same on every machine. [`check`] is independent of
-//! how a placement was found. Nothing here knows what a buffer holds.
+//! First fit in several orders, and a local search over orders.
 
-/// A buffer: alive at the times `first..last`, `size` bytes long.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct Request {
-    /// First time it is alive.
-    pub first: u64,
-    /// One past the last time it is alive.
-    pub last: u64,
-    /// Bytes.
-    pub size: u64,
-}
-
-/// Where every buffer lies.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Placement {
-    /// Offset of each request, a multiple of the alignment.
-    pub offsets: Vec<u64>,
-    /// Bytes of the arena: the largest offset plus size (rounded up to the alignment).
-    pub total: u64,
-    /// No placement is smaller (sizes rounded up to the alignment).
-    pub lower_bound: u64,
-    /// True when `total` is proven to be the smallest.
-    pub optimal: bool,
-}
-
-/// The largest sum of sizes alive at one time; saturating.
-pub fn lower_bound(requests: &[Request]) -> u64 {
-    let mut events: Vec<(u64, bool, u64)> = vec![];
-    for r in requests.iter().filter(|r| r.first < r.last) {
-        events.push((r.first, true, r.size));
-        events.push((r.last, false, r.size));
-    }
-    // At one time, ends come before beginnings.
-    events.sort_unstable();
-    let (mut live, mut peak) = (0u128, 0u128);
-    for (_, begins, size) in events {
-        live = if begins { live + u128::from(size) } else { live - u128::from(size) };
-        peak = peak.max(live);
-    }
-    u64::try_from(peak).unwrap_or(u64::MAX)
-}
-
-/// Checks that no two requests which are alive at one time share a byte, and returns the bytes needed.
-///
-/// # Errors
-/// The indices of two requests that collide, or of one (twice) whose end is past `u64`.
-pub fn check(requests: &[Request], offsets: &[u64]) -> Result<u64, (usize, usize)> {
-    let mut order: Vec<usize> = (0..requests.len()).filter(|i| requests[*i].first < requests[*i].last).collect();
-    order.sort_by_key(|i| requests[*i].first);
-    let mut live: Vec<usize> = vec![];
-    let mut total = 0;
-    for i in order {
-        let (r, a) = (requests[i], offsets.get(i).copied().ok_or((i, i))?);
-        let end = a.checked_add(r.size).ok_or((i, i))?;
-        total = total.max(end);
-        live.retain(|j| requests[*j].last > r.first);
-        for &j in &live {
-            if a < offsets[j] + requests[j].size && offsets[j] < end {
-                return Err((j, i));
-            }
-        }
-        live.push(i);
-    }
-    Ok(total)
-}
-
-/// Places the requests at multiples of `align` (at least 1). Requests of no length or no size lie at 0.
-///
-/// Sizes are assumed to sum to less than `u64::MAX`; otherwise offsets saturate and [`check`] finds it.
-pub fn place(requests: &[Request], align: u64) -> Placement {
-    let align = align.max(1);
-    let rounded: Vec<Request> = requests
-        .iter()
-        .map(|r| Request { size: r.size.checked_next_multiple_of(align).unwrap_or(u64::MAX), ..*r })
-        .collect();
-    let bound = lower_bound(&rounded);
-    let mut search = Search::new(&rounded);
-    let mut best: Option<(u64, Vec<u32>)> = None;
-    for order in search.orders() {
-        let total = search.fit(&order, best.as_ref().map_or(u64::MAX, |b| b.0));
-        if best.as_ref().is_none_or(|b| total < b.0) {
-            best = Some((total, order));
-        }
-        if best.as_ref().is_some_and(|b| b.0 <= bound) {
-            break;
-        }
-    }
-    let (mut total, mut order) = best.unwrap_or((0, vec![]));
-    if total > bound {
-        (total, order) = search.improve(total, order, bound);
-    }
-    search.fit(&order, u64::MAX);
-    Placement { offsets: search.offsets, total, lower_bound: bound, optimal: total <= bound }
-}
+use super::Request;
 
 /// Work of one search: visits of a placed neighbour.
 const BUDGET: u64 = 20_000_000;
 
-struct Search<'a> {
+pub(super) struct Search<'a> {
     requests: &'a [Request],
     /// Indices of the requests alive at some time of each request.
     near: Vec<Vec<u32>>,
-    offsets: Vec<u64>,
+    pub(super) offsets: Vec<u64>,
     placed: Vec<bool>,
     spent: u64,
 }
 
 impl<'a> Search<'a> {
-    fn new(requests: &'a [Request]) -> Search<'a> {
+    pub(super) fn new(requests: &'a [Request]) -> Search<'a> {
         let mut order: Vec<u32> = (0..requests.len() as u32).collect();
         order.retain(|i| {
             let r = &requests[*i as usize];
@@ -132,7 +36,7 @@ impl<'a> Search<'a> {
     }
 
     /// The greedy orders worth trying.
-    fn orders(&self) -> Vec<Vec<u32>> {
+    pub(super) fn orders(&self) -> Vec<Vec<u32>> {
         let r = |i: &u32| self.requests[*i as usize];
         let all: Vec<u32> =
             (0..self.requests.len() as u32).filter(|i| r(i).first < r(i).last && r(i).size > 0).collect();
@@ -161,7 +65,7 @@ impl<'a> Search<'a> {
 
     /// Puts every request, in order, at the lowest place that is free. Returns the total, or `u64::MAX` as soon as it
     /// is at least `limit`.
-    fn fit(&mut self, order: &[u32], limit: u64) -> u64 {
+    pub(super) fn fit(&mut self, order: &[u32], limit: u64) -> u64 {
         self.placed.fill(false);
         let mut total = 0;
         let mut busy: Vec<(u64, u64)> = vec![];
@@ -194,7 +98,7 @@ impl<'a> Search<'a> {
     }
 
     /// Moves requests that lie at the top forward in the order as long as the budget lasts.
-    fn improve(&mut self, total: u64, order: Vec<u32>, bound: u64) -> (u64, Vec<u32>) {
+    pub(super) fn improve(&mut self, total: u64, order: Vec<u32>, bound: u64, effort: u64) -> (u64, Vec<u32>) {
         let (mut best, mut best_order) = (total, order.clone());
         let (mut now, mut current) = (total, order);
         let mut random = 0x9E37_79B9_7F4A_7C15u64;
@@ -205,7 +109,7 @@ impl<'a> Search<'a> {
             (random % n.max(1) as u64) as usize
         };
         let mut stale = 0u32;
-        while self.spent < BUDGET && best > bound {
+        while self.spent < BUDGET.saturating_mul(effort) && best > bound {
             self.fit(&current, u64::MAX);
             let mut top: Vec<usize> = vec![];
             for (k, &i) in current.iter().enumerate() {
