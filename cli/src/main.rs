@@ -1,2 +1,33 @@
-//! Skeleton.
-fn main() {}
+//! The command line. All printing, reading of arguments, text ↔ ids and reports are here; the work is in the libraries.
+//!
+//! Without the feature `compiler` this is a small program that runs and generates from plans; without `models` it takes
+//! token ids only and reads no adapters.
+
+mod args;
+#[cfg(feature = "compiler")]
+mod cache;
+#[cfg(feature = "compiler")]
+mod child;
+mod commands;
+mod failure;
+mod inputs;
+#[cfg(feature = "models")]
+mod model;
+#[cfg(feature = "compiler")]
+mod pipeline;
+mod ready;
+mod report;
+mod text;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match commands::dispatch(args::Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            report::error(&e.message);
+            ExitCode::from(e.code)
+        }
+    }
+}

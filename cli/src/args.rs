@@ -1,0 +1,477 @@
+//! What can be asked for: commands, flags and their spelling. No work is done here.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Compiles models with adapters into one plan, and runs it.
+#[derive(Debug, Parser)]
+#[command(name = "pleach", version, about, subcommand_required = true, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    /// No progress and no remarks on stderr
+    #[arg(long, global = true)]
+    pub quiet: bool,
+    /// Workers; 0 means one per core
+    #[arg(long, global = true, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Compile (cached) and run: logits of a decoder, hidden states of an encoder
+    #[command(
+        after_help = "Example:\n  pleach run models/minilm --similarity --prompt \"a hedge\" --prompt \"a fence\""
+    )]
+    Run(RunArgs),
+    /// Continue a text, token by token
+    #[command(after_help = "Example:\n  pleach generate models/smollm2 --adapter demo/adapter --prompt \"A hedge is\"")]
+    Generate(GenerateArgs),
+    /// Compile a model with its adapters into one file
+    #[cfg(feature = "compiler")]
+    #[command(
+        after_help = "Example:\n  pleach compile models/smollm2 --entry infer,generate --target cpu -o smollm2.pleach"
+    )]
+    Compile(CompileArgs),
+    /// Show any stage of a model, or what a plan holds
+    #[command(after_help = "Example:\n  pleach inspect models/smollm2 --memory --kernels")]
+    Inspect(InspectArgs),
+    /// Run passes on the textual IR; the result goes to stdout
+    #[cfg(feature = "compiler")]
+    #[command(
+        after_help = "Example:\n  pleach inspect models/smollm2 --ir --stage imported > g.ir\n  pleach opt g.ir --passes canonicalize,rewrite --timing"
+    )]
+    Opt(OptArgs),
+    /// Merge an adapter into the weights of its model
+    #[cfg(feature = "models")]
+    #[command(after_help = "Example:\n  pleach merge models/smollm2 demo/adapter --out models/merged")]
+    Merge(MergeArgs),
+    /// Look at adapters
+    #[cfg(feature = "models")]
+    #[command(subcommand)]
+    Adapter(AdapterCommand),
+    /// GGUF file to Hugging Face folder
+    #[cfg(feature = "models")]
+    #[command(after_help = "Example:\n  pleach import smollm2.gguf --out models/smollm2")]
+    Import(ImportArgs),
+    /// Our own timings
+    #[cfg(feature = "compiler")]
+    #[command(subcommand)]
+    Bench(BenchCommand),
+    /// What this machine and this build have: one page to paste into a report
+    #[command(after_help = "Example:\n  pleach doctor")]
+    Doctor(DoctorArgs),
+    /// Compiles in this process; started by the other commands
+    #[cfg(feature = "compiler")]
+    #[command(name = "compile-here", hide = true)]
+    CompileHere,
+}
+
+/// An adapter, with the name it goes by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct AdapterPath {
+    /// Given as `NAME=`.
+    pub name: Option<String>,
+    /// PEFT folder.
+    pub path: PathBuf,
+}
+
+impl FromStr for AdapterPath {
+    type Err = std::convert::Infallible;
+
+    fn from_str(s: &str) -> Result<AdapterPath, Self::Err> {
+        // A path may hold `=`; a name holds no `/`, and an existing path is a path.
+        Ok(match s.split_once('=') {
+            Some((name, path)) if !name.is_empty() && !name.contains('/') && !std::path::Path::new(s).exists() => {
+                AdapterPath { name: Some(name.into()), path: path.into() }
+            }
+            _ => AdapterPath { name: None, path: s.into() },
+        })
+    }
+}
+
+/// A count by name: `T=512`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Count {
+    /// `T`, `S`, `C`, `P`.
+    pub symbol: String,
+    /// Its value.
+    pub value: u64,
+}
+
+impl FromStr for Count {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Count, String> {
+        let (symbol, value) = s.split_once('=').ok_or("expected SYMBOL=NUMBER, such as T=512")?;
+        let value = value.parse::<u64>().ok().filter(|v| *v > 0).ok_or("the number must be at least 1")?;
+        if !["T", "S", "C", "P"].contains(&symbol) {
+            return Err("the symbols are T (tokens), S (sequences), C (cache slots) and P (positions)".into());
+        }
+        Ok(Count { symbol: symbol.into(), value })
+    }
+}
+
+/// Element type of the computation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DType {
+    /// 32-bit floats.
+    F32,
+}
+
+/// What to compile for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Target {
+    /// This machine's processor class.
+    Cpu,
+    /// Any x86-64 with AVX2 and FMA.
+    Avx2,
+    /// Any x86-64 with AVX-512 F, BW, CD, DQ, VL.
+    Avx512,
+}
+
+/// A model with its adapters.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ModelArgs {
+    /// Hugging Face folder, or a compiled plan (F.pleach, with --weights)
+    pub model: PathBuf,
+    /// The model folder of a compiled plan
+    #[arg(long, value_name = "MODEL")]
+    pub weights: Option<PathBuf>,
+    /// PEFT folder; repeatable, the contributions add up
+    #[arg(long, value_name = "[NAME=]PATH")]
+    pub adapter: Vec<AdapterPath>,
+    /// Fold the adapters into the weights when they are loaded
+    #[arg(long)]
+    pub merge: bool,
+    /// Element type of the computation
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: DType,
+    /// Processor class
+    #[arg(long, value_enum, default_value = "cpu")]
+    pub target: Target,
+    /// Compile anew and keep nothing
+    #[arg(long)]
+    pub no_cache: bool,
+    /// Leave out a pass; repeatable
+    #[arg(long, value_name = "PASS")]
+    pub disable: Vec<String>,
+    /// Leave out a rewrite rule; repeatable
+    #[arg(long, value_name = "RULE")]
+    pub disable_rule: Vec<String>,
+}
+
+/// `pleach run`.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Token ids of one sequence, comma separated; repeatable
+    #[arg(long, value_name = "1,2,3", conflicts_with = "prompt")]
+    pub ids: Vec<String>,
+    /// Text of one sequence; repeatable
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Vec<String>,
+    /// safetensors file with `input_ids` [T] and `segments` [S+1]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["ids", "prompt"])]
+    pub input: Option<PathBuf>,
+    /// Write the result: `logits` [T, V] or `last_hidden_state` [T, d], f32
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Encoders: cosine similarities of the mean-pooled sequences
+    #[arg(long)]
+    pub similarity: bool,
+    /// Capacities, such as T=1024,S=8
+    #[arg(long, value_name = "SYMBOL=N", value_delimiter = ',')]
+    pub capacity: Vec<Count>,
+    /// One JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `pleach generate`.
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Text to continue
+    #[arg(long, value_name = "TEXT", required_unless_present_any = ["ids", "chat"], conflicts_with_all = ["ids", "chat"])]
+    pub prompt: Option<String>,
+    /// Token ids to continue, comma separated
+    #[arg(long, value_name = "1,2,3", conflicts_with = "chat")]
+    pub ids: Option<String>,
+    /// JSON file with a list of {"role", "content"}
+    #[arg(long, value_name = "FILE")]
+    pub chat: Option<PathBuf>,
+    /// Stop after this many tokens
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub max_new_tokens: u64,
+    /// 0 takes the likeliest token
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Sample from the likeliest tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Seed of the samples
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub seed: u64,
+    /// Print the new ids, comma separated, instead of text
+    #[arg(long)]
+    pub print_ids: bool,
+    /// Capacities, such as C=4096
+    #[arg(long, value_name = "SYMBOL=N", value_delimiter = ',')]
+    pub capacity: Vec<Count>,
+}
+
+/// `pleach compile`.
+#[derive(Debug, Args)]
+pub(crate) struct CompileArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Functions to compile: infer, generate
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "infer")]
+    pub entry: Vec<String>,
+    /// The file to write
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// Token count that `infer` is tuned for; the plan serves any
+    #[arg(long, value_name = "T=N", value_delimiter = ',')]
+    pub shape: Vec<Count>,
+    /// The table of passes as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `pleach inspect`.
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Functions to look at
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub entry: Vec<String>,
+    /// The graph as text
+    #[arg(long)]
+    pub ir: bool,
+    /// With --ir: `imported`, the name or number of a pass, or `final`
+    #[arg(long, value_name = "STAGE", default_value = "final")]
+    pub stage: String,
+    /// The graph for graphviz
+    #[arg(long)]
+    pub dot: bool,
+    /// The kernels as MLIR
+    #[arg(long)]
+    pub mlir: bool,
+    /// The kernels as assembly
+    #[arg(long)]
+    pub asm: bool,
+    /// With --mlir, --asm or --kernels: only kernels whose name contains this
+    #[arg(long, value_name = "NAME")]
+    pub kernel: Option<String>,
+    /// The kernels: class, operators, launches, work
+    #[arg(long)]
+    pub kernels: bool,
+    /// Parameters and arena, at the capacities given
+    #[arg(long)]
+    pub memory: bool,
+    /// Rewrite rules: how often each fired and was chosen
+    #[arg(long)]
+    pub rules: bool,
+    /// Capacities for --memory
+    #[arg(long, value_name = "SYMBOL=N", value_delimiter = ',')]
+    pub capacity: Vec<Count>,
+    /// Everything as one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `pleach opt`.
+#[derive(Debug, Args)]
+pub(crate) struct OptArgs {
+    /// Text of a graph; `-` reads stdin
+    pub file: PathBuf,
+    /// Passes in order, comma separated; the default pipeline without it
+    #[arg(long, value_name = "A,B", value_delimiter = ',')]
+    pub passes: Option<Vec<String>>,
+    /// Leave out a pass; repeatable
+    #[arg(long, value_name = "PASS")]
+    pub disable: Vec<String>,
+    /// Leave out a rewrite rule; repeatable
+    #[arg(long, value_name = "RULE")]
+    pub disable_rule: Vec<String>,
+    /// Stop after this many passes
+    #[arg(long, value_name = "N")]
+    pub stop_after: Option<usize>,
+    /// Print the graph after every pass that changed it
+    #[arg(long)]
+    pub print_ir_after_change: bool,
+    /// The table of passes on stderr
+    #[arg(long)]
+    pub timing: bool,
+    /// Fold adapter slots into the weights
+    #[arg(long)]
+    pub merge: bool,
+    /// Run the result in the reference interpreter: inputs and parameters by name
+    #[arg(long, value_name = "FILE")]
+    pub interpret: Option<PathBuf>,
+    /// With --interpret: the entry to run; the first one without it
+    #[arg(long, value_name = "NAME")]
+    pub entry: Option<String>,
+    /// With --interpret: write all outputs
+    #[arg(long, value_name = "FILE", requires = "interpret")]
+    pub out: Option<PathBuf>,
+    /// With --interpret: counts that no tensor shows
+    #[arg(long, value_name = "SYMBOL=N", value_delimiter = ',')]
+    pub capacity: Vec<Count>,
+}
+
+/// `pleach merge`.
+#[derive(Debug, Args)]
+pub(crate) struct MergeArgs {
+    /// Hugging Face folder
+    pub model: PathBuf,
+    /// PEFT folder
+    pub adapter: AdapterPath,
+    /// Folder to write
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Compare merged with unmerged on this many random prompts
+    #[cfg(feature = "compiler")]
+    #[arg(long, value_name = "N")]
+    pub verify: Option<u64>,
+    /// Replace what the folder holds
+    #[arg(long)]
+    pub overwrite: bool,
+    /// The report as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `pleach adapter …`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum AdapterCommand {
+    /// Match every tensor of an adapter against its model
+    #[command(after_help = "Example:\n  pleach adapter check models/smollm2 demo/adapter")]
+    Check {
+        /// Hugging Face folder
+        model: PathBuf,
+        /// PEFT folder
+        adapter: AdapterPath,
+        /// One JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Which modules a `target_modules` would attach to
+    #[command(after_help = "Example:\n  pleach adapter targets models/smollm2 --match '.*\\.(q|v)_proj'")]
+    Targets {
+        /// Hugging Face folder
+        model: PathBuf,
+        /// Regular expression for whole module paths, or all-linear
+        #[arg(long = "match", value_name = "REGEX|all-linear")]
+        spec: String,
+        /// Rank to count parameters for
+        #[arg(long, short, value_name = "R", default_value_t = 8)]
+        r: u64,
+        /// One JSON object
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// `pleach import`.
+#[derive(Debug, Args)]
+pub(crate) struct ImportArgs {
+    /// GGUF file
+    pub file: PathBuf,
+    /// Folder to write
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Replace what the folder holds
+    #[arg(long)]
+    pub overwrite: bool,
+    /// The report as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `pleach bench …`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// One forward pass of N tokens
+    #[command(after_help = "Example:\n  pleach bench run models/smollm2 --tokens 512 --json")]
+    Run(BenchArgs),
+    /// N tokens after a short prompt
+    #[command(after_help = "Example:\n  pleach bench generate models/smollm2 --tokens 64 --json")]
+    Generate(BenchArgs),
+    /// The matmul kernels alone, at the shapes of a model
+    #[command(after_help = "Example:\n  pleach bench kernels --json")]
+    Kernels {
+        /// Hugging Face folder; the shapes of SmolLM2-135M without it
+        model: Option<PathBuf>,
+        /// Rows
+        #[arg(long, value_name = "N", value_delimiter = ',', default_value = "512,1")]
+        tokens: Vec<u64>,
+        /// A list of JSON objects
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// `pleach bench run` and `pleach bench generate`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Tokens
+    #[arg(long, value_name = "N")]
+    pub tokens: u64,
+    /// Random weights in place of the checkpoint's
+    #[arg(long)]
+    pub random_weights: bool,
+    /// Also the time of each kernel
+    #[arg(long)]
+    pub profile: bool,
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `pleach doctor`.
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn names_and_counts_are_read() {
+        let a: AdapterPath = "tone=demo/adapter".parse().unwrap();
+        assert_eq!((a.name.as_deref(), a.path), (Some("tone"), PathBuf::from("demo/adapter")));
+        let a: AdapterPath = "demo/a=b".parse().unwrap();
+        assert_eq!((a.name, a.path), (None, PathBuf::from("demo/a=b")));
+        assert_eq!("T=512".parse(), Ok(Count { symbol: "T".into(), value: 512 }));
+        assert!("T".parse::<Count>().is_err() && "X=1".parse::<Count>().is_err() && "T=0".parse::<Count>().is_err());
+    }
+
+    #[test]
+    fn generate_needs_exactly_one_start() {
+        let parse = |args: &[&str]| Cli::try_parse_from(["pleach", "generate", "m"].iter().chain(args));
+        assert!(parse(&[]).is_err());
+        assert!(parse(&["--prompt", "a", "--ids", "1"]).is_err());
+        assert!(parse(&["--ids", "1,2", "--quiet", "--threads", "2"]).is_ok());
+    }
+}

@@ -1,0 +1,34 @@
+//! `pleach import`: a GGUF file as a Hugging Face folder.
+
+use crate::args::ImportArgs;
+use crate::failure::Result;
+use crate::report::{self, Ui, count};
+use pleach_frontend::gguf::import_gguf;
+use serde_json::json;
+
+/// Imports.
+///
+/// # Errors
+/// What the reader refuses, or a folder that holds files already.
+pub(crate) fn import(ui: &Ui, args: &ImportArgs) -> Result<()> {
+    let r = import_gguf(&args.file, &args.out, args.overwrite)?;
+    if args.json {
+        let types: serde_json::Map<_, _> = r.types.iter().map(|(k, n)| (k.clone(), (*n).into())).collect();
+        report::json(&json!({
+            "folder": r.dir, "files": r.files, "tensors": r.tensors, "parameters": r.parameters,
+            "types": types, "tokens": r.tokens,
+        }));
+    } else if !ui.quiet {
+        let types: Vec<String> = r.types.iter().map(|(kind, n)| format!("{n} {kind}")).collect();
+        report::line(&format!(
+            "{}: {} tensors ({}), {} parameters as f32, {} tokens; {}",
+            r.dir.display(),
+            r.tensors,
+            types.join(", "),
+            count(r.parameters),
+            r.tokens,
+            r.files.join(", ")
+        ));
+    }
+    Ok(())
+}

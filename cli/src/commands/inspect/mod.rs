@@ -1,0 +1,30 @@
+//! `pleach inspect`: any stage of a model folder, or what a plan holds; as text for people or JSON for scripts.
+
+#[cfg(feature = "compiler")]
+mod model;
+mod plan;
+
+use crate::args::InspectArgs;
+use crate::failure::{Failure, Result};
+use crate::report::Ui;
+
+/// Shows.
+///
+/// # Errors
+/// Files that are refused, a stage that does not exist, and whatever the passes refuse.
+pub(crate) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
+    if crate::ready::looks_like_a_plan(&args.model.model) {
+        if args.ir || args.mlir || args.asm || args.rules || args.dot {
+            let why = "a plan holds no graph: give the model folder to see --ir, --mlir, --asm, --rules or --dot";
+            return Err(Failure::usage(why));
+        }
+        return plan::inspect(args);
+    }
+    #[cfg(feature = "compiler")]
+    return model::inspect(ui, args);
+    #[cfg(not(feature = "compiler"))]
+    {
+        let _ = ui;
+        Err(Failure::usage("this build has no compiler and inspects plans only (F.pleach)"))
+    }
+}

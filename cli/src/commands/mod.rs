@@ -1,0 +1,50 @@
+//! The commands, one file each.
+
+#[cfg(feature = "models")]
+mod adapter;
+#[cfg(feature = "compiler")]
+mod bench;
+#[cfg(feature = "compiler")]
+mod compile;
+mod doctor;
+mod generate;
+#[cfg(feature = "models")]
+mod import;
+mod inspect;
+#[cfg(feature = "models")]
+mod merge;
+#[cfg(feature = "compiler")]
+mod opt;
+mod run;
+
+use crate::args::{Cli, Command};
+use crate::failure::Result;
+use crate::report::Ui;
+
+/// Does what was asked for.
+///
+/// # Errors
+/// The command's failure.
+pub(crate) fn dispatch(cli: Cli) -> Result<()> {
+    let ui = Ui { quiet: cli.quiet, threads: cli.threads };
+    match cli.command {
+        Command::Run(a) => run::run(&ui, &a),
+        Command::Generate(a) => generate::generate(&ui, &a),
+        #[cfg(feature = "compiler")]
+        Command::Compile(a) => compile::compile(&ui, &a),
+        Command::Inspect(a) => inspect::inspect(&ui, &a),
+        #[cfg(feature = "compiler")]
+        Command::Opt(a) => opt::opt(&ui, &a),
+        #[cfg(feature = "models")]
+        Command::Merge(a) => merge::merge(&ui, &a),
+        #[cfg(feature = "models")]
+        Command::Adapter(a) => adapter::adapter(&ui, &a),
+        #[cfg(feature = "models")]
+        Command::Import(a) => import::import(&ui, &a),
+        #[cfg(feature = "compiler")]
+        Command::Bench(a) => bench::bench(&ui, &a),
+        Command::Doctor(a) => doctor::doctor(&a),
+        #[cfg(feature = "compiler")]
+        Command::CompileHere => crate::child::serve(),
+    }
+}

@@ -1,0 +1,116 @@
+//! A model folder with adapters: what is compiled, what is loaded, which facts go into the plan.
+//!
+//! Opening reads headers and configurations only. Adapter values are read when they are put into a slot.
+
+use crate::args::AdapterPath;
+use crate::failure::{Failure, Result};
+use pleach_frontend::adapter::{SlotValue, slot_values};
+use pleach_frontend::{Adapter, Checkpoint, TextTokenizer};
+use pleach_runtime::{InMemory, Session, Weights, open_weights};
+use std::path::{Path, PathBuf};
+
+/// A model and the adapters that are active together, in slot order.
+#[derive(Debug)]
+pub(crate) struct Model {
+    /// The folder, bound.
+    pub checkpoint: Checkpoint,
+    /// Slot 0, slot 1, …
+    pub adapters: Vec<Adapter>,
+}
+
+impl Model {
+    /// Opens a folder and its adapters.
+    ///
+    /// # Errors
+    /// What the readers refuse, by name; the same adapter name twice.
+    pub(crate) fn open(dir: &Path, adapters: &[AdapterPath]) -> Result<Model> {
+        if !dir.is_dir() {
+            let what =
+                if dir.exists() { "is a file; give a model folder or a plan (F.pleach)" } else { "does not exist" };
+            return Err(Failure::new(format!("{}: {what}", dir.display())));
+        }
+        let checkpoint = Checkpoint::open(dir)?;
+        let mut list: Vec<Adapter> = vec![];
+        for a in adapters {
+            let adapter = Adapter::open(&a.path, a.name.as_deref(), &checkpoint.modules)?;
+            if let (Some(name), Some(other)) = (&a.name, list.iter().find(|b| Some(&b.name) == a.name.as_ref())) {
+                let (one, two) = (other.dir.display(), a.path.display());
+                return Err(Failure::usage(format!("two adapters are called `{name}`: {one} and {two}")));
+            }
+            list.push(adapter);
+        }
+        Ok(Model { checkpoint, adapters: list })
+    }
+
+    /// The folder.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.checkpoint.dir
+    }
+
+    /// The weights, mapped.
+    ///
+    /// # Errors
+    /// Files that can no longer be opened.
+    pub(crate) fn weights(&self) -> Result<Weights> {
+        let mut files: Vec<&Path> = self.checkpoint.params().map(|(_, t)| &*t.file).collect();
+        files.sort_unstable();
+        files.dedup();
+        // One file may have any name; shards are found by their index.
+        let single =
+            files.first().filter(|_| files.len() == 1 && !self.dir().join("model.safetensors.index.json").is_file());
+        Ok(open_weights(single.copied().unwrap_or(self.dir()))?)
+    }
+
+    /// The tokenizer of the folder.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be read.
+    pub(crate) fn tokenizer(&self) -> Result<TextTokenizer> {
+        Ok(TextTokenizer::open(self.dir())?)
+    }
+}
+
+/// The tensors of an adapter under the keys of a slot.
+fn slot_tensors(adapter: &Adapter) -> Result<InMemory> {
+    let mut out = InMemory::new();
+    for (key, value) in slot_values(adapter) {
+        let (shape, values) = match value {
+            SlotValue::Tensor(t) => (t.shape.clone(), t.read_f32()?),
+            SlotValue::Scalar(x) => (vec![], vec![x]),
+        };
+        out = out.f32(key, &shape, &values);
+    }
+    Ok(out)
+}
+
+/// Puts the adapters of a model into the slots of a session, in order.
+///
+/// # Errors
+/// More adapters than slots, or an adapter that does not fit its slot, by name.
+pub(crate) fn fill_slots(session: &mut Session, model: &Model) -> Result<()> {
+    let adapters = &model.adapters;
+    let slots = session.plan().slots();
+    if adapters.len() > slots.len() {
+        return Err(Failure::new(format!(
+            "the plan has {} adapter slots, {} adapters were given; compile it with as many --adapter",
+            slots.len(),
+            adapters.len()
+        )));
+    }
+    for (slot, adapter) in slots.into_iter().zip(adapters) {
+        adapter.check_copies(&model.checkpoint)?;
+        let tensors = slot_tensors(adapter)?;
+        session
+            .load_slot(slot, &tensors)
+            .map_err(|e| Failure::from(e).within(&format!("adapter `{}` ({})", adapter.name, adapter.dir.display())))?;
+    }
+    Ok(())
+}
+
+/// A folder beside `path` that is written first and renamed to it last.
+pub(crate) fn temporary_beside(path: &Path) -> Result<PathBuf> {
+    let name = path.file_name().ok_or_else(|| Failure::usage(format!("{}: is no file name", path.display())))?;
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(parent).map_err(Failure::io("create", parent))?;
+    Ok(parent.join(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id())))
+}

@@ -1,0 +1,287 @@
+//! From a model to a plan: import, passes, schedule, code, with one row of report per stage.
+//!
+//! Everything here runs in the child process of [`crate::child`] but for the import, which the parent does too: the
+//! text of the imported graph is what the compile cache is keyed by. Reads headers only.
+
+use crate::args::{AdapterPath, ModelArgs, Target};
+use crate::cache;
+use crate::failure::{Failure, Result};
+use crate::model::Model;
+use crate::report::{Table, Ui, bytes};
+use pleach_codegen::HostTarget;
+use pleach_codegen::compile::{self, CompileOptions};
+use pleach_frontend::{ModelConfig, eos_ids};
+use pleach_ir::{Graph, Schedule};
+use pleach_passes::fuse_kernels::{self, CutOptions};
+use pleach_passes::{Options, Outcome, PassReport, Pipeline};
+use pleach_plan::{Meta, Plan};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// What to compile, and where the plan goes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Request {
+    /// Model folder.
+    pub model: PathBuf,
+    /// Adapters by name and folder, in slot order.
+    pub adapters: Vec<(Option<String>, PathBuf)>,
+    /// Entries.
+    pub entries: Vec<String>,
+    /// Fold the adapters into the weights.
+    pub merge: bool,
+    /// Processor class: `native`, `avx2`, `avx512`.
+    pub target: String,
+    /// Token counts that entries are tuned for.
+    pub tokens: Vec<(String, u64)>,
+    /// Passes to leave out.
+    pub disable: Vec<String>,
+    /// Rewrite rules to leave out.
+    pub disable_rules: Vec<String>,
+    /// Threads that lower kernels; no influence on the plan.
+    pub threads: usize,
+    /// The plan file.
+    pub out: PathBuf,
+}
+
+/// One stage of a compilation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Row {
+    /// Name of the pass or stage.
+    pub pass: String,
+    /// Nodes before, if it had any.
+    pub nodes_before: Option<usize>,
+    /// Nodes after; kernels for `fuse-kernels`.
+    pub nodes_after: Option<usize>,
+    /// Whether it changed anything; none for stages that make something new.
+    pub changed: Option<bool>,
+    /// Wall time, milliseconds.
+    pub ms: f64,
+    /// What it says about itself.
+    pub note: String,
+}
+
+impl Row {
+    fn stage(pass: &str, ms: f64, note: impl Into<String>) -> Row {
+        Row { pass: pass.into(), nodes_before: None, nodes_after: None, changed: None, ms, note: note.into() }
+    }
+
+    /// The row of a pass.
+    pub(crate) fn pass(r: &PassReport) -> Row {
+        Row {
+            nodes_before: Some(r.nodes_before),
+            nodes_after: Some(r.nodes_after),
+            changed: Some(r.changed),
+            ..Row::stage(r.name, r.ms, r.note.clone())
+        }
+    }
+}
+
+/// Rows as the table that `compile` prints, with a total.
+pub(crate) fn table(rows: &[Row]) -> String {
+    let mut t = Table::new(&["pass", "<nodes", "<changed", "ms", "<"]);
+    let number = |n: Option<usize>| n.map_or(String::new(), |n| n.to_string());
+    for r in rows {
+        let nodes = match (r.nodes_before, r.nodes_after) {
+            (Some(a), Some(b)) => format!("{a} → {b}"),
+            (a, b) => number(a.or(b)),
+        };
+        let changed = r.changed.map_or("—", |c| if c { "yes" } else { "no" });
+        t.row([r.pass.clone(), nodes, changed.into(), format!("{:.1}", r.ms), r.note.clone()]);
+    }
+    t.row(["total".into(), String::new(), String::new(), format!("{:.1}", total(rows)), String::new()]);
+    t.text()
+}
+
+/// Milliseconds of all stages.
+pub(crate) fn total(rows: &[Row]) -> f64 {
+    rows.iter().map(|r| r.ms).sum()
+}
+
+impl Request {
+    /// What these arguments ask for.
+    pub(crate) fn new(ui: &Ui, args: &ModelArgs, entries: &[&str], tokens: &[(String, u64)]) -> Request {
+        // One order and each once, so that the same wish finds the same plan.
+        let mut entries = entries.to_vec();
+        entries.sort_unstable_by_key(|e| (*e != "infer", *e));
+        entries.dedup();
+        Request {
+            model: args.model.clone(),
+            adapters: args.adapter.iter().map(|a| (a.name.clone(), a.path.clone())).collect(),
+            entries: entries.iter().map(|s| (*s).to_string()).collect(),
+            merge: args.merge,
+            target: match args.target {
+                Target::Cpu => "native",
+                Target::Avx2 => "avx2",
+                Target::Avx512 => "avx512",
+            }
+            .into(),
+            tokens: tokens.to_vec(),
+            disable: args.disable.clone(),
+            disable_rules: args.disable_rule.clone(),
+            threads: ui.workers(),
+            out: PathBuf::new(),
+        }
+    }
+
+    /// The model and its adapters.
+    ///
+    /// # Errors
+    /// What the readers refuse.
+    pub(crate) fn open(&self) -> Result<Model> {
+        let adapters: Vec<AdapterPath> =
+            self.adapters.iter().map(|(name, path)| AdapterPath { name: name.clone(), path: path.clone() }).collect();
+        Model::open(&self.model, &adapters)
+    }
+
+    /// The graph of a model.
+    ///
+    /// # Errors
+    /// An entry that the model does not have.
+    pub(crate) fn import(&self, model: &Model) -> Result<Graph> {
+        let entries: Vec<&str> = self.entries.iter().map(String::as_str).collect();
+        Ok(pleach_frontend::import(&model.checkpoint, &model.adapters, &entries)?)
+    }
+
+    /// The processor class.
+    ///
+    /// # Errors
+    /// This machine belongs to none that is supported.
+    pub(crate) fn host(&self) -> Result<HostTarget> {
+        HostTarget::from_name(&self.target).ok_or_else(|| {
+            Failure::new("this processor lacks AVX2 or FMA; code can be compiled for others with --target avx2")
+        })
+    }
+
+    /// The key of the compile cache.
+    ///
+    /// # Errors
+    /// As [`Request::host`].
+    pub(crate) fn key(&self, model: &Model, graph: &Graph) -> Result<String> {
+        let host = self.host()?;
+        let options =
+            Request { model: PathBuf::new(), adapters: vec![], threads: 0, out: PathBuf::new(), ..self.clone() };
+        Ok(cache::key(&[
+            "plan",
+            &cache::program(),
+            &format!("{host:?}"),
+            &serde_json::to_string(&options)?,
+            &serde_json::to_string(&self.meta(model)?)?,
+            &pleach_ir::text::print(graph),
+        ]))
+    }
+
+    /// Options of the passes.
+    pub(crate) fn options(&self) -> Options {
+        Options {
+            merge: self.merge,
+            tokens_hint: self.tokens.clone(),
+            disabled_rules: self.disable_rules.clone(),
+            ..Options::default()
+        }
+    }
+
+    /// Facts for the plan: those of the model, and whether adapters are folded in. Names of adapters stay out: another
+    /// adapter of the same shape runs on the same plan.
+    fn meta(&self, model: &Model) -> Result<Meta> {
+        let eos = eos_ids(model.dir())?.into_iter().filter_map(|i| i32::try_from(i).ok()).collect();
+        let c = &model.checkpoint.config;
+        let (hidden, layers, max_positions, type_vocab) = match c {
+            ModelConfig::Llama(c) => (c.hidden, c.layers, c.max_positions, 0),
+            ModelConfig::Bert(c) => (c.hidden, c.layers, c.max_positions, c.type_vocab),
+        };
+        let kind = if c.is_decoder() { "decoder" } else { "encoder" }.into();
+        let mut meta =
+            Meta { kind, vocab: c.vocab(), hidden, layers, max_positions, type_vocab, eos, ..Meta::default() };
+        if !model.adapters.is_empty() {
+            meta.extra.insert("merged".into(), self.merge.into());
+        }
+        Ok(meta)
+    }
+}
+
+/// Runs the passes.
+///
+/// # Errors
+/// The error of a pass.
+pub(crate) fn passes(graph: &Graph, request: &Request, keep_texts: bool) -> Result<Outcome> {
+    let pipeline =
+        Pipeline { disable: request.disable.clone(), print_ir_after_change: keep_texts, ..Pipeline::default() };
+    Ok(pleach_passes::run(graph, &pipeline, &request.options())?)
+}
+
+/// Cuts a graph into kernels for the host.
+///
+/// # Errors
+/// A single operator that the target refuses.
+pub(crate) fn schedule(graph: &Graph) -> Result<Schedule> {
+    Ok(fuse_kernels::schedule(graph, &CutOptions { supported: &compile::supported, pack: true })?)
+}
+
+/// Compiles in this process and writes the plan.
+///
+/// # Errors
+/// Whatever a stage refuses.
+pub(crate) fn compile_here(request: &Request) -> Result<Vec<Row>> {
+    let clock = Instant::now();
+    let model = request.open()?;
+    let graph = request.import(&model)?;
+    let mut rows = vec![Row {
+        nodes_after: Some(pleach_passes::manager::node_count(&graph)),
+        ..Row::stage("import", ms(clock), imported(&model, &request.meta(&model)?))
+    }];
+    let outcome = passes(&graph, request, false)?;
+    rows.extend(outcome.reports.iter().map(Row::pass));
+    let (plan, more) = lower(&outcome.graph, request, request.meta(&model)?)?;
+    rows.extend(more);
+    plan.write(&request.out)?;
+    Ok(rows)
+}
+
+/// A graph in phase Core to a plan.
+///
+/// # Errors
+/// What the target refuses.
+pub(crate) fn lower(graph: &Graph, request: &Request, meta: Meta) -> Result<(Plan, Vec<Row>)> {
+    let mut rows = vec![];
+    let clock = Instant::now();
+    let s = schedule(graph)?;
+    let launches: usize = s.entries.iter().map(|e| e.steps.len()).sum();
+    rows.push(Row {
+        nodes_before: Some(pleach_passes::manager::node_count(graph)),
+        nodes_after: Some(s.kernels.len()),
+        ..Row::stage("fuse-kernels", ms(clock), format!("{} kernels, {launches} launches", s.kernels.len()))
+    });
+    let options = CompileOptions { target: request.host()?, threads: request.threads, meta };
+    let (plan, times) = compile::compile(&s, &options)?;
+    let code: usize = plan.blobs.iter().map(|b| b.bytes.len()).sum();
+    let clock = Instant::now();
+    let note = arenas(&plan, &request.options())?;
+    rows.push(Row::stage("plan-memory", ms(clock), note));
+    rows.push(Row::stage("codegen", times.emit + times.lower, format!("on {} threads", request.threads)));
+    rows.push(Row::stage("link", times.link, format!("{} of code", bytes(code as u64))));
+    Ok((plan, rows))
+}
+
+fn imported(model: &Model, meta: &Meta) -> String {
+    let base = format!("{} layers", meta.layers);
+    let adapter = |a: &pleach_frontend::Adapter| format!(", adapter {} ({} sites)", a.name, a.sites.len());
+    model.adapters.iter().map(adapter).fold(base, |a, b| a + &b)
+}
+
+/// The arena of each entry at the count it is tuned for: every buffer on its own, and as planned.
+fn arenas(plan: &Plan, options: &Options) -> Result<String> {
+    let mut notes = vec![];
+    for e in plan.entries.iter().filter(|e| e.prepares().is_none()) {
+        let tokens = options.tokens(&e.name);
+        let env = plan.env(&|name| Some(if name == "S" { 1 } else { tokens }))?;
+        let layout = pleach_plan::arena(e, &env)?;
+        let sum: u64 = layout.requests.iter().map(|(_, r)| r.size).sum();
+        notes.push(format!("{} {} → {} at T={tokens}", e.name, bytes(sum), bytes(layout.total)));
+    }
+    Ok(notes.join(", "))
+}
+
+fn ms(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}

@@ -1,0 +1,210 @@
+//! From arguments to a plan that can be run: read from a file, found in the cache, or compiled.
+
+use crate::args::{Count, ModelArgs};
+use crate::failure::{Failure, Result};
+#[cfg(feature = "models")]
+use crate::model::{self, Model};
+use crate::report::Ui;
+use pleach_plan::Plan;
+#[cfg(not(feature = "models"))]
+use pleach_runtime::open_weights;
+use pleach_runtime::{Options, Session, Weights};
+use std::path::Path;
+#[cfg(not(feature = "models"))]
+use std::path::PathBuf;
+use std::sync::Arc;
+#[cfg(feature = "compiler")]
+use std::time::Instant;
+
+/// A plan with where its weights, adapters and texts come from.
+pub(crate) struct Ready {
+    /// The plan.
+    pub plan: Arc<Plan>,
+    /// Where the weights are.
+    #[cfg(not(feature = "models"))]
+    pub folder: PathBuf,
+    /// The opened folder.
+    #[cfg(feature = "models")]
+    pub model: Model,
+    /// How the plan was come by.
+    #[cfg(feature = "compiler")]
+    pub origin: Origin,
+}
+
+/// How a plan was come by.
+#[cfg(feature = "compiler")]
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Origin {
+    /// Found in the cache.
+    pub cached: bool,
+    /// Time until the plan was there, milliseconds.
+    pub ms: f64,
+    /// Report of the compilation.
+    pub rows: Vec<crate::pipeline::Row>,
+}
+
+/// Makes a plan with these entries ready. `tokens` are the counts that entries are tuned for.
+///
+/// # Errors
+/// Files that are refused, a plan without an entry, and whatever compiling refuses.
+pub(crate) fn ready(ui: &Ui, args: &ModelArgs, entries: &[&str], tokens: &[(String, u64)]) -> Result<Ready> {
+    if looks_like_a_plan(&args.model) {
+        return from_plan(args, entries);
+    }
+    if args.weights.is_some() {
+        return Err(Failure::usage("--weights goes with a compiled plan (F.pleach); a model folder has its own"));
+    }
+    from_model(ui, args, entries, tokens)
+}
+
+/// True for a file that is to be taken for a compiled plan.
+pub(crate) fn looks_like_a_plan(path: &Path) -> bool {
+    let mut head = [0; 8];
+    let mut read = || std::fs::File::open(path).and_then(|mut f| std::io::Read::read_exact(&mut f, &mut head));
+    path.extension().is_some_and(|e| e == "pleach") || (path.is_file() && read().is_ok() && &head == pleach_plan::MAGIC)
+}
+
+fn from_plan(args: &ModelArgs, entries: &[&str]) -> Result<Ready> {
+    #[cfg(feature = "compiler")]
+    let clock = Instant::now();
+    let within = |e: pleach_plan::PlanError| Failure::from(e).within(&args.model.display().to_string());
+    let plan = match Plan::read(&args.model) {
+        Err(e @ pleach_plan::PlanError::Io { .. }) => return Err(e.into()),
+        other => other.map_err(within)?,
+    };
+    for e in entries {
+        plan.entry(e).map_err(|e| Failure::from(e).within("compile it with --entry"))?;
+    }
+    let folder = args.weights.clone().ok_or_else(|| {
+        Failure::usage("a compiled plan holds no weights: give the model folder with --weights MODEL")
+    })?;
+    let merged = plan.meta.extra.get("merged").and_then(serde_json::Value::as_bool).unwrap_or(false);
+    if args.merge && !merged {
+        return Err(Failure::usage("--merge is decided when a plan is compiled; compile it with --merge"));
+    }
+    #[cfg(feature = "models")]
+    let model = Model::open(&folder, &args.adapter)?;
+    #[cfg(not(feature = "models"))]
+    if !args.adapter.is_empty() {
+        return Err(Failure::usage("this build reads no adapters; build it with the feature `models`"));
+    }
+    Ok(Ready {
+        plan: Arc::new(plan),
+        #[cfg(not(feature = "models"))]
+        folder,
+        #[cfg(feature = "models")]
+        model,
+        #[cfg(feature = "compiler")]
+        origin: Origin { ms: clock.elapsed().as_secs_f64() * 1e3, ..Origin::default() },
+    })
+}
+
+#[cfg(not(feature = "compiler"))]
+fn from_model(_: &Ui, args: &ModelArgs, _: &[&str], _: &[(String, u64)]) -> Result<Ready> {
+    Err(Failure::usage(format!(
+        "{}: this build has no compiler and runs plans only (F.pleach with --weights MODEL)",
+        args.model.display()
+    )))
+}
+
+#[cfg(feature = "compiler")]
+fn from_model(ui: &Ui, args: &ModelArgs, entries: &[&str], tokens: &[(String, u64)]) -> Result<Ready> {
+    let (_, ready) = compile(ui, args, entries, tokens)?;
+    if !ready.origin.cached {
+        ui.note(&format!("compiled in {:.0} ms", ready.origin.ms));
+    }
+    Ok(ready)
+}
+
+/// Finds or compiles the plan of a model folder. The slot holds the plan's file as long as it lives.
+///
+/// # Errors
+/// Files that are refused, and whatever compiling refuses.
+#[cfg(feature = "compiler")]
+pub(crate) fn compile(
+    ui: &Ui,
+    args: &ModelArgs,
+    entries: &[&str],
+    tokens: &[(String, u64)],
+) -> Result<(crate::cache::Slot, Ready)> {
+    use crate::cache::Slot;
+    use crate::pipeline::Request;
+    let clock = Instant::now();
+    let mut request = Request::new(ui, args, entries, tokens);
+    let model = request.open()?;
+    let place = |r: &Request| -> Result<Slot> { Slot::new(&r.key(&model, &r.import(&model)?)?, !args.no_cache) };
+    let mut slot = place(&request)?;
+    let mut found = if args.no_cache { None } else { slot.find() };
+    let both = ["infer", "generate"];
+    if found.is_none() && !args.no_cache && model.checkpoint.config.is_decoder() && entries.len() == 1 {
+        // A plan with more entries does as well.
+        let other = place(&Request { entries: both.map(String::from).to_vec(), ..request.clone() })?;
+        found = other.find();
+        if found.is_some() {
+            slot = other;
+        }
+    }
+    let cached = found.is_some();
+    let (plan, rows) = match found {
+        Some(x) => x,
+        None => {
+            request.out.clone_from(&slot.plan);
+            let rows = crate::child::compile(&request)?;
+            slot.keep_rows(&rows);
+            (Plan::read(&slot.plan)?, rows)
+        }
+    };
+    let origin = Origin { cached, ms: clock.elapsed().as_secs_f64() * 1e3, rows };
+    Ok((slot, Ready { plan: Arc::new(plan), model, origin }))
+}
+
+impl Ready {
+    /// The weights, mapped.
+    ///
+    /// # Errors
+    /// Files that cannot be opened.
+    pub(crate) fn weights(&self) -> Result<Weights> {
+        #[cfg(feature = "models")]
+        return self.model.weights();
+        #[cfg(not(feature = "models"))]
+        Ok(open_weights(&self.folder)?)
+    }
+
+    /// Opens a session with these capacities, where `given` goes before `needed`, and fills the slots.
+    ///
+    /// # Errors
+    /// What the runtime refuses, and adapters that do not fit.
+    pub(crate) fn session(&self, ui: &Ui, given: &[Count], needed: &[(&str, u64)]) -> Result<Session> {
+        self.session_with(ui, given, needed, self.weights()?)
+    }
+
+    /// As [`Ready::session`], with other weights.
+    ///
+    /// # Errors
+    /// As [`Ready::session`].
+    pub(crate) fn session_with(
+        &self,
+        ui: &Ui,
+        given: &[Count],
+        needed: &[(&str, u64)],
+        weights: Weights,
+    ) -> Result<Session> {
+        let mut options = Options::default().threads(ui.threads);
+        for (symbol, value) in needed {
+            options = options.capacity(symbol, (*value).max(1));
+        }
+        for c in given {
+            options = options.capacity(&c.symbol, c.value);
+        }
+        #[allow(unused_mut, reason = "slots are filled only where adapters can be read")]
+        let mut session = Session::open(self.plan.clone(), weights, &options)?;
+        #[cfg(feature = "models")]
+        model::fill_slots(&mut session, &self.model)?;
+        Ok(session)
+    }
+
+    /// Whether the model is an encoder.
+    pub(crate) fn is_encoder(&self) -> bool {
+        self.plan.meta.kind == "encoder"
+    }
+}
