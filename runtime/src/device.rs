@@ -216,6 +216,8 @@ fn has_feature(name: &str) -> bool {
         "bmi1",
         "bmi2",
         "lzcnt",
+        "movbe",
+        "movbe",
         "popcnt",
         "avx512f",
         "avx512bw",
