@@ -33,9 +33,16 @@ impl Memory {
 }
 
 fn load(text: &str, name: &str, target: &HostTarget) -> (libloading::Library, KernelFn, f64) {
-    let start = Instant::now();
-    let object = mlir::compile_object(text, target).unwrap_or_else(|e| panic!("{e}"));
-    let ms = start.elapsed().as_secs_f64() * 1e3;
+    let (mut object, mut ms, mut stages) = (vec![], f64::MAX, mlir::Stages::default());
+    for _ in 0..5 {
+        let (o, t) = mlir::compile_object_timed(text, target).unwrap_or_else(|e| panic!("{e}"));
+        let sum = (t.parse + t.passes + t.translate + t.emit).as_secs_f64() * 1e3;
+        if sum < ms {
+            (ms, stages) = (sum, t);
+        }
+        object = o;
+    }
+    println!("{name}: {} bytes of text, {stages:.1?}", text.len());
     let path = std::env::temp_dir().join(format!("pleach-bench-{}-{name}.so", std::process::id()));
     std::fs::write(&path, link::link(&[object]).unwrap()).unwrap();
     let lib = unsafe { libloading::Library::new(&path).unwrap() };
@@ -244,7 +251,8 @@ fn contraction(n: u64, k: u64, isa: HostIsa, tail: Tail) -> Kernel {
 fn main() {
     let mut args = std::env::args().skip(1);
     let threads: usize = args.next().and_then(|s| s.parse().ok()).unwrap_or(2);
-    let target = HostTarget::from_name(&args.next().unwrap_or("native".into())).expect("a target: avx512, avx2, native");
+    let target =
+        HostTarget::from_name(&args.next().unwrap_or("native".into())).expect("a target: avx512, avx2, native");
     let filter = args.next().unwrap_or_default();
     let (_peak_lib, peak, _) = load(&peak_text(target.isa), "peak", &target);
     let (_read_lib, read, _) = load(&read_text(), "read", &target);
@@ -261,13 +269,7 @@ fn main() {
         let tasks = (bytes / (128 << 10)).clamp(threads as u64, 1024);
         let n = bytes / 4 / tasks / 128 * 128;
         let x = Memory::new((n * tasks) as usize, 1.0);
-        let l = Launch {
-            f: read,
-            buffers: &[x.ptr(), sink.ptr()],
-            dims: &[n as i64],
-            tasks,
-            scratch: &scratch,
-        };
+        let l = Launch { f: read, buffers: &[x.ptr(), sink.ptr()], dims: &[n as i64], tasks, scratch: &scratch };
         (n * tasks * 4) as f64 / best(&l, threads, 150.0) / 1e9
     };
     println!("{threads} threads, {:?}; peak {:.0} GFLOP/s", target.isa, peak_rate());
@@ -315,7 +317,10 @@ fn main() {
                 println!("{head} {rate:>7.1} GB/s    {:>5.1} % of a read at {limit:.0}", 100.0 * rate / limit);
             } else {
                 let (rate, limit) = (flop / s / 1e9, peak_rate());
-                println!("{head} {rate:>7.1} GFLOP/s {:>5.1} % of {limit:.0}   (compiled in {ms:.0} ms)", 100.0 * rate / limit);
+                println!(
+                    "{head} {rate:>7.1} GFLOP/s {:>5.1} % of {limit:.0}   (compiled in {ms:.0} ms)",
+                    100.0 * rate / limit
+                );
             }
         }
     }

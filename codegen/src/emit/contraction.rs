@@ -39,10 +39,12 @@ pub fn supported(k: &Kernel) -> Result<(), String> {
     let mut symbols: Vec<Sym> = k.body.nodes.iter().flat_map(|n| n.ty.symbols()).collect();
     symbols.sort_unstable();
     symbols.dedup();
-    emit_isa(k, &symbols, HostIsa::Avx512).map(|_| ()).map_err(|e| match e {
-        CodegenError::Unsupported { why, .. } => why,
-        other => other.to_string(),
-    })
+    let an = Analysis::new(k)?;
+    // One row stands for all tile sizes.
+    let bl = Blocking { rows: vec![1], ..Blocking::new(&an, HostIsa::Avx512)? };
+    let mut f = Func::host_kernel(&k.name);
+    let cx = Context::new(&mut f, k, &an, &bl, &symbols)?;
+    kernel(&mut f, &cx)
 }
 
 /// Emits a contraction kernel.
@@ -297,7 +299,7 @@ fn one_tile(
     part: Option<&Part>,
 ) -> Result<(), String> {
     let bl = cx.bl;
-    let whole = n.known().is_some_and(|n| n as u64 % bl.width == 0);
+    let whole = n.known().is_some_and(|n| (n as u64).is_multiple_of(bl.width));
     let masks: Vec<Option<Val>> = if whole {
         vec![None; bl.vectors]
     } else {

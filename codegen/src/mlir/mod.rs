@@ -135,6 +135,9 @@ pub fn compile_object_timed(module_text: &str, target: &HostTarget) -> Result<(V
     })
 }
 
+/// Where a thread puts the result of one text.
+type Slot = Mutex<Option<Result<Vec<u8>, CodegenError>>>;
+
 /// Compiles many modules on up to `threads` threads, each with its own context. Results are in the order of `texts`
 /// and do not depend on `threads`. The name of a text is put before its error.
 pub fn compile_parallel(
@@ -145,7 +148,7 @@ pub fn compile_parallel(
     // The longest texts first, so that no thread is left alone with one at the end.
     let mut order: Vec<usize> = (0..texts.len()).collect();
     order.sort_by_key(|i| (std::cmp::Reverse(texts[*i].1.len()), *i));
-    let done: Vec<Mutex<Option<Result<Vec<u8>, CodegenError>>>> = texts.iter().map(|_| Mutex::new(None)).collect();
+    let done: Vec<Slot> = texts.iter().map(|_| Mutex::new(None)).collect();
     let next = AtomicUsize::new(0);
     let work = || {
         while let Some(&i) = order.get(next.fetch_add(1, Ordering::Relaxed)) {

@@ -70,7 +70,7 @@ impl Blocking {
         let tile_bytes = depth * width * 4 * a.groups.len() as u64;
         let count = a.n.known().map(|n| n.div_ceil(width));
         let task_tiles = (BLOCK_BYTES / tile_bytes).clamp(1, 8).min(count.unwrap_or(8).max(1));
-        let narrow_tiles = count.unwrap_or(64).div_ceil(128).max(1);
+        let narrow_tiles = count.unwrap_or(64).div_ceil(128).clamp(1, task_tiles);
         Ok(Blocking {
             width,
             vectors,

@@ -7,6 +7,7 @@ use crate::emit::elementwise::{load, splat};
 use crate::emit::func::{Func, Val};
 use pleach_ir::{Dim, Kernel, Op, Sym, ValueId};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 /// Values defined at the head of the function.
 pub(super) struct Context<'a> {
@@ -44,9 +45,9 @@ impl<'a> Context<'a> {
         let buffers = (0..kernel.operands.len() + kernel.results.len()).map(|i| f.buffer(i)).collect::<Vec<_>>();
         let mut counts = BTreeMap::new();
         for s in body.nodes.iter().flat_map(|n| n.ty.symbols()) {
-            if !counts.contains_key(&s) {
+            if let Entry::Vacant(slot) = counts.entry(s) {
                 let i = symbols.iter().position(|x| *x == s).ok_or(format!("symbol {s} is not one of the plan's"))?;
-                counts.insert(s, f.dim(i));
+                slot.insert(f.dim(i));
             }
         }
         let mut scalars = BTreeMap::new();
