@@ -1,3 +1,5 @@
+//! Canonical forms, one family of identities at a time; a second run changes nothing.
+
 use super::*;
 use crate::manager::{Pipeline, run as run_passes};
 use pleach_ir::text::{parse, print};

@@ -1,3 +1,5 @@
+//! What moves into prepare entries, what stays, and that a second run changes nothing.
+
 use super::*;
 use crate::manager::{Outcome, Pipeline, run as run_passes};
 use crate::testing::{Decoder, assigned, same_results};

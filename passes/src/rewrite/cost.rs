@@ -136,7 +136,7 @@ impl Meter<'_> {
     }
 
     /// One kernel for a sum of products and other terms.
-    fn sum(&self, id: Id, parts: &[(Id, Option<(ENode, bool)>)]) -> f64 {
+    fn sum(&self, id: Id, parts: &[Taken]) -> f64 {
         let (mut flops, mut mem, mut end) = (0.0, self.us(self.bytes(id)), 0.0);
         for (c, product) in parts {
             match product {
@@ -262,7 +262,9 @@ fn parameters(w: &World, x: &mut Extraction, k: usize, n: usize, s: &Setting, m:
     x.kinds.push(Kind::Keep(k));
 }
 
-type How = Vec<(Id, Option<(ENode, bool)>)>;
+/// A term for the price: its class, and the product taken in with whether a scalar is in front.
+type Taken = (Id, Option<(ENode, bool)>);
+type How = Vec<Taken>;
 
 /// The ways to compute a sum by one kernel: each term read, or one of its products taken in.
 fn kernels(w: &World, x: &Extraction, e: &ENode, n: usize, epilogue: bool) -> Vec<(Vec<Part>, How)> {
@@ -275,7 +277,11 @@ fn kernels(w: &World, x: &Extraction, e: &ENode, n: usize, epilogue: bool) -> Ve
                 if *count > 0 && !epilogue {
                     continue;
                 }
-                next.push(([&parts[..], &[p.clone()]].concat(), [&how[..], &[h.clone()]].concat(), count + 1));
+                next.push((
+                    [&parts[..], std::slice::from_ref(p)].concat(),
+                    [&how[..], std::slice::from_ref(h)].concat(),
+                    count + 1,
+                ));
             }
             let p = Part::Read(read_at(w, x, c, n));
             next.push(([&parts[..], &[p]].concat(), [&how[..], &[(c, None)]].concat(), *count));
@@ -289,7 +295,7 @@ fn kernels(w: &World, x: &Extraction, e: &ENode, n: usize, epilogue: bool) -> Ve
 }
 
 /// Products that a term of a sum is equal to, the cheapest right operands first.
-fn products(w: &World, x: &Extraction, c: Id, n: usize) -> Vec<(Part, (Id, Option<(ENode, bool)>))> {
+fn products(w: &World, x: &Extraction, c: Id, n: usize) -> Vec<(Part, Taken)> {
     let product = |e: &ENode| matches!(e.op(), Some(Op::MatMul { .. })) && e.ch.iter().all(|&o| w.ty(o).rank() == 2);
     let mut found: Vec<(&ENode, Option<&ENode>)> =
         w.nodes(c).iter().filter(|e| product(e)).map(|e| (e, None)).collect();

@@ -11,6 +11,9 @@ use super::extract::{Choice, NONE, Problem};
 const ROUNDS: usize = 6;
 /// Levels that a repair looks down.
 const DEPTH: usize = 8;
+/// Classes that one search may visit in all: a bound on its time that does not depend on a clock. A model's region needs
+/// less than a hundredth.
+const WORK: u64 = 50_000_000;
 /// Gains smaller than this are noise.
 const EPS: f64 = 1e-9;
 
@@ -25,6 +28,7 @@ pub struct Search<'a> {
     plan: Vec<Option<(f64, usize)>>,
     planned: Vec<usize>,
     busy: Vec<bool>,
+    work: std::cell::Cell<u64>,
 }
 
 impl<'a> Search<'a> {
@@ -41,17 +45,41 @@ impl<'a> Search<'a> {
             })
             .collect();
         let n = p.classes.len();
-        Search { p, tree, total, users, above, plan: vec![None; n], planned: vec![], busy: vec![false; n] }
+        Search {
+            p,
+            tree,
+            total,
+            users,
+            above,
+            plan: vec![None; n],
+            planned: vec![],
+            busy: vec![false; n],
+            work: std::cell::Cell::new(0),
+        }
+    }
+
+    fn cost(&self, choice: &Choice) -> Option<f64> {
+        self.work.set(self.work.get() + self.p.classes.len() as u64);
+        self.p.cost(choice)
+    }
+
+    fn tired(&self) -> bool {
+        self.work.get() > WORK
     }
 
     /// Improves a choice until no move helps; `None` if the start is not valid.
     pub fn improve(&mut self, start: Choice, cheap_first: bool) -> Option<(Choice, f64)> {
         let mut cur = start;
-        let mut best = self.p.cost(&cur)?;
+        let mut best = self.cost(&cur)?;
+        // each start has its own share
+        self.work.set(0);
         for round in 0..ROUNDS {
             let before = best;
             while (cheap_first || round > 0) && self.flip_and_force(&mut cur, &mut best)? {}
             for c in self.p.walk(&cur)?.into_iter().rev() {
+                if self.tired() {
+                    return Some((cur, best));
+                }
                 if let Some((next, t)) = self.repair(&cur, c, None).filter(|r| r.1 < best - EPS) {
                     (cur, best) = (next, t);
                 }
@@ -67,12 +95,15 @@ impl<'a> Search<'a> {
     fn flip_and_force(&self, cur: &mut Choice, best: &mut f64) -> Option<bool> {
         let before = *best;
         for c in self.p.walk(cur)? {
+            if self.tired() {
+                return Some(false);
+            }
             for &n in &self.p.classes[c] {
                 if cur[c] == n || self.p.nodes[n].needs.iter().any(|&k| cur[k] == NONE) {
                     continue;
                 }
                 let old = std::mem::replace(&mut cur[c], n);
-                match self.p.cost(cur) {
+                match self.cost(cur) {
                     Some(t) if t < *best - EPS => *best = t,
                     _ => cur[c] = old,
                 }
@@ -80,7 +111,7 @@ impl<'a> Search<'a> {
         }
         let live = self.live(cur, NONE);
         for s in (0..self.p.classes.len()).filter(|&s| self.users[s].len() > 1) {
-            if cur[s] == NONE {
+            if cur[s] == NONE || self.tired() {
                 continue;
             }
             let mut undo: Vec<(usize, usize)> = vec![];
@@ -95,7 +126,7 @@ impl<'a> Search<'a> {
             if undo.is_empty() {
                 continue;
             }
-            match self.p.cost(cur) {
+            match self.cost(cur) {
                 Some(t) if t < *best - EPS => *best = t,
                 _ => undo.into_iter().rev().for_each(|(c, old)| cur[c] = old),
             }
@@ -106,7 +137,7 @@ impl<'a> Search<'a> {
     fn share_all(&mut self, cur: &mut Choice, best: &mut f64) {
         let mut live = self.live(cur, NONE);
         for s in 0..self.p.classes.len() {
-            if live[s] || self.above[s].len() < 2 || !self.total[s].is_finite() {
+            if self.tired() || live[s] || self.above[s].len() < 2 || !self.total[s].is_finite() {
                 continue;
             }
             let mut near = self.above[s].clone();
@@ -125,7 +156,7 @@ impl<'a> Search<'a> {
                     next = n;
                 }
             }
-            if let Some(t) = self.p.cost(&next).filter(|t| *t < *best - EPS) {
+            if let Some(t) = self.cost(&next).filter(|t| *t < *best - EPS) {
                 (*cur, *best) = (next, t);
                 live = self.live(cur, NONE);
             }
@@ -173,7 +204,7 @@ impl<'a> Search<'a> {
                 }
             }
         }
-        let t = self.p.cost(&next)?;
+        let t = self.cost(&next)?;
         Some((next, t))
     }
 

@@ -1,7 +1,9 @@
+//! What the rewriting makes of adapters in a slot, merged, stacked and hostile, and that every rule is true on numbers.
+
 use super::*;
 use crate::manager::{Pipeline, run as run_passes};
 use crate::options::Target;
-use crate::testing::{Decoder, noise, same_results, tensor};
+use crate::testing::{Build, Decoder, noise, same_results, tensor};
 use pleach_ir::interp::{Symbols, Tensor, run_entry_with};
 use pleach_ir::text::{parse, print};
 use pleach_ir::{DType, Dim, Sym};
@@ -387,20 +389,64 @@ fn noise_is_noise() {
     assert_eq!(tensor(&pleach_ir::TensorType::new(DType::F32, [Dim::Symbol(Sym::T)]), 1).shape, [5]);
 }
 
+/// Graphs that no model has must not take long either: effort is bounded by counts.
 #[test]
-#[ignore = "prints times"]
-fn times() {
-    for ranks in [vec![], vec![16], vec![16, 16]] {
-        for merge in [false, true] {
-            let d = Decoder { layers: 30, ranks: ranks.clone(), ..Decoder::default() };
-            let g = d.build();
-            let out = run_passes(&g, &Pipeline::default(), &Options { merge, ..Options::default() }).unwrap();
-            for r in out.reports {
-                println!(
-                    "{ranks:?} {merge} {} {}->{} {:.1} ms {}",
-                    r.name, r.nodes_before, r.nodes_after, r.ms, r.note
-                );
-            }
+fn hostile_graphs_stay_bounded() {
+    for (name, g) in [("chain", chain(80)), ("long chain", chain(240)), ("slots", wide(40)), ("siblings", siblings(60))]
+    {
+        for opts in [Options::default(), merged()] {
+            let (out, _) = rewritten(&g, &opts);
+            // two hundred products in a row round differently in another order
+            same_results(&g, &out, if name == "long chain" { 1e-2 } else { 1e-3 });
         }
     }
+}
+
+fn chain(n: usize) -> Graph {
+    let mut b = Build { g: Graph::default(), e: Entry::new("infer") };
+    let mut x = b.push(tokens(), &[]);
+    for k in 0..n {
+        let w = if k % 3 == 0 { b.slot(0, &format!("w{k}"), &[8, 8]) } else { b.base(&format!("w{k}"), &[8, 8]) };
+        x = b.push(Op::MatMul { ta: false, tb: k % 2 == 0 }, &[x, w]);
+        let s = b.push(Op::f32(0.3), &[]);
+        x = b.push(Op::Binary(BinaryOp::Mul), &[s, x]);
+    }
+    b.e.output("y", x);
+    b.g.entries.push(b.e);
+    b.g
+}
+
+fn wide(n: usize) -> Graph {
+    let mut b = Build { g: Graph::default(), e: Entry::new("infer") };
+    let x = b.push(tokens(), &[]);
+    let w = b.base("w", &[8, 8]);
+    let mut terms = vec![b.push(Op::MatMul { ta: false, tb: true }, &[x, w])];
+    for k in 0..n {
+        let (p, q) = (b.slot(k as u32, "a", &[2, 8]), b.slot(k as u32, "b", &[8, 2]));
+        let s = b.slot(k as u32, "s", &[]);
+        let t = b.push(Op::MatMul { ta: false, tb: true }, &[x, p]);
+        let t = b.push(Op::MatMul { ta: false, tb: true }, &[t, q]);
+        terms.push(b.push(Op::Binary(BinaryOp::Mul), &[s, t]));
+    }
+    let y = b.push(Op::Add, &terms);
+    b.e.output("y", y);
+    b.g.entries.push(b.e);
+    b.g
+}
+
+fn siblings(n: usize) -> Graph {
+    let mut b = Build { g: Graph::default(), e: Entry::new("infer") };
+    let mut x = b.push(tokens(), &[]);
+    for k in 0..n {
+        let w: Vec<ValueId> = (0..3).map(|i| b.base(&format!("w{k}.{i}"), &[8, 8])).collect();
+        let t: Vec<ValueId> = w.iter().map(|&w| b.push(Op::MatMul { ta: false, tb: false }, &[x, w])).collect();
+        x = b.push(Op::Add, &t);
+    }
+    b.e.output("y", x);
+    b.g.entries.push(b.e);
+    b.g
+}
+
+fn tokens() -> Op {
+    Op::Input { name: "x".into(), dtype: DType::F32, shape: vec![Dim::Symbol(Sym::T), Dim::Known(8)] }
 }

@@ -6,6 +6,9 @@ use std::collections::BTreeMap;
 /// Most members of a group.
 const MEMBERS: usize = 24;
 
+/// Left operand, flags of both, kind of the right one.
+type Group = (Id, bool, bool, u8);
+
 /// What a right operand is: only members of one kind are put side by side.
 fn kind(w: &World, r: Id) -> Option<u8> {
     let has = |f: &dyn Fn(&Op) -> bool| w.nodes(r).iter().filter_map(ENode::op).any(f);
@@ -25,7 +28,7 @@ fn kind(w: &World, r: Id) -> Option<u8> {
 
 /// x·W₁, x·W₂, … = column slices of x·[W₁|W₂|…]: whole groups of one kind, ordered by parameter, never their subsets.
 pub(super) fn fuse_siblings(w: &World, out: &mut Found) {
-    let mut by: BTreeMap<(Id, bool, bool, u8), Vec<(Id, Id)>> = BTreeMap::new();
+    let mut by: BTreeMap<Group, Vec<(Id, Id)>> = BTreeMap::new();
     for (id, n, _) in each(w) {
         let Some((a, b)) = as_product(w, n) else { continue };
         let Some(k) = kind(w, b.0) else { continue };

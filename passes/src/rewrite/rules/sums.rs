@@ -65,13 +65,16 @@ pub(super) fn distribute(w: &World, out: &mut Found) {
     }
 }
 
+/// A product with a slice as left operand: first and last column, term of the sum, product.
+type Piece = (u64, u64, usize, Prod);
+
 /// Σ zᵢ·Wᵢ = z·[W₁;W₂;…] when the zᵢ are slices that tile z, each term of the sum used once.
 pub(super) fn slices_of_one(w: &World, out: &mut Found) {
     for (id, n, _) in each(w) {
         if !is_sum(w, id, n) {
             continue;
         }
-        let mut by: BTreeMap<(Id, bool), Vec<(u64, u64, usize, Prod)>> = BTreeMap::new();
+        let mut by: BTreeMap<(Id, bool), Vec<Piece>> = BTreeMap::new();
         for (k, &c) in n.ch.iter().enumerate() {
             for p in scaled_products(w, c) {
                 if p.1.1 || !w.is_param(p.2.0) || p.0.is_some_and(|s| !w.is_param(s)) {
@@ -109,14 +112,16 @@ pub(super) fn slices_of_one(w: &World, out: &mut Found) {
     }
 }
 
+/// What branches share: x with its flag, the flag of A, the flag of B.
+type Shared = (Id, bool, bool, bool);
+
 /// Σ (x·Aᵢ)·Bᵢ = (x·[A₁ A₂ …])·[B₁;B₂;…] for thin x·Aᵢ that share x: several adapters become one of the summed rank.
 pub(super) fn ranks_concat(w: &World, out: &mut Found) {
     for (id, n, _) in each(w) {
         if !is_sum(w, id, n) {
             continue;
         }
-        // what the members share: x with its flag, the flag of A, the flag of B
-        let mut by: BTreeMap<(Id, bool, bool, bool), Vec<(usize, Prod, Id)>> = BTreeMap::new();
+        let mut by: BTreeMap<Shared, Vec<(usize, Prod, Id)>> = BTreeMap::new();
         for (k, &c) in n.ch.iter().enumerate() {
             for p in scaled_products(w, c) {
                 let Some(rank) = dims(w, p.1).1.known() else { continue };
