@@ -13,7 +13,11 @@ mod attention;
 mod launch;
 #[path = "all/scatter.rs"]
 mod scatter;
+#[path = "all/bodies.rs"]
+mod bodies;
 #[path = "all/row.rs"]
 mod row;
+#[path = "all/row_random.rs"]
+mod row_random;
 #[path = "all/ptx.rs"]
 mod ptx;
