@@ -217,7 +217,6 @@ fn has_feature(name: &str) -> bool {
         "bmi2",
         "lzcnt",
         "movbe",
-        "movbe",
         "popcnt",
         "avx512f",
         "avx512bw",
