@@ -2,7 +2,8 @@
 //!
 //! Scores lie as `[lane][key]` in the score area, with rows of `stride` keys. Results accumulate by lane in the result area.
 
-use super::{Config, HIDDEN, Task, lane_at, tail_mask};
+use super::lanes::{lane_at, tail_mask};
+use super::{Config, HIDDEN, Task};
 use crate::emit::func::{Func, Val};
 use crate::emit::vmath::Math;
 

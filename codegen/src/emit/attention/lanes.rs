@@ -1,0 +1,120 @@
+//! Between rows of the operands and lanes of the scratch memory, where every lane is a padded row.
+
+use super::{Config, Task};
+use crate::emit::func::{Func, Val, vty};
+
+/// For every row and head of the block: row, head, lane.
+pub(super) fn each_lane(f: &mut Func, rows: &Val, heads: &Val, body: impl Fn(&mut Func, &Val, &Val, &Val)) {
+    let zero = f.i64(0);
+    f.loop_(&zero, rows, 1, |f, r| {
+        let base = f.mul(r, heads);
+        f.loop_(&zero, heads, 1, |f, h| {
+            let lane = f.add(&base, h);
+            body(f, r, h, &lane);
+        });
+    });
+}
+
+/// Element of a row of q or of the result where a head starts.
+fn head_at(f: &mut Func, c: &Config, [r0, h0]: [&Val; 2], [r, h]: [&Val; 2], stride: i64) -> Val {
+    let row = f.add(r0, r);
+    let row = f.mulc(&row, stride);
+    let head = f.add(h0, h);
+    let head = f.mulc(&head, c.d);
+    f.add(&row, &head)
+}
+
+/// Runs `body` for each vector of a head: first element, and the mask of a partial last vector.
+fn each_vector(f: &mut Func, c: &Config, mut body: impl FnMut(&mut Func, &Val, Option<&Val>)) {
+    let (zero, w) = (f.i64(0), c.w as i64);
+    let whole = f.i64(c.d / w * w);
+    f.loop_(&zero, &whole, w, |f, e| body(f, e, None));
+    if c.d % w != 0 {
+        let mask = tail_mask(f, c);
+        body(f, &whole, Some(&mask));
+    }
+}
+
+/// The lanes of the last, partial vector of a head.
+pub(super) fn tail_mask(f: &mut Func, c: &Config) -> Val {
+    let bits = (0..c.w as i64).map(|i| (i < c.d % c.w as i64).to_string()).collect::<Vec<_>>().join(", ");
+    f.konst(&format!("dense<[{bits}]> : {}", vty(c.w, "i1")))
+}
+
+/// `lane * dp + e` of an area by lane.
+pub(super) fn lane_at(f: &mut Func, c: &Config, area: &Val, lane: &Val, e: &Val) -> Val {
+    let at = f.mulc(lane, c.dp);
+    let at = f.add(&at, e);
+    f.gep(area, &at, "f32")
+}
+
+/// Copies one query to its lane, scaled, and notes the keys it sees. `first`: row, head, position of the block's first.
+pub(super) fn gather_query(f: &mut Func, c: &Config, t: &Task, [r0, h0, pos]: [&Val; 3], [r, h, lane]: [&Val; 3]) {
+    let q = f.buffer(c.q.operand);
+    let at = head_at(f, c, [r0, h0], [r, h], c.q.stride);
+    let at = f.addc(&at, c.q.offset);
+    let from = f.gep(&q, &at, "f32");
+    let scale = f.f32(f32::from_bits(c.at.scale), c.w);
+    let vf = c.vf();
+    each_vector(f, c, |f, e, mask| {
+        let p = f.gep(&from, e, "f32");
+        let x = match mask {
+            None => f.load(&p, &vf),
+            Some(m) => f.masked_load(&p, m, "f32", c.w),
+        };
+        let x = f.op(format!("arith.mulf {x}, {scale} : {vf}"));
+        let to = lane_at(f, c, &t.by_lane, lane, e);
+        f.store(&x, &to, &vf);
+    });
+    if c.at.causal {
+        let end = f.add(pos, r);
+        let end = f.addc(&end, 1);
+        let put = |f: &mut Func, x: &Val, to: &Val| {
+            let x = f.op(format!("arith.trunci {x} : i64 to i32"));
+            f.store_at(&x, to, lane, "i32", 1);
+        };
+        put(f, &end, &t.hi);
+        if let Some(w) = c.at.window {
+            let lo = f.addc(&end, -i64::from(w));
+            put(f, &lo, &t.lo);
+        }
+    }
+}
+
+/// Lanes beyond those in use: zero queries that see what they like.
+pub(super) fn pad_lanes(f: &mut Func, c: &Config, t: &Task) {
+    let (zero, end) = (f.i64(0), f.i64(c.lanes));
+    let (none, z) = (f.i32(0, 1), f.f32(0.0, c.w));
+    let vf = c.vf();
+    f.loop_(&t.lanes, &end, 1, |f, lane| {
+        let dp = f.i64(c.dp);
+        f.loop_(&zero, &dp, c.w as i64, |f, e| {
+            let to = lane_at(f, c, &t.by_lane, lane, e);
+            f.store(&z, &to, &vf);
+        });
+        f.store_at(&none, &t.lo, lane, "i32", 1);
+        f.store_at(&none, &t.hi, lane, "i32", 1);
+    });
+}
+
+/// Divides a lane's result by its sum and writes it where it belongs.
+pub(super) fn put_result(f: &mut Func, c: &Config, t: &Task, [r0, h0]: [&Val; 2], [r, h, lane]: [&Val; 3]) {
+    let out = f.buffer(c.out);
+    let at = head_at(f, c, [r0, h0], [r, h], i64::from(c.at.heads) * c.d);
+    let to = f.gep(&out, &at, "f32");
+    let sum = f.load_at(&t.sum, lane, "f32", 1);
+    let one = f.f32(1.0, 1);
+    let inv = f.op(format!("arith.divf {one}, {sum} : f32"));
+    let inv = f.splat(&inv, "f32", c.w);
+    let vf = c.vf();
+    each_vector(f, c, |f, e, mask| {
+        let p = lane_at(f, c, &t.by_lane, lane, e);
+        let x = f.load(&p, &vf);
+        let x = f.op(format!("arith.mulf {x}, {inv} : {vf}"));
+        let p = f.gep(&to, e, "f32");
+        match mask {
+            None => f.store(&x, &p, &vf),
+            Some(m) => f.masked_store(&x, &p, m, "f32", c.w),
+        }
+    });
+}
