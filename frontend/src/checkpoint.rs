@@ -48,7 +48,7 @@ impl Checkpoint {
         let mut params = BTreeMap::new();
         let tied = matches!(&config, ModelConfig::Llama(c) if c.tied_head);
         for module in modules.iter() {
-            let optional = (module.output_head && tied) || module.path.starts_with("pooler.");
+            let optional = (module.output_head && tied) || !crate::modules::is_computed(&module.path);
             for parameter in module.parameters() {
                 match binder.find(&parameter.path) {
                     Some(tensor) => {

@@ -48,6 +48,11 @@ pub struct Module {
     pub output_head: bool,
 }
 
+/// Whether an entry computes this module: an encoder's pooler comes after the last hidden state.
+pub(crate) fn is_computed(path: &str) -> bool {
+    !path.starts_with("pooler.")
+}
+
 /// A parameter that belongs to a module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Parameter {

@@ -5,6 +5,7 @@
 
 pub mod lora;
 
+use crate::modules::is_computed;
 use crate::peft::Adapter;
 use crate::tensors::TensorRef;
 
@@ -17,7 +18,8 @@ pub enum SlotValue {
     Scalar(f32),
 }
 
-/// The values of all parameters of an adapter's slot: key (as in `Source::Adapter`) and value, in module order.
+/// The values of all parameters of an adapter's slot: key (as in `Source::Adapter`) and value, in module order. Sites of
+/// modules that no entry computes (an encoder's pooler) have no parameters.
 pub fn slot_values(adapter: &Adapter) -> Vec<(String, SlotValue)> {
-    adapter.sites.iter().flat_map(lora::values).collect()
+    adapter.sites.iter().filter(|s| is_computed(&s.module)).flat_map(lora::values).collect()
 }
