@@ -294,7 +294,8 @@ impl Graph {
 
     /// Every symbol that occurs, sorted.
     pub fn symbols(&self) -> Vec<Sym> {
-        let types = self.params.iter().map(|p| &p.ty).chain(self.entries.iter().flat_map(|e| e.nodes.iter().map(|n| &n.ty)));
+        let types =
+            self.params.iter().map(|p| &p.ty).chain(self.entries.iter().flat_map(|e| e.nodes.iter().map(|n| &n.ty)));
         let mut v: Vec<Sym> = types.flat_map(TensorType::symbols).collect();
         v.sort_unstable();
         v.dedup();

@@ -179,7 +179,8 @@ fn rule(params: &[Param], op: &Op, x: &[&TensorType]) -> Result<TensorType, Stri
             arity(x, 1)?;
             let n = known_axis(x[0], *axis)?;
             let mut t = x[0].clone();
-            let sum = n.checked_add(*lo).and_then(|n| n.checked_add(*hi)).ok_or("the padded axis does not fit 64 bits")?;
+            let sum =
+                n.checked_add(*lo).and_then(|n| n.checked_add(*hi)).ok_or("the padded axis does not fit 64 bits")?;
             t.shape[*axis as usize] = Dim::Known(sum);
             t
         }
@@ -218,7 +219,10 @@ fn rule(params: &[Param], op: &Op, x: &[&TensorType]) -> Result<TensorType, Stri
             arity(x, 6)?;
             need(a.kv_heads > 0 && a.heads % a.kv_heads == 0 && a.head_dim > 0, "kv_heads must divide heads")?;
             let (h, kv) = (u64::from(a.heads) * u64::from(a.head_dim), u64::from(a.kv_heads) * u64::from(a.head_dim));
-            need(x[0].dtype.is_float() && x[1].dtype == x[0].dtype && x[2].dtype == x[0].dtype, "q, k, v: floats of one type")?;
+            need(
+                x[0].dtype.is_float() && x[1].dtype == x[0].dtype && x[2].dtype == x[0].dtype,
+                "q, k, v: floats of one type",
+            )?;
             need(x[0].rank() == 2 && x[0].shape[1] == Dim::Known(h), "q must be [T, heads*head_dim]")?;
             need(x[1].rank() == 2 && x[1].shape[1] == Dim::Known(kv), "k must be [N, kv_heads*head_dim]")?;
             need(x[2].shape == x[1].shape, "v must be like k")?;
