@@ -196,7 +196,7 @@ impl Session {
         let plan = self.plan.clone();
         let steps = &plan.entries[index].steps;
         let b = &mut self.entries[index];
-        if b.env != env {
+        if b.env != env || b.tasks.len() != steps.len() {
             let tasks = plan.kernels.iter().map(|k| k.tasks.eval(env)).collect::<std::result::Result<Vec<u64>, _>>()?;
             b.tasks = steps.iter().map(|s| tasks[s.kernel as usize]).collect();
             b.env = env.to_vec();
