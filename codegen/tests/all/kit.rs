@@ -28,6 +28,7 @@ impl Loaded {
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = std::env::temp_dir().join(format!("pleach-test-{}-{n}.so", std::process::id()));
         std::fs::write(&path, so).unwrap();
+        // SAFETY: the object was just made by this compiler and has no initialisers.
         let lib = unsafe { libloading::Library::new(&path).unwrap() };
         std::fs::remove_file(&path).unwrap();
         Loaded { lib }
@@ -35,6 +36,7 @@ impl Loaded {
 
     /// The kernel of that name.
     pub(crate) fn kernel(&self, name: &str) -> KernelFn {
+        // SAFETY: every kernel symbol has this signature.
         *unsafe { self.lib.get::<KernelFn>(name.as_bytes()).unwrap() }
     }
 
@@ -44,6 +46,7 @@ impl Loaded {
         let at = scratch.as_mut_ptr() as usize;
         let aligned = (at + 63) / 64 * 64;
         let f = self.kernel(name);
+        // SAFETY: the caller's buffers are as large as the kernel's types say, and the scratch as it asked for.
         unsafe { f(buffers.as_ptr(), dims.as_ptr(), tasks.0 as i64, tasks.1 as i64, aligned as *mut u8) }
     }
 }
