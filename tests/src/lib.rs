@@ -5,6 +5,7 @@
 //! compiled code need the feature `llvm`.
 
 pub mod compare;
+pub mod fixtures;
 pub mod golden;
 pub mod random;
 pub mod readers;

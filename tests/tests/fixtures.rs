@@ -1,0 +1,51 @@
+//! Real models with real adapters, in small: what PEFT computes, after each stage of the compiler, by the interpreter.
+
+use libtest_mimic::{Arguments, Trial};
+use pleach_ir::interp::Tensor;
+use pleach_ir::verify;
+use pleach_passes::fuse_kernels::CutOptions;
+use pleach_passes::{Options, Pipeline, fuse_kernels, manager};
+use pleach_tests::compare::{Results, run_graph, run_schedule};
+use pleach_tests::fixtures::{Fixture, cases};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let mut trials = vec![];
+    match cases() {
+        Err(e) => trials.push(Trial::test("cases.json", move || Err(e.into()))),
+        Ok(list) => {
+            for c in list {
+                for merge in [false, true] {
+                    let (c, kind) = (c.clone(), if merge { "merged" } else { "apart" });
+                    trials.push(Trial::test(format!("{}/{kind}", c.name), move || Ok(stages(&c, merge)?)));
+                }
+            }
+        }
+    }
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}
+
+fn close(stage: &str, got: &Results, output: &str, want: &Tensor, tolerance: f64) -> Result<(), String> {
+    let got = got.get(&format!("infer/{output}")).ok_or_else(|| format!("{stage}: no output {output}"))?;
+    let e = got.relative_error(want);
+    if e <= tolerance { Ok(()) } else { Err(format!("{stage}: relative error {e:.2e}, allowed {tolerance:.0e}")) }
+}
+
+fn stages(c: &Fixture, merge: bool) -> Result<(), String> {
+    let o = c.open()?;
+    let want = if merge { &o.merged } else { &o.want };
+    let graph = pleach_frontend::import(&o.checkpoint, &o.adapters, &["infer"]).map_err(|e| e.to_string())?;
+    verify::verify(&graph).map_err(|e| e.to_string())?;
+    let start = o.start(&graph)?;
+    let check = |stage: &str, r: Results| close(stage, &r, &o.output, want, c.tolerance);
+    check("imported", run_graph(&graph, &start).map_err(|e| e.to_string())?)?;
+    let options = Options { merge, ..Options::default() };
+    let after = manager::run(&graph, &Pipeline::default(), &options).map_err(|e| e.to_string())?.graph;
+    check("after the passes", run_graph(&after, &start).map_err(|e| e.to_string())?)?;
+    for pack in [false, true] {
+        let cut = CutOptions { supported: &|_| Ok(()), pack };
+        let s = fuse_kernels::schedule(&after, &cut).map_err(|e| e.to_string())?;
+        check("as kernels", run_schedule(&s, &start).map_err(|e| e.to_string())?)?;
+    }
+    Ok(())
+}
