@@ -312,6 +312,9 @@ fn one_tile(
             .collect()
     };
     if bl.direct {
+        if rows > 4 {
+            Cells::prefetch(f, cx, at, rows)?;
+        }
         let sum = tile::chain(f, cx, 0, at, &masks, rows, &cx.an.groups[0].products)?;
         return Cells::new(cx, at, &masks, &[sum]).finish(f, rows);
     }

@@ -279,6 +279,12 @@ impl Func {
         self.store(x, &p, &vty(lanes, elem));
     }
 
+    /// Brings the cache line of an address near. The address need not be valid.
+    pub fn prefetch(&mut self, ptr: &Val) {
+        let how = "cache = 1 : i32, hint = 3 : i32, rw = 0 : i32";
+        self.stmt(&format!("\"llvm.intr.prefetch\"({ptr}) <{{{how}}}> : (!llvm.ptr) -> ()"));
+    }
+
     /// Loads the lanes where `mask` (vector of i1) is set; the others are zero and not touched in memory.
     pub fn masked_load(&mut self, ptr: &Val, mask: &Val, elem: &str, lanes: usize) -> Val {
         let ty = vty(lanes, elem);

@@ -91,6 +91,40 @@ impl<'a> Cells<'a> {
         Ok(())
     }
 
+    /// Fetches what the remainder of a tile reads of operands as large as the results, so that it is there when the sum
+    /// is done.
+    pub(super) fn prefetch(f: &mut Func, cx: &Context, place: &Place, rows: u64) -> Result<(), String> {
+        let body = &cx.kernel.body;
+        let rank = cx.an.batch.len();
+        let shape = &body.ty(body.roots[0].value).shape;
+        let users = body.users();
+        for v in body.values() {
+            let node = body.node(v);
+            let read = users[v.index()].iter().any(|u| body.node(*u).op.is_elementwise());
+            let (Op::Input { .. }, Some(arg)) = (&node.op, cx.an.args[v.index()]) else { continue };
+            if node.ty.shape != *shape || !read {
+                continue;
+            }
+            let strides = dense(shape).ok_or("an address does not fit 64 bits")?;
+            let step = cx.stride(f, &strides[rank]);
+            let start = cx.offset(f, &strides, &place.batch);
+            let row = f.mul(&place.row, &step);
+            let start = f.add(&start, &row);
+            let start = f.add(&start, &place.column);
+            let elem = memory_elem(node.ty.dtype);
+            let base = f.gep(&cx.buffers[arg], &start, elem);
+            for i in 0..rows {
+                let down = f.mulc(&step, i as i64);
+                for j in 0..cx.bl.vectors {
+                    let at = f.addc(&down, (j * LANES) as i64);
+                    let p = f.gep(&base, &at, elem);
+                    f.prefetch(&p);
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn value(&mut self, f: &mut Func, v: ValueId, at: &[(Axis, u64)], i: u64, j: usize) -> Result<Val, String> {
         let row = at.iter().any(|c| c.0 == Axis::Row);
         let column = at.iter().any(|c| c.0 == Axis::Column);
