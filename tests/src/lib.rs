@@ -5,6 +5,8 @@
 //! compiled code need the feature `llvm`.
 
 pub mod compare;
+#[cfg(feature = "llvm")]
+pub mod compiled;
 pub mod fixtures;
 pub mod golden;
 pub mod random;
