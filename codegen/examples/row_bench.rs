@@ -68,7 +68,10 @@ fn main() {
         println!("this machine has no AVX2");
         return;
     };
-    println!("{:<28}{:>9}{:>9}{:>9}{:>9}{:>9}{:>10}{:>9}", "", "1 best", "median", "2 best", "median", "GB/s", "compile", "plan us");
+    println!(
+        "{:<28}{:>9}{:>9}{:>9}{:>9}{:>9}{:>10}{:>9}",
+        "", "1 best", "median", "2 best", "median", "GB/s", "compile", "plan us"
+    );
     let n = 512;
     let list: Vec<(&str, Kernel, u64)> = vec![
         ("rms_norm 512x576", rms_norm(T, 576, false), n),
@@ -99,7 +102,8 @@ fn bench(name: &str, kernel: &Kernel, rows: u64, target: &HostTarget) {
     let object = mlir::compile_object(&e.text, target).expect("the text compiles");
     let compile = clock.elapsed().as_secs_f64() * 1e3;
     let so = link::link(&[object]).expect("the object links");
-    let path = std::env::temp_dir().join(format!("pleach-row-bench-{}-{name}.so", std::process::id()).replace([' ', '/'], "_"));
+    let path = std::env::temp_dir()
+        .join(format!("pleach-row-bench-{}-{name}.so", std::process::id()).replace([' ', '/'], "_"));
     std::fs::write(&path, so).expect("the temporary directory can be written");
     let lib = unsafe { libloading::Library::new(&path).expect("the object loads") };
     let _ = std::fs::remove_file(&path);
@@ -158,7 +162,10 @@ fn bench(name: &str, kernel: &Kernel, rows: u64, target: &HostTarget) {
         t
     });
     let rate = bytes as f64 / two.0 / 1e3;
-    println!("{name:<28}{:>9.1}{:>9.1}{:>9.1}{:>9.1}{rate:>9.1}{compile:>8.1}ms{plan:>9.0}", one.0, one.1, two.0, two.1);
+    println!(
+        "{name:<28}{:>9.1}{:>9.1}{:>9.1}{:>9.1}{rate:>9.1}{compile:>8.1}ms{plan:>9.0}",
+        one.0, one.1, two.0, two.1
+    );
 }
 
 /// Best and median in microseconds.

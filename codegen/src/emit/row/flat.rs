@@ -98,7 +98,7 @@ impl Planner {
         self.b.mask = Mask::Full;
         let mut values = vec![];
         for l in lanes.iter().filter(|l| !l.is_empty()) {
-            let lane = self.counter(l, 1, 1, true);
+            let lane = self.variable(l, 1, 1, true);
             of.extend(atom(&lane).map(|a| (a, None)));
             self.b.own = vec![lane.clone()];
             for i in 0..self.items.len() {

@@ -230,6 +230,7 @@ impl Planner {
             let dtype = self.b.model.nodes[n].dtype;
             out.push(Stmt::Store { buf: Buf::Scratch(slot), addr, value: into, dtype, mask, vector: !across });
         }
+        out.push(Stmt::Fence);
         out
     }
 

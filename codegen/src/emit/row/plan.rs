@@ -131,6 +131,11 @@ impl Planner {
         {
             return r.lo.into();
         }
+        self.variable(r, align, level, split)
+    }
+
+    /// A counter that is a variable even where it has one value.
+    pub(super) fn variable(&mut self, r: &Range, align: i64, level: u8, split: bool) -> Poly {
         self.counters += 1;
         let info = Info {
             atom: Atom::Loop(self.counters),
@@ -145,6 +150,7 @@ impl Planner {
         self.b.space.intern(info).into()
     }
 
+    /// A counter for looking at addresses only.
     pub(super) fn trial_counter(&mut self, extent: &Poly) -> Poly {
         self.counter(&Range::of(extent), 1, 1, false)
     }
@@ -225,7 +231,9 @@ impl Planner {
         let atom = row.0.first().and_then(|t| t.0.first()).copied();
         self.row = atom;
         self.row_splits.clear();
-        self.b.own = vec![row.clone()];
+        // What counts as the row at hand is another matter now.
+        self.b.own = vec![row];
+        self.b.forget();
         let masks = self.counts.len();
         let body = self.row_body()?;
         if let (Some(at), Some(hi)) = (self.row_splits.first().copied(), r.hi)
