@@ -23,13 +23,13 @@ pub(super) fn write(f: &mut Func, c: &Config, t: &Task) {
     let (one, two) = (f.i64(1), f.i64(2));
     let is_one = f.cmp("eq", &vectors, &one);
     let is_two = f.cmp("eq", &vectors, &two);
-    let none = |()| vec![];
-    f.if_else(
-        &is_one,
-        &[],
-        |f| none(Lanes { c, t, nv: 1 }.write(f)),
-        |f| f.if_else(&is_two, &[], |f| none(Lanes { c, t, nv: 2 }.write(f)), |f| none(Lanes { c, t, nv: 3 }.write(f))),
-    );
+    let code = |nv: usize| {
+        move |f: &mut Func| {
+            Lanes { c, t, nv }.write(f);
+            vec![]
+        }
+    };
+    f.if_else(&is_one, &[], code(1), |f| f.if_else(&is_two, &[], code(2), code(3)));
     transpose::write(f, c.w, (&t.result, &width), (&t.by_lane, &dp), &dp, &width);
 }
 

@@ -48,7 +48,7 @@ pub fn emit(k: &Kernel, symbols: &[Sym]) -> Result<GpuEmitted, CodegenError> {
     for (i, v) in reductions.iter().enumerate() {
         per_row(&mut f, &mut p, k, &row);
         let x = reduce(&mut f, &mut p, k, *v, [&row, &lane], i);
-        p.set(*v, &[row.clone()], x);
+        p.set(*v, std::slice::from_ref(&row), x);
     }
     per_row(&mut f, &mut p, k, &row);
     write_results(&mut f, &mut p, k, [&row, &lane]);
