@@ -6,9 +6,9 @@
 //!
 //! Keys are taken in blocks with a running maximum and sum (online softmax), so scratch memory does not depend on the number
 //! of keys. Two codes compute a task:
-//! * [`tile`]: lanes lie along vectors. Queries are transposed once; keys and values are read in place and broadcast, scores
+//! * `tile`: lanes lie along vectors. Queries are transposed once; keys and values are read in place and broadcast, scores
 //!   come out as `[key][lane]` and softmax is lane-wise, without horizontal steps.
-//! * [`dot`], for few lanes (decoding): elements of a head lie along vectors, keys and values are streamed once for all
+//! * `dot`, for few lanes (decoding): elements of a head lie along vectors, keys and values are streamed once for all
 //!   lanes.
 //!
 //! Every output element is computed in one order that depends on its sequence alone. Nothing outside the segments' rows and
