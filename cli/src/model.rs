@@ -5,7 +5,7 @@
 use crate::args::AdapterPath;
 use crate::failure::{Failure, Result};
 use pleach_frontend::adapter::{SlotValue, slot_values};
-use pleach_frontend::{Adapter, Checkpoint, TextTokenizer};
+use pleach_frontend::{Adapter, Checkpoint};
 use pleach_runtime::{InMemory, Session, Weights, open_weights};
 use std::path::{Path, PathBuf};
 
@@ -59,14 +59,6 @@ impl Model {
         let single =
             files.first().filter(|_| files.len() == 1 && !self.dir().join("model.safetensors.index.json").is_file());
         Ok(open_weights(single.copied().unwrap_or(self.dir()))?)
-    }
-
-    /// The tokenizer of the folder.
-    ///
-    /// # Errors
-    /// There is none, or it cannot be read.
-    pub(crate) fn tokenizer(&self) -> Result<TextTokenizer> {
-        Ok(TextTokenizer::open(self.dir())?)
     }
 }
 

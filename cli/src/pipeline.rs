@@ -275,7 +275,7 @@ fn arenas(plan: &Plan, options: &Options) -> Result<String> {
     for e in plan.entries.iter().filter(|e| e.prepares().is_none()) {
         let tokens = options.tokens(&e.name);
         let env = plan.env(&|name| Some(if name == "S" { 1 } else { tokens }))?;
-        let layout = pleach_plan::arena(e, &env)?;
+        let layout = pleach_plan::arena(e, &plan.kernels, &env)?;
         let sum: u64 = layout.requests.iter().map(|(_, r)| r.size).sum();
         notes.push(format!("{} {} → {} at T={tokens}", e.name, bytes(sum), bytes(layout.total)));
     }

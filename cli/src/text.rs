@@ -1,15 +1,17 @@
-//! Text ↔ ids, where this build can read tokenizers.
+//! Text ↔ ids, where this build can read tokenizers. `folder` is the model's.
 
 use crate::failure::{Failure, Result};
-use crate::ready::Ready;
+#[cfg(feature = "models")]
+use pleach_frontend::{ChatInput, ChatTemplate, TextTokenizer};
+use std::path::Path;
 
 /// Ids of prompts, with the special tokens the tokenizer's file adds.
 ///
 /// # Errors
 /// No tokenizer, or a text that cannot be encoded.
 #[cfg(feature = "models")]
-pub(crate) fn encode(ready: &Ready, prompts: &[String]) -> Result<Vec<Vec<i32>>> {
-    let tokenizer = ready.model.tokenizer()?;
+pub(crate) fn encode(folder: &Path, prompts: &[String]) -> Result<Vec<Vec<i32>>> {
+    let tokenizer = TextTokenizer::open(folder)?;
     prompts.iter().map(|p| Ok(signed(&tokenizer.encode(p, true)?))).collect()
 }
 
@@ -18,8 +20,7 @@ pub(crate) fn encode(ready: &Ready, prompts: &[String]) -> Result<Vec<Vec<i32>>>
 /// # Errors
 /// A file that is no conversation, a model without a template, a template that fails.
 #[cfg(feature = "models")]
-pub(crate) fn encode_chat(ready: &Ready, file: &std::path::Path) -> Result<Vec<i32>> {
-    use pleach_frontend::{ChatInput, ChatTemplate};
+pub(crate) fn encode_chat(folder: &Path, file: &Path) -> Result<Vec<i32>> {
     let text = std::fs::read(file).map_err(Failure::io("read", file))?;
     let bad = |why: String| Failure::new(format!("{}: {why}", file.display()));
     let messages: serde_json::Value = serde_json::from_slice(&text).map_err(|e| bad(format!("is no JSON: {e}")))?;
@@ -27,13 +28,13 @@ pub(crate) fn encode_chat(ready: &Ready, file: &std::path::Path) -> Result<Vec<i
     if let Some(i) = list.iter().position(|m| m.get("role").is_none_or(|r| !r.is_string())) {
         return Err(bad(format!("message {} has no `role`; each is {{\"role\": …, \"content\": …}}", i + 1)));
     }
-    let template = ChatTemplate::open(ready.model.dir())?.ok_or_else(|| {
-        Failure::new(format!("{}: has no chat template; give the text with --prompt", ready.model.dir().display()))
+    let template = ChatTemplate::open(folder)?.ok_or_else(|| {
+        Failure::new(format!("{}: has no chat template; give the text with --prompt", folder.display()))
     })?;
     let now = Some(std::time::SystemTime::now());
     let input = ChatInput { messages, add_generation_prompt: true, now, ..ChatInput::default() };
     // The template writes special tokens itself.
-    Ok(signed(&ready.model.tokenizer()?.encode(&template.render(&input)?, false)?))
+    Ok(signed(&TextTokenizer::open(folder)?.encode(&template.render(&input)?, false)?))
 }
 
 #[cfg(feature = "models")]
@@ -51,7 +52,7 @@ fn no_text() -> Failure {
 /// # Errors
 /// Always.
 #[cfg(not(feature = "models"))]
-pub(crate) fn encode(_: &Ready, _: &[String]) -> Result<Vec<Vec<i32>>> {
+pub(crate) fn encode(_: &Path, _: &[String]) -> Result<Vec<Vec<i32>>> {
     Err(no_text())
 }
 
@@ -60,18 +61,18 @@ pub(crate) fn encode(_: &Ready, _: &[String]) -> Result<Vec<Vec<i32>>> {
 /// # Errors
 /// Always.
 #[cfg(not(feature = "models"))]
-pub(crate) fn encode_chat(_: &Ready, _: &std::path::Path) -> Result<Vec<i32>> {
+pub(crate) fn encode_chat(_: &Path, _: &Path) -> Result<Vec<i32>> {
     Err(no_text())
 }
 
-/// What each id stands for, quoted, or nothing where there is no tokenizer.
-pub(crate) fn names(ready: &Ready, ids: &[i32]) -> Vec<Option<String>> {
+/// What each id stands for, or nothing where there is no tokenizer.
+pub(crate) fn names(folder: &Path, ids: &[i32]) -> Vec<Option<String>> {
     #[cfg(feature = "models")]
-    if let Ok(t) = ready.model.tokenizer() {
+    if let Ok(t) = TextTokenizer::open(folder) {
         let one = |i: &i32| t.decode(&[*i as u32], false).ok();
         return ids.iter().map(one).collect();
     }
     #[cfg(not(feature = "models"))]
-    let _ = ready;
+    let _ = folder;
     vec![None; ids.len()]
 }

@@ -6,6 +6,8 @@ use crate::inputs::parse_ids;
 use crate::ready::ready;
 use crate::report::{self, Ui};
 use crate::text;
+#[cfg(feature = "models")]
+use pleach_frontend::TextTokenizer;
 use pleach_runtime::{GenerateParams, Sampling};
 use std::ops::ControlFlow;
 
@@ -17,19 +19,19 @@ const CHUNK: u64 = 512;
 /// # Errors
 /// Everything on the way from files to tokens.
 pub(crate) fn generate(ui: &Ui, args: &GenerateArgs) -> Result<()> {
-    let ids = args.ids.as_deref().map(parse_ids).transpose()?;
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
     sampling.check().map_err(|e| Failure::usage(e.to_string()))?;
-    let ready = ready(ui, &args.model, &["generate"], &[])?;
-    let prompt = match (ids, &args.prompt, &args.chat) {
-        (Some(ids), ..) => ids,
-        (_, Some(p), _) => text::encode(&ready, std::slice::from_ref(p))?.swap_remove(0),
-        (_, _, Some(file)) => text::encode_chat(&ready, file)?,
+    let folder = args.model.folder();
+    let prompt = match (&args.ids, &args.prompt, &args.chat) {
+        (Some(ids), ..) => parse_ids(ids)?,
+        (_, Some(p), _) => text::encode(folder, std::slice::from_ref(p))?.swap_remove(0),
+        (_, _, Some(file)) => text::encode_chat(folder, file)?,
         _ => return Err(Failure::usage("nothing to continue: give --prompt, --ids or --chat")),
     };
     if prompt.is_empty() {
         return Err(Failure::usage("the prompt has no token; give at least one character"));
     }
+    let ready = ready(ui, &args.model, &["generate"], &[])?;
     let length = prompt.len() as u64 + args.max_new_tokens;
     let limit = ready.plan.meta.max_positions;
     if limit > 0 && length > limit {
@@ -42,7 +44,7 @@ pub(crate) fn generate(ui: &Ui, args: &GenerateArgs) -> Result<()> {
         sampling,
         eos: ready.plan.meta.eos.clone(),
     };
-    let mut shown = Stream::new(&ready, args.print_ids)?;
+    let mut shown = Stream::new(args)?;
     let mut failed = None;
     let done = pleach_runtime::generate(&mut session, &[prompt], &params, &mut |_, id| match shown.push(id) {
         Ok(()) => ControlFlow::Continue(()),
@@ -79,10 +81,10 @@ struct Stream<'a> {
 #[cfg(feature = "models")]
 impl Stream<'_> {
     /// The tokenizer lives as long as the program: it is needed until the last id.
-    fn new(ready: &crate::ready::Ready, ids: bool) -> Result<Stream<'static>> {
-        let text = match ids {
+    fn new(args: &GenerateArgs) -> Result<Stream<'static>> {
+        let text = match args.print_ids {
             true => None,
-            false => Some(Box::leak(Box::new(ready.model.tokenizer()?)).stream()),
+            false => Some(Box::leak(Box::new(TextTokenizer::open(args.model.folder())?)).stream()),
         };
         Ok(Stream { text, any: false })
     }
@@ -108,7 +110,7 @@ impl Stream<'_> {
 #[cfg(not(feature = "models"))]
 impl Stream<'_> {
     /// Only ids can be shown.
-    fn new(_: &crate::ready::Ready, _: bool) -> Result<Stream<'static>> {
+    fn new(_: &GenerateArgs) -> Result<Stream<'static>> {
         Ok(Stream { any: false, _text: std::marker::PhantomData })
     }
 

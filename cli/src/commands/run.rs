@@ -3,7 +3,7 @@
 use crate::args::RunArgs;
 use crate::failure::{Failure, Result};
 use crate::inputs::{InferInputs, Sequences, parse_ids, read_sequences, write_tensors};
-use crate::ready::{Ready, ready};
+use crate::ready::ready;
 use crate::report::{self, Table, Ui};
 use crate::text;
 use serde_json::{Value, json};
@@ -16,22 +16,18 @@ const TOP: usize = 5;
 /// # Errors
 /// Everything on the way from files to results.
 pub(crate) fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
-    let given = match &args.input {
-        Some(file) => Some(read_sequences(file)?),
+    let sequences = match &args.input {
+        Some(file) => read_sequences(file)?,
         None if args.prompt.is_empty() => {
-            Some(Sequences::pack(&args.ids.iter().map(|s| parse_ids(s)).collect::<Result<Vec<_>>>()?)?)
+            Sequences::pack(&args.ids.iter().map(|s| parse_ids(s)).collect::<Result<Vec<_>>>()?)?
         }
-        None => None,
+        None => Sequences::pack(&text::encode(args.model.folder(), &args.prompt)?)?,
     };
     let ready = ready(ui, &args.model, &["infer"], &[])?;
     let encoder = ready.is_encoder();
     if args.similarity && !encoder {
         return Err(Failure::usage("--similarity is for encoders; this model is a decoder"));
     }
-    let sequences = match given {
-        Some(s) => s,
-        None => Sequences::pack(&text::encode(&ready, &args.prompt)?)?,
-    };
     let needed =
         [("T", sequences.ids.len() as u64), ("S", sequences.len() as u64), ("C", 1), ("P", sequences.longest())];
     let mut session = ready.session(ui, &args.capacity, &needed)?;
@@ -55,7 +51,7 @@ pub(crate) fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
     match (encoder, args.similarity) {
         (true, true) => similarity(&sequences, rows, width, args.json),
         (true, false) => vectors(&sequences, rows, width, args.json),
-        _ => next_tokens(&ready, &sequences, rows, width, args.json),
+        _ => next_tokens(args, &sequences, rows, width),
     }
     Ok(())
 }
@@ -107,13 +103,13 @@ fn vectors(s: &Sequences, rows: &[f32], width: usize, as_json: bool) {
     report::print(&t.text());
 }
 
-fn next_tokens(ready: &Ready, s: &Sequences, rows: &[f32], vocab: usize, as_json: bool) {
+fn next_tokens(args: &RunArgs, s: &Sequences, rows: &[f32], vocab: usize) {
     let mut list = vec![];
     let mut t = Table::new(&["sequence", "tokens", "id", "probability", "<text"]);
     for (i, w) in s.segments.windows(2).enumerate() {
         let row = &rows[(w[1] as usize - 1) * vocab..w[1] as usize * vocab];
         let best = likeliest(row);
-        let names = text::names(ready, &best.iter().map(|b| b.0).collect::<Vec<_>>());
+        let names = text::names(args.model.folder(), &best.iter().map(|b| b.0).collect::<Vec<_>>());
         let mut next = vec![];
         for ((id, p), name) in best.iter().zip(names) {
             let shown = name.as_ref().map_or(String::new(), |n| format!("{n:?}"));
@@ -122,7 +118,7 @@ fn next_tokens(ready: &Ready, s: &Sequences, rows: &[f32], vocab: usize, as_json
         }
         list.push(json!({"tokens": w[1] - w[0], "next": next}));
     }
-    if as_json { report::json(&json!({ "sequences": list })) } else { report::print(&t.text()) }
+    if args.json { report::json(&json!({ "sequences": list })) } else { report::print(&t.text()) }
 }
 
 /// The likeliest ids with their probabilities, ties by id.

@@ -168,7 +168,7 @@ pub(super) fn memory(plan: &Plan, given: &[Count]) -> Result<String> {
     }
     let mut a = Table::new(&["arena", "buffers", "each on its own", "planned", "live at most", "<peak at"]);
     for e in &plan.entries {
-        let l = pleach_plan::arena(e, &env)?;
+        let l = pleach_plan::arena(e, &plan.kernels, &env)?;
         let sum: u64 = l.requests.iter().map(|(_, r)| r.size).sum();
         let cells = [e.name.clone(), l.requests.len().to_string(), bytes(sum), bytes(l.total), bytes(l.lower_bound)];
         a.row(cells.into_iter().chain([peak(e, &l)]));
@@ -191,7 +191,7 @@ pub(super) fn memory_json(plan: &Plan, given: &[Count]) -> Result<Value> {
         .collect();
     let mut arenas = vec![];
     for e in &plan.entries {
-        let l = pleach_plan::arena(e, &env)?;
+        let l = pleach_plan::arena(e, &plan.kernels, &env)?;
         let sum: u64 = l.requests.iter().map(|(_, r)| r.size).sum();
         arenas.push(json!({
             "entry": e.name, "buffers": l.requests.len(), "separate_bytes": sum, "arena_bytes": l.total,

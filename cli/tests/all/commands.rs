@@ -1,0 +1,187 @@
+//! Commands beside run and generate, and the manners of all: help, exit codes, JSON, quiet.
+
+use crate::kit::{Folder, Pleach, copy, fixture};
+use serde_json::Value;
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
+}
+
+fn setup(name: &str) -> (Folder, Pleach, String) {
+    let folder = Folder::new(name);
+    let pleach = Pleach::new(&folder);
+    (folder, pleach, fixture("llama-tiny").display().to_string())
+}
+
+#[test]
+fn every_command_has_help_with_an_example() {
+    let (_folder, pleach, _) = setup("help");
+    let list = "run,generate,compile,inspect,opt,merge,adapter check,adapter targets,import,bench run,bench generate,bench \
+                kernels,doctor";
+    for command in list.split(',') {
+        let words: Vec<&str> = command.split(' ').chain(["--help"]).collect();
+        let help = pleach.ok(&words);
+        assert!(
+            help.contains("Example:") && help.contains("--quiet") && help.contains("--threads"),
+            "{command}: {help}"
+        );
+    }
+    assert!(!pleach.ok(&["--help"]).contains("compile-here"));
+    assert_eq!(pleach.call(&["run"]).code, Some(2));
+    assert_eq!(pleach.call(&["unknown"]).code, Some(2));
+    assert_eq!(pleach.call(&["run", "x", "--ids", "1", "--dtype", "f64"]).code, Some(2));
+}
+
+#[test]
+fn results_come_as_text_or_json() {
+    let (_folder, pleach, model) = setup("results");
+    let v = json(&pleach.ok(&["run", &model, "--prompt", "hello", "--prompt", "hi", "--json", "--quiet"]));
+    let list = v["sequences"].as_array().unwrap();
+    assert_eq!(list.len(), 2);
+    assert_eq!(list[0]["next"].as_array().unwrap().len(), 5);
+    assert!(pleach.ok(&["run", &model, "--prompt", "hello"]).lines().count() == 6);
+    let bert = fixture("bert-tiny").display().to_string();
+    let v =
+        json(&pleach.ok(&["run", &bert, "--similarity", "--ids", "1,2,3", "--ids", "1,2,3", "--ids", "9,8", "--json"]));
+    let m: Vec<Vec<f64>> = serde_json::from_value(v["cosine"].clone()).unwrap();
+    assert!((m[0][1] - 1.0).abs() < 1e-6 && (m[0][2] - m[2][0]).abs() < 1e-12 && m[0][2] < 0.999);
+    assert!(pleach.fails(2, &["run", &model, "--similarity", "--ids", "1"]).contains("encoder"));
+}
+
+#[test]
+fn generation_streams_and_is_reproducible() {
+    let (folder, pleach, model) = setup("generate");
+    let base = ["generate", &model, "--prompt", "ab", "--max-new-tokens", "12"];
+    let said = pleach.call(&base);
+    assert!(said.code == Some(0) && said.err.contains("tokens/s") && said.out.ends_with('\n'), "{said:?}");
+    let with = |more: &[&str]| pleach.ok(&base.iter().chain(more).copied().collect::<Vec<_>>());
+    let sampled = with(&["--temperature", "1.5", "--top-p", "0.9", "--seed", "7", "--print-ids", "--quiet"]);
+    assert_eq!(sampled, with(&["--temperature", "1.5", "--top-p", "0.9", "--seed", "7", "--print-ids", "--quiet"]));
+    assert_ne!(sampled, with(&["--temperature", "1.5", "--top-p", "0.9", "--seed", "8", "--print-ids", "--quiet"]));
+    let ids: Vec<u32> = sampled.trim().split(',').map(|x| x.parse().unwrap()).collect();
+    assert!(!ids.is_empty() && ids.len() <= 12);
+    let chat = folder.join("chat.json");
+    std::fs::write(&chat, r#"[{"role": "user", "content": "hi"}]"#).unwrap();
+    pleach.ok(&["generate", &model, "--chat", &chat.display().to_string(), "--max-new-tokens", "3"]);
+    std::fs::write(&chat, r#"{"role": "user"}"#).unwrap();
+    let said = pleach.fails(1, &["generate", &model, "--chat", &chat.display().to_string()]);
+    assert!(said.contains("list of messages"), "{said}");
+    assert!(pleach.fails(2, &[&base[..], &["--temperature", "-1"]].concat()).contains("temperature"));
+    let bert = fixture("bert-tiny").display().to_string();
+    assert!(pleach.fails(1, &["generate", &bert, "--ids", "1"]).contains("encoder"));
+}
+
+#[test]
+fn every_stage_can_be_shown() {
+    let (folder, pleach, model) = setup("inspect");
+    let adapter = fixture("adapters/lora-r4").display().to_string();
+    let with = |more: &[&str]| {
+        let all: Vec<&str> = ["inspect", &model, "--adapter", &adapter].iter().chain(more).copied().collect();
+        pleach.ok(&all)
+    };
+    assert!(with(&[]).contains("matmul"));
+    assert!(with(&["--rules"]).starts_with("rule"));
+    assert!(with(&["--mlir", "--kernel", "attention"]).contains("func.func"));
+    assert!(with(&["--asm", "--kernel", "attention"]).contains(".text"));
+    assert!(with(&["--dot"]).starts_with("digraph"));
+    assert!(with(&["--ir", "--stage", "schedule"]).contains("kernel"));
+    let v = json(&with(&["--json"]));
+    assert!(v["stages"].as_array().unwrap().len() >= 5 && !v["kernels"].as_array().unwrap().is_empty());
+    assert!(v["stages"][0]["operators"]["matmul"].as_u64().unwrap() > 20);
+    let plan = folder.join("m.pleach").display().to_string();
+    pleach.ok(&["compile", &model, "--adapter", &adapter, "-o", &plan, "--quiet"]);
+    let text = pleach.ok(&["inspect", &plan, "--kernels", "--memory"]);
+    assert!(text.contains("contraction") && text.contains("adapter") && text.contains("live at most"), "{text}");
+    assert!(pleach.ok(&["inspect", &plan]).contains("adapter slots: 0"));
+    assert!(pleach.fails(2, &["inspect", &plan, "--ir"]).contains("model folder"));
+}
+
+#[test]
+fn opt_runs_passes_on_text() {
+    let (folder, pleach, model) = setup("opt");
+    let imported = pleach.ok(&["inspect", &model, "--ir", "--stage", "imported"]);
+    let file = folder.join("g.ir");
+    std::fs::write(&file, &imported).unwrap();
+    let file = file.display().to_string();
+    let said = pleach.call(&["opt", &file, "--passes", "canonicalize", "--timing"]);
+    assert!(said.out.starts_with("graph core") && said.err.contains("canonicalize"), "{}", said.err);
+    // The whole pipeline on text gives what the compiler sees.
+    assert_eq!(pleach.ok(&["opt", &file]), pleach.ok(&["inspect", &model, "--ir"]));
+    assert!(pleach.ok(&["opt", &file, "--print-ir-after-change", "--stop-after", "1"]).starts_with("// 01-after-"));
+    assert!(pleach.fails(1, &["opt", &file, "--passes", "nonsense"]).contains("canonicalize"));
+    let small = folder.join("s.ir");
+    std::fs::write(&small, "graph imported\nentry \"f\" {\n  %0 = input \"x\" : f32[T,2]\n  %1 = exp(%0) : f32[T,2]\n  output \"y\" %1\n}\n").unwrap();
+    let x = folder.join("x.safetensors");
+    let values: Vec<u8> = [0.0f32, 1.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![1, 2], &values).unwrap();
+    safetensors::serialize_to_file([("x", view)], None, &x).unwrap();
+    let table = pleach.ok(&["opt", &small.display().to_string(), "--interpret", &x.display().to_string()]);
+    assert!(table.contains("1.000000 2.718282"), "{table}");
+    std::fs::write(&small, "graph imported\nentry \"f\" {\n  %0 = inptu \"x\" : f32[T,2]\n}\n").unwrap();
+    let said = pleach.fails(1, &["opt", &small.display().to_string()]);
+    assert!(said.contains("s.ir:3:") && said.contains('^'), "{said}");
+}
+
+#[test]
+fn adapters_are_described() {
+    let (_folder, pleach, model) = setup("adapter");
+    let adapter = fixture("adapters/lora-pattern").display().to_string();
+    let v = json(&pleach.ok(&["adapter", "check", &model, &adapter, "--json"]));
+    assert_eq!((v["tensors"].as_u64(), v["all_zero"].as_bool()), (Some(14), Some(false)));
+    let v = json(&pleach.ok(&["adapter", "targets", &model, "--match", r".*\.(q|v)_proj", "--json"]));
+    assert_eq!(v["modules"].as_array().unwrap().len(), 4);
+    let odd = fixture("adapters/lora-odd").display().to_string();
+    assert!(pleach.fails(1, &["adapter", "check", &model, &odd]).contains("tensor"));
+}
+
+#[test]
+fn benchmarks_report_one_object() {
+    let (_folder, pleach, model) = setup("bench");
+    let v = json(&pleach.ok(&["bench", "run", &model, "--tokens", "16", "--json", "--quiet", "--threads", "1"]));
+    for key in ["tokens_per_s", "planned_peak_bytes", "peak_rss_bytes", "arena_bytes", "live_peak_bytes", "peak_share"]
+    {
+        assert!(v[key].as_f64().is_some_and(|x| x > 0.0), "{key}: {v}");
+    }
+    assert!(v["step_ms"]["median"].as_f64() >= v["step_ms"]["min"].as_f64());
+    assert!(v["compile_ms"]["cached"].as_f64() < v["compile_ms"]["cold"].as_f64());
+    assert!(v["compile_ms"]["per_stage"].as_object().unwrap().len() >= 8);
+    let v = json(&pleach.ok(&["bench", "generate", &model, "--tokens", "8", "--random-weights", "--json", "--quiet"]));
+    assert!(v["bandwidth_share"].as_f64().is_some_and(|x| x > 0.0), "{v}");
+    let v = json(&pleach.ok(&["bench", "kernels", &model, "--tokens", "5", "--json", "--quiet"]));
+    assert!(v.as_array().unwrap().iter().all(|r| r["ms"].as_f64().unwrap() > 0.0 && r["shape"][0] == 5));
+}
+
+#[test]
+fn doctor_fills_a_page() {
+    let (_folder, pleach, _) = setup("doctor");
+    let v = json(&pleach.ok(&["doctor", "--json"]));
+    for key in ["pleach", "processor", "memory", "LLVM and MLIR", "compile cache", "ptxas"] {
+        assert!(v[key].is_string(), "{key}: {v}");
+    }
+}
+
+#[test]
+fn one_tied_tensor_parts_when_only_the_head_changes() {
+    let (folder, pleach, model) = setup("tied");
+    let adapter = folder.join("head");
+    std::fs::create_dir(&adapter).unwrap();
+    let config =
+        r#"{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["lm_head"], "task_type": "CAUSAL_LM"}"#;
+    std::fs::write(adapter.join("adapter_config.json"), config).unwrap();
+    let shape = crate::kit::tensors(&fixture("llama-tiny/model.safetensors"))["model.embed_tokens.weight"].0.clone();
+    let fill = |n: usize| (0..n).flat_map(|i| ((i % 7) as f32 * 0.05 - 0.1).to_le_bytes()).collect::<Vec<u8>>();
+    let (a, b) = (fill(2 * shape[1]), fill(2 * shape[0]));
+    let view = |s: Vec<usize>, x| safetensors::tensor::TensorView::new(safetensors::Dtype::F32, s, x).unwrap();
+    let list = [
+        ("base_model.model.lm_head.lora_A.weight", view(vec![2, shape[1]], &a)),
+        ("base_model.model.lm_head.lora_B.weight", view(vec![shape[0], 2], &b)),
+    ];
+    safetensors::serialize_to_file(list, None, &adapter.join("adapter_model.safetensors")).unwrap();
+    let (adapter, merged) = (adapter.display().to_string(), folder.join("merged"));
+    let out = merged.display().to_string();
+    let report = json(&pleach.ok(&["merge", &model, &adapter, "--out", &out, "--verify", "2", "--json", "--quiet"]));
+    assert!(report["verified_relative_error"].as_f64().unwrap() <= 2e-5, "{report}");
+    let config = json(&std::fs::read_to_string(merged.join("config.json")).unwrap());
+    assert_eq!(config["tie_word_embeddings"], false);
+    copy(&merged, &folder.join("copy"));
+}
