@@ -15,7 +15,7 @@ mod validate;
 pub use encode::{FORMAT_VERSION, MAGIC};
 pub use error::PlanError;
 pub use expr::{Expr, ExprError, MAX_DEPTH};
-pub use query::{ALIGN, ArenaLayout, arena, lifetimes};
+pub use query::{ALIGN, ArenaLayout, arena, lifetimes, waves};
 pub use types::{
     Blob, BlobKind, Buffer, BufferKind, Check, DType, Entry, Input, Kernel, Layout, Meta, Output, Param, Plan,
     Residency, Role, Source, Step, Symbol, Target,

@@ -123,15 +123,43 @@ impl Plan {
     }
 }
 
-/// First and last use of every arena buffer: `(buffer, first step, one past the last step)`. Outputs live until the
+/// Most steps of one wave.
+const WAVE: usize = 8;
+
+/// The wave of every step: neighbouring steps that do not depend on each other run together, and their tasks share the
+/// workers. A step depends on another through a buffer that one of them writes.
+pub fn waves(entry: &Entry, kernels: &[Kernel]) -> Vec<u32> {
+    let (mut read, mut written): (Vec<u32>, Vec<u32>) = (vec![], vec![]);
+    let (mut wave, mut size) = (0, 0);
+    let mut out = vec![];
+    for s in &entry.steps {
+        let operands = kernels.get(s.kernel as usize).map_or(0, |k| k.operands.len()).min(s.buffers.len());
+        let (r, w) = s.buffers.split_at(operands);
+        let waits = r.iter().any(|b| written.contains(b)) || w.iter().any(|b| written.contains(b) || read.contains(b));
+        if waits || size == WAVE {
+            wave += 1;
+            size = 0;
+            read.clear();
+            written.clear();
+        }
+        size += 1;
+        read.extend(r);
+        written.extend(w);
+        out.push(wave);
+    }
+    out
+}
+
+/// First and last use of every arena buffer: `(buffer, first wave, one past the last wave)`. Outputs live until the
 /// entry ends. A buffer that no step uses does not occur.
-pub fn lifetimes(entry: &Entry) -> Vec<(u32, u64, u64)> {
-    let n = entry.steps.len() as u64;
+pub fn lifetimes(entry: &Entry, kernels: &[Kernel]) -> Vec<(u32, u64, u64)> {
+    let waves = waves(entry, kernels);
+    let n = waves.last().map_or(0, |w| u64::from(*w) + 1);
     let mut life: Vec<Option<(u64, u64)>> = vec![None; entry.buffers.len()];
-    for (i, s) in entry.steps.iter().enumerate() {
+    for (s, w) in entry.steps.iter().zip(&waves) {
         for b in &s.buffers {
             if let Some(l) = life.get_mut(*b as usize) {
-                let i = i as u64;
+                let i = u64::from(*w);
                 *l = Some(l.map_or((i, i + 1), |(f, _)| (f, i + 1)));
             }
         }
@@ -157,10 +185,10 @@ pub fn lifetimes(entry: &Entry) -> Vec<(u32, u64, u64)> {
 ///
 /// # Errors
 /// [`ExprError`] when a size has no value.
-pub fn arena(entry: &Entry, env: &[u64]) -> Result<ArenaLayout, ExprError> {
+pub fn arena(entry: &Entry, kernels: &[Kernel], env: &[u64]) -> Result<ArenaLayout, ExprError> {
     let mut requests = vec![];
     let mut sum = 0u64;
-    for (b, first, last) in lifetimes(entry) {
+    for (b, first, last) in lifetimes(entry, kernels) {
         let size = entry.buffers[b as usize].bytes.eval(env)?.max(1);
         let size = size.checked_next_multiple_of(ALIGN).ok_or(ExprError::Overflow)?;
         sum = sum.checked_add(size).ok_or(ExprError::Overflow)?;

@@ -175,6 +175,14 @@ fn entry(plan: &Plan, e: &Entry, envs: &[Vec<u64>], f: &mut Faults) {
         });
         ready.push(is_ready);
     }
+    if e.prepares().is_none() {
+        for b in &e.buffers {
+            if let BufferKind::Param(p) = b.kind {
+                let here = plan.params.get(p as usize).is_none_or(|p| p.residency != Residency::PrepareOnly);
+                f.check(here, || format!("{at}: buffer of parameter {p} ({}), which only preparations have", b.name));
+            }
+        }
+    }
     for (i, s) in e.steps.iter().enumerate() {
         let Some(k) = plan.kernels.get(s.kernel as usize) else {
             f.add(|| format!("{at}: step {i} names kernel {}, which does not exist", s.kernel));

@@ -127,12 +127,12 @@ fn residency_and_lifetimes_follow_use() {
     let r: Vec<Residency> = p.params.iter().map(|p| p.residency).collect();
     assert_eq!(r, [Residency::PrepareOnly, Residency::Owned, Residency::Owned, Residency::Owned]);
     assert_eq!(p.slots(), [0]);
-    assert_eq!(lifetimes(p.entry("generate").unwrap()), [(4, 1, 2)]);
+    assert_eq!(lifetimes(p.entry("generate").unwrap(), &p.kernels), [(4, 1, 2)]);
     let env = p.env(&|s| Some(if s == "T" { 5 } else { 7 })).unwrap();
     // T, S (put in before S1), C, S1.
     assert_eq!(p.symbols.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), ["T", "C", "S", "S1"]);
     assert_eq!(env, [5, 7, 7, 8]);
-    let a = arena(p.entry("generate").unwrap(), &env).unwrap();
+    let a = arena(p.entry("generate").unwrap(), &p.kernels, &env).unwrap();
     assert_eq!((a.total, a.lower_bound), (448, 448));
     assert_eq!(a.offsets, [None, None, None, None, Some(0)]);
     assert_eq!(
@@ -174,6 +174,7 @@ fn validation_refuses_by_name() {
         (|p| p.kernels[2].aliases = vec![None], "overwrites buffer 3 (b) while it is in use"),
         (|p| p.entries[0].steps[0].buffers[1] = 0, "is smaller than pack needs"),
         (|p| p.params[0].residency = Residency::Owned, ""),
+        (|p| p.entries[0].name = "infer".into(), "which only preparations have"),
         (|p| p.entries[1].outputs[0].buffer = 0, "output `y` is no buffer"),
         (|p| p.entries[1].outputs[0].shape = vec![k(3)], "output `y` is no buffer"),
         (|p| p.entries[1].steps.truncate(1), "output `y` is no buffer"),

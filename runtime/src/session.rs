@@ -131,7 +131,7 @@ impl Session {
         let params = place_params(&plan, &*weights, &mut *device, &capacity, &mut memory)?;
         let mut layouts = vec![];
         for e in &plan.entries {
-            let l = arena(e, &capacity)?;
+            let l = arena(e, &plan.kernels, &capacity)?;
             memory.arena = memory.arena.max(l.total);
             memory.entries.push((e.name.clone(), l.total, l.lower_bound));
             layouts.push(l);

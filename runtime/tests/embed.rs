@@ -72,6 +72,21 @@ fn the_c_example_runs_with_the_static_library() {
 }
 
 #[test]
+#[ignore = "builds in release mode, about a minute: cargo test -p pleach-runtime --test embed -- --ignored"]
+fn a_program_with_the_runtime_alone_is_small() {
+    let cargo = std::env::var_os("CARGO").unwrap_or("cargo".into());
+    let done = Command::new(cargo)
+        .args(["build", "--release", "--quiet", "-p", "pleach-runtime", "--example", "embed"])
+        .current_dir(ROOT)
+        .status();
+    assert!(done.unwrap().success());
+    let program = build().with_file_name("release").join("examples/embed");
+    let bytes = std::fs::metadata(&program).unwrap().len();
+    assert!(bytes <= 2_000_000, "{} has {bytes} bytes", program.display());
+    check_example(&program, "embed-release");
+}
+
+#[test]
 fn the_header_is_current_and_small() {
     let config = cbindgen::Config::from_file(Path::new(ROOT).join("cbindgen.toml")).unwrap();
     let source = Path::new(ROOT).join("src/capi.rs");
