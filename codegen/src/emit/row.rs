@@ -15,9 +15,15 @@
 //! threads; a product that only a sum reads is fused into it. NaN passes through max and min. Indices out of range read
 //! the nearest element; an integer divided by zero is itself.
 
+mod address;
+mod blocks;
 mod flat;
+mod hoist;
+mod in_place;
+mod items;
 mod lanes;
 mod model;
+mod moved;
 mod nest;
 mod ops;
 mod panels;

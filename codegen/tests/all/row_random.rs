@@ -69,7 +69,7 @@ impl Gen {
     fn step(&mut self) {
         let v = self.r.pick(&self.floats.clone());
         let shape = self.shape(v);
-        let new = match self.r.below(14) {
+        let new = match self.r.below(16) {
             0 => {
                 let u = self.r.pick(&[UnaryOp::Tanh, UnaryOp::Sigmoid, UnaryOp::Neg, UnaryOp::Abs, UnaryOp::Erf]);
                 self.b.un(u, v)
@@ -167,6 +167,30 @@ impl Gen {
                 let i = self.indices(len, n);
                 self.b.op(Op::Gather { axis }, &[v, i])
             }
+            14 => {
+                // Through integers and bools; halves are multiples of 1/4, which rounding leaves alone.
+                let eight = self.b.f32(8.0);
+                let t = self.b.un(UnaryOp::Tanh, v);
+                let t = self.b.bin(BinaryOp::Mul, t, eight);
+                let i = self.b.op(Op::Cast(DType::I32), &[t]);
+                let one = self.b.op(Op::i32(1), &[]);
+                let q = self.b.bin(BinaryOp::Div, i, one);
+                let c = self.b.bin(BinaryOp::Le, q, one);
+                let n = self.b.un(UnaryOp::Not, c);
+                let i = self.b.op(Op::Select, &[n, i, q]);
+                let h = self.b.op(Op::Cast(self.r.pick(&[DType::BF16, DType::F16])), &[i]);
+                let h = self.b.add(h, h);
+                let f = self.b.op(Op::Cast(DType::F32), &[h]);
+                self.b.un(UnaryOp::Sigmoid, f)
+            }
+            15 if !shape.is_empty() => {
+                let axis = self.r.below(shape.len()) as u8;
+                let i = self.b.op(Op::Iota { shape, axis }, &[]);
+                let f = self.b.op(Op::Cast(DType::F32), &[i]);
+                let s = self.b.f32(0.01);
+                let f = self.b.bin(BinaryOp::Mul, f, s);
+                self.b.add(f, v)
+            }
             _ => return,
         };
         let small = self.b.0.ty(new).shape.iter().filter_map(|d| d.known()).product::<u64>() <= 1 << 14;
@@ -182,7 +206,18 @@ impl Gen {
         let newest = &good[good.len().saturating_sub(4)..];
         let n = 1 + self.r.below(3);
         let results: Vec<ValueId> = (0..n).map(|_| self.r.pick(newest)).collect();
-        (self.b.kernel(name, &results), self.fill)
+        let mut kernel = self.b.kernel(name, &results);
+        if self.r.below(3) == 0 {
+            // Results take the place of operands.
+            let (operands, types) = (kernel.operand_types(), kernel.result_types());
+            let mut free: Vec<usize> = (0..operands.len()).collect();
+            for (i, t) in types.iter().enumerate() {
+                if let Some(at) = free.iter().position(|o| operands[*o] == *t) {
+                    kernel.aliases[i] = Some(free.remove(at) as u32);
+                }
+            }
+        }
+        (kernel, self.fill)
     }
 }
 

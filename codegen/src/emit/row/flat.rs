@@ -1,6 +1,6 @@
 //! Kernels whose results have one axis: tasks and lanes share it, reductions run down the other axis in registers.
 
-use super::lanes::{Copies, copies_for};
+use super::blocks::{Copies, copies_for};
 use super::nest::{Item, Nest, Src, What};
 use super::plan::{Planner, Range};
 use super::stmt::Stmt;
@@ -119,7 +119,8 @@ impl Planner {
                 cuts.insert((*w, at));
             }
         }
-        Ok((cuts, self.cost(&values) / lanes.len().max(1)))
+        let counters: Vec<AtomId> = of.iter().filter(|(_, w)| w.is_none()).map(|(a, _)| *a).collect();
+        Ok((cuts, self.cost(&values, &counters) / lanes.len().max(1)))
     }
 
     /// Everything for one block of vectors: reductions level by level, then the results.

@@ -6,11 +6,11 @@
 //! A result that overwrites an operand still needed goes to scratch memory first and is copied at the end.
 
 use super::model::{Mode, Model};
-use super::nest::{Item, Nest, Src, What};
-use super::pull::{Build, Saved, scratch_type};
+use super::nest::{Item, Nest, Src};
+use super::pull::{Build, scratch_type};
 use super::stmt::Stmt;
-use crate::emit::expr::{Buf, Ex, Kind};
-use crate::emit::index::{Atom, AtomId, ExId, Info, Mask, Poly, Space};
+use crate::emit::expr::Kind;
+use crate::emit::index::{Atom, AtomId, Info, Mask, Poly, Space};
 use pleach_ir::{DType, Kernel, Op, ReduceOp, Sym};
 use std::collections::BTreeSet;
 
@@ -66,13 +66,13 @@ pub(crate) struct Planner {
     /// Results, as far as they overwrite operands: result, operand.
     pub(super) aliases: Vec<(u32, u32)>,
     /// Results that go through scratch memory.
-    deferred: BTreeSet<u32>,
+    pub(super) deferred: BTreeSet<u32>,
     /// Number of the pass at hand.
     pub(super) pass: u32,
     /// Reads of overwritten operands: operand, pass, at the address that the same step writes.
-    reads: BTreeSet<(u32, u32, bool)>,
+    pub(super) reads: BTreeSet<(u32, u32, bool)>,
     /// Writes over operands: result, pass.
-    writes: BTreeSet<(u32, u32)>,
+    pub(super) writes: BTreeSet<(u32, u32)>,
     /// A result that has to be deferred.
     hazard: Option<u32>,
     /// The row counter, while it can be split.
@@ -165,7 +165,7 @@ impl Planner {
         Mask::Dynamic(self.counts.len() as u32 - 1)
     }
 
-    fn slot(&mut self, elements: Poly, dtype: DType) -> u32 {
+    pub(super) fn slot(&mut self, elements: Poly, dtype: DType) -> u32 {
         self.slots.push((elements, scratch_type(dtype)));
         self.slots.len() as u32 - 1
     }
@@ -303,130 +303,6 @@ impl Planner {
             self.pass += 1;
         }
         Ok(body)
-    }
-
-    /// A write over an operand waits for passes of its level over other nests.
-    fn must_wait(&self, rest: &[(u32, bool, usize)], o: &(u32, bool, usize), level: u32) -> bool {
-        o.1 && rest.iter().any(|x| x.0 == level && self.items[x.2].nest != self.items[o.2].nest)
-    }
-
-    /// The operand that an item writes over.
-    pub(super) fn overwrites(&self, x: &Item) -> Option<u32> {
-        match x.what {
-            What::Store { buf: Buf::Result(r), .. } => self.aliases.iter().find(|a| a.0 == r).map(|a| a.1),
-            _ => None,
-        }
-    }
-
-    fn find_items(&mut self) -> Result<(), String> {
-        let m = &self.b.model;
-        let (results, reductions) = (m.results.clone(), m.reductions.clone());
-        let last = results.iter().map(|r| m.level[*r]).max().unwrap_or(0);
-        // Results first: they are where later passes find values again.
-        for (i, r) in results.iter().enumerate() {
-            let node = self.strip(*r);
-            let level = self.b.model.level[node];
-            let dtype = self.b.model.nodes[node].dtype;
-            let (nest, axes) = self.value_nest(node);
-            let result = Buf::Result(i as u32);
-            if self.deferred.contains(&(i as u32)) {
-                let slot = self.slot(self.b.row_elements(node), dtype);
-                let buf = Buf::Scratch(slot);
-                let what = What::Store { buf, dtype: scratch_type(dtype) };
-                self.items.push(Item { what, node, level, nest: nest.clone(), axes: axes.clone() });
-                self.b.saved.insert(node, Saved { buf, level });
-                let what = What::Store { buf: result, dtype };
-                self.items.push(Item { what, node, level: last.max(level) + 1, nest, axes });
-                continue;
-            }
-            self.items.push(Item { what: What::Store { buf: result, dtype }, node, level, nest, axes });
-            let plain = matches!(self.b.model.nodes[node].op, Op::Input { .. } | Op::Const { .. } | Op::Iota { .. });
-            if !plain && !self.b.saved.contains_key(&node) {
-                self.b.saved.insert(node, Saved { buf: result, level });
-            }
-        }
-        self.keep_heavy();
-        for r in reductions {
-            let shape = self.b.within(&self.b.model.nodes[r].shape).to_vec();
-            let small = shape.iter().all(|d| d.known() == Some(1));
-            self.b.registers.insert(r, small);
-            if !small {
-                let s = self.slot(super::model::product(&shape), self.b.model.nodes[r].dtype);
-                self.b.slot_of.insert(r, s);
-            }
-        }
-        for r in self.b.model.reductions.clone() {
-            let (nest, axes) = self.reduction_nest(r)?;
-            let (node, level) = (self.b.model.nodes[r].inputs[0], self.b.model.level[r] - 1);
-            self.items.push(Item { what: What::Reduce(r), node, level, nest, axes });
-        }
-        Ok(())
-    }
-
-    /// A result that only shows its operand under another shape is stored in the operand's shape.
-    fn strip(&self, mut n: usize) -> usize {
-        while let Op::Reshape(_) = self.b.model.nodes[n].op {
-            let x = self.b.model.nodes[n].inputs[0];
-            let (a, b) = (&self.b.model.nodes[n].shape, &self.b.model.nodes[x].shape);
-            let whole = self.b.mode == Mode::One;
-            if a.is_empty() || b.is_empty() || (!whole && a[0] != b[0]) || self.b.saved.contains_key(&n) {
-                break;
-            }
-            n = x;
-        }
-        n
-    }
-
-    /// Values that cost much and that passes of different levels read.
-    fn keep_heavy(&mut self) {
-        let saved = self.b.saved.clone();
-        let stop = |i: usize, level: u32| saved.get(&i).is_some_and(|s| level > s.level);
-        let wanted = |i: usize| {
-            let shape = &self.b.model.nodes[i].shape;
-            let rows = self.b.mode == Mode::One || shape.first() == Some(&self.b.model.rows);
-            rows && self.b.is_heavy(i) && self.b.row_elements(i).known() != Some(1)
-        };
-        let levels = self.b.model.read_levels(wanted, &stop);
-        for (node, l) in levels.into_iter().enumerate() {
-            let (Some(first), true) = (l.first().copied(), l.len() > 1 && !self.b.saved.contains_key(&node)) else {
-                continue;
-            };
-            let dtype = self.b.model.nodes[node].dtype;
-            let slot = self.slot(self.b.row_elements(node), dtype);
-            let (nest, axes) = self.value_nest(node);
-            let what = What::Store { buf: Buf::Scratch(slot), dtype: scratch_type(dtype) };
-            self.items.push(Item { what, node, level: first, nest, axes });
-            self.b.saved.insert(node, Saved { buf: Buf::Scratch(slot), level: first });
-        }
-    }
-
-    /// Notes which overwritten operands these values read, and whether at an address that the same step writes.
-    pub(super) fn trace(&mut self, values: &[ExId], stores: &[(u32, u32, Poly)]) {
-        if self.aliases.is_empty() {
-            return;
-        }
-        for (r, _, _) in stores {
-            self.writes.insert((*r, self.pass));
-        }
-        for e in self.b.exprs.reach(&self.b.space, values.iter().copied(), &[]) {
-            if let Ex::Load { buf: Buf::Operand(o), addr, .. } = &self.b.exprs.info(e).ex
-                && self.b.overwritten[*o as usize]
-            {
-                let same = stores.iter().any(|s| s.1 == *o && s.2 == *addr);
-                self.reads.insert((*o, self.pass, same));
-            }
-        }
-    }
-
-    /// A result that overwrites what is read later or elsewhere.
-    pub(super) fn find_hazard(&self) -> Option<u32> {
-        let bad = |r: u32, o: u32| {
-            self.writes
-                .iter()
-                .filter(|w| w.0 == r)
-                .any(|(_, w)| self.reads.iter().any(|(x, pass, same)| *x == o && (pass > w || (pass == w && !same))))
-        };
-        self.aliases.iter().find(|(r, o)| bad(*r, *o)).map(|a| a.0)
     }
 
     /// Whether a rank-1 kernel is better computed row by row, lanes along what is reduced.
