@@ -21,6 +21,8 @@ pub(super) struct Blocking {
     pub(super) width: u64,
     /// Vectors of a tile's row.
     pub(super) vectors: usize,
+    /// Registers that one vector takes.
+    pub(super) registers: usize,
     /// Rows of the tiles, largest first; the last is 1.
     pub(super) rows: Vec<u64>,
     /// Rows of a task where rows are split.
@@ -74,6 +76,7 @@ impl Blocking {
         Ok(Blocking {
             width,
             vectors,
+            registers: LANES / isa.lanes(),
             task_rows: TASK_ROWS.next_multiple_of(rows[0]),
             rows,
             task_tiles,

@@ -9,7 +9,7 @@ use super::blocking::LANES;
 use super::context::{Context, Place};
 use crate::emit::func::{Func, Val, vty};
 
-/// Accumulators that keep the multipliers busy.
+/// Accumulating registers that keep the multipliers busy.
 const CHAINS: usize = 12;
 
 fn vector() -> String {
@@ -80,7 +80,7 @@ pub(super) fn multiply(
         .collect();
     let (right, step, masked) = right_of(f, cx, group, product, at);
     let tile = rows as usize * nv;
-    let steps = (CHAINS / tile).clamp(1, 8);
+    let steps = (CHAINS / (tile * cx.bl.registers)).clamp(1, 8);
     let steps = 1usize << steps.ilog2();
     let one = |f: &mut Func, k: &Val, acc: &[Val]| -> Vec<Val> {
         let r = f.mul(k, &step);
