@@ -215,7 +215,11 @@ pub(crate) fn passes(graph: &Graph, request: &Request, keep_texts: bool) -> Resu
 /// # Errors
 /// A single operator that the target refuses.
 pub(crate) fn schedule(graph: &Graph) -> Result<Schedule> {
-    Ok(fuse_kernels::schedule(graph, &CutOptions { supported: &compile::supported, pack: true })?)
+    Ok(fuse_kernels::schedule(graph, &host_cut())?)
+}
+
+fn host_cut() -> CutOptions<'static> {
+    CutOptions { supported: &compile::supported, pack: true }
 }
 
 /// Compiles in this process and writes the plan.
@@ -245,12 +249,20 @@ pub(crate) fn compile_here(request: &Request) -> Result<Vec<Row>> {
 pub(crate) fn lower(graph: &Graph, request: &Request, meta: Meta) -> Result<(Plan, Vec<Row>)> {
     let mut rows = vec![];
     let clock = Instant::now();
-    let s = schedule(graph)?;
+    let mut s = fuse_kernels::cut(graph, &host_cut())?;
     let launches: usize = s.entries.iter().map(|e| e.steps.len()).sum();
     rows.push(Row {
         nodes_before: Some(pleach_passes::manager::node_count(graph)),
         nodes_after: Some(s.kernels.len()),
         ..Row::stage("fuse-kernels", ms(clock), format!("{} kernels, {launches} launches", s.kernels.len()))
+    });
+    let clock = Instant::now();
+    let ordered = fuse_kernels::order(&mut s)?;
+    let note = format!("{ordered} of {} entries reordered", s.entries.len());
+    rows.push(Row {
+        nodes_after: Some(s.kernels.len()),
+        changed: Some(ordered > 0),
+        ..Row::stage("order", ms(clock), note)
     });
     let options = CompileOptions { target: request.host()?, threads: request.threads, meta };
     let (plan, times) = compile::compile(&s, &options)?;

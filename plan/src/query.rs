@@ -3,7 +3,7 @@
 use crate::error::PlanError;
 use crate::expr::{Expr, ExprError};
 use crate::memory::{self, Placement, Request};
-use crate::types::{BufferKind, Check, Entry, Plan, Residency, Source, Symbol};
+use crate::types::{BufferKind, Check, Entry, Kernel, Plan, Residency, Source, Symbol};
 
 /// Alignment of every buffer in the arena and of every owned parameter, bytes: a cache line and an AVX-512 register.
 pub const ALIGN: u64 = 64;
@@ -201,4 +201,34 @@ pub fn arena(entry: &Entry, kernels: &[Kernel], env: &[u64]) -> Result<ArenaLayo
         at[*b as usize] = Some(*o);
     }
     Ok(ArenaLayout { offsets: at, total, lower_bound, requests })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{Buffer, Step};
+
+    #[test]
+    fn waves_end_where_a_step_waits() {
+        let buffer = || Buffer { kind: BufferKind::Arena, bytes: Expr::Const(4), name: String::new() };
+        let kernel = Kernel {
+            symbol: "k".into(),
+            blob: 0,
+            class: "row".into(),
+            tasks: Expr::Const(1),
+            scratch_bytes: Expr::Const(0),
+            operands: vec![Expr::Const(4)],
+            results: vec![Expr::Const(4)],
+            aliases: vec![None],
+            flops: Expr::Const(0),
+            bytes: Expr::Const(0),
+        };
+        let step = |r, w| Step { kernel: 0, buffers: vec![r, w], origin: String::new() };
+        // Two readers of 0; then a read of what one of them wrote; then an overwrite of what that step reads.
+        let steps = vec![step(0, 1), step(0, 2), step(2, 3), step(0, 2)];
+        let e = Entry { buffers: (0..4).map(|_| buffer()).collect(), steps, ..Entry::default() };
+        assert_eq!(waves(&e, &[kernel.clone()]), [0, 0, 1, 2]);
+        // A buffer of a wave stays until the whole wave is done.
+        assert!(lifetimes(&e, &[kernel]).contains(&(0, 0, 3)));
+    }
 }

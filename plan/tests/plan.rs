@@ -127,7 +127,7 @@ fn residency_and_lifetimes_follow_use() {
     let r: Vec<Residency> = p.params.iter().map(|p| p.residency).collect();
     assert_eq!(r, [Residency::PrepareOnly, Residency::Owned, Residency::Owned, Residency::Owned]);
     assert_eq!(p.slots(), [0]);
-    assert_eq!(lifetimes(p.entry("generate").unwrap(), &p.kernels), [(4, 1, 2)]);
+    assert_eq!(lifetimes(p.entry("generate").unwrap(), &p.kernels), [(4, 0, 1)]);
     let env = p.env(&|s| Some(if s == "T" { 5 } else { 7 })).unwrap();
     // T, S (put in before S1), C, S1.
     assert_eq!(p.symbols.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), ["T", "C", "S", "S1"]);
@@ -268,7 +268,7 @@ proptest! {
             for t in [1, 7, 1 << 40, u64::MAX] {
                 if let Ok(env) = p.env(&|_| Some(t)) {
                     for e in &p.entries {
-                        if let Ok(a) = arena(e, &env) {
+                        if let Ok(a) = arena(e, &p.kernels, &env) {
                             let r: Vec<_> = a.requests.iter().map(|r| r.1).collect();
                             let o: Vec<_> = a.requests.iter().filter_map(|r| a.offsets[r.0 as usize]).collect();
                             prop_assert!(memory::check(&r, &o).is_ok_and(|total| total <= a.total));

@@ -13,6 +13,17 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 /// An address on a device, as kernels see it.
 pub type Address = *mut u8;
 
+/// One kernel of a wave.
+#[derive(Clone, Copy, Debug)]
+pub struct Work<'a> {
+    /// Index of the kernel in the plan.
+    pub kernel: u32,
+    /// Operands, then results.
+    pub buffers: &'a [Address],
+    /// Number of tasks.
+    pub tasks: u64,
+}
+
 /// A device that runs the kernels of one plan.
 pub trait Device: Send {
     /// Zeroed memory, aligned to [`ALIGN`], which lives as long as the device.
@@ -39,12 +50,12 @@ pub trait Device: Send {
     /// As [`Device::write`].
     unsafe fn zero(&mut self, at: Address, bytes: u64);
 
-    /// Runs a kernel; later launches see its results.
+    /// Runs a wave: kernels that do not depend on each other. Later waves see their results.
     ///
     /// # Safety
-    /// `buffers` must be what the kernel with this index expects, `dims` hold all symbols, and nobody else may use the
-    /// bytes meanwhile.
-    unsafe fn launch(&mut self, kernel: u32, buffers: &[Address], dims: &[i64], tasks: u64);
+    /// The buffers must be what the kernels expect, `dims` hold all symbols, no kernel may write what another one of
+    /// the wave reads or writes, and nobody else may use the bytes meanwhile.
+    unsafe fn launch(&mut self, wave: &[Work<'_>], dims: &[i64]);
 
     /// Called before the launches of a run.
     fn begin(&mut self) {}
@@ -64,6 +75,8 @@ pub struct Cpu {
     regions: Vec<Region>,
     scratch: Address,
     stride: usize,
+    /// Reused from launch to launch.
+    wave: Vec<Launch>,
     // After the kernels that point into them; a library before the descriptor it was loaded from.
     _code: Vec<(Library, OwnedFd)>,
 }
@@ -104,7 +117,7 @@ impl Cpu {
         let stride = stride.next_multiple_of(128) + if stride > 0 { 128 } else { 0 };
         let region = Region::new(stride.saturating_mul(pool.threads() as u64), "the workers' scratch")?;
         let scratch = region.at(0, 0)?;
-        Ok(Cpu { pool, kernels, regions: vec![region], scratch, stride: stride as usize, _code: code })
+        Ok(Cpu { pool, kernels, regions: vec![region], scratch, stride: stride as usize, wave: vec![], _code: code })
     }
 }
 
@@ -131,17 +144,18 @@ impl Device for Cpu {
         unsafe { std::ptr::write_bytes(at, 0, bytes as usize) };
     }
 
-    unsafe fn launch(&mut self, kernel: u32, buffers: &[Address], dims: &[i64], tasks: u64) {
-        let l = Launch {
-            kernel: self.kernels[kernel as usize],
-            buffers: buffers.as_ptr(),
+    unsafe fn launch(&mut self, wave: &[Work<'_>], dims: &[i64]) {
+        self.wave.clear();
+        self.wave.extend(wave.iter().map(|w| Launch {
+            kernel: self.kernels[w.kernel as usize],
+            buffers: w.buffers.as_ptr(),
             dims: dims.as_ptr(),
-            tasks,
+            tasks: w.tasks,
             scratch: self.scratch,
             scratch_stride: self.stride,
-        };
+        }));
         // SAFETY: the caller promises buffers and dims; scratch has a stride for every worker.
-        unsafe { self.pool.run(&l) };
+        unsafe { self.pool.run(&self.wave) };
     }
 
     fn begin(&mut self) {

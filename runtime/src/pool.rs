@@ -1,6 +1,6 @@
 //! The thread pool: the caller is worker 0, the others spin for about a millisecond after the last launch, then park.
 //!
-//! A launch has a number of independent tasks. Workers claim ranges of them through one atomic word, large ranges first,
+//! Launches that do not depend on each other are run together: their tasks stand in one line. Workers claim ranges of them through one atomic word, large ranges first,
 //! so a worker whose core was taken away holds up only what it has claimed, and never a launch it has not joined.
 //! Which worker computes which task does not reach the result: kernels fix what a task is.
 #![allow(unsafe_code)]
@@ -51,13 +51,11 @@ struct Shared {
     ticket: Line<AtomicU64>,
     /// Tasks of the launch that are finished.
     done: Line<AtomicU64>,
-    kernel: AtomicPtr<()>,
-    buffers: AtomicPtr<*mut u8>,
-    dims: AtomicPtr<i64>,
+    /// The launches whose tasks are being worked on, in the order of the tasks.
+    launches: AtomicPtr<Launch>,
+    count: AtomicUsize,
     base: AtomicU64,
     tasks: AtomicU64,
-    scratch: AtomicPtr<u8>,
-    stride: AtomicUsize,
     workers: AtomicU64,
     stop: AtomicBool,
     asleep: Vec<AtomicBool>,
@@ -109,35 +107,32 @@ impl Pool {
         self.threads.len() + 1
     }
 
-    /// Runs all tasks of a launch and returns when they are finished.
+    /// Runs all tasks of these launches, in any order, and returns when they are finished.
     ///
     /// # Safety
-    /// Everything the launch points at must be valid for what the kernel does with it, on any thread, until this
-    /// returns; every worker's scratch too.
-    pub unsafe fn run(&mut self, l: &Launch) {
-        if l.tasks == 0 {
-            return;
-        }
-        if self.threads.is_empty() || l.tasks == 1 {
-            // SAFETY: promised by the caller.
-            unsafe { (l.kernel)(l.buffers, l.dims, 0, l.tasks as i64, l.scratch) };
+    /// Everything a launch points at must be valid for what the kernel does with it, on any thread, until this
+    /// returns; every worker's scratch too. No launch may write what another one reads or writes.
+    pub unsafe fn run(&mut self, launches: &[Launch]) {
+        let tasks = launches.iter().fold(0u64, |n, l| n.saturating_add(l.tasks));
+        if self.threads.is_empty() || tasks <= 1 {
+            for l in launches.iter().filter(|l| l.tasks > 0) {
+                // SAFETY: promised by the caller.
+                unsafe { (l.kernel)(l.buffers, l.dims, 0, l.tasks as i64, l.scratch) };
+            }
             return;
         }
         let s = &*self.shared;
         let mut base = 0;
-        while base < l.tasks {
-            let piece = (l.tasks - base).min(PIECE);
+        while base < tasks {
+            let piece = (tasks - base).min(PIECE);
             let launch = (s.ticket.0.load(Ordering::Relaxed) >> INDEX_BITS).wrapping_add(1) << INDEX_BITS;
             // Closed first: a worker that reads a mixture of two launches must fail to claim from either.
             s.ticket.0.store(launch | CLOSED, Ordering::Release);
             fence(Ordering::SeqCst);
-            s.kernel.store(l.kernel as *mut (), Ordering::Release);
-            s.buffers.store(l.buffers.cast_mut(), Ordering::Release);
-            s.dims.store(l.dims.cast_mut(), Ordering::Release);
+            s.launches.store(launches.as_ptr().cast_mut(), Ordering::Release);
+            s.count.store(launches.len(), Ordering::Release);
             s.base.store(base, Ordering::Release);
             s.tasks.store(piece, Ordering::Release);
-            s.scratch.store(l.scratch, Ordering::Release);
-            s.stride.store(l.scratch_stride, Ordering::Release);
             s.done.0.store(0, Ordering::Release);
             let launch = launch.wrapping_add(1 << INDEX_BITS);
             s.ticket.0.store(launch, Ordering::SeqCst);
@@ -183,10 +178,8 @@ fn join(s: &Shared, id: usize, launch: u64) {
         if t & !INDEX_MASK != launch || t & INDEX_MASK == CLOSED {
             return;
         }
-        let (kernel, tasks) = (s.kernel.load(Ordering::Acquire), s.tasks.load(Ordering::Acquire));
-        let (buffers, dims) = (s.buffers.load(Ordering::Acquire), s.dims.load(Ordering::Acquire));
-        let (base, scratch) = (s.base.load(Ordering::Acquire), s.scratch.load(Ordering::Acquire));
-        let stride = s.stride.load(Ordering::Acquire);
+        let (launches, count) = (s.launches.load(Ordering::Acquire), s.count.load(Ordering::Acquire));
+        let (base, tasks) = (s.base.load(Ordering::Acquire), s.tasks.load(Ordering::Acquire));
         let first = t & INDEX_MASK;
         if first >= tasks {
             return;
@@ -197,15 +190,29 @@ fn join(s: &Shared, id: usize, launch: u64) {
             std::hint::spin_loop();
             continue;
         }
-        // SAFETY: the pointer was a `KernelFn` when it was stored for this launch.
-        let f: KernelFn = unsafe { std::mem::transmute::<*mut (), KernelFn>(kernel) };
-        // SAFETY: the launch is not finished before `done` counts these tasks, and `Pool::run` keeps everything valid
-        // until then; the scratch of worker `id` lies `id` strides on.
-        unsafe {
-            let scratch = scratch.wrapping_add(id * stride);
-            f(buffers, dims, (base + first) as i64, (base + first + share) as i64, scratch);
-        }
+        // SAFETY: the launches are not finished before `done` counts these tasks, and `Pool::run` keeps the list and
+        // all it points at valid until then.
+        unsafe { run_range(std::slice::from_raw_parts(launches, count), id, base + first, base + first + share) };
         s.done.0.fetch_add(share, Ordering::AcqRel);
+    }
+}
+
+/// Runs the tasks `first..last` of launches that stand in one line.
+///
+/// # Safety
+/// As [`Pool::run`].
+unsafe fn run_range(launches: &[Launch], id: usize, first: u64, last: u64) {
+    let mut start = 0;
+    for l in launches {
+        let (a, b) = (first.max(start), last.min(start + l.tasks));
+        if a < b {
+            // SAFETY: promised by the caller; the scratch of worker `id` lies `id` strides on.
+            unsafe {
+                let scratch = l.scratch.wrapping_add(id * l.scratch_stride);
+                (l.kernel)(l.buffers, l.dims, (a - start) as i64, (b - start) as i64, scratch);
+            }
+        }
+        start += l.tasks;
     }
 }
 
@@ -277,7 +284,7 @@ mod tests {
                     scratch_stride: 64,
                 };
                 // SAFETY: everything lives until the call returns.
-                unsafe { pool.run(&l) };
+                unsafe { pool.run(&[l]) };
                 assert!(cells.iter().all(|c| *c == round as u64 + 1), "round {round} of {tasks} tasks");
                 expected += tasks;
                 if round % 700 == 0 {
@@ -285,6 +292,32 @@ mod tests {
                 }
             }
             assert_eq!(scratch.iter().sum::<u64>(), expected);
+        }
+    }
+
+    #[test]
+    fn runs_launches_together() {
+        let mut pool = Pool::new(3).unwrap();
+        for round in 0..500u64 {
+            let mut cells: Vec<Vec<u64>> = [3, 0, 17, 1 + round % 40].map(|n| vec![0; n as usize]).to_vec();
+            let buffers: Vec<*mut u8> = cells.iter_mut().map(|c| c.as_mut_ptr().cast()).collect();
+            let mut scratch = [0u64; 24];
+            let dims = [1i64];
+            let list: Vec<Launch> = cells
+                .iter()
+                .zip(&buffers)
+                .map(|(c, b)| Launch {
+                    kernel: count,
+                    buffers: b,
+                    dims: dims.as_ptr(),
+                    tasks: c.len() as u64,
+                    scratch: scratch.as_mut_ptr().cast(),
+                    scratch_stride: 64,
+                })
+                .collect();
+            // SAFETY: everything lives until the call returns, and the launches write to vectors of their own.
+            unsafe { pool.run(&list) };
+            assert!(cells.iter().flatten().all(|c| *c == 1), "round {round}: {cells:?}");
         }
     }
 
@@ -308,7 +341,7 @@ mod tests {
             scratch_stride: 0,
         };
         // SAFETY: everything lives until the call returns; the kernel uses no dims and no scratch.
-        unsafe { pool.run(&l) };
+        unsafe { pool.run(&[l]) };
         assert_eq!(cell.load(Ordering::Relaxed), tasks / 2);
     }
 }

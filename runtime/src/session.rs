@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use crate::cast::{cast, castable};
-use crate::device::{Address, Cpu, Device};
+use crate::device::{Address, Cpu, Device, Work};
 use crate::error::{Result, RuntimeError};
 use crate::profile::Profile;
 use crate::region::Region;
@@ -47,6 +47,8 @@ pub(crate) struct Bound {
     pub(crate) pointers: Vec<Address>,
     /// Where each step begins in `pointers`, and the end.
     pub(crate) starts: Vec<usize>,
+    /// The wave of every step.
+    pub(crate) waves: Vec<u32>,
     /// Places in `pointers` that an input fills: (place, input).
     pub(crate) inputs: Vec<(usize, u32)>,
     /// Address of each buffer that has one.
@@ -137,7 +139,8 @@ impl Session {
             layouts.push(l);
         }
         let base = device.allocate(memory.arena, "activations")?;
-        let entries = plan.entries.iter().zip(&layouts).map(|(e, l)| bind(e, l, base, &params)).collect();
+        let entries =
+            plan.entries.iter().zip(&layouts).map(|(e, l)| bind(e, &plan.kernels, l, base, &params)).collect();
         let mut stale = BTreeSet::new();
         for (i, e) in plan.entries.iter().enumerate() {
             if e.prepares().is_some() {
@@ -233,7 +236,7 @@ impl Session {
             let start = self.profile.as_ref().map(|_| std::time::Instant::now());
             // SAFETY: the plan is validated, so each buffer has the size the kernel declares; addresses are of the
             // arena at capacity, of parameters, or of what `here` holds; the session is borrowed mutably.
-            unsafe { self.device.launch(s.kernel, &buffers, &dims, tasks) };
+            unsafe { self.device.launch(&[Work { kernel: s.kernel, buffers: &buffers, tasks }], &dims) };
             if let (Some(p), Some(t)) = (&mut self.profile, start) {
                 p.add(s.kernel, t.elapsed(), kernel, &env);
             }
@@ -375,7 +378,14 @@ fn bring(p: &Param, weights: &dyn TensorSource, device: &mut dyn Device) -> Resu
     Ok((a, Some(r)))
 }
 
-fn bind(e: &pleach_plan::Entry, layout: &ArenaLayout, arena: Address, params: &[Address]) -> Bound {
+fn bind(
+    e: &pleach_plan::Entry,
+    kernels: &[pleach_plan::Kernel],
+    layout: &ArenaLayout,
+    arena: Address,
+    params: &[Address],
+) -> Bound {
+    let waves = pleach_plan::waves(e, kernels);
     let buffers: Vec<Address> = e
         .buffers
         .iter()
@@ -398,5 +408,5 @@ fn bind(e: &pleach_plan::Entry, layout: &ArenaLayout, arena: Address, params: &[
         }
     }
     starts.push(pointers.len());
-    Bound { pointers, starts, inputs, buffers, env: vec![], tasks: vec![] }
+    Bound { pointers, starts, waves, inputs, buffers, env: vec![], tasks: vec![] }
 }

@@ -65,7 +65,7 @@ pub fn plan_manifest(data: &[u8]) -> Result<(), String> {
                 assert!(Plan::from_bytes(&bytes).is_ok());
                 // Sizes at a capacity may be refused, too.
                 for e in &p.entries {
-                    let _ = p.env(&|_| Some(512)).map(|env| pleach_plan::arena(e, &env).map(|a| a.total));
+                    let _ = p.env(&|_| Some(512)).map(|env| pleach_plan::arena(e, &p.kernels, &env).map(|a| a.total));
                 }
                 return Ok(());
             }

@@ -171,15 +171,16 @@ pub(super) fn memory(plan: &Plan, given: &[Count]) -> Result<String> {
         let l = pleach_plan::arena(e, &plan.kernels, &env)?;
         let sum: u64 = l.requests.iter().map(|(_, r)| r.size).sum();
         let cells = [e.name.clone(), l.requests.len().to_string(), bytes(sum), bytes(l.total), bytes(l.lower_bound)];
-        a.row(cells.into_iter().chain([peak(e, &l)]));
+        a.row(cells.into_iter().chain([peak(e, &plan.kernels, &l)]));
     }
     Ok(format!("{}\n{}at {}\n", t.text(), a.text(), shown(plan, &env)))
 }
 
 /// The launch at which most bytes are alive.
-fn peak(e: &pleach_plan::Entry, l: &pleach_plan::ArenaLayout) -> String {
+fn peak(e: &pleach_plan::Entry, kernels: &[pleach_plan::Kernel], l: &pleach_plan::ArenaLayout) -> String {
     let live = |t: u64| l.requests.iter().filter(|(_, r)| r.first <= t && t < r.last).map(|(_, r)| r.size).sum::<u64>();
-    let at = (0..e.steps.len()).max_by_key(|t| (live(*t as u64), usize::MAX - t));
+    let waves = pleach_plan::waves(e, kernels);
+    let at = (0..e.steps.len()).max_by_key(|t| (live(u64::from(waves[*t])), usize::MAX - t));
     at.map_or(String::new(), |t| format!("launch {t} {}", e.steps[t].origin).trim_end().to_string())
 }
 
@@ -195,7 +196,7 @@ pub(super) fn memory_json(plan: &Plan, given: &[Count]) -> Result<Value> {
         let sum: u64 = l.requests.iter().map(|(_, r)| r.size).sum();
         arenas.push(json!({
             "entry": e.name, "buffers": l.requests.len(), "separate_bytes": sum, "arena_bytes": l.total,
-            "live_peak_bytes": l.lower_bound, "peak": peak(e, &l),
+            "live_peak_bytes": l.lower_bound, "peak": peak(e, &plan.kernels, &l),
         }));
     }
     Ok(json!({"capacity": shown(plan, &env), "parameters": rows, "arenas": arenas}))
