@@ -275,7 +275,10 @@ pub(crate) struct InspectArgs {
     /// The kernels as assembly
     #[arg(long)]
     pub asm: bool,
-    /// With --mlir, --asm or --kernels: only kernels whose name contains this
+    /// The kernels as PTX for sm_80
+    #[arg(long)]
+    pub ptx: bool,
+    /// With --mlir, --asm, --ptx or --kernels: only kernels whose name contains this
     #[arg(long, value_name = "NAME")]
     pub kernel: Option<String>,
     /// The kernels: class, operators, launches, work

@@ -46,6 +46,9 @@ pub(crate) fn compile(request: &Request) -> Result<Vec<Row>> {
     let lines: Vec<&str> = said.lines().filter(|l| !l.trim().is_empty()).collect();
     let tail = lines[lines.len().saturating_sub(TAIL)..].join("\n  ");
     let tail = if tail.is_empty() { "it said nothing".into() } else { format!("it said last:\n  {tail}") };
+    if said.contains("out of memory") || said.contains("memory allocation of") {
+        return Err(Failure::new(format!("the compiler ran out of memory and {how}; {tail}")));
+    }
     Err(Failure::new(format!(
         "the compiler {how}; this is a fault of pleach, please report it with `pleach doctor`; {tail}"
     )))

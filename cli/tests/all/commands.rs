@@ -83,6 +83,7 @@ fn every_stage_can_be_shown() {
     assert!(with(&["--rules"]).starts_with("rule"));
     assert!(with(&["--mlir", "--kernel", "attention"]).contains("func.func"));
     assert!(with(&["--asm", "--kernel", "attention"]).contains(".text"));
+    assert!(with(&["--ptx", "--kernel", "row"]).contains(".visible .entry"));
     assert!(with(&["--dot"]).starts_with("digraph"));
     assert!(with(&["--ir", "--stage", "schedule"]).contains("kernel"));
     let v = json(&with(&["--json"]));

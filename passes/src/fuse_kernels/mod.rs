@@ -32,12 +32,37 @@ fn fault(e: IrError) -> PassError {
     PassError::Refused { pass: "fuse-kernels".into(), why: e.to_string() }
 }
 
-/// Cuts every entry of `graph` into kernels.
+/// Cuts every entry of `graph` into kernels and orders the launches.
+///
+/// # Errors
+/// As [`cut`].
+pub fn schedule(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, PassError> {
+    let mut out = cut(graph, options)?;
+    order(&mut out)?;
+    Ok(out)
+}
+
+/// Orders the launches of every entry. Returns how many entries changed.
+///
+/// # Errors
+/// [`PassError`] when the result breaks a rule: a fault of the pass.
+pub fn order(s: &mut Schedule) -> Result<usize, PassError> {
+    let mut changed = 0;
+    for e in &mut s.entries {
+        let given = e.steps.clone();
+        crate::order::order(e, &s.kernels);
+        changed += usize::from(e.steps != given);
+    }
+    s.check().map_err(fault)?;
+    Ok(changed)
+}
+
+/// Cuts every entry of `graph` into kernels, launched in the order of the graph.
 ///
 /// # Errors
 /// [`PassError`] when the graph breaks a rule of the IR; a region that the target refuses is split, never an error,
 /// unless a single operator is refused.
-pub fn schedule(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, PassError> {
+pub fn cut(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, PassError> {
     let (graph, layouts) = if options.pack {
         pack::pack(graph).map_err(fault)?
     } else {
@@ -53,9 +78,6 @@ pub fn schedule(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, Pas
         out.entries.push(cut.emit(&mut table)?);
     }
     out.kernels = table.kernels;
-    for e in &mut out.entries {
-        crate::order::order(e, &out.kernels);
-    }
     out.check().map_err(fault)?;
     Ok(out)
 }

@@ -14,8 +14,9 @@ use crate::report::Ui;
 /// Files that are refused, a stage that does not exist, and whatever the passes refuse.
 pub(crate) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
     if crate::ready::looks_like_a_plan(&args.model.model) {
-        if args.ir || args.mlir || args.asm || args.rules || args.dot {
-            let why = "a plan holds no graph: give the model folder to see --ir, --mlir, --asm, --rules or --dot";
+        if args.ir || args.mlir || args.asm || args.ptx || args.rules || args.dot {
+            let why =
+                "a plan holds no graph: give the model folder to see --ir, --mlir, --asm, --ptx, --rules or --dot";
             return Err(Failure::usage(why));
         }
         return plan::inspect(args);

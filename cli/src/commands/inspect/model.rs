@@ -5,8 +5,10 @@ use crate::args::InspectArgs;
 use crate::failure::{Failure, Result};
 use crate::pipeline::{self, Request, table};
 use crate::report::{self, Table, Ui};
-use pleach_codegen::{compile, mlir};
-use pleach_ir::{Graph, Schedule, text};
+use pleach_codegen::emit::gpu;
+use pleach_codegen::{CodegenError, compile, mlir};
+use pleach_ir::{Class, Graph, Schedule, Sym, text};
+use pleach_passes::fuse_kernels::{self, CutOptions};
 use pleach_passes::{Outcome, PassReport};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -48,6 +50,9 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
     if args.mlir || args.asm {
         code(args, &s)?;
     }
+    if args.ptx {
+        ptx(args, &s)?;
+    }
     if args.rules {
         report::print(&rules(&s.outcome.reports));
     }
@@ -60,7 +65,7 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
             report::print(&plan::memory(&ready.plan, &args.capacity)?);
         }
     }
-    if !(args.ir || args.dot || args.mlir || args.asm || args.rules || args.kernels || args.memory) {
+    if !(args.ir || args.dot || args.mlir || args.asm || args.ptx || args.rules || args.kernels || args.memory) {
         report::print(&summary(&s));
     }
     Ok(())
@@ -96,6 +101,29 @@ fn code(args: &InspectArgs, s: &Stages) -> Result<()> {
         }
         if args.asm {
             report::print(&format!("# {}\n{}\n", k.name, mlir::assembly(&e.text, &host)?.trim_end()));
+        }
+    }
+    Ok(())
+}
+
+/// The kernels as PTX; weights are row-major there. A kernel without GPU code says why.
+fn ptx(args: &InspectArgs, s: &Stages) -> Result<()> {
+    let cut = CutOptions { supported: &compile::supported, pack: false };
+    let schedule = fuse_kernels::schedule(&s.outcome.graph, &cut)?;
+    let symbols: Vec<Sym> = compile::plan_symbols(&schedule).iter().filter_map(|x| Sym::new(&x.name)).collect();
+    let only = args.kernel.as_deref().unwrap_or_default();
+    for k in schedule.kernels.iter().filter(|k| k.name.contains(only)) {
+        let emitted = match k.class {
+            Class::Row => gpu::row::emit(k, &symbols),
+            Class::Contraction => gpu::contraction::emit(k, &symbols),
+            Class::Attention | Class::Scatter => Err(CodegenError::Unsupported {
+                kernel: k.name.clone(),
+                why: "attention and scatter have no GPU code yet".into(),
+            }),
+        };
+        match emitted {
+            Ok(e) => report::print(&format!("// {}\n{}\n", k.name, mlir::compile_ptx(&e.text, "sm_80")?.trim_end())),
+            Err(e) => report::print(&format!("// {e}\n")),
         }
     }
     Ok(())
@@ -179,10 +207,10 @@ fn stages(s: &Stages, stage: &dyn Fn(&str, &Graph) -> Value) -> Result<Vec<Value
     let mut n: BTreeMap<&str, usize> = BTreeMap::new();
     for k in s.schedule.entries.iter().flat_map(|e| &e.steps).map(|x| &s.schedule.kernels[x.kernel.0 as usize]) {
         let class = match k.class {
-            pleach_ir::Class::Row => "row",
-            pleach_ir::Class::Contraction => "contraction",
-            pleach_ir::Class::Attention => "attention",
-            pleach_ir::Class::Scatter => "scatter",
+            Class::Row => "row",
+            Class::Contraction => "contraction",
+            Class::Attention => "attention",
+            Class::Scatter => "scatter",
         };
         *n.entry(class).or_insert(0) += 1;
     }
