@@ -47,7 +47,9 @@ pub fn session(
 ) -> Result<Session, String> {
     let mut base = InMemory::new();
     let mut slots: Vec<InMemory> = vec![];
-    for p in &graph.params {
+    // What nothing reads is not in the plan.
+    let kept = graph.params.iter().filter(|p| plan.params.iter().any(|q| q.name == p.name));
+    for p in kept {
         let Some(t) = start.params.get(&p.name) else { continue };
         let to = match &p.source {
             Source::Checkpoint(name) => Some((&mut base, name)),

@@ -200,12 +200,16 @@ impl Builder {
     fn finish(mut self, seed: u64) -> Case {
         // What nobody reads is a result, so most of the graph is live; a middle value too, so values have several uses.
         let users = self.entry.users();
-        let ends: Vec<ValueId> = self.entry.values().filter(|v| users[v.index()].is_empty()).collect();
+        let computed = |v: &ValueId| !self.entry.node(*v).op.is_leaf();
+        let ends = self.entry.values().filter(|v| users[v.index()].is_empty()).filter(computed);
         let middle = ValueId(self.entry.nodes.len() as u32 / 2);
+        // The token-wise input, where nothing else is left, stands for itself.
+        let mut all: Vec<ValueId> = ends.rev().take(3).chain([middle].into_iter().filter(computed)).collect();
+        all.extend(all.is_empty().then_some(ValueId(0)));
         let mut errors = BTreeMap::new();
-        for (i, v) in ends.iter().rev().take(3).chain([&middle]).enumerate() {
-            self.entry.output(format!("y{i}"), *v);
-            errors.insert(format!("infer/y{i}"), self.bound(*v).error);
+        for (i, v) in all.into_iter().enumerate() {
+            self.entry.output(format!("y{i}"), v);
+            errors.insert(format!("infer/y{i}"), self.bound(v).error);
         }
         for (p, v) in std::mem::take(&mut self.assigns) {
             self.entry.assign(p, v);

@@ -288,7 +288,7 @@ fn scatter(b: &mut Builder, p: &mut Picks) -> Option<ValueId> {
     let name = format!("cache.{}", b.graph.params.len());
     let c = b.graph.add_param(Param { name, ty, role: Role::State, source: Source::Zeros });
     let old = b.leaf(Op::Param(c), 1.0)?;
-    let i = b.input("slots", DType::I32, vec![Dim::Symbol(Sym::T)])?;
+    let i = b.input("rows", DType::I32, vec![Dim::Symbol(Sym::T)])?;
     let n = b.bound(u);
     let (mode, bound) = match p.below(2) {
         0 => (ScatterMode::Set, Bound { size: n.size.max(1.0), error: n.error }),
@@ -369,9 +369,9 @@ fn attention(b: &mut Builder, p: &mut Picks) -> Option<ValueId> {
         matmul(b, x, w, false, true)
     };
     let (q, key, v) = (project(heads * head_dim)?, project(kv_heads * head_dim)?, project(kv_heads * head_dim)?);
-    let segments = b.input("q_segments", DType::I32, vec![Dim::Symbol(Sym::S1)])?;
-    let start = b.input("kv_start", DType::I32, vec![Dim::Symbol(Sym::S)])?;
-    let len = b.input("kv_len", DType::I32, vec![Dim::Symbol(Sym::S)])?;
+    let segments = b.input("segments", DType::I32, vec![Dim::Symbol(Sym::S1)])?;
+    let start = b.input("starts", DType::I32, vec![Dim::Symbol(Sym::S)])?;
+    let len = b.input("lengths", DType::I32, vec![Dim::Symbol(Sym::S)])?;
     let scale = 0.05f32;
     let causal = p.below(2) == 0;
     let window = if causal && p.below(3) == 0 { Some(2) } else { None };
