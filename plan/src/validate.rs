@@ -224,7 +224,7 @@ fn entry(plan: &Plan, e: &Entry, envs: &[Vec<u64>], f: &mut Faults) {
                 _ => true,
             };
             f.check(writable, || format!("{at}: step {i} writes buffer {b} ({}), which is read-only", buffer.name));
-            let shared = s.buffers[..n].iter().enumerate().any(|(o, x)| x == b && k.aliases[j - n] != Some(o as u32))
+            let shared = s.buffers[..n].iter().enumerate().any(|(o, x)| x == b && k.aliases.get(j - n).copied().flatten() != Some(o as u32))
                 || s.buffers[n..j].contains(b);
             f.check(!shared, || format!("{at}: step {i} overwrites buffer {b} ({}) while it is in use", buffer.name));
             ready[*b as usize] = true;

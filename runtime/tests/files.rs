@@ -123,7 +123,7 @@ fn every_cut_and_hostile_headers_are_refused() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn flipped_headers_never_crash(flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
