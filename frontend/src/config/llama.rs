@@ -38,6 +38,8 @@ pub struct LlamaConfig {
     pub norm_eps: f64,
     /// Rotary embedding.
     pub rope: Rope,
+    /// A query sees at most this many keys, its own included.
+    pub window: Option<u64>,
     /// Whether q, k and v projections have a bias.
     pub qkv_bias: bool,
     /// Whether the attention's output projection has a bias.
@@ -83,7 +85,7 @@ pub(super) fn read(fields: &mut Fields, family: LlamaFamily) -> Result<LlamaConf
         LlamaFamily::Mistral => 4096 * 32,
         LlamaFamily::Qwen2 => 32768,
     });
-    refuse_windows(fields, family)?;
+    let window = window(fields, family)?;
     fields.must_be_off("attention_sinks", "attention sinks are not supported")?;
     match fields.count("pretraining_tp", 1 << 16)? {
         None | Some(1) => {}
@@ -109,6 +111,7 @@ pub(super) fn read(fields: &mut Fields, family: LlamaFamily) -> Result<LlamaConf
         max_positions,
         norm_eps: fields.positive("rms_norm_eps")?.unwrap_or(1e-6),
         rope: rope::read(fields, max_positions)?,
+        window,
         qkv_bias,
         out_bias,
         mlp_bias,
@@ -117,20 +120,23 @@ pub(super) fn read(fields: &mut Fields, family: LlamaFamily) -> Result<LlamaConf
     })
 }
 
-/// Sliding windows in their several spellings: all must be off.
-fn refuse_windows(fields: &mut Fields, family: LlamaFamily) -> Result<()> {
-    let why = "sliding-window attention is not supported";
+/// Sliding windows in their several spellings. Mistral has one window for all layers, by its class 4096; windows of some
+/// layers only are refused.
+fn window(fields: &mut Fields, family: LlamaFamily) -> Result<Option<u64>> {
+    let why = "sliding-window attention is not supported for this model type";
     let off_by_switch = fields.flag("use_sliding_window")? == Some(false)
         || (family == LlamaFamily::Qwen2 && fields.raw("use_sliding_window").is_none());
     fields.must_be_off("use_sliding_window", why)?;
     let absent = !fields.has("sliding_window");
     let window = fields.raw("sliding_window");
-    if family == LlamaFamily::Mistral && absent {
-        return Err(
-            fields.fault("sliding_window", "is missing, which means 4096 for mistral; set it to null if unused")
-        );
-    }
-    if let Some(value) = window.filter(|_| !(off_by_switch && family == LlamaFamily::Qwen2)) {
+    let given = fields.count("sliding_window", 1 << 30)?;
+    let window_of_all = match family {
+        LlamaFamily::Mistral if absent => Some(4096),
+        LlamaFamily::Mistral => given,
+        _ => None,
+    };
+    let off = family == LlamaFamily::Mistral || (off_by_switch && family == LlamaFamily::Qwen2);
+    if let Some(value) = window.filter(|_| !off) {
         return Err(fields.fault("sliding_window", format!("is {}: {why}", brief(value))));
     }
     if family == LlamaFamily::Qwen2 {
@@ -142,7 +148,7 @@ fn refuse_windows(fields: &mut Fields, family: LlamaFamily) -> Result<()> {
             return Err(fields.fault("layer_types", format!("is {}: only full_attention is supported", brief(value))));
         }
     }
-    Ok(())
+    Ok(window_of_all)
 }
 
 #[cfg(test)]
@@ -186,8 +192,12 @@ mod tests {
     fn relatives_are_read_where_they_are_exact() {
         let mistral = with(&with(&smol(), "model_type", json!("mistral")), "sliding_window", json!(null));
         assert_eq!(llama(mistral.clone()).family, LlamaFamily::Mistral);
-        assert!(parse(with(&mistral, "sliding_window", json!(4096))).is_err());
-        assert!(parse(with(&smol(), "model_type", json!("mistral"))).unwrap_err().to_string().contains("4096"));
+        assert_eq!(llama(mistral.clone()).window, None);
+        assert_eq!(llama(with(&mistral, "sliding_window", json!(3))).window, Some(3));
+        assert!(parse(with(&mistral, "sliding_window", json!(-1))).is_err());
+        // What the class sets where the file says nothing.
+        assert_eq!(llama(with(&smol(), "model_type", json!("mistral"))).window, Some(4096));
+        assert!(parse(with(&smol(), "sliding_window", json!(4096))).is_err());
         let mut qwen = with(&with(&smol(), "model_type", json!("qwen2")), "use_sliding_window", json!(false));
         qwen = with(&with(&qwen, "sliding_window", json!(131072)), "max_window_layers", json!(28));
         let config = llama(qwen.clone());

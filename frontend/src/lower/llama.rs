@@ -98,7 +98,7 @@ fn attention(b: &mut Builder, c: &LlamaConfig, layer: u64, h: ValueId, shared: &
         head_dim: c.head_dim as u32,
         scale: ((c.head_dim as f64).sqrt().recip() as f32).to_bits(),
         causal: true,
-        window: None,
+        window: c.window.map(|w| w as u32),
     };
     let mixed = b.push(Op::Attention(attrs), &[q, k, v, shared.q_segments, shared.kv_start, shared.kv_len])?;
     b.linear(&format!("{p}.o_proj"), mixed)
