@@ -163,7 +163,13 @@ fn entry(plan: &Plan, e: &Entry, envs: &[Vec<u64>], f: &mut Faults) {
         f.check(slot.is_none_or(|s| plan.slots().contains(&s)), || format!("{at}: no parameter belongs to that slot"));
     }
     let mut ready = vec![];
+    // One buffer for one memory: whether steps may run side by side is seen from the numbers of their buffers.
+    let mut named = BTreeSet::new();
     for (i, b) in e.buffers.iter().enumerate() {
+        let outside = matches!(b.kind, BufferKind::Input(_) | BufferKind::Param(_));
+        f.check(!outside || named.insert(b.kind), || {
+            format!("{at}: buffer {i} ({}) names the same as another", b.name)
+        });
         let size = values(&b.bytes, envs);
         let (same, is_ready) = match b.kind {
             BufferKind::Input(j) => (e.inputs.get(j as usize).map(|x| values(&dense(x.dtype, &x.shape), envs)), true),
@@ -224,7 +230,10 @@ fn entry(plan: &Plan, e: &Entry, envs: &[Vec<u64>], f: &mut Faults) {
                 _ => true,
             };
             f.check(writable, || format!("{at}: step {i} writes buffer {b} ({}), which is read-only", buffer.name));
-            let shared = s.buffers[..n].iter().enumerate().any(|(o, x)| x == b && k.aliases.get(j - n).copied().flatten() != Some(o as u32))
+            let shared = s.buffers[..n]
+                .iter()
+                .enumerate()
+                .any(|(o, x)| x == b && k.aliases.get(j - n).copied().flatten() != Some(o as u32))
                 || s.buffers[n..j].contains(b);
             f.check(!shared, || format!("{at}: step {i} overwrites buffer {b} ({}) while it is in use", buffer.name));
             ready[*b as usize] = true;

@@ -155,6 +155,7 @@ fn validation_refuses_by_name() {
         (|p| p.params[1].layout = Layout::Panels { nr: 0, transposed: false }, "cannot lie in panels of 0"),
         (|p| p.params[0].shape[0] = Expr::Sym(0), "must be row-major and of known shape"),
         (|p| p.params[3].residency = Residency::Mapped, "comes from no file and must be owned"),
+        (|p| p.entries[1].buffers.extend_from_within(3..4), "buffer 5 (b) names the same as another"),
         (|p| p.kernels[0].symbol = "a b".into(), "`a b` is no name of a kernel"),
         (|p| p.kernels[0].blob = 7, "names blob 7"),
         (|p| p.kernels[0].tasks = Expr::Sym(40), "an expression has no value"),
