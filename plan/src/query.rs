@@ -227,7 +227,7 @@ mod tests {
         // Two readers of 0; then a read of what one of them wrote; then an overwrite of what that step reads.
         let steps = vec![step(0, 1), step(0, 2), step(2, 3), step(0, 2)];
         let e = Entry { buffers: (0..4).map(|_| buffer()).collect(), steps, ..Entry::default() };
-        assert_eq!(waves(&e, &[kernel.clone()]), [0, 0, 1, 2]);
+        assert_eq!(waves(&e, std::slice::from_ref(&kernel)), [0, 0, 1, 2]);
         // A buffer of a wave stays until the whole wave is done.
         assert!(lifetimes(&e, &[kernel]).contains(&(0, 0, 3)));
     }
