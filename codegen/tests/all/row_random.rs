@@ -31,6 +31,8 @@ struct Gen {
     floats: Vec<ValueId>,
     fill: Vec<Option<i32>>,
     rows: Dim,
+    /// Vectors and scalars only: a single task.
+    whole: bool,
 }
 
 const SIZES: [u64; 9] = [1, 2, 5, 15, 16, 17, 31, 40, 64];
@@ -92,6 +94,10 @@ impl Gen {
                 let c = self.b.bin(BinaryOp::Lt, v, w);
                 self.b.op(Op::Select, &[c, v, w])
             }
+            6 | 7 if self.whole && shape.len() == 1 => {
+                let x = self.b.reduce(ReduceOp::Sum, 0, v);
+                self.b.un(UnaryOp::Tanh, x)
+            }
             6 | 7 if shape.len() > 1 => {
                 let axis = if self.r.below(12) == 0 { 0 } else { 1 + self.r.below(shape.len() - 1) };
                 let o = self.r.pick(&[ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min]);
@@ -145,7 +151,7 @@ impl Gen {
                 perm.swap(i, j);
                 self.b.op(Op::Transpose(perm), &[v])
             }
-            12 => {
+            12 if !shape.is_empty() => {
                 // Join or divide axes.
                 let mut to = shape.clone();
                 let i = self.r.below(to.len());
@@ -201,8 +207,8 @@ impl Gen {
 
     fn finish(mut self, name: &str) -> (Kernel, Vec<Option<i32>>) {
         let rows = self.rows;
-        let good: Vec<ValueId> =
-            self.floats.iter().copied().filter(|v| self.shape(*v).first() == Some(&rows)).collect();
+        let fits = |s: &[Dim]| if self.whole { s.len() < 2 } else { s.first() == Some(&rows) };
+        let good: Vec<ValueId> = self.floats.iter().copied().filter(|v| fits(&self.shape(*v))).collect();
         let newest = &good[good.len().saturating_sub(4)..];
         let n = 1 + self.r.below(3);
         let results: Vec<ValueId> = (0..n).map(|_| self.r.pick(newest)).collect();
@@ -221,7 +227,7 @@ impl Gen {
     }
 }
 
-fn body(seed: u64) -> (Kernel, Vec<Option<i32>>, u64) {
+fn body(seed: u64) -> (Kernel, Vec<Option<i32>>, [(Sym, u64); 2]) {
     let mut r = Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     for _ in 0..8 {
         r.below(2);
@@ -230,8 +236,9 @@ fn body(seed: u64) -> (Kernel, Vec<Option<i32>>, u64) {
     let rows = if r.below(2) == 0 { T } else { k(count.max(1)) };
     let count = rows.known().unwrap_or(count);
     let (d, e) = (r.pick(&SIZES), r.pick(&SIZES));
-    let rank = r.below(3);
-    let mut g = Gen { r, b: B::new(), floats: vec![], fill: vec![], rows };
+    let rank = r.below(6);
+    let (c, width) = (Dim::Symbol(Sym::C), r.pick(&[0u64, 1, 7, 16, 50, 70]));
+    let mut g = Gen { r, b: B::new(), floats: vec![], fill: vec![], rows, whole: rank == 4 };
     match rank {
         0 => {
             g.arg(&[rows, k(d)]);
@@ -241,6 +248,22 @@ fn body(seed: u64) -> (Kernel, Vec<Option<i32>>, u64) {
             g.arg(&[rows, k(d), k(e)]);
             g.arg(&[rows, k(e)]);
             g.arg(&[k(d), k(e)]);
+        }
+        2 => {
+            // A second symbol within the row.
+            g.arg(&[rows, c]);
+            g.arg(&[c]);
+            g.arg(&[rows, k(d.min(5)), c]);
+        }
+        3 => {
+            g.arg(&[rows, c, k(d)]);
+            g.arg(&[c, k(d)]);
+            g.arg(&[rows, k(d)]);
+        }
+        4 => {
+            g.arg(&[rows]);
+            g.arg(&[c]);
+            g.arg(&[]);
         }
         _ => {
             g.arg(&[rows]);
@@ -253,7 +276,7 @@ fn body(seed: u64) -> (Kernel, Vec<Option<i32>>, u64) {
         g.step();
     }
     let (kernel, fill) = g.finish(&format!("random_{seed}"));
-    (kernel, fill, count)
+    (kernel, fill, [(Sym::C, width), (Sym::T, count)])
 }
 
 #[test]
@@ -262,13 +285,13 @@ fn random_bodies_agree_with_the_interpreter() {
     let first: u64 = std::env::var("PLEACH_FIRST").ok().and_then(|s| s.parse().ok()).unwrap_or(0);
     let (mut accepted, mut refused) = (0u64, std::collections::BTreeMap::new());
     for seed in first..first + cases {
-        let (kernel, fill, count) = body(seed);
+        let (kernel, fill, symbols) = body(seed);
         if let Err(why) = row::supported(&kernel) {
             *refused.entry(why).or_insert(0) += 1;
             continue;
         }
         accepted += 1;
-        let env = |s: Sym| (s == Sym::T).then_some(count);
+        let env = |s: Sym| symbols.iter().find(|x| x.0 == s).map(|x| x.1);
         let operands: Vec<Tensor> = kernel
             .operand_types()
             .iter()
@@ -286,7 +309,7 @@ fn random_bodies_agree_with_the_interpreter() {
                 }
             })
             .collect();
-        check(emit, &kernel, &operands, &[(Sym::T, count)], 2e-4);
+        check(emit, &kernel, &operands, &symbols, 2e-4);
     }
     assert!(accepted * 2 > cases, "{accepted} of {cases} bodies accepted; refused: {refused:#?}");
 }
