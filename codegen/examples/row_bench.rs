@@ -105,8 +105,10 @@ fn bench(name: &str, kernel: &Kernel, rows: u64, target: &HostTarget) {
     let path = std::env::temp_dir()
         .join(format!("pleach-row-bench-{}-{name}.so", std::process::id()).replace([' ', '/'], "_"));
     std::fs::write(&path, so).expect("the temporary directory can be written");
+    // SAFETY: the library was just made from one kernel and runs no code when it is loaded.
     let lib = unsafe { libloading::Library::new(&path).expect("the object loads") };
     let _ = std::fs::remove_file(&path);
+    // SAFETY: the symbol is the kernel, which has this signature; `lib` outlives every call.
     let f: KernelFn = unsafe { *lib.get::<KernelFn>(kernel.name.as_bytes()).expect("the kernel is there") };
     let env = |s: Sym| (s == Sym::T).then_some(rows);
     let mut memory: Vec<Vec<u32>> = vec![];
@@ -127,6 +129,8 @@ fn bench(name: &str, kernel: &Kernel, rows: u64, target: &HostTarget) {
     let spare: Vec<usize> = spare.iter_mut().map(|s| (s.as_mut_ptr() as usize + 63) / 64 * 64).collect();
     let call = |first: u64, last: u64, worker: usize| {
         let b: Vec<*mut u8> = buffers.iter().map(|b| *b as *mut u8).collect();
+        // SAFETY: buffers, dimensions and scratch memory have the sizes that the kernel's types and launch data ask for,
+        // and each worker has scratch memory of its own.
         unsafe { f(b.as_ptr(), [rows as i64].as_ptr(), first as i64, last as i64, spare[worker] as *mut u8) }
     };
     let one = times(runs, || call(0, tasks, 0));
