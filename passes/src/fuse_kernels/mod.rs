@@ -334,6 +334,10 @@ impl Builder<'_, '_> {
     /// Outputs and assignments that were not computed in place.
     fn finish(&mut self) -> Result<(), PassError> {
         let e = self.cut.entry;
+        // An input is part of the signature even where nothing reads it: its shape may be what says how much is computed.
+        for (v, _) in e.inputs() {
+            self.buffer_of(v)?;
+        }
         let mut late = vec![];
         for r in &e.roots {
             let base = self.cut.groups.alias_base(e, r.value);

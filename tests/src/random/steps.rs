@@ -283,8 +283,8 @@ fn gather(b: &mut Builder, p: &mut Picks) -> Option<ValueId> {
 /// Rows of the tokens written into a cache, or added to one.
 fn scatter(b: &mut Builder, p: &mut Picks) -> Option<ValueId> {
     let u = p.of(&b.floats(|b, v| b.ty(v).rank() == 2 && b.ty(v).shape[0] == Dim::Symbol(Sym::T)))?;
-    let width = b.ty(u).shape[1];
-    let ty = TensorType { dtype: DType::F32, shape: vec![Dim::Symbol(Sym::C), width] };
+    let width = b.ty(u).shape[1].known()?;
+    let ty = TensorType { dtype: DType::F32, shape: vec![Dim::Symbol(Sym::C), width.into()] };
     let name = format!("cache.{}", b.graph.params.len());
     let c = b.graph.add_param(Param { name, ty, role: Role::State, source: Source::Zeros });
     let old = b.leaf(Op::Param(c), 1.0)?;
