@@ -45,8 +45,10 @@ fn load(text: &str, name: &str, target: &HostTarget) -> (libloading::Library, Ke
     println!("{name}: {} bytes of text, {stages:.1?}", text.len());
     let path = std::env::temp_dir().join(format!("pleach-bench-{}-{name}.so", std::process::id()));
     std::fs::write(&path, link::link(&[object]).unwrap()).unwrap();
+    // SAFETY: the object was just made by this compiler and has no initialisers.
     let lib = unsafe { libloading::Library::new(&path).unwrap() };
     std::fs::remove_file(&path).unwrap();
+    // SAFETY: every kernel symbol has this signature.
     let f = *unsafe { lib.get::<KernelFn>(name.as_bytes()).unwrap() };
     (lib, f, ms)
 }
@@ -58,6 +60,7 @@ struct Launch<'a> {
     tasks: u64,
     scratch: &'a [Memory],
 }
+// SAFETY: tasks of a launch write disjoint parts of the buffers, and each thread has its own scratch.
 unsafe impl Sync for Launch<'_> {}
 
 /// Best time of a launch: tasks are handed out through one counter, as the runtime does it.
@@ -68,6 +71,7 @@ fn best(l: &Launch, threads: usize, budget_ms: f64) -> f64 {
         if t >= l.tasks {
             break;
         }
+        // SAFETY: the buffers are as large as the kernel's types say, and the scratch as it asked for.
         unsafe { (l.f)(l.buffers.as_ptr(), l.dims.as_ptr(), t as i64, t as i64 + 1, l.scratch[id].ptr()) };
     };
     let mut low = f64::MAX;
