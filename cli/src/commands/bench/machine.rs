@@ -18,62 +18,85 @@ use std::time::Instant;
 const ROUNDS: u64 = 400_000;
 /// Bytes that one task reads.
 const CHUNK: u64 = 1 << 20;
-/// Repetitions; the best counts.
-const REPEATS: usize = 7;
+/// Runs of one measurement.
+const REPEATS: usize = 5;
 
-/// Floating-point operations per second of independent multiply-adds, all workers.
-///
-/// # Errors
-/// The code cannot be compiled or loaded.
-pub(super) fn peak_flops(ui: &Ui) -> Result<f64> {
-    let host = host()?;
-    let chains = if host.isa == HostIsa::Avx512 { 16 } else { 10 };
-    let lanes = host.isa.lanes() as u64;
-    let tasks = 4 * ui.workers() as u64;
-    let flops = tasks * ROUNDS * chains * lanes * 2;
-    let out = tasks * lanes * 4;
-    let kernel = kernel("peak", tasks, vec![], vec![out]);
-    let entry = Entry {
-        name: "peak".into(),
-        outputs: vec![output(tasks * lanes)],
-        buffers: vec![buffer(BufferKind::Output, out)],
-        steps: vec![step(0, &[0])],
-        ..Entry::default()
-    };
-    let plan = plan(&host, &[peak_text(chains, lanes)], vec![kernel], vec![], vec![entry])?;
-    let mut session = open(ui, plan)?;
-    Ok(flops as f64 / best(&mut session, "peak")?)
+/// One way of measuring the machine, to be repeated beside what is compared with it: the machine is shared, and its best
+/// moment counts.
+pub(super) struct Gauge {
+    session: Session,
+    entry: &'static str,
+    work: f64,
+    best: f64,
 }
 
-/// Bytes per second when about `bytes` bytes are read once from memory, all workers.
-///
-/// # Errors
-/// The code cannot be compiled or loaded, or there is no room.
-pub(super) fn read_bandwidth(ui: &Ui, bytes: u64) -> Result<f64> {
-    let host = host()?;
-    let lanes = host.isa.lanes() as u64;
-    let tasks = bytes.div_ceil(CHUNK).max(1);
-    let (size, out) = (tasks * CHUNK, tasks * lanes * 4);
-    let kernels = vec![kernel("fill", tasks, vec![], vec![size]), kernel("read", tasks, vec![size], vec![out])];
-    let param =
-        Param::new("data", DType::F32, vec![Expr::Const(size / 4)], Layout::RowMajor, Role::State, Source::Zeros);
-    let fill = Entry {
-        name: "fill".into(),
-        buffers: vec![buffer(BufferKind::Param(0), size)],
-        steps: vec![step(0, &[0])],
-        ..Entry::default()
-    };
-    let read = Entry {
-        name: "read".into(),
-        outputs: vec![Output { buffer: 1, ..output(tasks * lanes) }],
-        buffers: vec![buffer(BufferKind::Param(0), size), buffer(BufferKind::Output, out)],
-        steps: vec![step(1, &[0, 1])],
-        ..Entry::default()
-    };
-    let plan = plan(&host, &[fill_text(lanes), read_text(lanes)], kernels, vec![param], vec![fill, read])?;
-    let mut session = open(ui, plan)?;
-    session.run("fill", &[])?;
-    Ok(size as f64 / best(&mut session, "read")?)
+impl Gauge {
+    /// Independent multiply-adds in registers, all workers: floating-point operations.
+    ///
+    /// # Errors
+    /// The code cannot be compiled or loaded.
+    pub(super) fn flops(ui: &Ui) -> Result<Gauge> {
+        let host = host()?;
+        let chains = if host.isa == HostIsa::Avx512 { 16 } else { 10 };
+        let lanes = host.isa.lanes() as u64;
+        let tasks = 4 * ui.workers() as u64;
+        let out = tasks * lanes * 4;
+        let entry = Entry {
+            name: "peak".into(),
+            outputs: vec![output(tasks * lanes)],
+            buffers: vec![buffer(BufferKind::Output, out)],
+            steps: vec![step(0, &[0])],
+            ..Entry::default()
+        };
+        let kernels = vec![kernel("peak", tasks, vec![], vec![out])];
+        let plan = plan(&host, &[peak_text(chains, lanes)], kernels, vec![], vec![entry])?;
+        let work = (tasks * ROUNDS * chains * lanes * 2) as f64;
+        Ok(Gauge { session: open(ui, plan)?, entry: "peak", work, best: 0.0 })
+    }
+
+    /// About `bytes` bytes of a session's memory read once, all workers: bytes.
+    ///
+    /// # Errors
+    /// The code cannot be compiled or loaded, or there is no room.
+    pub(super) fn bandwidth(ui: &Ui, bytes: u64) -> Result<Gauge> {
+        let host = host()?;
+        let lanes = host.isa.lanes() as u64;
+        let tasks = bytes.div_ceil(CHUNK).max(1);
+        let (size, out) = (tasks * CHUNK, tasks * lanes * 4);
+        let kernels = vec![kernel("fill", tasks, vec![], vec![size]), kernel("read", tasks, vec![size], vec![out])];
+        let shape = vec![Expr::Const(size / 4)];
+        let param = Param::new("data", DType::F32, shape, Layout::RowMajor, Role::State, Source::Zeros);
+        let fill = Entry {
+            name: "fill".into(),
+            buffers: vec![buffer(BufferKind::Param(0), size)],
+            steps: vec![step(0, &[0])],
+            ..Entry::default()
+        };
+        let read = Entry {
+            name: "read".into(),
+            outputs: vec![Output { buffer: 1, ..output(tasks * lanes) }],
+            buffers: vec![buffer(BufferKind::Param(0), size), buffer(BufferKind::Output, out)],
+            steps: vec![step(1, &[0, 1])],
+            ..Entry::default()
+        };
+        let plan = plan(&host, &[fill_text(lanes), read_text(lanes)], kernels, vec![param], vec![fill, read])?;
+        let mut session = open(ui, plan)?;
+        session.run("fill", &[])?;
+        Ok(Gauge { session, entry: "read", work: size as f64, best: 0.0 })
+    }
+
+    /// Measures once more; the best so far, per second.
+    ///
+    /// # Errors
+    /// None but what a run gives.
+    pub(super) fn measure(&mut self) -> Result<f64> {
+        for _ in 0..REPEATS {
+            let clock = Instant::now();
+            self.session.run(self.entry, &[])?;
+            self.best = self.best.max(self.work / clock.elapsed().as_secs_f64().max(1e-9));
+        }
+        Ok(self.best)
+    }
 }
 
 fn host() -> Result<HostTarget> {
@@ -123,17 +146,6 @@ fn plan(
 
 fn open(ui: &Ui, plan: Plan) -> Result<Session> {
     Ok(Session::open(Arc::new(plan), Arc::new(InMemory::new()), &Options::default().threads(ui.threads))?)
-}
-
-/// The shortest time of a run, seconds.
-fn best(session: &mut Session, entry: &str) -> Result<f64> {
-    let mut best = f64::INFINITY;
-    for _ in 0..REPEATS {
-        let clock = Instant::now();
-        session.run(entry, &[])?;
-        best = best.min(clock.elapsed().as_secs_f64());
-    }
-    Ok(best.max(1e-9))
 }
 
 const HEAD: &str = "(%b: !llvm.ptr, %d: !llvm.ptr, %first: i64, %last: i64, %s: !llvm.ptr) {
@@ -234,11 +246,12 @@ mod tests {
     #[test]
     fn the_machine_is_measured() {
         if HostTarget::detect().is_none() {
-            eprintln!("skipped: this processor lacks AVX2 or FMA");
+            Ui { quiet: false, threads: 0 }.note("skipped: this processor lacks AVX2 or FMA");
             return;
         }
         let ui = Ui { quiet: true, threads: 1 };
-        let (flops, bytes) = (peak_flops(&ui).unwrap(), read_bandwidth(&ui, 8 << 20).unwrap());
+        let flops = Gauge::flops(&ui).unwrap().measure().unwrap();
+        let bytes = Gauge::bandwidth(&ui, 8 << 20).unwrap().measure().unwrap();
         assert!((1e9..1e13).contains(&flops), "{flops:e} operations per second");
         assert!((1e8..1e13).contains(&bytes), "{bytes:e} bytes per second");
     }

@@ -10,6 +10,7 @@ use crate::inputs::{InferInputs, Sequences};
 use crate::pipeline::total;
 use crate::ready::{Ready, ready};
 use crate::report::{self, Table, Ui};
+use machine::Gauge;
 use pleach_plan::{BufferKind, Plan};
 use pleach_runtime::{GenerateParams, KernelTime, Philox, Sampling, Session, random_weights};
 use serde_json::{Map, Value, json};
@@ -64,6 +65,9 @@ fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
     for _ in 0..2 {
         session.run("infer", &values)?;
     }
+    let rss = report::peak_rss();
+    let mut gauge = Gauge::flops(ui)?;
+    gauge.measure()?;
     let mut times = vec![];
     let clock = Instant::now();
     while times.len() < 5 || (clock.elapsed().as_secs_f64() < 4.0 && times.len() < 100) {
@@ -79,13 +83,12 @@ fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
     } else {
         vec![]
     };
-    let mut out = head(ui, args, &ready, &session, "infer", open_ms)?;
+    let mut out = head(ui, args, &ready, &session, "infer", (open_ms, rss))?;
     out.insert("step_ms".into(), json!({"median": step, "min": times[0]}));
     out.insert("tokens_per_s".into(), (n as f64 / (step * 1e-3)).into());
     let flops = contraction_flops(&ready.plan, "infer", n)?;
-    drop(session);
     out.insert("matmul_flops".into(), flops.into());
-    out.insert("peak_share".into(), (flops as f64 / (step * 1e-3) / machine::peak_flops(ui)?).into());
+    out.insert("peak_share".into(), (flops as f64 / (step * 1e-3) / gauge.measure()?).into());
     show(args, out, &profile);
     Ok(())
 }
@@ -102,6 +105,10 @@ fn generate(ui: &Ui, args: &BenchArgs) -> Result<()> {
     let new = usize::try_from(args.tokens + 1).map_err(|_| Failure::usage("--tokens is too large"))?;
     let params = |n| GenerateParams { max_new_tokens: n, sampling: Sampling::default(), eos: vec![] };
     pleach_runtime::generate(&mut session, &prompt, &params(new.min(4)), &mut |_, _| ControlFlow::Continue(()))?;
+    let rss = report::peak_rss();
+    let bytes = weight_bytes(&ready.plan, "generate")?;
+    let mut gauge = Gauge::bandwidth(ui, bytes)?;
+    let mut bandwidth = gauge.measure()?;
     let (mut steps, mut rates, mut prompts) = (vec![], vec![], vec![]);
     for _ in 0..3 {
         let mut last = None;
@@ -112,6 +119,7 @@ fn generate(ui: &Ui, args: &BenchArgs) -> Result<()> {
         })?;
         rates.push(done.stats.decode_tokens as f64 / done.stats.decode_time.as_secs_f64().max(1e-9));
         prompts.push(done.stats.prompt_time.as_secs_f64() * 1e3);
+        bandwidth = gauge.measure()?;
     }
     let profile = if args.profile {
         session.set_profile(true);
@@ -121,13 +129,10 @@ fn generate(ui: &Ui, args: &BenchArgs) -> Result<()> {
         vec![]
     };
     let rate = median(&mut rates);
-    let mut out = head(ui, args, &ready, &session, "generate", open_ms)?;
+    let mut out = head(ui, args, &ready, &session, "generate", (open_ms, rss))?;
     out.insert("step_ms".into(), json!({"median": median(&mut steps), "min": steps[0]}));
     out.insert("tokens_per_s".into(), rate.into());
     out.insert("prompt_ms".into(), median(&mut prompts).into());
-    let bytes = weight_bytes(&ready.plan, "generate")?;
-    drop(session);
-    let bandwidth = machine::read_bandwidth(ui, bytes)?;
     out.insert("weight_bytes_per_token".into(), bytes.into());
     out.insert("read_bytes_per_s".into(), bandwidth.into());
     out.insert("bandwidth_share".into(), (bytes as f64 * rate / bandwidth).into());
@@ -139,17 +144,17 @@ fn check(args: &BenchArgs) -> Result<()> {
     if args.tokens == 0 { Err(Failure::usage("--tokens must be at least 1")) } else { Ok(()) }
 }
 
-/// What both report: memory and compile times. The peak of this process is read before anything else is measured.
+/// What both report: memory and compile times. Last argument: time to open the session, and the peak of this process before
+/// the machine was measured too.
 fn head(
     ui: &Ui,
     args: &BenchArgs,
     ready: &Ready,
     session: &Session,
     entry: &str,
-    open_ms: f64,
+    (open_ms, rss): (f64, u64),
 ) -> Result<Map<String, Value>> {
     let m = session.memory();
-    let rss = report::peak_rss();
     let (arena, live) = m.entries.iter().find(|e| e.0 == entry).map_or((0, 0), |e| (e.1, e.2));
     let mut out = Map::new();
     out.insert("tokens".into(), args.tokens.into());
