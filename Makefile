@@ -29,11 +29,11 @@ demo: build models
 # Tests that need ptxas or a fetched model skip visibly where it could not be fetched.
 test: setup
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --workspace --all-targets --features pleach-tests/llvm -- -D warnings
 	@$(PYTHON) scripts/fetch_models.py || echo "the models could not be fetched: their tests are skipped" >&2
 	@ptxas=$$($(PYTHON) scripts/fetch_ptxas.py) && export PLEACH_PTXAS="$$ptxas" || \
 	    echo "ptxas could not be fetched: its tests are skipped" >&2; \
-	set -x; cargo test --workspace
+	set -x; cargo test --workspace --features pleach-tests/llvm
 
 bench: build models
 	@bash benches/run.sh
