@@ -32,11 +32,14 @@ impl Start {
     }
 }
 
+/// Runs the entry of a name on values of parameters and inputs.
+type One<'o> = &'o dyn Fn(&str, &BTreeMap<String, Tensor>, &BTreeMap<String, Tensor>) -> Result<RunResult, IrError>;
+
 fn run<'a>(
     params: &[Param],
     entries: impl Iterator<Item = &'a str> + Clone,
     start: &Start,
-    one: &dyn Fn(&str, &BTreeMap<String, Tensor>, &BTreeMap<String, Tensor>) -> Result<RunResult, IrError>,
+    one: One<'_>,
 ) -> Result<Results, IrError> {
     let none = BTreeMap::new();
     let mut values = start.params.clone();

@@ -98,8 +98,7 @@ impl Case {
 impl Recipe {
     /// The graph of these numbers.
     pub fn build(&self) -> Case {
-        let mut b = Builder::default();
-        b.symbols = crate::values::symbols();
+        let mut b = Builder { symbols: crate::values::symbols(), ..Builder::default() };
         b.symbols.insert(Sym::T, u64::from(self.tokens));
         b.input("x", DType::F32, vec![Dim::Symbol(Sym::T), Dim::Known(u64::from(self.width))]);
         b.input("m", DType::F32, vec![Dim::Known(self.matrix.0.into()), Dim::Known(self.matrix.1.into())]);
