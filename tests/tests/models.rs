@@ -75,6 +75,7 @@ fn main() -> std::process::ExitCode {
 }
 
 #[cfg(not(feature = "llvm"))]
+#[allow(clippy::print_stdout, reason = "what is skipped is said")]
 fn main() {
     println!("models: skipped, needs --features llvm");
 }
