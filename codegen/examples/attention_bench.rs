@@ -72,7 +72,7 @@ impl Launch<'_> {
     /// one by one, and the second thread spins between calls.
     fn times(&self, calls: &[[usize; 7]], threads: usize) -> Vec<f64> {
         let mut scratch = vec![vec![0u64; self.scratch_bytes as usize / 8 + 16]; threads];
-        let at: Vec<usize> = scratch.iter_mut().map(|s| (s.as_mut_ptr() as usize + 63) / 64 * 64).collect();
+        let at: Vec<usize> = scratch.iter_mut().map(|s| (s.as_mut_ptr() as usize).next_multiple_of(64)).collect();
         let (next, turn, done) = (AtomicI64::new(0), AtomicI64::new(-1), AtomicI64::new(0));
         let mut times = vec![];
         std::thread::scope(|s| {

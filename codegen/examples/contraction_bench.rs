@@ -4,7 +4,13 @@
 //!
 //! Each line: best time of many, GFLOP/s or GB/s, percent of the peak measured on the same threads. A matrix-vector
 //! product is compared with a plain read of as many bytes.
-#![allow(unsafe_code, clippy::print_stdout, unreachable_pub, reason = "a measuring program; calls compiled kernels")]
+#![allow(
+    unsafe_code,
+    clippy::print_stdout,
+    unreachable_pub,
+    clippy::type_complexity,
+    reason = "a measuring program; calls compiled kernels"
+)]
 
 use pleach_codegen::emit::HostIsa;
 use pleach_codegen::emit::contraction::{choose_panel, emit};

@@ -126,7 +126,7 @@ fn bench(name: &str, kernel: &Kernel, rows: u64, target: &HostTarget) {
     let bytes = e.bytes.eval(&[rows]).expect("a count");
     let runs = if bytes > 10_000_000 { 30 } else { 2000 };
     let mut spare: Vec<Vec<u64>> = vec![vec![0; scratch / 8 + 16]; 2];
-    let spare: Vec<usize> = spare.iter_mut().map(|s| (s.as_mut_ptr() as usize + 63) / 64 * 64).collect();
+    let spare: Vec<usize> = spare.iter_mut().map(|s| (s.as_mut_ptr() as usize).next_multiple_of(64)).collect();
     let call = |first: u64, last: u64, worker: usize| {
         let b: Vec<*mut u8> = buffers.iter().map(|b| *b as *mut u8).collect();
         // SAFETY: buffers, dimensions and scratch memory have the sizes that the kernel's types and launch data ask for,

@@ -1,23 +1,24 @@
 //! All tests of this crate that link LLVM, in one program: linking it takes longer than running it.
 #![allow(unsafe_code, reason = "calls compiled kernels")]
+#![allow(clippy::print_stderr, reason = "a test that is skipped says so")]
 
+#[path = "all/attention.rs"]
+mod attention;
+#[path = "all/bodies.rs"]
+mod bodies;
 #[path = "all/contraction.rs"]
 mod contraction;
 #[path = "all/kit.rs"]
 mod kit;
-#[path = "all/toolchain.rs"]
-mod toolchain;
-#[path = "all/attention.rs"]
-mod attention;
 #[path = "all/launch.rs"]
 mod launch;
-#[path = "all/scatter.rs"]
-mod scatter;
-#[path = "all/bodies.rs"]
-mod bodies;
+#[path = "all/ptx.rs"]
+mod ptx;
 #[path = "all/row.rs"]
 mod row;
 #[path = "all/row_random.rs"]
 mod row_random;
-#[path = "all/ptx.rs"]
-mod ptx;
+#[path = "all/scatter.rs"]
+mod scatter;
+#[path = "all/toolchain.rs"]
+mod toolchain;

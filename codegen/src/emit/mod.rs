@@ -9,9 +9,9 @@ pub mod contraction;
 pub(crate) mod elementwise;
 pub(crate) mod expr;
 pub mod func;
+pub mod gpu;
 pub(crate) mod index;
 pub mod row;
-pub mod gpu;
 pub mod scatter;
 pub mod vmath;
 

@@ -3,6 +3,11 @@
 //! f32 in, f32 out, any number of lanes. Errors over the whole range (measured in tests against f64): exp 1.0 ulp, log
 //! 0.9 ulp for normal x > 0, sigmoid 2.5 ulp, tanh 1.4 ulp, erf 2.5 ulp. exp saturates instead of overflowing.
 //! NaN is propagated. Coefficients are minimax fits in f32.
+#![allow(
+    clippy::excessive_precision,
+    clippy::approx_constant,
+    reason = "coefficients of fitted polynomials, as they were fitted"
+)]
 
 use super::func::{Func, Val, vty};
 

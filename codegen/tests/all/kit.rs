@@ -44,7 +44,7 @@ impl Loaded {
     pub(crate) fn run(&self, name: &str, buffers: &[*mut u8], dims: &[i64], tasks: (u64, u64), scratch_bytes: u64) {
         let mut scratch = vec![0u64; scratch_bytes as usize / 8 + 16];
         let at = scratch.as_mut_ptr() as usize;
-        let aligned = (at + 63) / 64 * 64;
+        let aligned = at.next_multiple_of(64);
         let f = self.kernel(name);
         // SAFETY: the caller's buffers are as large as the kernel's types say, and the scratch as it asked for.
         unsafe { f(buffers.as_ptr(), dims.as_ptr(), tasks.0 as i64, tasks.1 as i64, aligned as *mut u8) }
