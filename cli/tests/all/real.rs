@@ -1,0 +1,85 @@
+//! The two models that `scripts/fetch_models.py` fetches, against what PyTorch and PEFT computed. Skipped, visibly,
+//! where they have not been fetched.
+
+use crate::kit::{Folder, Pleach, fixture, relative, tensors};
+use std::path::{Path, PathBuf};
+
+const TOLERANCE: f64 = 2e-4;
+
+fn root(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
+}
+
+fn text(p: &Path) -> String {
+    p.display().to_string()
+}
+
+fn run(pleach: &Pleach, folder: &Folder, model: &str, input: &Path, more: &[&str]) -> (Vec<usize>, Vec<f64>) {
+    let out = text(&folder.join("out.safetensors"));
+    let head = ["run", model, "--input", &text(input), "--out", &out, "--quiet"];
+    pleach.ok(&[&head[..], more].concat());
+    tensors(Path::new(&out)).into_values().next().unwrap()
+}
+
+#[test]
+fn smollm2_with_and_without_the_adapter() {
+    let gguf = root("models/smollm2.gguf");
+    if !gguf.is_file() {
+        println!("skipped: models/smollm2.gguf is not there, run `make models`");
+        return;
+    }
+    let folder = Folder::new("smollm2");
+    let pleach = Pleach::new(&folder);
+    let model = text(&folder.join("smollm2"));
+    pleach.ok(&["import", &text(&gguf), "--out", &model, "--quiet"]);
+    let adapter = text(&root("demo/adapter"));
+    for (name, more) in [
+        ("smollm2-base", &[][..]),
+        ("smollm2-adapter", &["--adapter", &adapter][..]),
+        ("smollm2-adapter", &["--adapter", &adapter, "--merge"][..]),
+    ] {
+        let file = fixture(&format!("models/{name}.safetensors"));
+        let want = tensors(&file);
+        let plan = text(&folder.join("m.pleach"));
+        let head = ["compile", &model, "--entry", "infer,generate", "-o", &plan, "--quiet"];
+        pleach.ok(&[&head[..], more].concat());
+        let (shape, logits) = run(&pleach, &folder, &model, &file, more);
+        let columns = &want["columns"].1;
+        let chosen: Vec<f64> = logits.chunks(shape[1]).flat_map(|r| columns.iter().map(|c| r[*c as usize])).collect();
+        let (expected, peak) = (&want["logits"].1, want["logits_peak"].1[0]);
+        let error = chosen.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max) / peak;
+        assert!(error <= TOLERANCE && logits.iter().all(|x| x.is_finite()), "{name} {more:?}: {error:.2e}");
+        let best = |r: &[f64]| r.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0 as f64;
+        let argmax: Vec<f64> = logits.chunks(shape[1]).map(best).collect();
+        assert_eq!(argmax, want["argmax"].1, "{name} {more:?}");
+        let (ids, segments) = (&want["input_ids"].1, &want["segments"].1);
+        for i in 0..2 {
+            let list = |v: &[f64]| v.iter().map(|x| (*x as i64).to_string()).collect::<Vec<_>>().join(",");
+            let prompt = list(&ids[segments[i] as usize..segments[i + 1] as usize]);
+            let head = ["generate", &model, "--ids", &prompt, "--max-new-tokens", "64", "--print-ids", "--quiet"];
+            let got = pleach.ok(&[&head[..], more].concat());
+            assert_eq!(got.trim(), list(&want[&format!("greedy_ids.{i}")].1), "{name} {more:?}");
+        }
+    }
+}
+
+#[test]
+fn minilm() {
+    let model = root("models/minilm");
+    if !model.join("config.json").is_file() {
+        println!("skipped: models/minilm is not there, run `make models`");
+        return;
+    }
+    let folder = Folder::new("minilm");
+    let pleach = Pleach::new(&folder);
+    let file = fixture("models/minilm.safetensors");
+    let want = tensors(&file);
+    let (shape, hidden) = run(&pleach, &folder, &text(&model), &file, &[]);
+    assert_eq!(shape, want["last_hidden_state"].0);
+    assert!(relative(&hidden, &want["last_hidden_state"].1) <= TOLERANCE);
+    let said = pleach.ok(&["run", &text(&model), "--input", &text(&file), "--similarity", "--json", "--quiet"]);
+    let v: serde_json::Value = serde_json::from_str(&said).unwrap();
+    let cosine: Vec<Vec<f64>> = serde_json::from_value(v["cosine"].clone()).unwrap();
+    let flat: Vec<f64> = cosine.into_iter().flatten().collect();
+    assert!(relative(&flat, &want["cosine"].1) <= TOLERANCE, "{flat:?}");
+}
