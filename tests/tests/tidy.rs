@@ -263,7 +263,7 @@ fn no_path_of_a_machine() {
         concat!("/wo", "rk/"),
         concat!("/ro", "ot/"),
         concat!("/ho", "me/"),
-        concat!("/opt/ri", "val"),
+        concat!("/o", "pt/"),
         concat!("/t", "mp/"),
     ];
     let mut faults = vec![];
