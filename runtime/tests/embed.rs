@@ -72,7 +72,6 @@ fn the_c_example_runs_with_the_static_library() {
 }
 
 #[test]
-#[ignore = "builds in release mode, about a minute: cargo test -p pleach-runtime --test embed -- --ignored"]
 fn a_program_with_the_runtime_alone_is_small() {
     let cargo = std::env::var_os("CARGO").unwrap_or("cargo".into());
     let done = Command::new(cargo)
