@@ -9,6 +9,7 @@ pub mod compare;
 pub mod compiled;
 pub mod fixtures;
 pub mod golden;
+pub mod matrix;
 pub mod random;
 pub mod readers;
 pub mod values;

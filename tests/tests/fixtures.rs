@@ -7,6 +7,7 @@ use pleach_passes::fuse_kernels::CutOptions;
 use pleach_passes::{Options, Pipeline, fuse_kernels, manager};
 use pleach_tests::compare::{Results, run_graph, run_schedule};
 use pleach_tests::fixtures::{Fixture, cases};
+use pleach_tests::matrix;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -14,6 +15,8 @@ fn main() -> ExitCode {
     match cases() {
         Err(e) => trials.push(Trial::test("cases.json", move || Err(e.into()))),
         Ok(list) => {
+            let all = list.clone();
+            trials.push(Trial::test("README.md's table", move || Ok(matrix::check(&all)?)));
             for c in list {
                 for merge in [false, true] {
                     let (c, kind) = (c.clone(), if merge { "merged" } else { "apart" });
