@@ -20,6 +20,9 @@ impl TextTokenizer {
     /// Opens `dir/tokenizer.json`. Truncation and padding that the file may ask for are switched off: a forward pass
     /// here takes sequences of any length, unpadded.
     pub fn open(dir: &Path) -> Result<TextTokenizer> {
+        if !dir.is_dir() {
+            return Err(Error::format(dir, "is no folder; give a Hugging Face folder (`pleach import` makes one from GGUF)"));
+        }
         let path = dir.join("tokenizer.json");
         if !path.is_file() {
             return Err(Error::format(dir, "holds no tokenizer.json; pass token ids instead of text"));
