@@ -21,7 +21,10 @@ impl TextTokenizer {
     /// here takes sequences of any length, unpadded.
     pub fn open(dir: &Path) -> Result<TextTokenizer> {
         if !dir.is_dir() {
-            return Err(Error::format(dir, "is no folder; give a Hugging Face folder (`pleach import` makes one from GGUF)"));
+            return Err(Error::format(
+                dir,
+                "is no folder; give a Hugging Face folder (`pleach import` makes one from GGUF)",
+            ));
         }
         let path = dir.join("tokenizer.json");
         if !path.is_file() {
