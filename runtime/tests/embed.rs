@@ -56,7 +56,8 @@ fn the_rust_example_runs() {
 
 #[test]
 fn the_c_example_runs_with_the_static_library() {
-    let library = build().join("libpleach_runtime.a");
+    // Where a test build leaves it; only `cargo build` links it to the folder above.
+    let library = build().join("deps/libpleach_runtime.a");
     assert!(library.is_file(), "{} is missing; build the whole package", library.display());
     let program = folder("embed-c").join("embed");
     let done = Command::new("cc")
