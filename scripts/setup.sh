@@ -44,4 +44,4 @@ export DEBIAN_FRONTEND=noninteractive
 "${as_root[@]}" apt-get -qq update || stop "apt-get update failed: is the package mirror reachable?"
 "${as_root[@]}" apt-get -qq install --yes --no-install-recommends "${missing[@]}" ||
     stop "apt-get could not install: ${missing[*]}" \
-        "LLVM 22 is in the archives of Debian 12 (security) and newer; for other releases see https://apt.llvm.org."
+        "LLVM 22 is in the archives of Debian 12 (security) and newer; elsewhere use the archive of the LLVM project."
