@@ -44,6 +44,14 @@ pub enum Layout {
 }
 
 impl Layout {
+    /// Columns of a panel for a product with `n` columns whose slices are cut at `cuts`: of `widths` (widest first)
+    /// that divide every cut, the one with the least padding, then the widest; 16 where none divides them all.
+    pub fn panel_width(n: u64, cuts: &[u64], widths: &[u64]) -> u32 {
+        let fits = |w: &&u64| cuts.iter().all(|c| c % **w == 0);
+        let best = widths.iter().filter(fits).min_by_key(|w| n.next_multiple_of(**w));
+        best.map_or(16, |w| *w as u32)
+    }
+
     /// Elements a tensor of this type takes in this layout under an assignment of symbols.
     pub fn elements(&self, ty: &TensorType, env: &dyn Fn(crate::types::Sym) -> Option<u64>) -> Option<u64> {
         match self {

@@ -4,7 +4,7 @@
 //! leaves the least bytes live. The lower peak wins; a tie keeps the given order. Every dependence through a buffer
 //! (write before read, read before overwrite) is kept.
 
-use pleach_ir::{BufferKind, Kernel, ScheduledEntry, Sym};
+use pleach_ir::{BufferKind, ScheduledEntry, Sym};
 use std::collections::BTreeSet;
 
 /// Value of every symbol when sizes are compared.
@@ -58,8 +58,7 @@ fn dependences(e: &ScheduledEntry) -> Vec<BTreeSet<usize>> {
 }
 
 /// Reorders the launches of `e`.
-pub fn order(e: &mut ScheduledEntry, kernels: &[Kernel]) {
-    let _ = kernels;
+pub fn order(e: &mut ScheduledEntry) {
     let given: Vec<usize> = (0..e.steps.len()).collect();
     let deps = dependences(e);
     let mut unlocks = vec![vec![]; e.steps.len()];

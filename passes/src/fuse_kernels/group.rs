@@ -4,7 +4,7 @@
 //! cycle, or starts a group. Views (reshape, slice, transpose, broadcast) and constants are not grouped: every reader
 //! pulls them in. Only structure is looked at: operators, shapes and who reads what.
 
-use pleach_ir::{Class, Dim, Entry, Op, Param, ValueId};
+use pleach_ir::{Class, Dim, Entry, Op, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// At most this many products whose results meet elementwise in one epilogue.
@@ -65,8 +65,7 @@ fn keeps_rows(e: &Entry, v: ValueId) -> bool {
 }
 
 impl Partition {
-    pub(super) fn new(params: &[Param], e: &Entry) -> Partition {
-        let _ = params;
+    pub(super) fn new(e: &Entry) -> Partition {
         let live = e.live();
         let kind = e
             .values()
@@ -256,7 +255,7 @@ impl Partition {
             let ok = self.products_agree(e, &set)
                 && self.separable(&set)
                 && self.operands_fit(e, v, &set)
-                && !self.cycle(e, &set, v);
+                && !self.cycle(&set, v);
             if !ok {
                 set.remove(g);
             }
@@ -391,7 +390,7 @@ impl Partition {
             if *ok {
                 set.insert(*g);
                 let near = |x: &ValueId| self.group_of[x.index()].is_some_and(|h| set.contains(&h));
-                if apart.iter().any(near) || !self.separable(&set) || self.cycle(e, &set, v) {
+                if apart.iter().any(near) || !self.separable(&set) || self.cycle(&set, v) {
                     set.remove(g);
                 }
             }
@@ -407,7 +406,7 @@ impl Partition {
     }
 
     /// Whether one kernel of these groups and `v` would have to wait for a kernel that waits for it.
-    fn cycle(&self, e: &Entry, set: &BTreeSet<usize>, v: ValueId) -> bool {
+    fn cycle(&self, set: &BTreeSet<usize>, v: ValueId) -> bool {
         let inside = |x: ValueId| x == v || self.group_of[x.index()].is_some_and(|g| set.contains(&g));
         let mut stack: Vec<usize> = vec![];
         let mut seen: BTreeSet<usize> = BTreeSet::new();
@@ -426,7 +425,6 @@ impl Partition {
                 leave(*m, &mut stack);
             }
         }
-        let _ = e;
         while let Some(g) = stack.pop() {
             for m in &self.groups[g].members {
                 if self.readers[m.index()].iter().any(|u| inside(*u)) {

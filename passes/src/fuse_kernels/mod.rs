@@ -50,7 +50,7 @@ pub fn order(s: &mut Schedule) -> Result<usize, PassError> {
     let mut changed = 0;
     for e in &mut s.entries {
         let given = e.steps.clone();
-        crate::order::order(e, &s.kernels);
+        crate::order::order(e);
         changed += usize::from(e.steps != given);
     }
     s.check().map_err(fault)?;
@@ -74,7 +74,7 @@ pub fn cut(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, PassErro
     let mut verdicts: HashMap<String, bool> = HashMap::new();
     let mut accepts = |k: &Kernel| *verdicts.entry(signature(k)).or_insert_with(|| (options.supported)(k).is_ok());
     for e in &graph.entries {
-        let cut = EntryCut::new(&graph, e, &out.params, &mut accepts)?;
+        let cut = EntryCut::new(e, &out.params, &mut accepts)?;
         out.entries.push(cut.emit(&mut table)?);
     }
     out.kernels = table.kernels;
@@ -142,12 +142,11 @@ struct EntryCut<'a> {
 
 impl<'a> EntryCut<'a> {
     fn new(
-        graph: &'a Graph,
         entry: &'a Entry,
         params: &'a [(pleach_ir::Param, Layout)],
         accepts: &mut dyn FnMut(&Kernel) -> bool,
     ) -> Result<EntryCut<'a>, PassError> {
-        let mut groups = group::Partition::new(&graph.params, entry);
+        let mut groups = group::Partition::new(entry);
         // A region the target refuses is taken apart into single operators.
         for _ in 0..2 {
             let mut refused = vec![];

@@ -6,13 +6,12 @@
 use pleach_ir::{DType, Entry, Graph, IrError, Layout, Op, Param, ParamId, Role, RootKind, Source, ValueId};
 use std::collections::BTreeMap;
 
-/// Panel width for `n` columns when slices of the product start at multiples of `step`: least padding, then widest.
-pub(super) fn panel_width(n: u64, step: u64) -> u32 {
-    [48u64, 32, 16]
-        .into_iter()
-        .filter(|nr| step.is_multiple_of(*nr))
-        .min_by_key(|nr| n.div_ceil(*nr) * nr)
-        .unwrap_or(16) as u32
+/// Widths of panels, widest first.
+const WIDTHS: [u64; 3] = [48, 32, 16];
+
+/// Panel width for `n` columns when slices of the product start at multiples of `step`.
+fn panel_width(n: u64, step: u64) -> u32 {
+    Layout::panel_width(n, &[step], &WIDTHS)
 }
 
 /// The greatest number that divides every place where a slice of `v` along its last axis starts or ends.

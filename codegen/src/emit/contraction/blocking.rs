@@ -2,6 +2,7 @@
 
 use super::analyze::{Analysis, Right};
 use crate::emit::HostIsa;
+use pleach_ir::Layout;
 
 /// Lanes of the vectors that tiles are made of; a narrower target splits them.
 pub(super) const LANES: usize = 16;
@@ -98,7 +99,5 @@ fn tile_widths(isa: HostIsa) -> &'static [u64] {
 /// width with the least padding, then the widest. Every cut but the last must be a multiple of the width chosen; where
 /// 16 does not divide one, 16 is returned and such a kernel is refused.
 pub fn choose_panel(n: u64, cuts: &[u64], isa: HostIsa) -> u32 {
-    let fits = |w: &&u64| cuts.iter().all(|c| c % **w == 0);
-    let best = tile_widths(isa).iter().filter(fits).min_by_key(|w| n.next_multiple_of(**w));
-    best.map_or(16, |w| *w as u32)
+    Layout::panel_width(n, cuts, tile_widths(isa))
 }
