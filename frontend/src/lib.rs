@@ -26,7 +26,7 @@ pub use chat::{ChatInput, ChatTemplate};
 pub use checkpoint::Checkpoint;
 pub use config::ModelConfig;
 pub use error::{Error, Result};
-pub use lower::import;
+pub use lower::{Import, import};
 pub use modules::{Module, ModuleKind, ModuleTable};
 pub use peft::Adapter;
 pub use tensors::{Dtype, TensorRef, TensorTable};

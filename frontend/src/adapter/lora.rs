@@ -21,14 +21,15 @@ pub(super) fn values(site: &LoraSite) -> [(String, SlotValue); 3] {
 /// Appends the branch of one site. Beside a linear layer x is [T, in]; beside an embedding it is the i32 index [T], and
 /// the token's column of A takes the place of x · Aᵀ. The result is [T, out].
 pub(crate) fn branch(b: &mut Builder, slot: u32, site: &LoraSite, x: ValueId) -> Result<ValueId> {
-    let mut param = |part: &str, shape: &[u64]| {
+    let trained = b.trained(slot);
+    let mut param = |part: &str, shape: &[u64], role: Role| {
         let key = format!("{}.{part}", site.module);
         let ty = TensorType::new(DType::F32, shape.iter().copied());
-        b.param(format!("slot{slot}.{key}"), ty, Role::Frozen, Source::Adapter { slot, key })
+        b.param(format!("slot{slot}.{key}"), ty, role, Source::Adapter { slot, key })
     };
-    let down = param("lora_A", &[site.rank, site.input])?;
-    let up = param("lora_B", &[site.output, site.rank])?;
-    let scale = param("scale", &[])?;
+    let down = param("lora_A", &[site.rank, site.input], trained)?;
+    let up = param("lora_B", &[site.output, site.rank], trained)?;
+    let scale = param("scale", &[], Role::Frozen)?;
     let narrow = if site.embedding {
         let table = b.push(Op::Transpose(vec![1, 0]), &[down])?;
         b.push(Op::Gather { axis: 0 }, &[table, x])?

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 pub(crate) struct Builder<'a> {
     model: &'a Checkpoint,
     branches: Branches<'a>,
+    train: Option<u32>,
     graph: Graph,
     params: BTreeMap<String, ParamId>,
     entry: Entry,
@@ -25,10 +26,11 @@ pub(crate) struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    pub(super) fn new(model: &'a Checkpoint, branches: Branches<'a>) -> Builder<'a> {
+    pub(super) fn new(model: &'a Checkpoint, branches: Branches<'a>, train: Option<u32>) -> Builder<'a> {
         Builder {
             model,
             branches,
+            train,
             graph: Graph::default(),
             params: BTreeMap::new(),
             entry: Entry::default(),
@@ -74,6 +76,11 @@ impl<'a> Builder<'a> {
         Ok(value)
     }
 
+    /// The role of a slot's parameter that its method trains.
+    pub(crate) fn trained(&self, slot: u32) -> Role {
+        if self.train == Some(slot) { Role::Train } else { Role::Frozen }
+    }
+
     /// Declares a parameter, or finds it again.
     pub(super) fn declare(&mut self, name: String, ty: TensorType, role: Role, source: Source) -> ParamId {
         if let Some(&id) = self.params.get(&name) {
@@ -107,7 +114,7 @@ impl<'a> Builder<'a> {
         self.entry.assign(param, value);
     }
 
-    fn shape(&self, value: ValueId) -> &[Dim] {
+    pub(super) fn shape(&self, value: ValueId) -> &[Dim] {
         &self.entry.ty(value).shape
     }
 

@@ -7,7 +7,7 @@ use pleach_ir::{
     AttentionAttrs, DType, Dim, Op, ParamId, Role, ScatterMode, Source, Sym, TensorType, UnaryOp, ValueId,
 };
 
-use super::{Builder, EntryKind};
+use super::{Builder, EntryKind, loss};
 use crate::config::LlamaConfig;
 use crate::error::Result;
 
@@ -29,9 +29,10 @@ pub(super) fn lower(b: &mut Builder, c: &LlamaConfig, kind: EntryKind) -> Result
     let q_segments = b.input("q_segments", Sym::S1)?;
     let kv_start = b.input("kv_start", Sym::S)?;
     let kv_len = b.input("kv_len", Sym::S)?;
-    let (slots, last) = match kind {
+    let (slots, counted) = match kind {
         EntryKind::Infer => (None, None),
         EntryKind::Generate => (Some(b.input("slots", Sym::T)?), Some(b.input("last", Sym::S)?)),
+        EntryKind::Train | EntryKind::Evaluate => (None, Some(b.input("rows", Sym::L)?)),
     };
     let (cos, sin) = rotary_rows(b, c, positions)?;
     let shared = Shared { cos, sin, q_segments, kv_start, kv_len, slots };
@@ -40,13 +41,16 @@ pub(super) fn lower(b: &mut Builder, c: &LlamaConfig, kind: EntryKind) -> Result
     for layer in 0..c.layers {
         x = block(b, c, layer, x, &shared)?;
     }
-    if let Some(last) = last {
+    if let Some(counted) = counted {
         b.at("model.norm");
-        x = b.rows(x, last)?;
+        x = b.rows(x, counted)?;
     }
     let x = b.rms_norm("model.norm", x, c.norm_eps)?;
     let logits = b.linear("lm_head", x)?;
-    b.output("logits", logits);
+    match kind {
+        EntryKind::Infer | EntryKind::Generate => b.output("logits", logits),
+        EntryKind::Train | EntryKind::Evaluate => loss::lower(b, logits)?,
+    }
     Ok(())
 }
 

@@ -6,6 +6,7 @@
 mod bert;
 mod builder;
 mod llama;
+mod loss;
 #[cfg(test)]
 mod tests;
 
@@ -27,41 +28,106 @@ pub(crate) enum EntryKind {
     Infer,
     /// With a key/value cache: logits of each sequence's last token. Decoders only.
     Generate,
+    /// The loss of counted rows, to be differentiated. Decoders only.
+    Train,
+    /// The same loss, to be looked at. Decoders only.
+    Evaluate,
+}
+
+impl EntryKind {
+    const ALL: [(EntryKind, &'static str); 4] = [
+        (EntryKind::Infer, "infer"),
+        (EntryKind::Generate, "generate"),
+        (EntryKind::Train, "train"),
+        (EntryKind::Evaluate, "evaluate"),
+    ];
+
+    fn from_name(name: &str) -> Result<EntryKind> {
+        EntryKind::ALL.iter().find(|e| e.1 == name).map(|e| e.0).ok_or_else(|| {
+            let known: Vec<&str> = EntryKind::ALL.iter().map(|e| e.1).collect();
+            Error::Graph(format!("there is no entry `{name}`; known are {}", known.join(", ")))
+        })
+    }
 }
 
 /// Sites of all adapters by module: slot and site.
 pub(crate) type Branches<'a> = BTreeMap<&'a str, Vec<(u32, &'a LoraSite)>>;
 
-/// Lowers a model with its adapters to the entries of these names: `infer`, `generate`. Adapter `i` takes slot `i`, and
-/// the contributions of all slots add up.
-///
-/// # Errors
-/// An unknown entry, `generate` for an encoder, a copy of a base weight that differs ([`Adapter::check_copies`]), and [`Error::Graph`] should an operator not fit (a fault of this
-/// crate).
-pub fn import(model: &Checkpoint, adapters: &[Adapter], entries: &[&str]) -> Result<Graph> {
-    let mut branches = Branches::new();
-    for (slot, adapter) in adapters.iter().enumerate() {
-        adapter.check_copies(model)?;
-        for site in &adapter.sites {
-            branches.entry(&site.module).or_default().push((slot as u32, site));
-        }
+/// What to lower: a model, its adapters, the entries, and which slot is trained.
+#[derive(Debug, Clone)]
+pub struct Import<'a> {
+    model: &'a Checkpoint,
+    adapters: &'a [Adapter],
+    entries: Vec<String>,
+    train: Option<u32>,
+}
+
+impl<'a> Import<'a> {
+    /// The bare model without an entry.
+    pub fn new(model: &'a Checkpoint) -> Import<'a> {
+        Import { model, adapters: &[], entries: vec![], train: None }
     }
-    let mut builder = Builder::new(model, branches);
-    for &name in entries {
-        let kind = match name {
-            "infer" => EntryKind::Infer,
-            "generate" => EntryKind::Generate,
-            other => return Err(Error::Graph(format!("there is no entry `{other}`; known are infer and generate"))),
-        };
-        builder.start(Entry::new(name));
-        match (&model.config, kind) {
-            (ModelConfig::Llama(config), kind) => llama::lower(&mut builder, config, kind)?,
-            (ModelConfig::Bert(config), EntryKind::Infer) => bert::lower(&mut builder, config)?,
-            (ModelConfig::Bert(_), EntryKind::Generate) => {
-                return Err(Error::format(&model.dir, "is an encoder: it has hidden states, but generates no text"));
+
+    /// Adapter `i` takes slot `i`; the contributions of all slots add up.
+    pub fn adapters(mut self, adapters: &'a [Adapter]) -> Import<'a> {
+        self.adapters = adapters;
+        self
+    }
+
+    /// The entries by name: `infer`, `generate`, `train`, `evaluate`.
+    pub fn entries<S: AsRef<str>>(mut self, entries: &[S]) -> Import<'a> {
+        self.entries = entries.iter().map(|e| e.as_ref().to_owned()).collect();
+        self
+    }
+
+    /// The slot whose parameters are trained: what its method trains gets role `Train`.
+    pub fn train(mut self, slot: u32) -> Import<'a> {
+        self.train = Some(slot);
+        self
+    }
+
+    /// The graph.
+    ///
+    /// # Errors
+    /// An unknown entry, `train` without a slot to train, an entry that an encoder does not have, a copy of a base weight that
+    /// differs ([`Adapter::check_copies`]), and [`Error::Graph`] should an operator not fit (a fault of this crate).
+    pub fn graph(&self) -> Result<Graph> {
+        let mut branches = Branches::new();
+        for (slot, adapter) in self.adapters.iter().enumerate() {
+            adapter.check_copies(self.model)?;
+            for site in &adapter.sites {
+                branches.entry(&site.module).or_default().push((slot as u32, site));
             }
         }
-        builder.finish();
+        let mut builder = Builder::new(self.model, branches, self.train);
+        for name in &self.entries {
+            let kind = EntryKind::from_name(name)?;
+            if kind == EntryKind::Train && self.train.is_none_or(|slot| slot as usize >= self.adapters.len()) {
+                return Err(Error::Graph("the entry `train` needs an adapter that is trained".into()));
+            }
+            builder.start(Entry::new(name));
+            match (&self.model.config, kind) {
+                (ModelConfig::Llama(config), kind) => llama::lower(&mut builder, config, kind)?,
+                (ModelConfig::Bert(config), EntryKind::Infer) => bert::lower(&mut builder, config)?,
+                (ModelConfig::Bert(_), EntryKind::Generate) => {
+                    let what = "is an encoder: it has hidden states, but generates no text";
+                    return Err(Error::format(&self.model.dir, what));
+                }
+                (ModelConfig::Bert(_), EntryKind::Train | EntryKind::Evaluate) => {
+                    let what = "is an encoder: training and evaluation are supported for decoders only";
+                    return Err(Error::format(&self.model.dir, what));
+                }
+            }
+            builder.finish();
+        }
+        Ok(builder.into_graph())
     }
-    Ok(builder.into_graph())
+}
+
+/// Lowers a model with adapters that stay as they are: [`Import`] without a slot to train.
+///
+/// # Errors
+/// As [`Import::graph`].
+pub fn import(model: &Checkpoint, adapters: &[Adapter], entries: &[&str]) -> Result<Graph> {
+    Import::new(model).adapters(adapters).entries(entries).graph()
 }

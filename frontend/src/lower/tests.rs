@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use pleach_ir::interp::{Data, Symbols, Tensor, run_entry_with};
-use pleach_ir::{ParamId, Source, Sym};
+use pleach_ir::{ParamId, Role, Source, Sym};
 use serde_json::{Value, json};
 
 use super::*;
@@ -222,6 +222,51 @@ fn generating_step_by_step_equals_one_pass() {
 }
 
 #[test]
+fn the_loss_is_the_cross_entropy_of_the_counted_rows() {
+    let (model, _dir) = model(&tiny_llama());
+    let (adapter, _adir) = adapter(&model, 0, first_adapter());
+    let adapters = [adapter];
+    let graph =
+        Import::new(&model).adapters(&adapters).entries(&["infer", "train", "evaluate"]).train(0).graph().unwrap();
+    pleach_ir::verify::verify(&graph).unwrap();
+    let role = |name: &str| graph.params.iter().find(|p| p.name == name).unwrap().role;
+    assert_eq!(role("slot0.model.layers.0.self_attn.q_proj.lora_A"), Role::Train);
+    assert_eq!(role("slot0.model.layers.0.self_attn.q_proj.scale"), Role::Frozen);
+    let params = load(&graph, &model, &adapters, 0);
+    let symbols = Symbols::from([(Sym::P, 32)]);
+    let mut given = inputs(&[
+        ("input_ids", &IDS),
+        ("positions", &POSITIONS),
+        ("q_segments", &[0, 5, 8]),
+        ("kv_start", &[0, 5]),
+        ("kv_len", &[5, 3]),
+    ]);
+    let output = |name: &str, given: &BTreeMap<String, Tensor>| {
+        let entry = graph.entry(name).unwrap();
+        let value = |id: ParamId| params.get(id.index());
+        let result = run_entry_with(&graph.params, &value, entry, given, &symbols).unwrap();
+        let Data::F32(x) = result.outputs.into_values().next().unwrap().data else { panic!("not f32") };
+        x
+    };
+    let logits = output("infer", &given);
+    let (rows, labels) = ([1usize, 3, 6], [39usize, 8, 5]);
+    let expected: f64 = rows
+        .iter()
+        .zip(labels)
+        .map(|(row, label)| {
+            let row = &logits[row * 40..][..40];
+            row.iter().map(|x| f64::from(*x).exp()).sum::<f64>().ln() - f64::from(row[label])
+        })
+        .sum();
+    given.extend(inputs(&[("rows", &[1, 3, 6]), ("labels", &[39, 8, 5])]));
+    given.insert("loss_scale".into(), Tensor::f32([], vec![0.25]));
+    for entry in ["train", "evaluate"] {
+        let loss = output(entry, &given);
+        assert!((f64::from(loss[0]) - 0.25 * expected).abs() < 1e-5 * expected, "{loss:?} {expected}");
+    }
+}
+
+#[test]
 fn graphs_are_shared_named_and_deterministic() {
     let (model, _dir) = model(&with(tiny_llama(), json!({"num_hidden_layers": 3})));
     let (adapter, _adir) = adapter(&model, 0, first_adapter());
@@ -243,5 +288,7 @@ fn graphs_are_shared_named_and_deterministic() {
 fn encoders_do_not_generate() {
     let (model, _dir) = model(&tiny_bert());
     assert!(import(&model, &[], &["generate"]).unwrap_err().to_string().contains("encoder"));
+    assert!(import(&model, &[], &["evaluate"]).unwrap_err().to_string().contains("encoder"));
     assert!(import(&model, &[], &["train"]).unwrap_err().to_string().contains("`train`"));
+    assert!(import(&model, &[], &["learn"]).unwrap_err().to_string().contains("no entry `learn`"));
 }
