@@ -131,7 +131,7 @@ fn main() {
 
 fn bench(target: &HostTarget) {
     let k = kernel();
-    let e = attention::emit(&k, &SYMBOLS, target.isa).expect("the kernel is supported");
+    let e = attention::emit(&k, &SYMBOLS, target).expect("the kernel is supported");
     let clock = Instant::now();
     let object = mlir::compile_object(&e.text, target).expect("the text is well formed");
     println!("{:?}: compiled in {:.0} ms", target.isa, clock.elapsed().as_secs_f64() * 1e3);

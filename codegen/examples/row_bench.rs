@@ -98,7 +98,7 @@ fn bench(name: &str, kernel: &Kernel, rows: u64, target: &HostTarget) {
     let _ = row::supported(kernel);
     let plan = clock.elapsed().as_secs_f64() * 1e6;
     let clock = Instant::now();
-    let e = row::emit(kernel, &[Sym::T], target.isa).expect("the kernel is supported");
+    let e = row::emit(kernel, &[Sym::T], target).expect("the kernel is supported");
     let object = mlir::compile_object(&e.text, target).expect("the text compiles");
     let compile = clock.elapsed().as_secs_f64() * 1e3;
     let so = link::link(&[object]).expect("the object links");

@@ -39,9 +39,9 @@ pub struct CompileTimes {
 /// [`CodegenError::Unsupported`] naming the kernel and the reason.
 pub fn emit_host(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted, CodegenError> {
     match k.class {
-        Class::Row => emit::row::emit(k, symbols, target.isa),
+        Class::Row => emit::row::emit(k, symbols, target),
         Class::Contraction => emit::contraction::emit(k, symbols, target),
-        Class::Attention => emit::attention::emit(k, symbols, target.isa),
+        Class::Attention => emit::attention::emit(k, symbols, target),
         Class::Scatter => emit::scatter::emit(k, symbols, target.isa),
     }
 }

@@ -14,8 +14,7 @@ use std::sync::Arc;
 /// Targets that this machine can run.
 pub fn targets() -> Vec<HostTarget> {
     match HostTarget::detect() {
-        Some(t) if t == HostTarget::avx512() => vec![t, HostTarget::avx2()],
-        Some(t) => vec![t],
+        Some(t) => t.and_below(),
         None => vec![],
     }
 }

@@ -112,6 +112,11 @@ pub(crate) fn splat(f: &mut Func, d: DType, x: &Val, lanes: usize) -> Val {
 pub(crate) fn round_to(f: &mut Func, d: DType, x: &Val, lanes: usize) -> Val {
     let (t32, tf) = (vty(lanes, "i32"), vty(lanes, "f32"));
     match d {
+        DType::BF16 if f.round_bf16 => {
+            let tb = vty(lanes, "bf16");
+            let h = f.op(format!("arith.truncf {x} : {tf} to {tb}"));
+            f.op(format!("arith.extf {h} : {tb} to {tf}"))
+        }
         DType::BF16 => {
             // To nearest even by integers: add 0x7fff and the bit that will be the last. A NaN stays a quiet NaN.
             let u = f.op(format!("arith.bitcast {x} : {tf} to {t32}"));

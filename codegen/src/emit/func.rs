@@ -43,6 +43,8 @@ pub fn vty(lanes: usize, elem: &str) -> String {
 pub struct Func {
     /// Symbol.
     pub name: String,
+    /// The target rounds f32 to bf16 in one instruction.
+    pub round_bf16: bool,
     args: Vec<(String, String)>,
     body: String,
     consts: BTreeMap<String, Val>,
@@ -56,6 +58,7 @@ impl Func {
     pub fn new(name: &str, args: &[(&str, &str)]) -> Func {
         Func {
             name: name.to_string(),
+            round_bf16: false,
             args: args.iter().map(|(n, t)| (n.to_string(), t.to_string())).collect(),
             body: String::new(),
             consts: BTreeMap::new(),

@@ -39,6 +39,7 @@ use super::func::{Func, Val};
 use super::index::{Atom, Poly, Space};
 use super::{Emitted, HostIsa, bytes_expr, unsupported};
 use crate::error::CodegenError;
+use crate::mlir::HostTarget;
 use plan::Planned;
 use pleach_ir::{DType, Kernel, Op, Sym};
 use pleach_plan::Expr;
@@ -59,8 +60,8 @@ pub fn supported(k: &Kernel) -> Result<(), String> {
 ///
 /// # Errors
 /// [`CodegenError::Unsupported`] for what [`supported`] refuses, or a symbol that `symbols` lacks.
-pub fn emit(k: &Kernel, symbols: &[Sym], isa: HostIsa) -> Result<Emitted, CodegenError> {
-    let mut p = plan::plan(k, symbols, isa.lanes()).map_err(|why| unsupported(k, why))?;
+pub fn emit(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted, CodegenError> {
+    let mut p = plan::plan(k, symbols, target.isa.lanes()).map_err(|why| unsupported(k, why))?;
     let tasks = match p.block {
         Some(b) => expr(&p.b.space, &p.b.model.rows).ceil_div(b),
         None => Expr::Const(1),
@@ -81,6 +82,7 @@ pub fn emit(k: &Kernel, symbols: &[Sym], isa: HostIsa) -> Result<Emitted, Codege
     let bytes = traffic(k, &p, symbols)?;
     let tables = tables(k, &p);
     let mut f = Func::host_kernel(&k.name);
+    f.round_bf16 = target.bf16;
     let bases = bases(k, &mut f, &mut p);
     text::Text::new(&mut p).write(&mut f, bases);
     Ok(Emitted { text: tables + &f.text(), tasks, scratch_bytes, flops, bytes })

@@ -86,7 +86,7 @@ fn operands(at: AttentionAttrs, fused: bool, batch: Batch, r: &mut Random) -> Ve
 fn check(at: AttentionAttrs, fused: bool, batches: &[Batch]) {
     let k = kernel(at, fused);
     for target in targets() {
-        let e = attention::emit(&k, &SYMBOLS, target.isa).unwrap();
+        let e = attention::emit(&k, &SYMBOLS, &target).unwrap();
         let code = Loaded::new(&e.text, &target);
         for (i, batch) in batches.iter().enumerate() {
             let x = operands(at, fused, batch, &mut Random::new(7 + i as u64));
@@ -148,7 +148,7 @@ fn odd_head_sizes_and_many_query_heads() {
 fn long_key_ranges_need_no_more_scratch() {
     let at = attrs(2, 1, 16, true, None);
     check(at, false, &[&[(1, 20_000), (20, 9000)]]);
-    let e = attention::emit(&kernel(at, false), &SYMBOLS, HostTarget::avx512().isa).unwrap();
+    let e = attention::emit(&kernel(at, false), &SYMBOLS, &HostTarget::avx512()).unwrap();
     assert!(e.scratch_bytes.known().unwrap() < 64 << 10);
 }
 
@@ -156,7 +156,7 @@ fn long_key_ranges_need_no_more_scratch() {
 fn large_scores_do_not_overflow() {
     let k = kernel(attrs(3, 1, 16, true, None), true);
     for target in targets() {
-        let e = attention::emit(&k, &SYMBOLS, target.isa).unwrap();
+        let e = attention::emit(&k, &SYMBOLS, &target).unwrap();
         let code = Loaded::new(&e.text, &target);
         for n in [1, 3, 60] {
             let mut x = operands(attrs(3, 1, 16, true, None), true, &[(n, 0)], &mut Random::new(1));
@@ -173,10 +173,10 @@ fn large_scores_do_not_overflow() {
 #[test]
 fn refuses_what_it_has_no_code_for() {
     let mut k = kernel(attrs(2, 1, 16, true, None), false);
-    let isa = HostTarget::avx2().isa;
-    let e = attention::emit(&k, &[Sym::T, Sym::S, Sym::S1], isa).unwrap_err();
+    let isa = HostTarget::avx2();
+    let e = attention::emit(&k, &[Sym::T, Sym::S, Sym::S1], &isa).unwrap_err();
     assert!(e.to_string().contains("symbol C"), "{e}");
     k.body.roots.clear();
-    let e = attention::emit(&k, &SYMBOLS, isa).unwrap_err();
+    let e = attention::emit(&k, &SYMBOLS, &isa).unwrap_err();
     assert!(e.to_string().contains("attention_under_test") && e.to_string().contains("one result"), "{e}");
 }

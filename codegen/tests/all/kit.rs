@@ -54,8 +54,7 @@ impl Loaded {
 /// Targets that this machine can run.
 pub(crate) fn targets() -> Vec<HostTarget> {
     match HostTarget::detect() {
-        Some(t) if t == HostTarget::avx512() => vec![t, HostTarget::avx2()],
-        Some(t) => vec![t],
+        Some(t) => t.and_below(),
         None => {
             eprintln!("skipped: this machine has no AVX2");
             vec![]

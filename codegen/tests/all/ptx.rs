@@ -135,7 +135,7 @@ fn a_contraction_kernel() {
 #[test]
 fn a_row_kernel() {
     let k = rms_norm(576);
-    let host = |k: &Kernel| emit::row::emit(k, &SYMBOLS, HostTarget::avx2().isa).unwrap().text;
+    let host = |k: &Kernel| emit::row::emit(k, &SYMBOLS, &HostTarget::avx2()).unwrap().text;
     let ptx = both(&k, |k, s| gpu::row::emit(k, s).unwrap(), host);
     assert!(ptx.contains("shfl.sync.bfly") && ptx.contains("bar.sync") && ptx.contains("ld.global.nc"), "{ptx}");
     let e = gpu::row::emit(&k, &SYMBOLS).unwrap();

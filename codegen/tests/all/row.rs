@@ -8,7 +8,7 @@ use pleach_ir::interp::{Tensor, run_kernel};
 use pleach_ir::{BinaryOp, DType, Dim, Kernel, Layout, Op, ReduceOp, Sym, UnaryOp};
 
 pub(crate) fn emit(k: &Kernel, s: &[Sym], t: &HostTarget) -> Result<Emitted, CodegenError> {
-    row::emit(k, s, t.isa)
+    row::emit(k, s, t)
 }
 
 fn ints(n: u64, below: i32, seed: u64) -> Tensor {

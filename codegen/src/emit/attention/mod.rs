@@ -24,6 +24,7 @@ pub(crate) mod view;
 use super::func::{Func, Val, vty};
 use super::{Emitted, HostIsa, bytes_expr, dim_expr, dim_val, unsupported};
 use crate::error::CodegenError;
+use crate::mlir::HostTarget;
 use lanes::{each_lane, gather_query, pad_lanes, put_result};
 use pleach_ir::{AttentionAttrs, Class, DType, Dim, Kernel, Op, Sym, ValueId};
 use pleach_plan::Expr;
@@ -86,7 +87,8 @@ struct Task {
 ///
 /// # Errors
 /// [`CodegenError::Unsupported`] when the body is not one attention in f32 on rows of operands.
-pub fn emit(k: &Kernel, symbols: &[Sym], isa: HostIsa) -> Result<Emitted, CodegenError> {
+pub fn emit(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted, CodegenError> {
+    let isa = target.isa;
     let node = attention_node(k)?;
     let c = config(k, node, isa)?;
     let shape = |v: ValueId, axis: usize| k.body.ty(v).shape.get(axis).copied().unwrap_or(Dim::Known(0));
@@ -94,6 +96,7 @@ pub fn emit(k: &Kernel, symbols: &[Sym], isa: HostIsa) -> Result<Emitted, Codege
     let (tokens, keys, sequences) = (shape(inputs[0], 0), shape(inputs[1], 0), shape(inputs[4], 0));
 
     let mut f = Func::host_kernel(&k.name);
+    f.round_bf16 = target.bf16;
     let t = dim_val(&mut f, k, tokens, symbols)?;
     let s = dim_val(&mut f, k, sequences, symbols)?;
     write_tasks(&mut f, &c, &t, &s);

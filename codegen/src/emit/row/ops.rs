@@ -59,9 +59,10 @@ pub(super) fn narrow(f: &mut Func, v: &Val, d: DType, lanes: usize) -> Val {
 /// Rounds to a 16-bit float, to nearest even, and widens again.
 fn round(f: &mut Func, x: &Val, d: DType, lanes: usize) -> Val {
     let ty = |e: &str| vty(lanes, e);
-    if d == DType::F16 {
-        let h = f.op(format!("arith.truncf {x} : {} to {}", ty("f32"), ty("f16")));
-        return f.op(format!("arith.extf {h} : {} to {}", ty("f16"), ty("f32")));
+    if d == DType::F16 || f.round_bf16 {
+        let half = ty(d.name());
+        let h = f.op(format!("arith.truncf {x} : {} to {half}", ty("f32")));
+        return f.op(format!("arith.extf {h} : {half} to {}", ty("f32")));
     }
     let b = f.op(format!("arith.bitcast {x} : {} to {}", ty("f32"), ty("i32")));
     let (c16, one, half) = (f.i32(16, lanes), f.i32(1, lanes), f.i32(0x7fff, lanes));
