@@ -254,7 +254,7 @@ impl Entry {
 pub enum Phase {
     /// As a frontend made it.
     Imported,
-    /// After canonicalize: no `stop_gradient`, sums sorted, no dead nodes.
+    /// After canonicalize: no `stop_gradient` outside an entry `train`, sums sorted, no dead nodes.
     Core,
 }
 

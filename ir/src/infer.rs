@@ -4,7 +4,7 @@
 
 use crate::error::IrError;
 use crate::graph::Param;
-use crate::op::{BinaryOp, Op, UnaryOp};
+use crate::op::{AttentionAttrs, BinaryOp, Op, UnaryOp};
 use crate::types::{DType, Dim, Sym, TensorType};
 
 /// The largest constant, in elements: constants are for tables and scalars, not for weights.
@@ -60,10 +60,29 @@ fn measure(shape: &[Dim]) -> Result<(u64, Vec<Sym>), String> {
     Ok((n, syms))
 }
 
+fn i32_rank1(t: &TensorType, what: &str) -> Result<(), String> {
+    need(t.dtype == DType::I32 && t.rank() == 1, &format!("{what} must be i32 of rank 1"))
+}
+
+/// What every attention operator asks of q, of k (and v) and of the segment bounds.
+fn heads(a: &AttentionAttrs, q: &TensorType, kv: &[&TensorType], bounds: &[&TensorType]) -> Result<(), String> {
+    need(a.kv_heads > 0 && a.heads % a.kv_heads == 0 && a.head_dim > 0, "kv_heads must divide heads")?;
+    let (h, w) = (u64::from(a.heads) * u64::from(a.head_dim), u64::from(a.kv_heads) * u64::from(a.head_dim));
+    need(q.dtype.is_float() && kv.iter().all(|t| t.dtype == q.dtype), "q, k, v: floats of one type")?;
+    need(q.rank() == 2 && q.shape[1] == Dim::Known(h), "q must be [T, heads*head_dim]")?;
+    need(kv[0].rank() == 2 && kv[0].shape[1] == Dim::Known(w), "k must be [N, kv_heads*head_dim]")?;
+    need(kv.iter().all(|t| t.shape == kv[0].shape), "v must be like k")?;
+    i32_rank1(bounds[0], "q_segments")?;
+    i32_rank1(bounds[1], "kv_start")?;
+    i32_rank1(bounds[2], "kv_len")?;
+    need(bounds[1].shape == bounds[2].shape, "kv_start and kv_len must agree")?;
+    if let (Dim::Known(s1), Dim::Known(s)) = (bounds[0].shape[0], bounds[1].shape[0]) {
+        need(s1 == s + 1, "q_segments must have one element more than kv_len")?;
+    }
+    Ok(())
+}
+
 fn rule(params: &[Param], op: &Op, x: &[&TensorType]) -> Result<TensorType, String> {
-    let i32_rank1 = |t: &TensorType, what: &str| {
-        need(t.dtype == DType::I32 && t.rank() == 1, &format!("{what} must be i32 of rank 1"))
-    };
     Ok(match op {
         Op::Input { dtype, shape, .. } => {
             arity(x, 0)?;
@@ -217,22 +236,24 @@ fn rule(params: &[Param], op: &Op, x: &[&TensorType]) -> Result<TensorType, Stri
         }
         Op::Attention(a) => {
             arity(x, 6)?;
-            need(a.kv_heads > 0 && a.heads % a.kv_heads == 0 && a.head_dim > 0, "kv_heads must divide heads")?;
-            let (h, kv) = (u64::from(a.heads) * u64::from(a.head_dim), u64::from(a.kv_heads) * u64::from(a.head_dim));
-            need(
-                x[0].dtype.is_float() && x[1].dtype == x[0].dtype && x[2].dtype == x[0].dtype,
-                "q, k, v: floats of one type",
-            )?;
-            need(x[0].rank() == 2 && x[0].shape[1] == Dim::Known(h), "q must be [T, heads*head_dim]")?;
-            need(x[1].rank() == 2 && x[1].shape[1] == Dim::Known(kv), "k must be [N, kv_heads*head_dim]")?;
-            need(x[2].shape == x[1].shape, "v must be like k")?;
-            i32_rank1(x[3], "q_segments")?;
-            i32_rank1(x[4], "kv_start")?;
-            i32_rank1(x[5], "kv_len")?;
-            need(x[4].shape == x[5].shape, "kv_start and kv_len must agree")?;
-            if let (Dim::Known(s1), Dim::Known(s)) = (x[3].shape[0], x[4].shape[0]) {
-                need(s1 == s + 1, "q_segments must have one element more than kv_len")?;
-            }
+            heads(a, x[0], &x[1..3], &x[3..])?;
+            x[0].clone()
+        }
+        Op::AttentionLse(a) => {
+            arity(x, 5)?;
+            heads(a, x[0], &x[1..2], &x[2..])?;
+            TensorType { dtype: DType::F32, shape: vec![x[0].shape[0], u64::from(a.heads).into()] }
+        }
+        Op::AttentionGrad { attrs: a, wrt } => {
+            arity(x, 9)?;
+            heads(a, x[0], &x[1..3], &x[6..])?;
+            need(x[3] == x[0] && x[5] == x[0], "out and d_out must be like q")?;
+            let lse = TensorType { dtype: DType::F32, shape: vec![x[0].shape[0], u64::from(a.heads).into()] };
+            need(*x[4] == lse, "lse must be f32 [T, heads]")?;
+            x[*wrt as usize].clone()
+        }
+        Op::After => {
+            arity(x, 2)?;
             x[0].clone()
         }
         Op::StopGradient => {

@@ -8,6 +8,7 @@
 //! Symbols take their values from the shapes of the tensors that are given; a symbol with two values is an error.
 //! Only values that a root needs are computed. Wrong input never panics.
 
+mod attention;
 mod contract;
 mod elementwise;
 mod half;
@@ -221,9 +222,11 @@ fn apply(op: &Op, x: &[&Tensor], shape: &[u64]) -> Result<Tensor, String> {
     let arity = match op {
         Op::Input { .. } | Op::Param(_) | Op::Const { .. } | Op::Iota { .. } => Some(0),
         Op::Add | Op::Concat { .. } => None,
-        Op::Binary(_) | Op::MatMul { .. } | Op::Gather { .. } => Some(2),
+        Op::Binary(_) | Op::MatMul { .. } | Op::Gather { .. } | Op::After => Some(2),
         Op::Select | Op::Scatter { .. } => Some(3),
         Op::Attention(_) => Some(6),
+        Op::AttentionLse(_) => Some(5),
+        Op::AttentionGrad { .. } => Some(9),
         _ => Some(1),
     };
     if x.is_empty() && arity != Some(0) || arity.is_some_and(|n| n != x.len()) {
@@ -248,8 +251,10 @@ fn apply(op: &Op, x: &[&Tensor], shape: &[u64]) -> Result<Tensor, String> {
         Op::Concat { axis } => movement::concat(*axis as usize, x),
         Op::Gather { axis } => movement::gather(*axis as usize, x[0], x[1]),
         Op::Scatter { axis, mode } => movement::scatter(*axis as usize, *mode, x[0], x[1], x[2]),
-        Op::Attention(a) => contract::attention(a, x),
-        Op::StopGradient => Ok(x[0].clone()),
+        Op::Attention(a) => attention::forward(a, x),
+        Op::AttentionLse(a) => attention::lse(a, x),
+        Op::AttentionGrad { attrs, wrt } => attention::gradient(attrs, *wrt, x),
+        Op::After | Op::StopGradient => Ok(x[0].clone()),
     }
 }
 

@@ -22,7 +22,7 @@ pub mod view;
 
 pub use error::IrError;
 pub use graph::{Entry, Graph, Node, Param, ParamId, Phase, Role, Root, RootKind, Source, ValueId};
-pub use op::{AttentionAttrs, BinaryOp, Op, ReduceOp, ScatterMode, UnaryOp};
+pub use op::{AttentionAttrs, AttentionWrt, BinaryOp, Op, ReduceOp, ScatterMode, UnaryOp};
 pub use schedule::{
     Arg, Buffer, BufferId, BufferKind, Class, Kernel, KernelId, Layout, Schedule, ScheduledEntry, Step,
 };

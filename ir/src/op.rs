@@ -133,6 +133,24 @@ pub struct AttentionAttrs {
     pub window: Option<u32>,
 }
 
+/// Which operand of an attention a gradient is for.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[allow(missing_docs, reason = "each name is the operand")]
+pub enum AttentionWrt {
+    Q,
+    K,
+    V,
+}
+
+impl AttentionWrt {
+    /// Every variant with the mnemonic of its gradient.
+    pub const ALL: [(AttentionWrt, &'static str); 3] = [
+        (AttentionWrt::Q, "attention_grad_q"),
+        (AttentionWrt::K, "attention_grad_k"),
+        (AttentionWrt::V, "attention_grad_v"),
+    ];
+}
+
 /// An operator. In the comments `x`, `a`, `b` are operands in order.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Op {
@@ -249,6 +267,24 @@ pub enum Op {
     /// kv_len i32 [S])`: sequence `s` has queries `q_segments[s]..q_segments[s+1]` and keys
     /// `kv_start[s]..kv_start[s]+kv_len[s]`; its last query stands at its last key. Result like q.
     Attention(AttentionAttrs),
+    /// `(q, k, q_segments, kv_start, kv_len)` as for [`Op::Attention`]: f32 `[T, heads]`, the logarithm of the sum of
+    /// exp(scaled score) over the keys that a query sees.
+    AttentionLse(AttentionAttrs),
+    /// `(q, k, v, out, lse, d_out, q_segments, kv_start, kv_len)`: the gradient of an attention with result `out` and
+    /// log-sum-exp `lse`, for the cotangent `d_out` of its result. `out` and `d_out` are like q; the result is like the
+    /// operand it is for, zero where no query sees a key. Gradients of one attention have equal operands and are one
+    /// kernel.
+    AttentionGrad {
+        /// Attributes of the attention.
+        attrs: AttentionAttrs,
+        /// Which gradient.
+        wrt: AttentionWrt,
+    },
+
+    // ---- order ----
+    /// `(x, token)`: x, to be computed only after `token` exists. The token's elements are never read and may have any
+    /// type. It keeps what is computed a second time apart from the first.
+    After,
 
     /// x, but no gradient flows through it.
     StopGradient,
@@ -294,6 +330,11 @@ impl Op {
             Op::Scatter { mode: ScatterMode::Set, .. } => "scatter_set",
             Op::Scatter { mode: ScatterMode::Add, .. } => "scatter_add",
             Op::Attention(_) => "attention",
+            Op::AttentionLse(_) => "attention_lse",
+            Op::AttentionGrad { wrt, .. } => {
+                AttentionWrt::ALL.iter().find(|(w, _)| w == wrt).map_or("attention_grad", |x| x.1)
+            }
+            Op::After => "after",
             Op::StopGradient => "stop_gradient",
         }
     }
@@ -306,6 +347,11 @@ impl Op {
     /// True when element `i` of the result depends on element `i` of the operands alone.
     pub fn is_elementwise(&self) -> bool {
         matches!(self, Op::Unary(_) | Op::Binary(_) | Op::Add | Op::Select | Op::Cast(_) | Op::StopGradient)
+    }
+
+    /// True for attention, its log-sum-exp and its gradients.
+    pub fn is_attention(&self) -> bool {
+        matches!(self, Op::Attention(_) | Op::AttentionLse(_) | Op::AttentionGrad { .. })
     }
 
     /// True for operators that only move elements (no arithmetic).

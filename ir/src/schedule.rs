@@ -11,11 +11,12 @@
 //! * [`Class::Contraction`]: one or more `matmul`s whose left operands are operands or slices/reshapes/transposes of
 //!   operands, whose right operands are operands (packed or row-major), followed by elementwise operators, broadcasts
 //!   and static slices of the last axis. Every result is `[.., M, N']`, with N' one of the sliced widths.
-//! * [`Class::Attention`]: one `attention` node on operands.
+//! * [`Class::Attention`]: on operands, `attention` and `attention_lse` of the same q and k, or either alone; or one to
+//!   three gradients of one attention (equal operands).
 //! * [`Class::Scatter`]: one `scatter` whose target operand is aliased to the result (updated in place).
 
 use crate::error::IrError;
-use crate::graph::{Entry, ParamId};
+use crate::graph::{Entry, Node, ParamId};
 use crate::op::Op;
 use crate::types::{Dim, TensorType};
 
@@ -268,6 +269,18 @@ pub fn same_elements(a: &[Dim], b: &[Dim]) -> bool {
     m(a) == m(b)
 }
 
+/// True when these nodes are one attention: its result, its log-sum-exp or both; or some of its gradients.
+fn one_attention(nodes: &[&Node]) -> bool {
+    let key = |n: &Node| match n.op {
+        Op::Attention(a) => Some((a, n.inputs[..2].to_vec(), n.inputs[3..].to_vec())),
+        Op::AttentionLse(a) => Some((a, n.inputs[..2].to_vec(), n.inputs[2..].to_vec())),
+        Op::AttentionGrad { attrs, .. } => Some((attrs, n.inputs.clone(), vec![])),
+        _ => None,
+    };
+    let different = |a: &Node, b: &Node| key(a) == key(b) && a.op != b.op;
+    !nodes.is_empty() && nodes.iter().enumerate().all(|(i, a)| nodes[..i].iter().all(|b| different(a, b)))
+}
+
 fn check_kernel(k: &Kernel, faults: &mut Vec<String>) {
     let n = k.body.inputs().len();
     let mut bad = |why: String| faults.push(format!("kernel {}: {why}", k.name));
@@ -289,15 +302,13 @@ fn check_kernel(k: &Kernel, faults: &mut Vec<String>) {
         bad("reads a parameter directly".into());
     }
     let count = |f: &dyn Fn(&Op) -> bool| k.body.nodes.iter().filter(|x| f(&x.op)).count();
-    let (mm, at, sc) = (
-        count(&|o| matches!(o, Op::MatMul { .. })),
-        count(&|o| matches!(o, Op::Attention(_))),
-        count(&|o| matches!(o, Op::Scatter { .. })),
-    );
+    let attention: Vec<&Node> = k.body.nodes.iter().filter(|x| x.op.is_attention()).collect();
+    let (mm, at, sc) =
+        (count(&|o| matches!(o, Op::MatMul { .. })), attention.len(), count(&|o| matches!(o, Op::Scatter { .. })));
     let ok = match k.class {
         Class::Row => mm + at + sc == 0,
         Class::Contraction => mm > 0 && at + sc == 0,
-        Class::Attention => mm + sc == 0 && at == 1,
+        Class::Attention => mm + sc == 0 && one_attention(&attention),
         Class::Scatter => mm + at == 0 && sc == 1 && k.aliases.first().is_some_and(Option::is_some),
     };
     if !ok {

@@ -1,7 +1,7 @@
 //! Element types, dimensions and tensor types.
 //!
-//! Feature dimensions are static; only counts (tokens `T`, sequences `S`, cache length `C`, table length `P`) are
-//! symbolic. A symbol becomes an i64 loop bound of the kernels, so one compiled plan serves any count.
+//! Feature dimensions are static; only counts (tokens `T`, sequences `S`, cache length `C`, table length `P`, counted rows of the
+//! loss `L`) are symbolic. A symbol becomes an i64 loop bound of the kernels, so one compiled plan serves any count.
 
 use std::fmt;
 
@@ -98,6 +98,8 @@ impl Sym {
     pub const S1: Sym = Sym(*b"S1\0\0\0\0\0");
     /// Slots of the key/value cache.
     pub const C: Sym = Sym(*b"C\0\0\0\0\0\0");
+    /// Counted rows of the loss: token positions whose next token is a target. At most `T`.
+    pub const L: Sym = Sym(*b"L\0\0\0\0\0\0");
     /// Rows of position tables.
     pub const P: Sym = Sym(*b"P\0\0\0\0\0\0");
 }

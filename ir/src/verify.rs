@@ -8,7 +8,7 @@
 //! 5. Attention with a window is causal.
 //! 6. A root's value exists. An assigned value has the parameter's type; an entry assigns a parameter at most once.
 //! 7. A frozen parameter is assigned only when it is derived: a weight that came from a file is never written.
-//! 8. `stop_gradient` is legal in phase `imported` only.
+//! 8. `stop_gradient` is legal in phase `imported`, and in an entry `train` as long as it waits for its gradient.
 
 use crate::error::IrError;
 use crate::graph::{Entry, Graph, Param, ParamId, Phase, Role, RootKind, Source};
@@ -145,10 +145,14 @@ fn nodes(g: &Graph, at: usize, e: &Entry, out: &mut Faults) {
                     out.add(place, format!("an element has bits outside {dtype}"));
                 }
             }
-            Op::Attention(a) if a.window.is_some() && !a.causal => {
+            Op::Attention(a) | Op::AttentionLse(a) | Op::AttentionGrad { attrs: a, .. }
+                if a.window.is_some() && !a.causal =>
+            {
                 out.add(place, "attention with a window must be causal");
             }
-            Op::StopGradient if g.phase == Phase::Core => out.add(place, "stop_gradient is not legal in phase core"),
+            Op::StopGradient if g.phase == Phase::Core && e.name != "train" => {
+                out.add(place, "stop_gradient is not legal in phase core");
+            }
             _ => {}
         }
     }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::graph::{Graph, Role, Source};
-use crate::op::{AttentionAttrs, BinaryOp, ReduceOp, ScatterMode, UnaryOp};
+use crate::op::{AttentionAttrs, AttentionWrt, BinaryOp, ReduceOp, ScatterMode, UnaryOp};
 use crate::schedule::{Buffer, BufferId, BufferKind, Class, Kernel, KernelId, Layout, Schedule, ScheduledEntry, Step};
 
 fn input(e: &mut Entry, name: &str, dtype: DType, shape: &[Dim]) -> ValueId {
@@ -322,4 +322,56 @@ fn relative_error_of_tensors() {
     assert!((f(&[2], &[1.0, 3.0]).relative_error(&a) - 0.25).abs() < 1e-12);
     assert!(f(&[2], &[1.0, f32::NAN]).relative_error(&a).is_infinite());
     assert!(f(&[2, 1], &[1.0, 4.0]).relative_error(&a).is_infinite());
+}
+
+/// The gradients of attention against central differences of `sum(weights * attention)`, and the log-sum-exp against
+/// the softmax it normalizes.
+#[test]
+fn attention_gradients_are_differences() {
+    let fill = |n: usize, salt: usize| -> Vec<f32> {
+        (0..n).map(|i| (((i + 3 * salt) * 2_654_435_761 % 1009) as f32 / 504.5) - 1.0).collect()
+    };
+    for (causal, window) in [(false, None), (true, None), (true, Some(2))] {
+        let at = AttentionAttrs { heads: 4, kv_heads: 2, head_dim: 3, scale: 0.7f32.to_bits(), causal, window };
+        // Two sequences of 2 and 3 queries; the second has one more key than queries; one key is never seen.
+        let x = [f(&[5, 12], &fill(60, 1)), f(&[7, 6], &fill(42, 2)), f(&[7, 6], &fill(42, 3))];
+        let b = [i(&[0, 2, 5]), i(&[0, 2]), i(&[2, 4])];
+        let forward = |x: &[Tensor]| one(Op::Attention(at), &[x, &b].concat()).unwrap();
+        let (out, dy) = (forward(&x), f(&[5, 12], &fill(60, 4)));
+        let lse = one(Op::AttentionLse(at), &[&x[..2], &b].concat()).unwrap();
+        for (k, (wrt, name)) in AttentionWrt::ALL.into_iter().enumerate() {
+            let operands = [&x[..], &[out.clone(), lse.clone(), dy.clone()], &b].concat();
+            let got = one(Op::AttentionGrad { attrs: at, wrt }, &operands).unwrap();
+            assert_eq!(got.shape, x[k].shape);
+            for n in 0..x[k].data.len() {
+                let loss = |step: f32| -> f64 {
+                    let mut y = x.clone();
+                    if let Data::F32(v) = &mut y[k].data {
+                        v[n] += step;
+                    }
+                    let (o, w) = (forward(&y), dy.floats().into_owned());
+                    o.floats().iter().zip(w).map(|(a, w)| f64::from(*a) * f64::from(w)).sum()
+                };
+                let h = 1.0 / 64.0;
+                let want = (loss(h) - loss(-h)) / f64::from(2.0 * h);
+                let have = f64::from(got.floats()[n]);
+                assert!((want - have).abs() < 2e-4 * (1.0 + want.abs()), "{name} {causal} {n}: {want} {have}");
+            }
+        }
+        // exp(score - lse) sums to one: with equal values everywhere, attention gives that value.
+        let flat = forward(&[x[0].clone(), x[1].clone(), f(&[7, 6], &[1.0; 42])]);
+        assert!(flat.floats().iter().all(|y| (y - 1.0).abs() < 1e-6));
+        let total = |r: usize, h: usize| lse.floats()[r * 4 + h];
+        if causal {
+            // The first query of the first sequence sees one key.
+            let s: f32 = (0..3).map(|c| x[0].floats()[3 + c] * x[1].floats()[c]).sum::<f32>() * 0.7;
+            assert!((total(0, 1) - s).abs() < 1e-6);
+        }
+    }
+}
+
+#[test]
+fn after_is_its_first_operand() {
+    let x = f(&[2], &[1.0, 2.0]);
+    assert_eq!(one(Op::After, &[x.clone(), i(&[7, 8, 9])]).unwrap(), x);
 }

@@ -6,7 +6,7 @@ use super::print::decimal;
 use crate::error::IrError;
 use crate::graph::ParamId;
 use crate::infer::MAX_CONST;
-use crate::op::{AttentionAttrs, BinaryOp, Op, ReduceOp, ScatterMode, UnaryOp};
+use crate::op::{AttentionAttrs, AttentionWrt, BinaryOp, Op, ReduceOp, ScatterMode, UnaryOp};
 use crate::types::{DType, TensorType};
 
 /// What a node's line holds between its operands and its type.
@@ -125,17 +125,9 @@ pub(super) fn read_op(mnemonic: &str, a: &mut Attrs, ty: &TensorType) -> Result<
         ("gather", _) => Op::Gather { axis: a.one("axis")? },
         ("scatter_set", _) => Op::Scatter { axis: a.one("axis")?, mode: ScatterMode::Set },
         ("scatter_add", _) => Op::Scatter { axis: a.one("axis")?, mode: ScatterMode::Add },
-        ("attention", _) => Op::Attention(AttentionAttrs {
-            heads: a.one("heads")?,
-            kv_heads: a.one("kv_heads")?,
-            head_dim: a.one("head_dim")?,
-            scale: element(DType::F32, a.maybe_one("scale")?.ok_or("expected the attribute scale")?)?,
-            causal: a.flag("causal")?,
-            window: match a.maybe_one("window")? {
-                Some(w) => Some(w.parse().map_err(|_| "window is a number of keys".to_string())?),
-                None => None,
-            },
-        }),
+        ("attention", _) => Op::Attention(heads(a)?),
+        ("attention_lse", _) => Op::AttentionLse(heads(a)?),
+        ("after", _) => Op::After,
         ("stop_gradient", _) => Op::StopGradient,
         (name, _) => by_table(name, a)?,
     };
@@ -143,6 +135,20 @@ pub(super) fn read_op(mnemonic: &str, a: &mut Attrs, ty: &TensorType) -> Result<
         Some((key, _)) => Err(format!("{mnemonic} has no attribute {key}")),
         None => Ok(op),
     }
+}
+
+fn heads(a: &mut Attrs) -> Result<AttentionAttrs, String> {
+    Ok(AttentionAttrs {
+        heads: a.one("heads")?,
+        kv_heads: a.one("kv_heads")?,
+        head_dim: a.one("head_dim")?,
+        scale: element(DType::F32, a.maybe_one("scale")?.ok_or("expected the attribute scale")?)?,
+        causal: a.flag("causal")?,
+        window: match a.maybe_one("window")? {
+            Some(w) => Some(w.parse().map_err(|_| "window is a number of keys".to_string())?),
+            None => None,
+        },
+    })
 }
 
 fn by_table(name: &str, a: &mut Attrs) -> Result<Op, String> {
@@ -154,6 +160,9 @@ fn by_table(name: &str, a: &mut Attrs) -> Result<Op, String> {
     }
     if let Some((r, _)) = ReduceOp::ALL.iter().find(|(_, n)| *n == name) {
         return Ok(Op::Reduce { op: *r, axis: a.one("axis")? });
+    }
+    if let Some((w, _)) = AttentionWrt::ALL.iter().find(|(_, n)| *n == name) {
+        return Ok(Op::AttentionGrad { attrs: heads(a)?, wrt: *w });
     }
     Err(format!("there is no operator '{}'", name.get(..40).unwrap_or(name)))
 }

@@ -134,16 +134,15 @@ fn attributes(op: &Op) -> String {
         Op::Broadcast { axes, .. } => format!(" {{axes = {axes:?}}}"),
         Op::Slice { axis, start, end } => format!(" {{axis = {axis}, start = {start}, end = {end}}}"),
         Op::Pad { axis, lo, hi } => format!(" {{axis = {axis}, lo = {lo}, hi = {hi}}}"),
-        Op::Attention(a) => {
+        Op::Attention(a) | Op::AttentionLse(a) | Op::AttentionGrad { attrs: a, .. } => {
             let causal = if a.causal { ", causal" } else { "" };
             let window = a.window.map_or(String::new(), |w| format!(", window = {w}"));
             let scale = number(DType::F32, a.scale);
             let (h, kv, d) = (a.heads, a.kv_heads, a.head_dim);
             format!(" {{heads = {h}, kv_heads = {kv}, head_dim = {d}, scale = {scale}{causal}{window}}}")
         }
-        Op::Unary(_) | Op::Binary(_) | Op::Add | Op::Select | Op::Cast(_) | Op::Reshape(_) | Op::StopGradient => {
-            String::new()
-        }
+        Op::Unary(_) | Op::Binary(_) | Op::Add | Op::Select | Op::Cast(_) | Op::Reshape(_) => String::new(),
+        Op::After | Op::StopGradient => String::new(),
     }
 }
 

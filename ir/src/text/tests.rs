@@ -42,6 +42,11 @@ entry "infer" {
   %25 = attention(%19, %21, %22, %23, %24, %24) {heads = 4, kv_heads = 4, head_dim = 2, scale = 0.125, causal, window = 4} : f32[T,8]
   %26 = stop_gradient(%25) : f32[T,8]
   %27 = matmul(%1, %1) {ta, tb} : f32[8,8]
+  %28 = after(%0, %27) : f32[T,8]
+  %29 = attention_lse(%0, %0, %23, %24, %24) {heads = 4, kv_heads = 4, head_dim = 2, scale = 0.125, causal} : f32[T,4]
+  %30 = attention_grad_q(%0, %0, %0, %25, %29, %28, %23, %24, %24) {heads = 4, kv_heads = 4, head_dim = 2, scale = 0.125, causal} : f32[T,8]
+  %31 = attention_grad_k(%0, %21, %21, %25, %29, %28, %23, %24, %24) {heads = 4, kv_heads = 4, head_dim = 2, scale = 0.125} : f32[C,8]
+  %32 = attention_grad_v(%0, %21, %21, %25, %29, %28, %23, %24, %24) {heads = 4, kv_heads = 4, head_dim = 2, scale = 0.125} : f32[C,8]
   output "y \\" %26
   assign @2 %21
 }
