@@ -36,6 +36,10 @@ pub enum Layout {
     RowMajor,
     /// A static matrix as right operand of a product: with `K` the contracted and `N` the other dimension, panels of
     /// `nr` columns, `[ceil(N/nr)][K][nr]`, the last panel padded with zeros.
+    ///
+    /// 16-bit elements lie in pairs along `K`, as dot products of pairs read them: `[ceil(N/nr)][ceil(K/2)][nr][2]`.
+    /// Element `(k, n)` is number `((n / nr) · ceil(K/2) + k / 2) · 2·nr + (n mod nr)·2 + k mod 2`; where `K` is odd
+    /// the last half of each pair is zero.
     Panels {
         /// Columns of a panel, a multiple of 16.
         nr: u32,
@@ -60,6 +64,7 @@ impl Layout {
             Layout::Panels { nr, transposed } => {
                 let (r, c) = (ty.shape.first()?.eval(env)?, ty.shape.get(1)?.eval(env)?);
                 let (k, n) = if *transposed { (c, r) } else { (r, c) };
+                let k = if ty.dtype.size() == 2 { k.next_multiple_of(2) } else { k };
                 n.div_ceil(u64::from(*nr)).checked_mul(u64::from(*nr))?.checked_mul(k)
             }
         }

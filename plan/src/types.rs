@@ -102,7 +102,8 @@ pub enum Layout {
     /// Row-major, dense.
     #[default]
     RowMajor,
-    /// Panels of `nr` columns, `[ceil(N/nr)][K][nr]`, the last one padded with zeros.
+    /// Panels of `nr` columns, `[ceil(N/nr)][K][nr]`, the last one padded with zeros; 16-bit elements in pairs along
+    /// `K`, `[ceil(N/nr)][ceil(K/2)][nr][2]`.
     Panels {
         /// Columns of a panel, a multiple of 16.
         nr: u32,
@@ -119,7 +120,8 @@ impl Layout {
             Layout::Panels { nr, transposed } => {
                 let [r, c] = shape else { return None };
                 let (k, n) = if *transposed { (c, r) } else { (r, c) };
-                n.clone().ceil_div(u64::from(*nr)).mul(u64::from(*nr)).mul(k.clone())
+                let k = if dtype.size() == 2 { k.clone().ceil_div(2).mul(2) } else { k.clone() };
+                n.clone().ceil_div(u64::from(*nr)).mul(u64::from(*nr)).mul(k)
             }
         };
         Some(elements.mul(dtype.size()))
