@@ -36,7 +36,8 @@ pub fn simplify(e: &Entry, ty: &TensorType, op: &Op, x: &[ValueId]) -> Simpler {
         return Node(c, vec![]);
     }
     match op {
-        Op::StopGradient => Value(x[0]),
+        // An entry `train` keeps it until its gradient is made.
+        Op::StopGradient if e.name != "train" => Value(x[0]),
         Op::Unary(u) => unary(e, *u, x[0]),
         Op::Binary(b) => binary(e, ty, *b, x),
         Op::Add => add(e, ty, x),
