@@ -32,9 +32,19 @@ pub fn f16_to_f32(h: u16) -> f32 {
     f32::from_bits(sign | bits)
 }
 
+/// binary32 to bfloat16, to the nearest, ties to even; a NaN stays one.
+pub fn f32_to_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    if x.is_nan() {
+        return (bits >> 16) as u16 | 0x40;
+    }
+    ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16
+}
+
 /// True when values of type `from` can be given where the plan wants `to`.
 pub(crate) fn castable(from: DType, to: DType) -> bool {
-    from == to || (to == DType::F32 && matches!(from, DType::BF16 | DType::F16))
+    let float = |d| matches!(d, DType::F32 | DType::BF16 | DType::F16);
+    from == to || (float(from) && matches!(to, DType::F32 | DType::BF16))
 }
 
 /// Converts the bytes of a tensor. `to` has room for all of them; see [`castable`].
@@ -47,6 +57,16 @@ pub(crate) fn cast(from: DType, bytes: &[u8], want: DType, to: &mut [u8]) {
     match (from, want) {
         (DType::BF16, DType::F32) => half(&|h| f32::from_bits(u32::from(h) << 16), to),
         (DType::F16, DType::F32) => half(&f16_to_f32, to),
+        (DType::F32, DType::BF16) => {
+            for (x, y) in bytes.as_chunks().0.iter().zip(to.chunks_exact_mut(2)) {
+                y.copy_from_slice(&f32_to_bf16(f32::from_le_bytes(*x)).to_le_bytes());
+            }
+        }
+        (DType::F16, DType::BF16) => {
+            for (x, y) in bytes.as_chunks().0.iter().zip(to.chunks_exact_mut(2)) {
+                y.copy_from_slice(&f32_to_bf16(f16_to_f32(u16::from_le_bytes(*x))).to_le_bytes());
+            }
+        }
         _ => {
             let n = bytes.len().min(to.len());
             to[..n].copy_from_slice(&bytes[..n]);
@@ -84,6 +104,13 @@ mod tests {
         }
         let mut out = [0u8; 8];
         cast(DType::BF16, &[0x80, 0x3f, 0x00, 0xc0], DType::F32, &mut out);
+        let round = |x: u32| f32_to_bf16(f32::from_bits(x));
+        let ties = [0x3f80_8000, 0x3f81_8000, 0x3f80_8001, 0x3f80_7fff, 0xff80_0000, 0x7f7f_ffff];
+        assert_eq!(ties.map(round), [0x3f80, 0x3f82, 0x3f81, 0x3f80, 0xff80, 0x7f80]);
+        assert_eq!(round(0x7f80_0001), 0x7fc0);
+        let mut narrow = [0u8; 2];
+        cast(DType::F16, &0x3c00u16.to_le_bytes(), DType::BF16, &mut narrow);
+        assert_eq!(narrow, 0x3f80u16.to_le_bytes());
         assert_eq!(out, [1.0f32.to_le_bytes(), (-2.0f32).to_le_bytes()].concat()[..]);
     }
 }

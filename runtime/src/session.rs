@@ -8,13 +8,17 @@
 use crate::cast::{cast, castable};
 use crate::device::{Address, Cpu, Device, Work};
 use crate::error::{Result, RuntimeError};
+use crate::memory::{Home, Layout, Memory, lay_out};
 use crate::profile::Profile;
 use crate::region::Region;
 use crate::weights::{TensorSource, Weights, nearest};
-use pleach_plan::{ALIGN, ArenaLayout, BufferKind, Param, Plan, Residency, Source, arena};
+use pleach_plan::{ArenaLayout, BufferKind, Param, Plan, Source};
 use std::collections::btree_map::Entry as Slot;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+
+/// Elements cast at a time.
+const PIECE: usize = 1 << 16;
 
 /// What a session is opened with.
 #[derive(Clone, Debug, Default)]
@@ -59,21 +63,6 @@ pub(crate) struct Bound {
     pub(crate) tasks: Vec<u64>,
 }
 
-/// Bytes a session holds.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Memory {
-    /// The arena, shared by all entries.
-    pub arena: u64,
-    /// Per entry: name, its arena, and the peak of live bytes, which no arena can be below.
-    pub entries: Vec<(String, u64, u64)>,
-    /// Owned parameters: packed, derived, adapters, caches.
-    pub owned: u64,
-    /// Parameters read in place from the mapped files.
-    pub mapped: u64,
-    /// Parameters that only preparations read; given back after them.
-    pub prepare_only: u64,
-}
-
 /// A plan ready to run.
 pub struct Session {
     pub(crate) device: Box<dyn Device>,
@@ -85,6 +74,8 @@ pub struct Session {
     pub(crate) fixed: Vec<bool>,
     /// Address of each parameter; null for prepare-only ones.
     pub(crate) params: Vec<Address>,
+    /// Whether it lies in memory of the session.
+    pub(crate) owned: Vec<bool>,
     pub(crate) entries: Vec<Bound>,
     /// Preparations that must run before the next run.
     pub(crate) stale: BTreeSet<usize>,
@@ -129,18 +120,11 @@ impl Session {
             return Err(RuntimeError::Weights(faults.join("\n")));
         }
         drop(names);
-        let mut memory = Memory::default();
-        let params = place_params(&plan, &*weights, &mut *device, &capacity, &mut memory)?;
-        let mut layouts = vec![];
-        for e in &plan.entries {
-            let l = arena(e, &plan.kernels, &capacity)?;
-            memory.arena = memory.arena.max(l.total);
-            memory.entries.push((e.name.clone(), l.total, l.lower_bound));
-            layouts.push(l);
-        }
+        let Layout { homes, arenas, memory } = lay_out(&plan, &*weights, &capacity, device.threads())?;
+        let params = place_params(&plan, &*weights, &mut *device, &homes, memory.owned)?;
+        let owned = homes.iter().map(|h| matches!(h, Home::Owned(..))).collect();
         let base = device.allocate(memory.arena, "activations")?;
-        let entries =
-            plan.entries.iter().zip(&layouts).map(|(e, l)| bind(e, &plan.kernels, l, base, &params)).collect();
+        let entries = plan.entries.iter().zip(&arenas).map(|(e, l)| bind(e, &plan.kernels, l, base, &params)).collect();
         let mut stale = BTreeSet::new();
         for (i, e) in plan.entries.iter().enumerate() {
             if e.prepares().is_some() {
@@ -154,6 +138,7 @@ impl Session {
             capacity,
             fixed,
             params,
+            owned,
             entries,
             stale,
             profile: None,
@@ -254,7 +239,7 @@ impl Session {
 }
 
 /// Values of all symbols at capacity.
-fn capacities(plan: &Plan, options: &Options) -> Result<Vec<u64>> {
+pub(crate) fn capacities(plan: &Plan, options: &Options) -> Result<Vec<u64>> {
     let free = || plan.symbols.iter().filter(|s| s.value.is_none());
     for (name, v) in &options.capacities {
         if !free().any(|s| s.name == *name) {
@@ -302,59 +287,44 @@ pub(crate) fn misfit(p: &Param, dtype: pleach_plan::DType, shape: &[u64], bytes:
     (size != Some(bytes as u64)).then(|| format!("has {bytes} bytes, which is not its shape"))
 }
 
-/// Gives every parameter its address.
+/// Gives every parameter its address. The owned ones share one block, so that huge pages cover it. Tensors are cast
+/// one by one into their place, and the pages of their file given back.
 fn place_params(
     plan: &Plan,
     weights: &dyn TensorSource,
     device: &mut dyn Device,
-    env: &[u64],
-    memory: &mut Memory,
+    homes: &[Home],
+    total: u64,
 ) -> Result<Vec<Address>> {
-    let mut out = vec![std::ptr::null_mut(); plan.params.len()];
-    // First what can be read in place; the rest shares one block, so that huge pages cover it.
-    let mut owned: Vec<(usize, u64)> = vec![];
-    for (i, p) in plan.params.iter().enumerate() {
-        let bytes = p.bytes.eval(env)?;
-        match (&p.source, p.residency) {
-            (Source::Checkpoint(_), Residency::PrepareOnly) => {
-                memory.prepare_only = memory.prepare_only.saturating_add(bytes);
-            }
-            (Source::Checkpoint(name), Residency::Mapped) => {
-                let t = weights.tensor(name).filter(|t| t.dtype == p.dtype);
-                // SAFETY: the session keeps the weights as long as the device.
-                match t.and_then(|t| unsafe { device.borrow(t.bytes) }) {
-                    Some(a) => {
-                        out[i] = a;
-                        memory.mapped = memory.mapped.saturating_add(bytes);
-                    }
-                    None => owned.push((i, bytes)),
-                }
-            }
-            _ => owned.push((i, bytes)),
-        }
-    }
-    let mut total = 0u64;
-    let mut offsets = vec![];
-    for (_, bytes) in &owned {
-        offsets.push(total);
-        let size = (*bytes).max(1).checked_next_multiple_of(ALIGN);
-        total = size.and_then(|s| total.checked_add(s)).ok_or(pleach_plan::ExprError::Overflow)?;
-    }
-    memory.owned = total;
     let base = device.allocate(total, "parameters")?;
-    for ((i, bytes), offset) in owned.iter().zip(offsets) {
-        // SAFETY: offset and size lie inside the block just reserved.
-        let at = unsafe { base.add(offset as usize) };
-        out[*i] = at;
-        let p = &plan.params[*i];
-        if let Source::Checkpoint(name) = &p.source {
-            if let Some(t) = weights.tensor(name) {
-                let mut copy = vec![0u8; *bytes as usize];
-                cast(t.dtype, t.bytes, p.dtype, &mut copy);
-                // SAFETY: `bytes` bytes at `at` belong to this parameter.
-                unsafe { device.write(at, &copy) };
+    let mut out = vec![std::ptr::null_mut(); plan.params.len()];
+    for ((p, home), to) in plan.params.iter().zip(homes).zip(&mut out) {
+        match (home, &p.source) {
+            (Home::Mapped, Source::Checkpoint(name)) => {
+                let t = weights.tensor(name);
+                // SAFETY: the session keeps the weights as long as the device.
+                *to = t.and_then(|t| unsafe { device.borrow(t.bytes) }).ok_or_else(|| {
+                    RuntimeError::Weights(format!("tensor `{name}` cannot be read in place on this device"))
+                })?;
             }
-            weights.release(name);
+            (Home::Owned(offset, bytes), source) => {
+                // SAFETY: offset and size lie inside the block just reserved.
+                *to = unsafe { base.add(*offset as usize) };
+                let Source::Checkpoint(name) = source else { continue };
+                if let Some(t) = weights.tensor(name) {
+                    // In pieces, so that no second copy of a tensor is ever in memory.
+                    let (from, into) = (t.dtype.size() as usize, p.dtype.size() as usize);
+                    let mut piece = vec![0u8; (*bytes as usize).min(PIECE * into)];
+                    for (i, x) in t.bytes.chunks(PIECE * from).enumerate() {
+                        let n = x.len() / from * into;
+                        cast(t.dtype, x, p.dtype, &mut piece[..n]);
+                        // SAFETY: `bytes` bytes at `to` belong to this parameter, and the pieces make up no more.
+                        unsafe { device.write(to.add(i * PIECE * into), &piece[..n]) };
+                    }
+                }
+                weights.release(name);
+            }
+            _ => {}
         }
     }
     Ok(out)

@@ -5,7 +5,7 @@ use crate::cast::cast;
 use crate::error::{Result, RuntimeError};
 use crate::session::{Session, misfit};
 use crate::weights::{TensorSource, nearest};
-use pleach_plan::{BufferKind, Plan, Source};
+use pleach_plan::{Plan, Source};
 use std::collections::{BTreeMap, BTreeSet};
 
 impl Session {
@@ -88,26 +88,7 @@ impl Session {
                 changed.insert(i as u32);
             }
         }
-        for (i, e) in plan.entries.iter().enumerate() {
-            if e.prepares().is_none() {
-                continue;
-            }
-            let param = |b: &u32| match e.buffers[*b as usize].kind {
-                BufferKind::Param(p) => Some(p),
-                _ => None,
-            };
-            let reads = |s: &pleach_plan::Step| {
-                let n = plan.kernels[s.kernel as usize].operands.len();
-                s.buffers[..n].iter().filter_map(param).any(|p| changed.contains(&p))
-            };
-            if e.prepares() == Some(Some(slot)) || e.steps.iter().any(reads) {
-                for s in &e.steps {
-                    let n = plan.kernels[s.kernel as usize].operands.len();
-                    changed.extend(s.buffers[n..].iter().filter_map(param));
-                }
-                self.stale.insert(i);
-            }
-        }
+        self.make_due(changed, Some(slot));
         self.prepare_all()
     }
 }

@@ -1,0 +1,145 @@
+//! What a session takes: where every parameter lives, and bytes by purpose, known before anything is reserved.
+//!
+//! [`plan_memory`] and [`Session::open`](crate::Session::open) share this code, so that what is foretold is what is
+//! reserved. Mapped pages count as resident: a run reads them all.
+
+use crate::error::Result;
+use crate::session::Options;
+use crate::weights::TensorSource;
+use pleach_plan::{ALIGN, ArenaLayout, ExprError, Param, Plan, Residency, Role, Source, arena};
+
+/// Bytes a session holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// The arena, shared by all entries.
+    pub arena: u64,
+    /// Per entry: name, its arena, and the peak of live bytes, which no arena can be below.
+    pub entries: Vec<(String, u64, u64)>,
+    /// Owned parameters: the sum of the six kinds below.
+    pub owned: u64,
+    /// Of these: packed, cast and derived weights.
+    pub weights: u64,
+    /// Of these: what is trained, and the tensors of adapters.
+    pub adapter: u64,
+    /// Of these: moments of the optimizer.
+    pub optimizer: u64,
+    /// Of these: gradients that are summed up over micro-batches.
+    pub gradients: u64,
+    /// Of these: key/value caches and other state.
+    pub state: u64,
+    /// Parameters read in place from the mapped files.
+    pub mapped: u64,
+    /// Parameters that only preparations read; given back after them.
+    pub prepare_only: u64,
+    /// Scratch of all workers.
+    pub scratch: u64,
+}
+
+impl Memory {
+    /// Everything that is resident in the long run: owned and mapped parameters, the arena, scratch.
+    pub fn total(&self) -> u64 {
+        [self.owned, self.mapped, self.arena, self.scratch].iter().fold(0, |a, b| a.saturating_add(*b))
+    }
+}
+
+/// Where a parameter lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Home {
+    /// Nowhere for long: preparations bring it in.
+    Passing,
+    /// In the mapped file.
+    Mapped,
+    /// In the session's block of parameters: offset and bytes.
+    Owned(u64, u64),
+}
+
+/// Where everything will be.
+pub(crate) struct Layout {
+    /// Per parameter.
+    pub(crate) homes: Vec<Home>,
+    /// Per entry.
+    pub(crate) arenas: Vec<ArenaLayout>,
+    /// Sums.
+    pub(crate) memory: Memory,
+}
+
+/// What a session would hold, without opening it: `weights` tell which tensors can be read in place.
+///
+/// # Errors
+/// A capacity that is missing or out of range.
+pub fn plan_memory(plan: &Plan, weights: &dyn TensorSource, options: &Options) -> Result<Memory> {
+    let env = crate::session::capacities(plan, options)?;
+    Ok(lay_out(plan, weights, &env, workers(options.threads))?.memory)
+}
+
+/// Places everything for these values of the symbols.
+pub(crate) fn lay_out(plan: &Plan, weights: &dyn TensorSource, env: &[u64], threads: usize) -> Result<Layout> {
+    let mut memory = Memory::default();
+    let mut homes = Vec::with_capacity(plan.params.len());
+    let mut end = 0u64;
+    for p in &plan.params {
+        let bytes = p.bytes.eval(env)?;
+        homes.push(match (&p.source, p.residency) {
+            (Source::Checkpoint(_), Residency::PrepareOnly) => {
+                memory.prepare_only = memory.prepare_only.saturating_add(bytes);
+                Home::Passing
+            }
+            (Source::Checkpoint(name), Residency::Mapped) if in_place(p, weights, name) => {
+                memory.mapped = memory.mapped.saturating_add(bytes);
+                Home::Mapped
+            }
+            _ => {
+                let at = end;
+                let size = bytes.max(1).checked_next_multiple_of(ALIGN).ok_or(ExprError::Overflow)?;
+                end = end.checked_add(size).ok_or(ExprError::Overflow)?;
+                *kind(&mut memory, p) += size;
+                Home::Owned(at, bytes)
+            }
+        });
+    }
+    memory.owned = end;
+    let mut arenas = vec![];
+    for e in &plan.entries {
+        let l = arena(e, &plan.kernels, env)?;
+        memory.arena = memory.arena.max(l.total);
+        memory.entries.push((e.name.clone(), l.total, l.lower_bound));
+        arenas.push(l);
+    }
+    let mut scratch = 0u64;
+    for k in &plan.kernels {
+        scratch = scratch.max(k.scratch_bytes.eval(env)?);
+    }
+    // Workers' shares begin on cache lines of their own, as the device lays them out.
+    let share = scratch.next_multiple_of(128) + if scratch > 0 { 128 } else { 0 };
+    memory.scratch = share.saturating_mul(threads as u64);
+    Ok(Layout { homes, arenas, memory })
+}
+
+/// Workers for a wish: 0 means one per core.
+fn workers(wish: usize) -> usize {
+    if wish == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { wish }
+}
+
+/// True for a tensor that kernels can read where the file is mapped.
+fn in_place(p: &Param, weights: &dyn TensorSource, name: &str) -> bool {
+    weights.tensor(name).is_some_and(|t| t.dtype == p.dtype && (t.bytes.as_ptr() as usize).is_multiple_of(4))
+}
+
+/// The sum an owned parameter counts for.
+fn kind<'m>(m: &'m mut Memory, p: &Param) -> &'m mut u64 {
+    match p.role {
+        Role::State if p.name.starts_with("adam.") => &mut m.optimizer,
+        Role::State if p.name.starts_with("grad.") => &mut m.gradients,
+        Role::State => &mut m.state,
+        Role::Train => &mut m.adapter,
+        _ if matches!(p.source, Source::Adapter { .. }) => &mut m.adapter,
+        _ => &mut m.weights,
+    }
+}
+
+/// The largest resident set of this process so far, bytes; 0 when the system does not say.
+pub fn peak_rss() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let kib = status.lines().find_map(|l| l.strip_prefix("VmHWM:")?.trim().strip_suffix("kB")?.trim().parse().ok());
+    kib.map_or(0, |k: u64| k * 1024)
+}
