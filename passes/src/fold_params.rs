@@ -6,10 +6,14 @@
 //! any of them leaves it right. Equal values of different entries share one derived parameter, and a second run of the
 //! pass changes nothing.
 //!
+//! Where an `update` entry assigns trained parameters, values over those are derived parameters as well: prepare
+//! entries fill them, and `update` assigns them again from the new values ([`renew`]), so nothing over parameters is
+//! computed in a forward or backward run.
+//!
 //! Assumes a verified graph in which prepare entries, if any, stem from this pass. Leaves alone: bare parameters,
 //! constants, and views of them (reshape, slice, broadcast), which cost nothing at run time; values whose size depends
-//! on a run's counts; state and trained parameters. A derived parameter has the type of the value, the role `Frozen`
-//! and is named after the largest parameter it is made of.
+//! on a run's counts; state. A derived parameter has the type of the value, the role `Frozen` and is named after the
+//! largest parameter it is made of.
 
 use crate::error::PassError;
 use crate::manager::Report;
@@ -20,6 +24,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 const NAME: &str = "fold-params";
+
+/// The entry that assigns trained parameters.
+const UPDATE: &str = "update";
 
 /// A value over parameters, by structure.
 struct Form {
@@ -33,6 +40,8 @@ struct Form {
     known: Known,
     /// The largest parameter in it.
     largest: Option<ParamId>,
+    /// Depends on a trained parameter.
+    trained: bool,
 }
 
 /// Every value over parameters of all entries, each structure once.
@@ -44,6 +53,8 @@ struct Forms {
     derived: BTreeMap<usize, ParamId>,
     /// The form that a derived parameter holds.
     meaning: BTreeMap<u32, usize>,
+    /// Trained parameters count as parameters: an `update` entry renews what is derived from them.
+    renewed: bool,
 }
 
 /// The pass.
@@ -52,7 +63,7 @@ struct Forms {
 /// [`PassError::Build`] if a moved node does not type-check, which would be a fault of this pass.
 pub fn run(g: &Graph, _: &Options, report: &mut Report) -> Result<Graph, PassError> {
     let mut out = Graph { phase: g.phase, params: g.params.clone(), entries: vec![] };
-    let mut forms = Forms::default();
+    let mut forms = Forms { renewed: g.entry(UPDATE).is_some(), ..Forms::default() };
     let (prepare, run): (Vec<&Entry>, Vec<&Entry>) = g.entries.iter().partition(|e| is_prepare(&e.name));
     for e in &prepare {
         let of = forms.intern(g, e);
@@ -64,10 +75,17 @@ pub fn run(g: &Graph, _: &Options, report: &mut Report) -> Result<Graph, PassErr
         }
     }
     let before = out.params.len();
-    let mut rest = vec![];
-    for e in &run {
-        let of = forms.intern(g, e);
-        rest.push(rewire(&mut out, e, &of, &mut forms).map_err(PassError::build(NAME, &e.name))?);
+    let mut done: BTreeMap<&str, Entry> = BTreeMap::new();
+    // `update` comes last, when it is known what it has to renew
+    for e in run.iter().filter(|e| e.name != UPDATE).chain(run.iter().filter(|e| e.name == UPDATE)) {
+        let renewed = match e.name == UPDATE {
+            true => Some(renew::renew(&out, e, &forms).map_err(PassError::build(NAME, UPDATE))?),
+            false => None,
+        };
+        let source = renewed.as_ref().unwrap_or(e);
+        let of = forms.intern(&out, source);
+        let new = rewire(&mut out, source, &of, &mut forms).map_err(PassError::build(NAME, &e.name))?;
+        done.insert(&e.name, new);
     }
     let made = &out.params[before..];
     if !made.is_empty() {
@@ -77,9 +95,8 @@ pub fn run(g: &Graph, _: &Options, report: &mut Report) -> Result<Graph, PassErr
     let prepared = prepare_entries(&out, &prepare, &forms)?;
     // entries keep their order; new prepare entries come last
     let mut prepared: BTreeMap<String, Entry> = prepared.into_iter().map(|e| (e.name.clone(), e)).collect();
-    let mut rest = rest.into_iter();
     for e in &g.entries {
-        let next = if is_prepare(&e.name) { prepared.remove(&e.name) } else { rest.next() };
+        let next = if is_prepare(&e.name) { prepared.remove(&e.name) } else { done.remove(e.name.as_str()) };
         out.entries.push(next.unwrap_or_else(|| e.clone()));
     }
     out.entries.extend(prepared.into_values());
@@ -106,7 +123,7 @@ impl Forms {
     }
 
     fn form(&mut self, g: &Graph, n: &Node, inputs: Vec<usize>) -> Option<usize> {
-        let (mut known, mut slots, mut largest) = (Known::Const, BTreeSet::new(), None);
+        let (mut known, mut slots, mut largest, mut trained) = (Known::Const, BTreeSet::new(), None, false);
         match &n.op {
             Op::Input { .. } => return None,
             Op::Param(p) => {
@@ -115,10 +132,12 @@ impl Forms {
                     return Some(f);
                 }
                 let param = &g.params[p.index()];
-                if !matches!(param.role, Role::Frozen | Role::Index) {
+                trained = param.role == Role::Train;
+                if !matches!(param.role, Role::Frozen | Role::Index) && !(trained && self.renewed) {
                     return None;
                 }
                 known = match param.source {
+                    Source::Zeros if trained => Known::Base,
                     Source::Checkpoint(_) => Known::Base,
                     Source::Adapter { slot, .. } => {
                         slots.insert(slot);
@@ -134,6 +153,7 @@ impl Forms {
                     let f = &self.list[i];
                     known = known.max(f.known);
                     slots.extend(&f.slots);
+                    trained |= f.trained;
                     if f.largest.is_some_and(|p| largest.is_none_or(|q| size(&p) > size(&q))) {
                         largest = f.largest;
                     }
@@ -153,6 +173,7 @@ impl Forms {
             slots,
             known,
             largest,
+            trained,
         };
         self.list.push(form);
         self.seen.insert(key, f);
@@ -293,5 +314,6 @@ fn prepare_entry(g: &Graph, name: &str, list: &[(ParamId, usize)], forms: &Forms
     Ok(out)
 }
 
+mod renew;
 #[cfg(test)]
 mod tests;

@@ -189,10 +189,10 @@ pub(crate) fn results(g: &Graph) -> BTreeMap<String, Tensor> {
     try_results(g).unwrap_or_else(|x| panic!("{x}"))
 }
 
-/// As [`results`]; an error when the values do not suit the graph.
-pub(crate) fn try_results(g: &Graph) -> Result<BTreeMap<String, Tensor>, pleach_ir::IrError> {
+/// Values of the parameters that are not derived, and of all inputs.
+fn seeded(g: &Graph) -> (Vec<Option<Tensor>>, BTreeMap<String, Tensor>) {
     let hash = |s: &str| s.bytes().fold(7u64, |h, c| h.wrapping_mul(31).wrapping_add(u64::from(c)));
-    let mut values: Vec<Option<Tensor>> =
+    let values: Vec<Option<Tensor>> =
         g.params.iter().map(|p| (p.source != Source::Derived).then(|| tensor(&p.ty, hash(&p.name)))).collect();
     let mut inputs: BTreeMap<String, Tensor> = BTreeMap::new();
     for e in &g.entries {
@@ -206,6 +206,38 @@ pub(crate) fn try_results(g: &Graph) -> Result<BTreeMap<String, Tensor>, pleach_
             inputs.insert(name.into(), t);
         }
     }
+    (values, inputs)
+}
+
+/// Panics unless both graphs compute the same after `update` was run: the prepare entries, then `accumulate`, `update`,
+/// `accumulate`, each on the parameters as the one before left them.
+pub(crate) fn same_after_update(a: &Graph, b: &Graph, tolerance: f64) {
+    let after = |g: &Graph| -> BTreeMap<String, Tensor> {
+        let (mut values, inputs) = seeded(g);
+        let prepare = g.entries.iter().filter(|e| e.name.starts_with("prepare("));
+        let run = ["accumulate", "update", "accumulate"].iter().filter_map(|n| g.entry(n));
+        let mut out = BTreeMap::new();
+        for e in prepare.chain(run) {
+            let r = run_entry_with(&g.params, &|p: ParamId| values[p.index()].as_ref(), e, &inputs, &symbols());
+            let r = r.unwrap_or_else(|x| panic!("{x}"));
+            r.assigns.into_iter().for_each(|(p, t)| values[p.index()] = Some(t));
+            out.extend(r.outputs);
+        }
+        let kept = g.params.iter().zip(values).filter(|(p, _)| p.source != Source::Derived);
+        out.extend(kept.filter_map(|(p, v)| Some((p.name.clone(), v?))));
+        out
+    };
+    let (x, y) = (after(a), after(b));
+    assert_eq!(x.keys().collect::<Vec<_>>(), y.keys().collect::<Vec<_>>());
+    for (k, t) in &x {
+        let e = y[k].relative_error(t);
+        assert!(e <= tolerance, "{k}: {e}\n{}", pleach_ir::text::print(b));
+    }
+}
+
+/// As [`results`]; an error when the values do not suit the graph.
+pub(crate) fn try_results(g: &Graph) -> Result<BTreeMap<String, Tensor>, pleach_ir::IrError> {
+    let (mut values, inputs) = seeded(g);
     let mut out = BTreeMap::new();
     let (prepare, run): (Vec<&Entry>, Vec<&Entry>) = g.entries.iter().partition(|e| e.name.starts_with("prepare("));
     for e in prepare.into_iter().chain(run) {
