@@ -4,7 +4,7 @@
 
 use crate::args::AdapterPath;
 use crate::failure::{Failure, Result};
-use pleach_frontend::adapter::{SlotValue, slot_values};
+use pleach_frontend::adapter::{SlotData, slot_values};
 use pleach_frontend::{Adapter, Checkpoint};
 use pleach_runtime::{InMemory, Session, Weights, open_weights};
 use std::path::{Path, PathBuf};
@@ -63,14 +63,17 @@ impl Model {
 }
 
 /// The tensors of an adapter under the keys of a slot.
-fn slot_tensors(adapter: &Adapter) -> Result<InMemory> {
+fn slot_tensors(adapter: &Adapter, base: &Checkpoint) -> Result<InMemory> {
     let mut out = InMemory::new();
     for (key, value) in slot_values(adapter) {
-        let (shape, values) = match value {
-            SlotValue::Tensor(t) => (t.shape.clone(), t.read_f32()?),
-            SlotValue::Scalar(x) => (vec![], vec![x]),
-        };
-        out = out.f32(key, &shape, &values);
+        let t = value.read(base)?;
+        match t.data {
+            SlotData::F32(values) => out = out.f32(key, &t.shape, &values),
+            SlotData::I32(values) => {
+                let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+                out.insert(key, pleach_plan::DType::I32, &t.shape, bytes);
+            }
+        }
     }
     Ok(out)
 }
@@ -91,7 +94,7 @@ pub(crate) fn fill_slots(session: &mut Session, model: &Model) -> Result<()> {
     }
     for (slot, adapter) in slots.into_iter().zip(adapters) {
         adapter.check_copies(&model.checkpoint)?;
-        let tensors = slot_tensors(adapter)?;
+        let tensors = slot_tensors(adapter, &model.checkpoint)?;
         session
             .load_slot(slot, &tensors)
             .map_err(|e| Failure::from(e).within(&format!("adapter `{}` ({})", adapter.name, adapter.dir.display())))?;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
 use pleach_frontend::gguf::{Gguf, import_gguf};
-use pleach_frontend::peft::{LoraConfig, match_modules};
+use pleach_frontend::peft::{MethodConfig, match_modules};
 use pleach_frontend::{ChatInput, ChatTemplate, ModelConfig, ModuleTable, TensorTable, TextTokenizer};
 
 /// Damaged copies of each file of the corpus.
@@ -132,7 +132,7 @@ fn adapter_configurations() {
     let modules = ModuleTable::new(&ModelConfig::parse(Path::new("config.json"), &map).unwrap());
     replay("adapter", |dir, bytes| {
         fs::write(dir.join("adapter_config.json"), bytes).unwrap();
-        LoraConfig::read(dir).and_then(|c| match_modules(&c, &modules)).is_ok()
+        MethodConfig::read(dir).and_then(|c| match_modules(&c, &modules)).is_ok()
     });
 }
 

@@ -3,7 +3,7 @@
 //! `fixtures/README.md` describes the files; `cases.json` lists the cases.
 
 use crate::compare::Start;
-use pleach_frontend::adapter::{SlotValue, slot_values};
+use pleach_frontend::adapter::{SlotData, SlotValue, slot_values};
 use pleach_frontend::{Adapter, Checkpoint, TensorRef, safetensors};
 use pleach_ir::interp::{Symbols, Tensor};
 use pleach_ir::{Graph, Source, Sym};
@@ -140,8 +140,13 @@ impl Opened {
                     floats(found.ok_or_else(|| format!("no tensor {name}"))?.1)?
                 }
                 Source::Adapter { slot, key } => match slots.get(*slot as usize).and_then(|s| s.get(key)) {
-                    Some(SlotValue::Tensor(t)) => floats(t)?,
-                    Some(SlotValue::Scalar(x)) => Tensor::f32([], vec![*x]),
+                    Some(value) => {
+                        let t = value.read(&self.checkpoint).map_err(|e| e.to_string())?;
+                        match t.data {
+                            SlotData::F32(x) => Tensor::f32(t.shape, x),
+                            SlotData::I32(x) => Tensor::i32(t.shape, x),
+                        }
+                    }
                     None => return Err(format!("slot {slot} has no {key}")),
                 },
                 Source::Zeros => Tensor::zeros(p.ty.dtype, crate::values::shape(&p.ty, &symbols)),

@@ -5,7 +5,7 @@
 //! its encoding.
 
 use pleach_frontend::gguf::Gguf;
-use pleach_frontend::peft::{LoraConfig, match_modules};
+use pleach_frontend::peft::{MethodConfig, match_modules};
 use pleach_frontend::{Checkpoint, ModelConfig, ModuleTable, TensorTable};
 use pleach_ir::{text, verify};
 use pleach_plan::Plan;
@@ -163,7 +163,7 @@ pub fn model_config(data: &[u8]) -> Result<(), String> {
 pub fn adapter_config(data: &[u8]) -> Result<(), String> {
     let s = Scratch::new();
     s.put("adapter_config.json", data);
-    let config = LoraConfig::read(&s.0).map_err(|e| e.to_string())?;
+    let config = MethodConfig::read(&s.0).map_err(|e| e.to_string())?;
     let modules = ModuleTable::new(&model(&fixture("llama-tiny"))?);
     match_modules(&config, &modules).map(|_| ()).map_err(|e| e.to_string())
 }

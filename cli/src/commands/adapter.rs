@@ -24,7 +24,7 @@ fn check(ui: &Ui, model: &Path, path: &AdapterPath, as_json: bool) -> Result<()>
     let model = Model::open(model, std::slice::from_ref(path))?;
     let Some(adapter) = model.adapters.first() else { return Ok(()) };
     adapter.check_copies(&model.checkpoint)?;
-    let r = check_adapter(adapter)?;
+    let r = check_adapter(adapter, &model.checkpoint)?;
     if as_json {
         let sites: Vec<_> = r
             .sites
@@ -35,7 +35,7 @@ fn check(ui: &Ui, model: &Path, path: &AdapterPath, as_json: bool) -> Result<()>
             })
             .collect();
         report::json(&json!({
-            "adapter": adapter.name, "tensors": r.tensors, "parameters": r.parameters, "all_zero": r.all_zero,
+            "adapter": adapter.name, "method": adapter.config.method.name(), "tensors": r.tensors, "parameters": r.parameters, "all_zero": r.all_zero,
             "finite": !r.not_finite, "notes": adapter.notes, "sites": sites,
         }));
         return Ok(());
@@ -43,12 +43,14 @@ fn check(ui: &Ui, model: &Path, path: &AdapterPath, as_json: bool) -> Result<()>
     let mut t = Table::new(&["module", "rank", "scale", "parameters", "norm of the delta"]);
     for s in &r.sites {
         let norm = format!("{:.4e}", s.delta_norm);
-        t.row([s.module.clone(), s.rank.to_string(), format!("{:.4}", s.scale), count(s.parameters), norm]);
+        let rank = s.rank.map_or_else(|| "whole".into(), |r| r.to_string());
+        t.row([s.module.clone(), rank, format!("{:.4}", s.scale), count(s.parameters), norm]);
     }
     report::print(&t.text());
     report::line(&format!(
-        "{}: {} tensors, all matched; {} modules, {} parameters",
+        "{} ({}): {} tensors, all matched; {} modules, {} parameters",
         adapter.name,
+        adapter.config.method.name(),
         r.tensors,
         r.sites.len(),
         count(r.parameters)

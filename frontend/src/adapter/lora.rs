@@ -1,41 +1,192 @@
 //! LoRA: y += scale · (x · Aᵀ) · Bᵀ, with A [r, in] and B [out, r] (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large
 //! Language Models"); scale = alpha / r, or alpha / √r (Kalajdzievski 2023, rsLoRA).
 
-use pleach_ir::{BinaryOp, DType, Op, Role, Source, TensorType, ValueId};
+use pleach_ir::{Op, ValueId};
+use serde_json::{Value, json};
 
-use super::SlotValue;
+use super::method::{Buffer, Method, Scope};
+use super::{Init, Site};
 use crate::error::Result;
-use crate::lower::Builder;
-use crate::peft::LoraSite;
+use crate::json::{Fields, brief};
 
-/// Keys and values of one site's parameters.
-pub(super) fn values(site: &LoraSite) -> [(String, SlotValue); 3] {
-    let key = |part: &str| format!("{}.{part}", site.module);
-    [
-        (key("lora_A"), SlotValue::Tensor(site.a.clone())),
-        (key("lora_B"), SlotValue::Tensor(site.b.clone())),
-        (key("scale"), SlotValue::Scalar(site.scale as f32)),
-    ]
+/// `init_lora_weights`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Start {
+    /// A uniform as a linear layer starts, B zero.
+    Default,
+    /// A normal with standard deviation 1 / r, B zero.
+    Gaussian,
+    /// Both as linear layers start: not the base model, for tests.
+    Random,
+    /// Another one, which matters to new adapters only.
+    Other(String),
 }
 
-/// Appends the branch of one site. Beside a linear layer x is [T, in]; beside an embedding it is the i32 index [T], and
-/// the token's column of A takes the place of x · Aᵀ. The result is [T, out].
-pub(crate) fn branch(b: &mut Builder, slot: u32, site: &LoraSite, x: ValueId) -> Result<ValueId> {
-    let trained = b.trained(slot);
-    let mut param = |part: &str, shape: &[u64], role: Role| {
-        let key = format!("{}.{part}", site.module);
-        let ty = TensorType::new(DType::F32, shape.iter().copied());
-        b.param(format!("slot{slot}.{key}"), ty, role, Source::Adapter { slot, key })
-    };
-    let down = param("lora_A", &[site.rank, site.input], trained)?;
-    let up = param("lora_B", &[site.output, site.rank], trained)?;
-    let scale = param("scale", &[], Role::Frozen)?;
-    let narrow = if site.embedding {
-        let table = b.push(Op::Transpose(vec![1, 0]), &[down])?;
-        b.push(Op::Gather { axis: 0 }, &[table, x])?
+/// LoRA and rsLoRA.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Lora {
+    rslora: bool,
+    start: Start,
+}
+
+/// Fields that change what is computed, with what is missing.
+const UNSUPPORTED: [(&str, &str); 14] = [
+    ("lora_bias", "a bias on lora_B is not supported yet"),
+    ("target_parameters", "adapters on bare parameters are not supported"),
+    ("trainable_token_indices", "trained token embeddings are not supported"),
+    ("alora_invocation_tokens", "activated LoRA is not supported"),
+    ("use_qalora", "QA-LoRA is not supported"),
+    ("velora_config", "VeLoRA is not supported"),
+    ("kasa_config", "KaSA changes the base weights and is not supported"),
+    ("monteclora_config", "MonteCLoRA is not supported"),
+    ("arrow_config", "Arrow routing is not supported"),
+    ("use_bdlora", "block-diagonal LoRA is not supported"),
+    ("megatron_config", "Megatron layers are not supported"),
+    ("modules_to_tie", "tied adapters are not supported"),
+    ("target_modules_to_tie", "tied adapters are not supported"),
+    ("lora_magnitude_vector", "is no field of a configuration"),
+];
+
+/// Fields without influence on a loaded adapter.
+const HARMLESS: [&str; 8] = [
+    "corda_config",
+    "eva_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "loftq_config",
+    "megatron_core",
+    "qalora_group_size",
+    "use_dora",
+];
+
+impl Lora {
+    /// Reads the method's own fields.
+    ///
+    /// # Errors
+    /// A field that changes the mathematics and is not supported.
+    pub(super) fn read(f: &mut Fields) -> Result<Lora> {
+        for (key, why) in UNSUPPORTED {
+            f.must_be_off(key, why)?;
+        }
+        for key in HARMLESS {
+            f.raw(key);
+        }
+        Ok(Lora { rslora: f.flag("use_rslora")?.unwrap_or(false), start: read_start(f)? })
+    }
+
+    /// Whether both factors start away from zero.
+    pub(super) fn starts_away(&self) -> bool {
+        self.start == Start::Random
+    }
+
+    /// A and B of a site and how they start, as PEFT's `reset_lora_parameters` has it.
+    fn factors(&self, site: &Site) -> [(&'static str, [u64; 2], Init); 2] {
+        let bound = |width: u64| Init::Uniform { bound: (width as f64).sqrt().recip() as f32 };
+        let (a, b) = match (&self.start, site.embedding) {
+            (Start::Random, true) => (Init::Normal { std: 1.0 }, Init::Normal { std: 1.0 }),
+            (Start::Random, false) => (bound(site.input), bound(site.rank)),
+            (_, true) => (Init::Zeros {}, Init::Normal { std: 1.0 }),
+            (Start::Gaussian, false) => (Init::Normal { std: (site.rank as f64).recip() as f32 }, Init::Zeros {}),
+            (_, false) => (bound(site.input), Init::Zeros {}),
+        };
+        [("lora_A", [site.rank, site.input], a), ("lora_B", [site.output, site.rank], b)]
+    }
+}
+
+/// Initialisations that leave the base weights alone need no thought; the others make the saved tensors meaningless
+/// without the changed base.
+fn read_start(f: &mut Fields) -> Result<Start> {
+    const KEY: &str = "init_lora_weights";
+    match f.raw(KEY) {
+        None | Some(Value::Bool(true)) => Ok(Start::Default),
+        Some(Value::Bool(false)) => Ok(Start::Random),
+        Some(Value::String(s)) if s.eq_ignore_ascii_case("gaussian") => Ok(Start::Gaussian),
+        Some(Value::String(s)) if matches!(s.as_str(), "eva" | "orthogonal" | "mica") => Ok(Start::Other(s.clone())),
+        Some(value) => Err(f.fault(
+            KEY,
+            format!(
+                "is {}: such an adapter belongs to changed base weights; save it with PEFT's \
+                 `path_initial_model_for_weight_conversion` to get one for the original base",
+                brief(value)
+            ),
+        )),
+    }
+}
+
+impl Method for Lora {
+    fn name(&self) -> &'static str {
+        if self.rslora { "rslora" } else { "lora" }
+    }
+
+    fn formula(&self) -> &'static str {
+        if self.rslora {
+            "y = x·Wᵀ + alpha/√r · (x·Aᵀ)·Bᵀ"
+        } else {
+            "y = x·Wᵀ + alpha/r · (x·Aᵀ)·Bᵀ"
+        }
+    }
+
+    fn peft_type(&self) -> &'static str {
+        "LORA"
+    }
+
+    fn scale(&self, rank: u64, alpha: f64) -> f64 {
+        if self.rslora { alpha / (rank as f64).sqrt() } else { alpha / rank as f64 }
+    }
+
+    fn buffers(&self, site: &Site) -> Vec<Buffer> {
+        let file = |part: &str| match (part, site.embedding) {
+            ("lora_A", false) => "lora_A.weight",
+            ("lora_A", true) => "lora_embedding_A",
+            (_, false) => "lora_B.weight",
+            (_, true) => "lora_embedding_B",
+        };
+        let factor =
+            |(part, shape, init): (&'static str, [u64; 2], Init)| Buffer::trained(part, file(part), &shape, init);
+        self.factors(site).into_iter().map(factor).chain([Buffer::constant("scale", site.scale)]).collect()
+    }
+
+    fn output(&self, s: &mut Scope, x: ValueId, _weight: ValueId, mut terms: Vec<ValueId>) -> Result<Vec<ValueId>> {
+        terms.push(branch(s, x)?);
+        Ok(terms)
+    }
+
+    fn check_training(&self) -> std::result::Result<(), (&'static str, String)> {
+        match &self.start {
+            Start::Other(name) => {
+                let what = format!("is \"{name}\": a new adapter starts with true, false or \"gaussian\"");
+                Err(("init_lora_weights", what))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn config(&self) -> Vec<(&'static str, Value)> {
+        let start = match &self.start {
+            Start::Default => json!(true),
+            Start::Random => json!(false),
+            Start::Gaussian => json!("gaussian"),
+            Start::Other(name) => json!(name),
+        };
+        vec![
+            ("init_lora_weights", start),
+            ("lora_dropout", json!(0.0)),
+            ("use_dora", json!(false)),
+            ("use_rslora", json!(self.rslora)),
+        ]
+    }
+}
+
+/// The branch of one site, [T, out]. Beside a linear layer x is [T, in]; beside an embedding it is the i32 index [T], and
+/// the token's column of A takes the place of x · Aᵀ.
+pub(super) fn branch(s: &mut Scope, x: ValueId) -> Result<ValueId> {
+    let (down, up, scale) = (s.buffer("lora_A")?, s.buffer("lora_B")?, s.buffer("scale")?);
+    let narrow = if s.site().embedding {
+        let table = s.push(Op::Transpose(vec![1, 0]), &[down])?;
+        s.push(Op::Gather { axis: 0 }, &[table, x])?
     } else {
-        b.push(Op::MatMul { ta: false, tb: true }, &[x, down])?
+        s.push(Op::MatMul { ta: false, tb: true }, &[x, down])?
     };
-    let wide = b.push(Op::MatMul { ta: false, tb: true }, &[narrow, up])?;
-    b.push(Op::Binary(BinaryOp::Mul), &[scale, wide])
+    let wide = s.push(Op::MatMul { ta: false, tb: true }, &[narrow, up])?;
+    s.mul(scale, wide)
 }

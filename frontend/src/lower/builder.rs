@@ -7,15 +7,20 @@ use pleach_ir::{
     BinaryOp, DType, Dim, Entry, Graph, Op, Param, ParamId, ReduceOp, Role, Source, TensorType, UnaryOp, ValueId,
 };
 
-use super::Branches;
-use crate::adapter::lora;
+use crate::adapter::{Kind, Scope, Site, all_rows};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::peft::Adapter;
+
+/// What attaches to a module: slot, method and site, in slot order.
+type Attached<'a> = Vec<(u32, &'a Kind, &'a Site)>;
 
 /// A graph under construction.
 pub(crate) struct Builder<'a> {
     model: &'a Checkpoint,
-    branches: Branches<'a>,
+    attached: BTreeMap<&'a str, Attached<'a>>,
+    /// Parameters of the base that the adapter of a slot replaces, by path.
+    replaced: BTreeMap<&'a str, u32>,
     train: Option<u32>,
     graph: Graph,
     params: BTreeMap<String, ParamId>,
@@ -26,30 +31,49 @@ pub(crate) struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    pub(super) fn new(model: &'a Checkpoint, branches: Branches<'a>, train: Option<u32>) -> Builder<'a> {
-        Builder {
+    /// `train` is the slot whose parameters are trained.
+    ///
+    /// # Errors
+    /// Two adapters that replace one parameter.
+    pub(crate) fn new(model: &'a Checkpoint, adapters: &'a [Adapter], train: Option<u32>) -> Result<Builder<'a>> {
+        let mut attached: BTreeMap<&str, Attached> = BTreeMap::new();
+        let mut replaced = BTreeMap::new();
+        for (slot, adapter) in adapters.iter().enumerate() {
+            for site in &adapter.sites {
+                attached.entry(&site.module).or_default().push((slot as u32, &adapter.config.method, site));
+            }
+            for r in &adapter.replaced {
+                if let Some(other) = replaced.insert(r.path.as_str(), slot as u32) {
+                    let (one, two) = (&adapters[other as usize].name, &adapter.name);
+                    let what = format!("is replaced as a whole by both `{one}` and `{two}`; use one of them at a time");
+                    return Err(Error::tensor(&adapter.dir, &r.path, what));
+                }
+            }
+        }
+        Ok(Builder {
             model,
-            branches,
+            attached,
+            replaced,
             train,
             graph: Graph::default(),
             params: BTreeMap::new(),
             entry: Entry::default(),
             reads: BTreeMap::new(),
             origin: None,
-        }
+        })
     }
 
-    pub(super) fn start(&mut self, entry: Entry) {
+    pub(crate) fn start(&mut self, entry: Entry) {
         self.entry = entry;
         self.reads.clear();
         self.origin = None;
     }
 
-    pub(super) fn finish(&mut self) {
+    pub(crate) fn finish(&mut self) {
         self.graph.entries.push(std::mem::take(&mut self.entry));
     }
 
-    pub(super) fn into_graph(self) -> Graph {
+    pub(crate) fn into_graph(self) -> Graph {
         self.graph
     }
 
@@ -91,10 +115,15 @@ impl<'a> Builder<'a> {
         id
     }
 
-    /// The value of a parameter of the base model, by the path of its module ("model.norm.weight").
+    /// The value of a parameter of the base model, by the path of its module ("model.norm.weight"), or of what an adapter
+    /// has in its place.
     pub(super) fn weight(&mut self, path: &str) -> Result<ValueId> {
         let tensor = self.model.param(path).ok_or_else(|| Error::Graph(format!("there is no parameter `{path}`")))?;
         let ty = TensorType::new(DType::F32, tensor.shape.iter().copied());
+        if let Some(&slot) = self.replaced.get(path) {
+            let source = Source::Adapter { slot, key: path.to_owned() };
+            return self.param(format!("slot{slot}.{path}"), ty, self.trained(slot), source);
+        }
         let name = tensor.name.clone();
         self.param(name.clone(), ty, Role::Frozen, Source::Checkpoint(name))
     }
@@ -105,7 +134,7 @@ impl<'a> Builder<'a> {
     }
 
     /// Names a result of the entry.
-    pub(super) fn output(&mut self, name: &str, value: ValueId) {
+    pub(crate) fn output(&mut self, name: &str, value: ValueId) {
         self.entry.output(name, value);
     }
 
@@ -147,7 +176,7 @@ impl<'a> Builder<'a> {
     }
 
     /// A per-column vector [d] over the rows of x [T, d].
-    fn over_rows(&mut self, vector: ValueId, x: ValueId) -> Result<ValueId> {
+    pub(crate) fn over_rows(&mut self, vector: ValueId, x: ValueId) -> Result<ValueId> {
         let shape = self.shape(x).to_vec();
         self.push(Op::Broadcast { shape, axes: vec![1] }, &[vector])
     }
@@ -199,32 +228,75 @@ impl<'a> Builder<'a> {
         self.add(&[scaled, bias])
     }
 
-    /// The linear layer `module` on x [T, in]: x · Wᵀ, bias if there is one, and the branch of every slot.
+    /// The linear layer `module` on x [T, in]: x · Wᵀ as the slots change it, and bias if there is one.
     pub(super) fn linear(&mut self, module: &str, x: ValueId) -> Result<ValueId> {
         self.at(module);
         let weight = self.weight(&format!("{module}.weight"))?;
-        let product = self.push(Op::MatMul { ta: false, tb: true }, &[x, weight])?;
-        let mut terms = vec![product];
+        let mut terms = self.adapted(module, x, weight, |b, w| b.push(Op::MatMul { ta: false, tb: true }, &[x, w]))?;
         let bias = format!("{module}.bias");
         if self.model.param(&bias).is_some() {
             let bias = self.weight(&bias)?;
-            terms.push(self.over_rows(bias, product)?);
+            terms.push(self.over_rows(bias, terms[0])?);
         }
-        self.with_branches(module, x, terms)
+        self.sum(&terms)
     }
 
-    /// The embedding `module` at i32 indices [T]: rows of its table, and the branch of every slot.
+    /// The embedding `module` at i32 indices [T]: rows of its table as the slots change it.
     pub(super) fn embedding(&mut self, module: &str, index: ValueId) -> Result<ValueId> {
         self.at(module);
         let table = self.weight(&format!("{module}.weight"))?;
-        let rows = self.rows(table, index)?;
-        self.with_branches(module, index, vec![rows])
+        let terms = self.adapted(module, index, table, |b, table| b.rows(table, index))?;
+        self.sum(&terms)
     }
 
-    fn with_branches(&mut self, module: &str, x: ValueId, mut terms: Vec<ValueId>) -> Result<ValueId> {
-        for (slot, site) in self.branches.get(module).cloned().unwrap_or_default() {
-            terms.push(lora::branch(self, slot, site, x)?);
+    /// The terms of a layer's output: first the slots change the weight, then what the layer makes of it.
+    fn adapted(
+        &mut self,
+        module: &str,
+        x: ValueId,
+        weight: ValueId,
+        layer: impl FnOnce(&mut Self, ValueId) -> Result<ValueId>,
+    ) -> Result<Vec<ValueId>> {
+        let attached = self.attached.get(module).cloned().unwrap_or_default();
+        let mut changed = weight;
+        for &(slot, method, site) in &attached {
+            changed = method.weight(&mut Scope::new(self, slot, &**method, site), changed)?;
         }
-        if let [only] = terms[..] { Ok(only) } else { self.add(&terms) }
+        let mut terms = vec![layer(self, changed)?];
+        for &(slot, method, site) in &attached {
+            terms = method.output(&mut Scope::new(self, slot, &**method, site), x, weight, terms)?;
+        }
+        Ok(terms)
+    }
+
+    fn sum(&mut self, terms: &[ValueId]) -> Result<ValueId> {
+        if let [only] = terms { Ok(*only) } else { self.add(terms) }
+    }
+
+    /// What the trained slot's method adds to the loss, f32 [].
+    pub(super) fn aux_losses(&mut self) -> Result<Option<ValueId>> {
+        let sites: Vec<_> = self.attached.values().flatten().copied().filter(|a| self.train == Some(a.0)).collect();
+        let mut terms = vec![];
+        for (slot, method, site) in sites {
+            self.at(&site.module);
+            terms.extend(method.aux_loss(&mut Scope::new(self, slot, &**method, site))?);
+        }
+        if terms.is_empty() { Ok(None) } else { self.sum(&terms).map(Some) }
+    }
+
+    /// The weight of a site, merged: the layer on the rows of the identity ("x"), turned round again. The base's weight is the
+    /// parameter "weight".
+    pub(crate) fn merged_site(&mut self, method: &Kind, site: &Site) -> Result<ValueId> {
+        let turn =
+            |b: &mut Self, w: ValueId| if site.embedding { Ok(w) } else { b.push(Op::Transpose(vec![1, 0]), &[w]) };
+        let shape = if site.embedding { [site.input, site.output] } else { [site.output, site.input] };
+        let ty = TensorType::new(DType::F32, shape);
+        let weight = self.param("weight".into(), ty, Role::Frozen, Source::Zeros)?;
+        let x = self.push(all_rows(site), &[])?;
+        let changed = method.weight(&mut Scope::new(self, 0, &**method, site), weight)?;
+        let product = turn(self, changed)?;
+        let terms = method.output(&mut Scope::new(self, 0, &**method, site), x, weight, vec![product])?;
+        let sum = self.sum(&terms)?;
+        turn(self, sum)
     }
 }

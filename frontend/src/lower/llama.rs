@@ -49,7 +49,8 @@ pub(super) fn lower(b: &mut Builder, c: &LlamaConfig, kind: EntryKind) -> Result
     let logits = b.linear("lm_head", x)?;
     match kind {
         EntryKind::Infer | EntryKind::Generate => b.output("logits", logits),
-        EntryKind::Train | EntryKind::Evaluate => loss::lower(b, logits)?,
+        EntryKind::Train => loss::lower(b, logits, true)?,
+        EntryKind::Evaluate => loss::lower(b, logits, false)?,
     }
     Ok(())
 }

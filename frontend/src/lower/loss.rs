@@ -11,7 +11,8 @@ use crate::error::Result;
 
 /// Ends an entry: the output `loss` f32 [] = loss_scale · Σ over rows of (log Σ exp(logits) − logits[label]), from logits
 /// [L, V]. The largest logit of a row is subtracted before the exponentials; it cancels, so no gradient flows through it.
-pub(super) fn lower(b: &mut Builder, logits: ValueId) -> Result<()> {
+/// In `training`, terms that a method adds to the loss count by the share of the step's targets that this run has.
+pub(super) fn lower(b: &mut Builder, logits: ValueId, training: bool) -> Result<()> {
     b.at("loss");
     let labels = b.input("labels", Sym::L)?;
     let loss_scale = b.push(Op::Input { name: "loss_scale".into(), dtype: DType::F32, shape: vec![] }, &[])?;
@@ -35,7 +36,15 @@ pub(super) fn lower(b: &mut Builder, logits: ValueId) -> Result<()> {
     let picked = b.push(over_classes(ReduceOp::Sum), &[picked])?;
 
     let row = b.sub(log_sum, picked)?;
-    let total = b.push(Op::Reduce { op: ReduceOp::Sum, axis: 0 }, &[row])?;
+    let mut total = b.push(Op::Reduce { op: ReduceOp::Sum, axis: 0 }, &[row])?;
+    if training && let Some(terms) = b.aux_losses()? {
+        b.at("loss");
+        let one = b.push(Op::f32(1.0), &[])?;
+        let ones = b.push(Op::Broadcast { shape: vec![Sym::L.into()], axes: vec![] }, &[one])?;
+        let count = b.push(Op::Reduce { op: ReduceOp::Sum, axis: 0 }, &[ones])?;
+        let terms = b.mul(count, terms)?;
+        total = b.add(&[total, terms])?;
+    }
     let loss = b.mul(loss_scale, total)?;
     b.output("loss", loss);
     Ok(())

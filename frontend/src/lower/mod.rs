@@ -10,8 +10,6 @@ mod loss;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
-
 use pleach_ir::{Entry, Graph};
 
 pub(crate) use builder::Builder;
@@ -19,7 +17,7 @@ pub(crate) use builder::Builder;
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::peft::{Adapter, LoraSite};
+use crate::peft::Adapter;
 
 /// The runnable functions that a model can be lowered to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,9 +47,6 @@ impl EntryKind {
         })
     }
 }
-
-/// Sites of all adapters by module: slot and site.
-pub(crate) type Branches<'a> = BTreeMap<&'a str, Vec<(u32, &'a LoraSite)>>;
 
 /// What to lower: a model, its adapters, the entries, and which slot is trained.
 #[derive(Debug, Clone)]
@@ -89,17 +84,13 @@ impl<'a> Import<'a> {
     /// The graph.
     ///
     /// # Errors
-    /// An unknown entry, `train` without a slot to train, an entry that an encoder does not have, a copy of a base weight that
-    /// differs ([`Adapter::check_copies`]), and [`Error::Graph`] should an operator not fit (a fault of this crate).
+    /// An unknown entry, `train` without a slot to train, an entry that an encoder does not have, two adapters that replace one
+    /// parameter, a copy of a base weight that differs ([`Adapter::check_copies`]), and [`Error::Graph`] should an operator not fit (a fault of this crate).
     pub fn graph(&self) -> Result<Graph> {
-        let mut branches = Branches::new();
-        for (slot, adapter) in self.adapters.iter().enumerate() {
+        for adapter in self.adapters {
             adapter.check_copies(self.model)?;
-            for site in &adapter.sites {
-                branches.entry(&site.module).or_default().push((slot as u32, site));
-            }
         }
-        let mut builder = Builder::new(self.model, branches, self.train);
+        let mut builder = Builder::new(self.model, self.adapters, self.train)?;
         for name in &self.entries {
             let kind = EntryKind::from_name(name)?;
             if kind == EntryKind::Train && self.train.is_none_or(|slot| slot as usize >= self.adapters.len()) {

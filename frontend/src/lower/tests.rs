@@ -9,7 +9,7 @@ use pleach_ir::{ParamId, Role, Source, Sym};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::adapter::{SlotValue, slot_values};
+use crate::adapter::{SlotData, SlotValue, slot_values};
 use crate::modules::ModuleTable;
 use crate::testing::{Folder, folder, tiny_bert, tiny_llama, values, write_tensors};
 
@@ -46,7 +46,7 @@ fn adapter(model: &Checkpoint, slot: u32, config: Value) -> (Adapter, Folder) {
     let dir = folder("lower-adapter");
     let config = with(json!({"peft_type": "LORA"}), config);
     std::fs::write(dir.join("adapter_config.json"), config.to_string()).unwrap();
-    let parsed = crate::peft::LoraConfig::read(&dir).unwrap();
+    let parsed = crate::peft::MethodConfig::read(&dir).unwrap();
     let mut list = Vec::new();
     for t in crate::peft::match_modules(&parsed, &model.modules).unwrap() {
         let (prefix, suffix) = if t.embedding { ("embedding_", "") } else { ("", ".weight") };
@@ -66,10 +66,13 @@ fn load(graph: &Graph, model: &Checkpoint, adapters: &[Adapter], cache: u64) -> 
     let value = |param: &pleach_ir::Param| {
         let tensor = match &param.source {
             Source::Checkpoint(name) => model.params().find(|(_, t)| t.name == *name).unwrap().1.clone(),
-            Source::Adapter { slot, key } => match &slots[*slot as usize][key] {
-                SlotValue::Tensor(tensor) => tensor.clone(),
-                SlotValue::Scalar(x) => return Tensor::f32([], vec![*x]),
-            },
+            Source::Adapter { slot, key } => {
+                let t = slots[*slot as usize][key].read(model).unwrap();
+                return match t.data {
+                    SlotData::F32(x) => Tensor::f32(t.shape, x),
+                    SlotData::I32(x) => Tensor::i32(t.shape, x),
+                };
+            }
             _ => {
                 let width = param.ty.shape[1].known().unwrap();
                 return Tensor::f32([cache, width], vec![0.0; (cache * width) as usize]);

@@ -1,31 +1,33 @@
-//! What an adapter would change: rank, scale and the norm of each branch's delta, from its values.
+//! What an adapter would change: rank, scale and the norm of each site's delta, from its values.
 
-use super::adapter::{Adapter, LoraSite};
-use crate::error::Result;
+use super::adapter::Adapter;
+use crate::adapter::{Site, merged};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
 
-/// One branch of the report.
+/// One module of the report.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SiteReport {
-    /// Path of the linear layer.
+    /// Path of the module.
     pub module: String,
-    /// r.
-    pub rank: u64,
-    /// The factor of the branch.
+    /// r; `None` for a module that is replaced as a whole.
+    pub rank: Option<u64>,
+    /// The factor of the update.
     pub scale: f64,
-    /// Values in A and B.
+    /// Trained values.
     pub parameters: u64,
-    /// Frobenius norm of scale · B · A.
+    /// Frobenius norm of W' − W.
     pub delta_norm: f64,
 }
 
 /// What `pleach adapter check` prints.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterReport {
-    /// All branches, in module order.
+    /// All sites, then all replaced parameters, in module order.
     pub sites: Vec<SiteReport>,
     /// Tensors matched; all of the file's.
     pub tensors: usize,
-    /// Values in all branches.
+    /// Trained values.
     pub parameters: u64,
     /// Whether every delta is zero: the adapter then changes nothing.
     pub all_zero: bool,
@@ -33,14 +35,31 @@ pub struct AdapterReport {
     pub not_finite: bool,
 }
 
-/// Reads the values of a matched adapter, branch by branch, and reports.
+/// Reads the values of a matched adapter, site by site, and reports.
 ///
 /// # Errors
-/// A file that can no longer be read.
-pub fn check_adapter(adapter: &Adapter) -> Result<AdapterReport> {
-    let sites = adapter.sites.iter().map(report).collect::<Result<Vec<_>>>()?;
+/// A file that can no longer be read, indices that do not fit.
+pub fn check_adapter(adapter: &Adapter, base: &Checkpoint) -> Result<AdapterReport> {
+    let mut sites = vec![];
+    for s in &adapter.sites {
+        let delta_norm = match adapter.config.method.name() {
+            "lora" | "rslora" => low_rank_norm(s)?,
+            _ => {
+                let old = values(base, &format!("{}.weight", s.module))?;
+                distance(&merged(adapter, s, base, &old)?, &old)
+            }
+        };
+        let parameters = adapter.site_parameters(s);
+        sites.push(SiteReport { module: s.module.clone(), rank: Some(s.rank), scale: s.scale, parameters, delta_norm });
+    }
+    for r in &adapter.replaced {
+        let new = r.value.tensor().ok_or_else(|| Error::Graph(format!("no value for `{}`", r.path)))?;
+        let delta_norm = distance(&new.read_f32()?, &values(base, &r.path)?);
+        let parameters = r.shape.iter().product();
+        sites.push(SiteReport { module: r.path.clone(), rank: None, scale: 1.0, parameters, delta_norm });
+    }
     Ok(AdapterReport {
-        tensors: 2 * sites.len(),
+        tensors: adapter.tensors,
         parameters: adapter.parameters(),
         all_zero: sites.iter().all(|s| s.delta_norm == 0.0),
         not_finite: sites.iter().any(|s| !s.delta_norm.is_finite()),
@@ -48,10 +67,22 @@ pub fn check_adapter(adapter: &Adapter) -> Result<AdapterReport> {
     })
 }
 
-fn report(site: &LoraSite) -> Result<SiteReport> {
-    let (a, b) = (site.a.read_f32()?, site.b.read_f32()?);
+fn values(base: &Checkpoint, path: &str) -> Result<Vec<f32>> {
+    base.param(path).ok_or_else(|| Error::tensor(&base.dir, path, "is missing"))?.read_f32()
+}
+
+fn distance(new: &[f32], old: &[f32]) -> f64 {
+    new.iter().zip(old).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum::<f64>().sqrt()
+}
+
+/// |scale · B · A| without the product: |BA|² = Σ (BᵀB) ∘ (AAᵀ), r × r products instead of out × in.
+fn low_rank_norm(site: &Site) -> Result<f64> {
+    let read = |part: &str| -> Result<Vec<f32>> {
+        let tensor = site.values.get(part).and_then(|v| v.tensor());
+        tensor.ok_or_else(|| Error::Graph(format!("no value for `{part}`")))?.read_f32()
+    };
+    let (a, b) = (read("lora_A")?, read("lora_B")?);
     let rank = site.rank as usize;
-    // |BA|² = Σ (BᵀB) ∘ (AAᵀ): r × r products instead of out × in.
     let mut left = vec![0.0f64; rank * rank];
     for row in b.chunks_exact(rank) {
         for i in 0..rank {
@@ -69,14 +100,13 @@ fn report(site: &LoraSite) -> Result<SiteReport> {
             square += left[i * rank + j] * dot;
         }
     }
-    let delta_norm = if square.is_nan() { f64::NAN } else { square.max(0.0).sqrt() * site.scale.abs() };
-    let parameters = site.a.elements() + site.b.elements();
-    Ok(SiteReport { module: site.module.clone(), rank: site.rank, scale: site.scale, parameters, delta_norm })
+    Ok(if square.is_nan() { f64::NAN } else { square.max(0.0).sqrt() * site.scale.abs() })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapter::SlotValue;
     use crate::safetensors::Writer;
     use crate::tensors::{Dtype, TensorTable};
     use crate::testing::folder;
@@ -92,10 +122,10 @@ mod tests {
         writer.finish().unwrap();
         let table = TensorTable::open_file(&path).unwrap();
         let (a, b) = (table.get("a").unwrap().clone(), table.get("b").unwrap().clone());
-        let site = LoraSite { module: "m".into(), embedding: false, rank: 2, scale: -2.0, input: 3, output: 2, a, b };
+        let values = [("lora_A", SlotValue::Tensor(a)), ("lora_B", SlotValue::Tensor(b))].into();
+        let (module, embedding) = ("m".into(), false);
+        let site = Site { module, embedding, rank: 2, alpha: -4.0, scale: -2.0, input: 3, output: 2, values };
         // BA = [[1, 2, 0], [2, 7, -3]], squares sum to 67.
-        let report = report(&site).unwrap();
-        assert!((report.delta_norm - 2.0 * 67f64.sqrt()).abs() < 1e-12);
-        assert_eq!(report.parameters, 10);
+        assert!((low_rank_norm(&site).unwrap() - 2.0 * 67f64.sqrt()).abs() < 1e-12);
     }
 }

@@ -1,14 +1,17 @@
-//! `adapter_config.json` of a LoRA adapter.
+//! `adapter_config.json` of an adapter, and the same keys given in another way.
 //!
-//! Unknown fields are kept (PEFT adds some with every release). Fields that change what the adapter computes and are
-//! not supported are refused by name when they are switched on.
+//! Fields that all methods share are read here, the rest by the method ([`Kind`]). Unknown fields are kept (PEFT adds some
+//! with every release). Fields that change what the adapter computes and are not supported are refused by name when
+//! they are switched on.
 
 use std::path::Path;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
-use crate::error::Result;
+use crate::adapter::{Kind, NO_TARGET};
+use crate::error::{Error, Result};
 use crate::json::{Fields, brief, is_off, read_object};
+use crate::modules::ModuleTable;
 
 /// A regular expression for whole paths, or a list of names that paths equal or end with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,17 +31,30 @@ pub enum Targets {
     AllLinear,
     /// A pattern or a list.
     Spec(NameSpec),
+    /// Nothing: only modules that are replaced as a whole.
+    Nothing,
 }
 
-/// A LoRA configuration: what attaches where, at which rank and scale.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LoraConfig {
+/// `bias`: which biases of the base are trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bias {
+    /// None.
+    None,
+    /// Every bias of the model.
+    All,
+    /// Those of the modules that the method attaches to.
+    Targets,
+}
+
+/// A configuration: which method, where it attaches, at which rank and scale.
+#[derive(Debug, Clone)]
+pub struct MethodConfig {
+    /// The method with its own options.
+    pub method: Kind,
     /// Default rank.
     pub rank: u64,
     /// Default alpha.
     pub alpha: f64,
-    /// Whether the scale is alpha / √r rather than alpha / r.
-    pub rslora: bool,
     /// Where it attaches.
     pub targets: Targets,
     /// Where it does not.
@@ -51,8 +67,10 @@ pub struct LoraConfig {
     pub rank_pattern: Vec<(String, u64)>,
     /// Alphas by pattern, first match wins.
     pub alpha_pattern: Vec<(String, f64)>,
-    /// Modules that would be replaced as a whole; matched modules under them are left out.
+    /// Modules that are replaced as a whole; matched modules under them are left out.
     pub modules_to_save: Vec<String>,
+    /// Biases that are replaced.
+    pub bias: Bias,
     /// Whether adapters of a tied embedding and head are one.
     pub ensure_weight_tying: bool,
     /// The whole file, unknown fields included.
@@ -61,79 +79,93 @@ pub struct LoraConfig {
     pub notes: Vec<String>,
 }
 
-/// Fields that change what is computed, with what is missing.
-const UNSUPPORTED: [(&str, &str); 17] = [
-    ("use_dora", "DoRA adapters are not supported yet"),
-    ("lora_bias", "a bias on lora_B is not supported yet"),
-    ("modules_to_save", "replacing whole modules is not supported yet"),
-    ("target_parameters", "adapters on bare parameters are not supported"),
-    ("trainable_token_indices", "trained token embeddings are not supported"),
-    ("layer_replication", "replicated layers are not supported"),
-    ("alora_invocation_tokens", "activated LoRA is not supported"),
-    ("use_qalora", "QA-LoRA is not supported"),
-    ("velora_config", "VeLoRA is not supported"),
-    ("kasa_config", "KaSA changes the base weights and is not supported"),
-    ("monteclora_config", "MonteCLoRA is not supported"),
-    ("arrow_config", "Arrow routing is not supported"),
-    ("use_bdlora", "block-diagonal LoRA is not supported"),
-    ("megatron_config", "Megatron layers are not supported"),
-    ("modules_to_tie", "tied adapters are not supported"),
-    ("target_modules_to_tie", "tied adapters are not supported"),
-    ("lora_magnitude_vector", "DoRA adapters are not supported yet"),
-];
-
-/// Fields without influence on a loaded adapter: provenance, initialisation, training.
-const HARMLESS: [&str; 18] = [
+/// Fields without influence on a loaded adapter: provenance and the like.
+const HARMLESS: [&str; 10] = [
     "auto_mapping",
     "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
     // PEFT itself switches this off for the linear layers of these models.
     "fan_in_fan_out",
     "inference_mode",
-    "lora_dropout",
-    "lora_ga_config",
-    "loftq_config",
-    "megatron_core",
+    "library_name",
     "model_name_or_path",
     "peft_version",
-    "qalora_group_size",
     "revision",
     "runtime_config",
     "task_type",
-    "use_cache",
-    "library_name",
 ];
 
-impl LoraConfig {
+/// Keys of ours that no PEFT knows: they choose how training starts and are not saved.
+const OURS: [&str; 2] = ["selection", "calibration_batches"];
+
+impl MethodConfig {
     /// Reads `dir/adapter_config.json`.
     ///
     /// # Errors
     /// A missing or malformed file, another `peft_type`, a field that changes the mathematics and is not supported.
-    pub fn read(dir: &Path) -> Result<LoraConfig> {
+    pub fn read(dir: &Path) -> Result<MethodConfig> {
         let path = dir.join("adapter_config.json");
-        LoraConfig::parse(&path, read_object(&path)?)
+        MethodConfig::parse(&path, read_object(&path)?)
+    }
+
+    /// Reads a configuration that comes from the command line: PEFT's own keys, with `peft_type` LORA, PACA or FULL (chosen
+    /// modules trained as they are), and for PaCA `selection` (random, weight_norm, gradient_norm) and `calibration_batches`.
+    ///
+    /// # Errors
+    /// As [`MethodConfig::read`]; an unknown key.
+    pub fn from_json(keys: &Map<String, Value>) -> Result<MethodConfig> {
+        MethodConfig::parse(Path::new("the method's options"), keys.clone())
+    }
+
+    /// The same for a method by its name: lora, rslora, dora, paca or full.
+    ///
+    /// # Errors
+    /// A name that is not known, a key that contradicts it, and those of [`MethodConfig::from_json`].
+    pub fn named(method: &str, keys: &Map<String, Value>) -> Result<MethodConfig> {
+        let path = Path::new("the method's options");
+        let name = method.to_ascii_lowercase();
+        let implied: &[(&str, Value)] = match name.as_str() {
+            "lora" => &[("peft_type", json!("LORA"))],
+            "rslora" => &[("peft_type", json!("LORA")), ("use_rslora", json!(true))],
+            "dora" => &[("peft_type", json!("LORA")), ("use_dora", json!(true))],
+            "paca" => &[("peft_type", json!("PACA"))],
+            "full" => &[("peft_type", json!("FULL"))],
+            _ => {
+                let what = format!("is `{method}`; known are lora, rslora, dora, paca and full");
+                return Err(Error::key(path, "method", what));
+            }
+        };
+        let mut keys = keys.clone();
+        for (key, value) in implied {
+            match keys.get(*key) {
+                Some(given) if given != value => {
+                    return Err(Error::key(
+                        path,
+                        *key,
+                        format!("is {}, which contradicts the method `{name}`", brief(given)),
+                    ));
+                }
+                _ => keys.insert((*key).to_owned(), value.clone()),
+            };
+        }
+        MethodConfig::parse(path, keys)
     }
 
     /// Reads an already parsed configuration; `path` only serves messages.
-    pub fn parse(path: &Path, raw: Map<String, Value>) -> Result<LoraConfig> {
+    pub fn parse(path: &Path, raw: Map<String, Value>) -> Result<MethodConfig> {
         let mut f = Fields::new(path, "", &raw);
-        match f.text("peft_type")? {
-            Some("LORA") => {}
-            Some(other) => return Err(f.fault("peft_type", format!("is `{other}`; LORA is supported"))),
-            None => return Err(f.fault("peft_type", "is missing; this is not the configuration of a PEFT adapter")),
-        }
-        for (key, why) in UNSUPPORTED {
-            f.must_be_off(key, why)?;
-        }
-        match f.text("bias")?.unwrap_or("none") {
-            "none" => {}
-            other => return Err(f.fault("bias", format!("is `{other}`; trained biases are not supported yet"))),
-        }
-        read_init(&mut f)?;
+        let method = Kind::read(&mut f)?;
+        f.must_be_off("layer_replication", "replicated layers are not supported")?;
+        let only = format!("{}_only", method.peft_type().to_lowercase());
+        let bias = match f.text("bias")?.unwrap_or("none") {
+            "none" => Bias::None,
+            "all" => Bias::All,
+            other if other == only => Bias::Targets,
+            other => return Err(f.fault("bias", format!("is `{other}`; expected none, all or {only}"))),
+        };
         let targets = match f.raw("target_modules") {
             None => Targets::Default,
             Some(Value::String(s)) if s.eq_ignore_ascii_case("all-linear") => Targets::AllLinear,
+            Some(Value::String(s)) if s == NO_TARGET => Targets::Nothing,
             Some(Value::String(s)) => Targets::Spec(NameSpec::Pattern(s.clone())),
             Some(_) => Targets::Spec(NameSpec::Names(f.strings("target_modules")?.unwrap_or_default())),
         };
@@ -152,10 +184,10 @@ impl LoraConfig {
         if layers.is_none() && layers_pattern.iter().any(|p| !p.is_empty()) {
             return Err(f.fault("layers_pattern", "needs `layers_to_transform`"));
         }
-        let config = LoraConfig {
+        let alpha_key = method.alpha_key();
+        let config = MethodConfig {
             rank: f.count("r", 1 << 24)?.unwrap_or(8),
-            alpha: f.number("lora_alpha")?.unwrap_or(8.0),
-            rslora: f.flag("use_rslora")?.unwrap_or(false),
+            alpha: f.number(alpha_key)?.unwrap_or(8.0),
             targets,
             exclude,
             layers: layers.filter(|l| !l.is_empty()),
@@ -165,35 +197,89 @@ impl LoraConfig {
                 f.number(key)?.ok_or_else(|| f.fault(key, "is null; expected a number"))
             })?,
             modules_to_save: f.strings("modules_to_save")?.unwrap_or_default(),
+            bias,
             ensure_weight_tying: f.flag("ensure_weight_tying")?.unwrap_or(false),
             notes: read_unknown(&f)?,
+            method,
             raw: Map::new(),
         };
-        Ok(LoraConfig { raw, ..config })
+        Ok(MethodConfig { raw, ..config })
     }
 
-    /// Alpha over r, or over √r for rsLoRA.
-    pub fn scale(&self, rank: u64, alpha: f64) -> f64 {
-        if self.rslora { alpha / (rank as f64).sqrt() } else { alpha / rank as f64 }
+    /// Whether a new adapter of this configuration can be trained.
+    ///
+    /// # Errors
+    /// A key that only a loaded adapter may have, by name.
+    pub fn check_training(&self) -> Result<()> {
+        let path = Path::new("the method's options");
+        let fault = |key: &str, what: String| Err(Error::key(path, key, what));
+        if let Err((key, what)) = self.method.check_training() {
+            return fault(key, what);
+        }
+        for key in ["lora_dropout", "paca_dropout"] {
+            if self.raw.get(key).and_then(Value::as_f64).is_some_and(|x| x != 0.0) {
+                return fault(key, format!("is {}: training has no dropout; set it to 0", self.raw[key]));
+            }
+        }
+        if self.method.peft_type() == "PACA" && !(self.rank_pattern.is_empty() && self.alpha_pattern.is_empty()) {
+            let key = if self.rank_pattern.is_empty() { "alpha_pattern" } else { "rank_pattern" };
+            return fault(key, "is not a key of PEFT's PaCA, so the adapter could not be loaded there".into());
+        }
+        Ok(())
+    }
+
+    /// Fills in what PEFT fills in from the model: the targets.
+    pub(crate) fn resolved(mut self, modules: &ModuleTable) -> MethodConfig {
+        if self.targets == Targets::Default {
+            self.raw.insert("target_modules".into(), json!(modules.default_targets()));
+        }
+        self
+    }
+
+    /// `adapter_config.json` for an adapter of this configuration, keys sorted, without the base model's name.
+    pub fn saved(&self) -> Map<String, Value> {
+        let mut map = self.raw.clone();
+        for key in OURS.into_iter().chain(["base_model_name_or_path"]) {
+            map.remove(key);
+        }
+        let mut put = |key: &str, value: Value| map.insert(key.to_owned(), value);
+        put("peft_type", json!(self.method.peft_type()));
+        put("r", json!(self.rank));
+        put(self.method.alpha_key(), number(self.alpha));
+        put("inference_mode", json!(true));
+        let modules = Some(&self.modules_to_save).filter(|m| !m.is_empty());
+        put("modules_to_save", json!(modules));
+        for (key, value) in self.method.config() {
+            put(key, value);
+        }
+        // PEFT's own defaults for what was not given.
+        let lora = self.method.peft_type() == "LORA";
+        let defaults = [
+            ("auto_mapping", Value::Null, true),
+            ("bias", json!("none"), lora),
+            ("exclude_modules", Value::Null, true),
+            ("fan_in_fan_out", json!(false), lora),
+            ("layers_pattern", Value::Null, true),
+            ("layers_to_transform", Value::Null, true),
+            ("rank_pattern", json!({}), lora),
+            ("alpha_pattern", json!({}), lora),
+            ("revision", Value::Null, true),
+            ("target_modules", Value::Null, true),
+            ("task_type", json!("CAUSAL_LM"), true),
+        ];
+        for (key, value, applies) in defaults {
+            if applies && !map.contains_key(key) {
+                map.insert(key.to_owned(), value);
+            }
+        }
+        map.sort_keys();
+        map
     }
 }
 
-/// Initialisations that leave the base weights alone need no thought; the others make the saved tensors meaningless
-/// without the changed base.
-fn read_init(f: &mut Fields) -> Result<()> {
-    const KEY: &str = "init_lora_weights";
-    match f.raw(KEY) {
-        None | Some(Value::Bool(_)) => Ok(()),
-        Some(Value::String(s)) if matches!(s.as_str(), "gaussian" | "eva" | "orthogonal" | "mica") => Ok(()),
-        Some(value) => Err(f.fault(
-            KEY,
-            format!(
-                "is {}: such an adapter belongs to changed base weights; save it with PEFT's \
-                 `path_initial_model_for_weight_conversion` to get one for the original base",
-                brief(value)
-            ),
-        )),
-    }
+/// A whole number as one: PEFT's fields are integers where the user gave one.
+fn number(x: f64) -> Value {
+    if x.fract() == 0.0 && x.abs() < 1e15 { json!(x as i64) } else { json!(x) }
 }
 
 fn read_layers(f: &mut Fields) -> Result<Option<Vec<u64>>> {
@@ -220,7 +306,7 @@ fn read_pattern<T>(
 fn read_unknown(f: &Fields) -> Result<Vec<String>> {
     let mut notes = Vec::new();
     for (key, value) in f.unread() {
-        if HARMLESS.contains(&key.as_str()) || key.starts_with('_') || is_off(value) {
+        if HARMLESS.contains(&key.as_str()) || OURS.contains(&key.as_str()) || key.starts_with('_') || is_off(value) {
             continue;
         }
         let variant = key.starts_with("use_")
@@ -241,7 +327,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn parse(extra: Value) -> std::result::Result<LoraConfig, String> {
+    fn parse(extra: Value) -> std::result::Result<MethodConfig, String> {
         let mut base = json!({
             "alora_invocation_tokens": null, "alpha_pattern": {}, "bias": "none", "corda_config": null,
             "ensure_weight_tying": false, "exclude_modules": null, "fan_in_fan_out": false, "inference_mode": true,
@@ -254,21 +340,23 @@ mod tests {
         for (key, value) in extra.as_object().unwrap() {
             base[key] = value.clone();
         }
-        LoraConfig::parse(Path::new("adapter_config.json"), base.as_object().unwrap().clone())
+        MethodConfig::parse(Path::new("adapter_config.json"), base.as_object().unwrap().clone())
             .map_err(|e| e.to_string())
     }
 
     #[test]
     fn a_saved_configuration_is_read() {
         let config = parse(json!({"rank_pattern": {"z": 4, "a": 2}, "layers_to_transform": 3})).unwrap();
-        assert_eq!((config.rank, config.alpha, config.scale(16, 32.0)), (16, 32.0, 2.0));
+        assert_eq!((config.rank, config.alpha, config.method.scale(16, 32.0)), (16, 32.0, 2.0));
         assert_eq!(config.rank_pattern, [("z".to_owned(), 4), ("a".to_owned(), 2)]);
         assert_eq!(config.layers, Some(vec![3]));
         assert!(config.notes.is_empty());
-        assert_eq!(parse(json!({"use_rslora": true})).unwrap().scale(16, 32.0), 8.0);
+        assert_eq!(parse(json!({"use_rslora": true})).unwrap().method.scale(16, 32.0), 8.0);
+        assert_eq!(parse(json!({"use_dora": true})).unwrap().method.name(), "dora");
+        assert_eq!(parse(json!({"bias": "lora_only"})).unwrap().bias, Bias::Targets);
         assert_eq!(parse(json!({"target_modules": "All-Linear"})).unwrap().targets, Targets::AllLinear);
         let minimal = json!({"peft_type": "LORA"});
-        let minimal = LoraConfig::parse(Path::new("c"), minimal.as_object().unwrap().clone()).unwrap();
+        let minimal = MethodConfig::parse(Path::new("c"), minimal.as_object().unwrap().clone()).unwrap();
         assert_eq!((minimal.rank, minimal.alpha, minimal.targets), (8, 8.0, Targets::Default));
     }
 
@@ -283,9 +371,9 @@ mod tests {
     fn what_changes_the_mathematics_is_refused_by_name() {
         let cases = [
             ("peft_type", json!("IA3")),
-            ("use_dora", json!(true)),
-            ("bias", json!("lora_only")),
-            ("modules_to_save", json!(["lm_head"])),
+            ("use_dora", json!(1)),
+            ("bias", json!("paca_only")),
+            ("modules_to_save", json!(3)),
             ("init_lora_weights", json!("pissa_niter_16")),
             ("init_lora_weights", json!("olora")),
             ("init_lora_weights", json!("loftq")),

@@ -1,16 +1,18 @@
 //! PEFT folders: `adapter_config.json` + `adapter_model.safetensors`.
 //!
-//! [`LoraConfig`] is the configuration, [`match_modules`] decides which modules it attaches to exactly as PEFT does,
+//! [`MethodConfig`] is the configuration, [`match_modules`] decides which modules it attaches to exactly as PEFT does,
 //! [`Adapter`] is a folder whose every tensor has been matched, [`check_adapter`] reads the values and reports norms.
 
 mod adapter;
 mod check;
 mod config;
 mod pattern;
+mod replaced;
 mod targets;
 
-pub use adapter::{Adapter, LoraSite};
+pub use adapter::Adapter;
+pub(crate) use adapter::PREFIX;
 pub use check::{AdapterReport, SiteReport, check_adapter};
-pub use config::{LoraConfig, NameSpec, Targets};
+pub use config::{Bias, MethodConfig, NameSpec, Targets};
 pub use pattern::Pattern;
 pub use targets::{Target, match_modules, preview_targets};

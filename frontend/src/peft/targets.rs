@@ -5,7 +5,7 @@
 //! neither a linear layer nor an embedding is an error, as in PEFT. Source: `check_target_module_exists` and
 //! `get_pattern_key` of PEFT.
 
-use super::config::{LoraConfig, NameSpec, Targets};
+use super::config::{MethodConfig, NameSpec, Targets};
 use super::pattern::Pattern;
 use crate::error::{Error, Result};
 use crate::modules::{Module, ModuleKind, ModuleTable};
@@ -66,7 +66,30 @@ fn equal_or_trailing(path: &str, name: &str) -> bool {
 ///
 /// # Errors
 /// An invalid pattern, a match on a module that cannot carry a branch, or no match at all.
-pub fn match_modules(config: &LoraConfig, modules: &ModuleTable) -> Result<Vec<Target>> {
+pub fn match_modules(config: &MethodConfig, modules: &ModuleTable) -> Result<Vec<Target>> {
+    if config.targets == Targets::Nothing {
+        return Ok(vec![]);
+    }
+    let ranks = patterns(config.rank_pattern.iter().map(|(key, _)| key))?;
+    let alphas = patterns(config.alpha_pattern.iter().map(|(key, _)| key))?;
+    let mut targets = Vec::new();
+    for module in matched(config, modules)? {
+        let path = module.path.as_str();
+        let rank = any_match(&ranks, path)?.map_or(config.rank, |i| config.rank_pattern[i].1);
+        let alpha = any_match(&alphas, path)?.map_or(config.alpha, |i| config.alpha_pattern[i].1);
+        let target = target(module, rank, alpha, config.method.scale(rank, alpha))?;
+        let refused = |what: String| Error::Pattern { pattern: path.to_owned(), what };
+        config.method.attach(&target).map_err(refused)?;
+        targets.push(target);
+    }
+    Ok(targets)
+}
+
+/// The modules that `target_modules` names, whatever they are.
+///
+/// # Errors
+/// An invalid pattern, or no match at all.
+pub(super) fn matched<'a>(config: &MethodConfig, modules: &'a ModuleTable) -> Result<Vec<&'a Module>> {
     let exclude = config.exclude.as_ref().map(Names::new).transpose()?;
     let saved: Vec<Pattern> = config
         .modules_to_save
@@ -74,15 +97,13 @@ pub fn match_modules(config: &LoraConfig, modules: &ModuleTable) -> Result<Vec<T
         .map(|m| Pattern::prefix(&format!(r"(?:^|.*\.){m}(?:$|\..*)")))
         .collect::<Result<_>>()?;
     let spec = match &config.targets {
-        Targets::AllLinear => None,
+        Targets::AllLinear | Targets::Nothing => None,
         Targets::Default => Some(NameSpec::Names(modules.default_targets().iter().map(|n| (*n).to_owned()).collect())),
         Targets::Spec(spec) => Some(spec.clone()),
     };
     let names = spec.as_ref().map(Names::new).transpose()?;
     let layers = LayerFilter::new(config)?;
-    let ranks = patterns(config.rank_pattern.iter().map(|(key, _)| key))?;
-    let alphas = patterns(config.alpha_pattern.iter().map(|(key, _)| key))?;
-    let mut targets = Vec::new();
+    let mut list = Vec::new();
     for module in modules.iter() {
         let path = module.path.as_str();
         if let Some(exclude) = &exclude
@@ -100,15 +121,13 @@ pub fn match_modules(config: &LoraConfig, modules: &ModuleTable) -> Result<Vec<T
             Some(pattern) => pattern.is_match(path)?,
         };
         if hit {
-            let rank = any_match(&ranks, path)?.map_or(config.rank, |i| config.rank_pattern[i].1);
-            let alpha = any_match(&alphas, path)?.map_or(config.alpha, |i| config.alpha_pattern[i].1);
-            targets.push(target(module, rank, alpha, config.scale(rank, alpha))?);
+            list.push(module);
         }
     }
-    if targets.is_empty() {
+    if list.is_empty() {
         return Err(nothing_matched(spec.as_ref(), modules));
     }
-    Ok(targets)
+    Ok(list)
 }
 
 /// What `target_modules` given as a string on the command line would attach to: "all-linear", or a regular expression
@@ -119,7 +138,7 @@ pub fn preview_targets(spec: &str, modules: &ModuleTable) -> Result<Vec<Target>>
     raw.insert("target_modules".into(), spec.into());
     raw.insert("r".into(), 1.into());
     raw.insert("lora_alpha".into(), 1.into());
-    match_modules(&LoraConfig::parse(std::path::Path::new("--match"), raw)?, modules)
+    match_modules(&MethodConfig::parse(std::path::Path::new("--match"), raw)?, modules)
 }
 
 fn target(module: &Module, rank: u64, alpha: f64, scale: f64) -> Result<Target> {
@@ -173,7 +192,7 @@ struct LayerFilter<'a> {
 }
 
 impl<'a> LayerFilter<'a> {
-    fn new(config: &'a LoraConfig) -> Result<LayerFilter<'a>> {
+    fn new(config: &'a MethodConfig) -> Result<LayerFilter<'a>> {
         let patterns = if config.layers_pattern.is_empty() {
             vec![Pattern::prefix(r".*?\.[^.]*\.(?P<idx>\d+)\.")?]
         } else {
@@ -209,7 +228,7 @@ mod tests {
     fn matched(modules: &ModuleTable, config: Value) -> std::result::Result<Vec<Target>, String> {
         let mut raw = config.as_object().unwrap().clone();
         raw.insert("peft_type".into(), "LORA".into());
-        let config = LoraConfig::parse(Path::new("c"), raw).map_err(|e| e.to_string())?;
+        let config = MethodConfig::parse(Path::new("c"), raw).map_err(|e| e.to_string())?;
         match_modules(&config, modules).map_err(|e| e.to_string())
     }
 

@@ -1,8 +1,8 @@
-//! One weight with its branch added, and how much of the change survives the rounding.
+//! One weight with its adapter in it, and how much of the change survives the rounding.
 
 use crate::failure::{Failure, Result};
-use pleach_frontend::peft::LoraSite;
-use pleach_frontend::{Dtype, TensorRef};
+use pleach_frontend::adapter::{self, Replaced, Site, SlotData};
+use pleach_frontend::{Adapter, Checkpoint, Dtype, TensorRef};
 use serde_json::{Value, json};
 
 /// How a weight changed.
@@ -44,12 +44,55 @@ impl Change {
     }
 }
 
-/// The bytes of W + scale · B · A in the type of W [out, in] ([rows, width] for an embedding), and how much W changed.
+/// What takes the place of a tensor.
+#[derive(Clone, Copy)]
+pub(super) enum New<'a> {
+    /// The weight of a site with the adapter in it.
+    Site(&'a Site),
+    /// A parameter that the adapter replaces as a whole.
+    Replaced(&'a Replaced),
+}
+
+impl New<'_> {
+    /// What the report calls it.
+    pub(super) fn name(&self) -> &str {
+        match self {
+            New::Site(s) => &s.module,
+            New::Replaced(r) => &r.path,
+        }
+    }
+}
+
+/// The bytes of the new tensor in the type of the old one, and how much it changed.
 ///
 /// # Errors
 /// A file that can no longer be read, or a result that is no finite number in that type.
-pub(super) fn merged(tensor: &TensorRef, site: &LoraSite) -> Result<(Vec<u8>, Change)> {
-    let (w, a, b) = (tensor.read_f32()?, site.a.read_f32()?, site.b.read_f32()?);
+pub(super) fn merged(base: &Checkpoint, adapter: &Adapter, tensor: &TensorRef, new: New) -> Result<(Vec<u8>, Change)> {
+    let old = tensor.read_f32()?;
+    let new = match new {
+        New::Site(site) if matches!(adapter.config.method.name(), "lora" | "rslora") => {
+            return low_rank(tensor, &old, site);
+        }
+        New::Site(site) => adapter::merged(adapter, site, base, &old)?,
+        New::Replaced(r) => match r.value.read(base)?.data {
+            SlotData::F32(values) => values,
+            SlotData::I32(_) => return Err(Failure::new(format!("`{}` is no float tensor", r.path))),
+        },
+    };
+    let mut sum = Sum::new(tensor);
+    for (old, new) in old.iter().zip(&new) {
+        sum.push(*old, new - old, *new)?;
+    }
+    Ok((sum.out, sum.change))
+}
+
+/// W + scale · B · A, row by row, without the whole product.
+fn low_rank(tensor: &TensorRef, w: &[f32], site: &Site) -> Result<(Vec<u8>, Change)> {
+    let read = |part: &str| -> Result<Vec<f32>> {
+        let t = site.values.get(part).and_then(|v| v.tensor());
+        Ok(t.ok_or_else(|| Failure::new(format!("`{}` has no {part}", site.module)))?.read_f32()?)
+    };
+    let (a, b) = (read("lora_A")?, read("lora_B")?);
     let (rank, input, output) = (site.rank as usize, site.input as usize, site.output as usize);
     // Of an embedding [rows, width], a row of the delta is a column of A times B transposed: both factors turned round.
     let (a, b, input) = match site.embedding {
@@ -57,8 +100,7 @@ pub(super) fn merged(tensor: &TensorRef, site: &LoraSite) -> Result<(Vec<u8>, Ch
         false => (a, b, input),
     };
     let scale = site.scale as f32;
-    let mut out = Vec::with_capacity(tensor.bytes as usize);
-    let mut change = Change::default();
+    let mut sum = Sum::new(tensor);
     let mut delta = vec![0.0f32; input];
     for (row, up) in w.chunks_exact(input).zip(b.chunks_exact(rank)) {
         delta.fill(0.0);
@@ -68,16 +110,33 @@ pub(super) fn merged(tensor: &TensorRef, site: &LoraSite) -> Result<(Vec<u8>, Ch
             }
         }
         for (old, d) in row.iter().zip(&delta) {
-            let d = scale * d;
-            let new = round(old + d, tensor.dtype, &mut out);
-            if !new.is_finite() {
-                let why = format!("{} of `{}` does not fit into {}", old + d, tensor.name, tensor.dtype);
-                return Err(Failure::new(format!("{why}; check the adapter with `pleach adapter check`")));
-            }
-            change.add(*old, d, new);
+            sum.push(*old, scale * d, old + scale * d)?;
         }
     }
-    Ok((out, change))
+    Ok((sum.out, sum.change))
+}
+
+/// A tensor being written.
+struct Sum<'a> {
+    tensor: &'a TensorRef,
+    out: Vec<u8>,
+    change: Change,
+}
+
+impl<'a> Sum<'a> {
+    fn new(tensor: &'a TensorRef) -> Sum<'a> {
+        Sum { tensor, out: Vec::with_capacity(tensor.bytes as usize), change: Change::default() }
+    }
+
+    fn push(&mut self, old: f32, delta: f32, exact: f32) -> Result<()> {
+        let new = round(exact, self.tensor.dtype, &mut self.out);
+        if !new.is_finite() {
+            let why = format!("{exact} of `{}` does not fit into {}", self.tensor.name, self.tensor.dtype);
+            return Err(Failure::new(format!("{why}; check the adapter with `pleach adapter check`")));
+        }
+        self.change.add(old, delta, new);
+        Ok(())
+    }
 }
 
 /// A matrix [rows, columns] as [columns, rows].

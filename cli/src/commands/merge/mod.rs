@@ -1,7 +1,7 @@
-//! `pleach merge`: W + scale · B · A for every branch, one tensor at a time, rounded once to the checkpoint's type.
+//! `pleach merge`: every weight with its adapter in it, one tensor at a time, rounded once to the checkpoint's type.
 //!
 //! The folder keeps the model's shards and names and loads wherever the model loads. It is written under a temporary
-//! name and renamed. Memory: the largest tensor as f32 and one row of its delta.
+//! name and renamed. Memory: the largest tensor as f32, and what its method needs to change it.
 
 mod fold;
 #[cfg(feature = "compiler")]
@@ -11,8 +11,7 @@ use crate::args::MergeArgs;
 use crate::failure::{Failure, Result};
 use crate::model::{Model, temporary_beside};
 use crate::report::{self, Table, Ui, bytes};
-use fold::Change;
-use pleach_frontend::peft::LoraSite;
+use fold::{Change, New};
 use pleach_frontend::safetensors::Writer;
 use pleach_frontend::{Dtype, ModelConfig, TensorRef, TensorTable};
 use serde_json::{Value, json};
@@ -97,22 +96,27 @@ fn text(changes: &[(String, Change)]) -> String {
 struct Write<'a> {
     name: String,
     tensor: &'a TensorRef,
-    site: Option<&'a LoraSite>,
+    new: Option<New<'a>>,
 }
 
 fn write_folder(ui: &Ui, model: &Model, table: &TensorTable, out: &Path) -> Result<Vec<(String, Change)>> {
-    let sites: &[LoraSite] = model.adapters.first().map_or(&[], |a| &a.sites);
+    let Some(adapter) = model.adapters.first() else { return Ok(vec![]) };
+    // What changes, by the path of the parameter.
+    let sites = adapter.sites.iter().map(|s| (format!("{}.weight", s.module), New::Site(s)));
+    let replaced = adapter.replaced.iter().map(|r| (r.path.clone(), New::Replaced(r)));
+    let new: BTreeMap<String, New<'_>> = sites.chain(replaced).collect();
+    let ends = [format!("{EMBEDDING}.weight"), format!("{HEAD}.weight")];
     let mut files: BTreeMap<&Path, Vec<Write<'_>>> = BTreeMap::new();
-    let mut by_tensor: BTreeMap<&str, &LoraSite> = BTreeMap::new();
+    let mut by_tensor: BTreeMap<&str, New<'_>> = BTreeMap::new();
     // A shared embedding and head part as soon as one of them changes.
-    let parted = sites.iter().any(|s| s.module == EMBEDDING || s.module == HEAD) && is_tied(model);
-    for site in sites.iter().filter(|s| !(parted && (s.module == EMBEDDING || s.module == HEAD))) {
-        by_tensor.insert(&parameter(model, &site.module)?.name, site);
+    let parted = ends.iter().any(|e| new.contains_key(e)) && is_tied(model);
+    for (path, n) in new.iter().filter(|(path, _)| !(parted && ends.contains(path))) {
+        by_tensor.insert(&parameter(model, path)?.name, *n);
     }
     let mut skip: Vec<String> = vec![];
     let mut shard = None;
     if parted {
-        let shared = parameter(model, HEAD)?;
+        let shared = parameter(model, &ends[1])?;
         let embedding = if shared.name.ends_with("embed_tokens.weight") {
             shared.name.clone()
         } else {
@@ -121,15 +125,15 @@ fn write_folder(ui: &Ui, model: &Model, table: &TensorTable, out: &Path) -> Resu
         let head = format!("{HEAD}.weight");
         let list = files.entry(&shared.file).or_default();
         for (name, module) in [(&embedding, EMBEDDING), (&head, HEAD)] {
-            let site = sites.iter().find(|s| s.module == module);
-            list.push(Write { name: name.clone(), tensor: shared, site });
+            let new = new.get(&format!("{module}.weight")).copied();
+            list.push(Write { name: name.clone(), tensor: shared, new });
         }
         skip = vec![embedding, head];
         shard = Some(&*shared.file);
     }
     for t in table.iter().filter(|t| !skip.contains(&t.name)) {
-        let site = by_tensor.get(t.name.as_str()).copied();
-        files.entry(&t.file).or_default().push(Write { name: t.name.clone(), tensor: t, site });
+        let new = by_tensor.get(t.name.as_str()).copied();
+        files.entry(&t.file).or_default().push(Write { name: t.name.clone(), tensor: t, new });
     }
     let bar = ui.progress(files.values().map(Vec::len).sum::<usize>() as u64, "merging");
     let mut changes = BTreeMap::new();
@@ -140,12 +144,12 @@ fn write_folder(ui: &Ui, model: &Model, table: &TensorTable, out: &Path) -> Resu
             list.iter().map(|w| (w.name.clone(), w.tensor.dtype, w.tensor.shape.clone())).collect();
         let mut writer = Writer::create(&out.join(name), &head)?;
         for w in list.iter() {
-            match w.site {
+            match w.new {
                 None => writer.write(&w.tensor.read_bytes()?)?,
-                Some(site) => {
-                    let (bytes, change) = fold::merged(w.tensor, site)?;
+                Some(new) => {
+                    let (bytes, change) = fold::merged(&model.checkpoint, adapter, w.tensor, new)?;
                     writer.write(&bytes)?;
-                    changes.insert(site.module.clone(), change);
+                    changes.insert(new.name().to_owned(), change);
                 }
             }
             bar.inc(1);
@@ -154,12 +158,13 @@ fn write_folder(ui: &Ui, model: &Model, table: &TensorTable, out: &Path) -> Resu
     }
     bar.finish_and_clear();
     copy_rest(model.dir(), out, shard)?;
-    Ok(sites.iter().filter_map(|s| changes.remove(&s.module).map(|c| (s.module.clone(), c))).collect())
+    let sites = adapter.sites.iter().map(|s| &s.module);
+    let order = sites.chain(adapter.replaced.iter().map(|r| &r.path));
+    Ok(order.filter_map(|name| changes.remove(name).map(|c| (name.clone(), c))).collect())
 }
 
-fn parameter<'a>(model: &'a Model, module: &str) -> Result<&'a TensorRef> {
-    let path = format!("{module}.weight");
-    model.checkpoint.param(&path).ok_or_else(|| Failure::new(format!("the checkpoint holds no `{path}`")))
+fn parameter<'a>(model: &'a Model, path: &str) -> Result<&'a TensorRef> {
+    model.checkpoint.param(path).ok_or_else(|| Failure::new(format!("the checkpoint holds no `{path}`")))
 }
 
 fn is_tied(model: &Model) -> bool {

@@ -1,0 +1,72 @@
+//! The weight of a site with its adapter merged in, from the method's own lowering: the layer is run on the rows of the identity,
+//! so no method needs a second statement of what it computes.
+
+use std::collections::BTreeMap;
+
+use pleach_ir::interp::{Data, Symbols, Tensor, run_entry_with};
+use pleach_ir::{DType, Entry, Op, ParamId, Source};
+
+use super::{Site, SlotData};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::lower::Builder;
+use crate::peft::Adapter;
+
+/// W' [out, in] ([rows, width] for an embedding) such that the layer with W' alone computes what the layer with the
+/// adapter does, f32, for a weight W of the same shape.
+///
+/// # Errors
+/// Values that cannot be read; [`Error::Graph`] should an operator not fit.
+pub fn merged(adapter: &Adapter, site: &Site, base: &Checkpoint, weight: &[f32]) -> Result<Vec<f32>> {
+    let mut b = Builder::new(base, &[], None)?;
+    b.start(Entry::new("merged"));
+    let value = b.merged_site(&adapter.config.method, site)?;
+    b.output("weight", value);
+    b.finish();
+    let graph = b.into_graph();
+    let mut params = vec![];
+    for p in &graph.params {
+        params.push(match &p.source {
+            Source::Adapter { key, .. } => {
+                let part = key.rsplit('.').next().unwrap_or_default();
+                let value = site.values.get(part).ok_or_else(|| Error::Graph(format!("no value for `{key}`")))?;
+                let t = value.read(base)?;
+                match t.data {
+                    SlotData::F32(x) => Tensor::f32(t.shape, x),
+                    SlotData::I32(x) => Tensor::i32(t.shape, x),
+                }
+            }
+            _ => Tensor::f32(shape(site), weight.to_vec()),
+        });
+    }
+    let rows = if site.embedding {
+        Tensor::i32([site.input], (0..site.input as i32).collect())
+    } else {
+        let n = site.input as usize;
+        let mut identity = vec![0.0; n * n];
+        (0..n).for_each(|i| identity[i * n + i] = 1.0);
+        Tensor::f32([site.input, site.input], identity)
+    };
+    let inputs = BTreeMap::from([("x".to_owned(), rows)]);
+    let entry = graph.entry("merged").ok_or_else(|| Error::Graph("the entry is gone".into()))?;
+    let value = |id: ParamId| params.get(id.index());
+    let result = run_entry_with(&graph.params, &value, entry, &inputs, &Symbols::new());
+    let mut result = result.map_err(|e| Error::Graph(e.to_string()))?;
+    match result.outputs.remove("weight").map(|t| t.data) {
+        Some(Data::F32(x)) => Ok(x),
+        _ => Err(Error::Graph("the merged weight is not f32".into())),
+    }
+}
+
+fn shape(site: &Site) -> [u64; 2] {
+    if site.embedding { [site.input, site.output] } else { [site.output, site.input] }
+}
+
+/// The input of the layer: the identity [in, in], or all indices of a table.
+pub(crate) fn all_rows(site: &Site) -> Op {
+    let (dtype, shape) = match site.embedding {
+        true => (DType::I32, vec![site.input.into()]),
+        false => (DType::F32, vec![site.input.into(), site.input.into()]),
+    };
+    Op::Input { name: "x".into(), dtype, shape }
+}

@@ -1,0 +1,38 @@
+//! Full fine-tuning of chosen modules: their parameters are trained as they are.
+//!
+//! There is no branch; everything goes through what all methods share, modules that are replaced as a whole. The folder is one that
+//! PEFT loads: LoRA without a target (`dummy-target-modules` is PEFT's own word for it) and the modules in `modules_to_save`.
+
+use serde_json::{Value, json};
+
+use super::Site;
+use super::method::{Buffer, Method};
+
+/// `target_modules` of a configuration that targets nothing.
+pub(crate) const NO_TARGET: &str = "dummy-target-modules";
+
+/// Full fine-tuning.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Full;
+
+impl Method for Full {
+    fn name(&self) -> &'static str {
+        "full"
+    }
+
+    fn formula(&self) -> &'static str {
+        "y = x·Wᵀ, W trained"
+    }
+
+    fn peft_type(&self) -> &'static str {
+        "LORA"
+    }
+
+    fn buffers(&self, _site: &Site) -> Vec<Buffer> {
+        vec![]
+    }
+
+    fn config(&self) -> Vec<(&'static str, Value)> {
+        vec![("target_modules", json!(NO_TARGET))]
+    }
+}

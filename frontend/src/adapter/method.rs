@@ -1,0 +1,234 @@
+//! What an adapter method is: one value that says where it attaches, which buffers it owns and what it computes.
+//!
+//! A method writes plain operators and declares roles; merging, fusing, gradients and what is kept for the backward pass follow
+//! from general rules elsewhere. It has no merge, no kernels and no optimizer of its own, and its lowering must be a pure function
+//! of IR values: what changes from step to step acts through buffers.
+
+use std::fmt;
+
+use pleach_ir::{BinaryOp, DType, Op, Role, Source, TensorType, ValueId};
+use serde_json::Value;
+
+use super::{Init, Site};
+use crate::error::{Error, Result};
+use crate::lower::Builder;
+use crate::peft::Target;
+
+/// One buffer of a site. Its parameter is called `slot{n}.{module}.{part}`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Buffer {
+    /// Last part of the name.
+    pub part: &'static str,
+    /// Element type in the slot: f32, or i32 for indices.
+    pub dtype: DType,
+    /// Row-major shape.
+    pub shape: Vec<u64>,
+    /// `Train`: trained when the slot is; `Index`, `Frozen`: never.
+    pub role: Role,
+    /// Ending of its name in the adapter's file, behind the module's path; `None` where it is not saved.
+    pub file: Option<&'static str>,
+    /// How it starts.
+    pub init: Init,
+}
+
+impl Buffer {
+    /// A trained f32 buffer.
+    pub fn trained(part: &'static str, file: &'static str, shape: &[u64], init: Init) -> Buffer {
+        Buffer { part, dtype: DType::F32, shape: shape.to_vec(), role: Role::Train, file: Some(file), init }
+    }
+
+    /// A number that the configuration gives, f32 [].
+    pub fn constant(part: &'static str, value: f64) -> Buffer {
+        let init = Init::Constant { value: value as f32 };
+        Buffer { part, dtype: DType::F32, shape: vec![], role: Role::Frozen, file: None, init }
+    }
+}
+
+/// What a method wants to know before training.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Request {
+    /// dL/dW of the site's weight, summed over this many batches.
+    Gradient {
+        /// Batches.
+        batches: u64,
+    },
+}
+
+/// How the optimizer treats one buffer, beside AdamW's own settings.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Optimizer {
+    /// Factor of the learning rate.
+    pub lr_factor: f32,
+    /// Whether weight decay applies.
+    pub decay: bool,
+}
+
+impl Default for Optimizer {
+    fn default() -> Optimizer {
+        Optimizer { lr_factor: 1.0, decay: true }
+    }
+}
+
+/// A change that a method wants at a step.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Edit {
+    /// These parts get new values from these recipes; shapes stay.
+    Buffers(Vec<(&'static str, Init)>),
+    /// The graph itself changes: compile again.
+    Recompile,
+}
+
+/// An adapter method.
+pub trait Method: fmt::Debug + Send + Sync {
+    /// The name of the command line.
+    fn name(&self) -> &'static str;
+
+    /// What it computes, in one line.
+    fn formula(&self) -> &'static str;
+
+    /// `peft_type` in its configuration.
+    fn peft_type(&self) -> &'static str;
+
+    /// The configuration's key for alpha.
+    fn alpha_key(&self) -> &'static str {
+        "lora_alpha"
+    }
+
+    /// The factor of the update.
+    fn scale(&self, rank: u64, alpha: f64) -> f64 {
+        alpha / rank as f64
+    }
+
+    /// Whether it can attach to this module.
+    ///
+    /// # Errors
+    /// Why not.
+    fn attach(&self, target: &Target) -> std::result::Result<(), String> {
+        let _ = target;
+        Ok(())
+    }
+
+    /// The buffers of a site. Every method has the constant `scale`.
+    fn buffers(&self, site: &Site) -> Vec<Buffer>;
+
+    /// What it wants to know of a site before training.
+    fn requests(&self, site: &Site) -> Vec<Request> {
+        let _ = site;
+        vec![]
+    }
+
+    /// The weight that takes the place of the base's, W [out, in] ([rows, width] for an embedding).
+    ///
+    /// # Errors
+    /// An operator that does not fit.
+    fn weight(&self, scope: &mut Scope, weight: ValueId) -> Result<ValueId> {
+        let _ = scope;
+        Ok(weight)
+    }
+
+    /// The layer's output without bias, as terms of a sum [T, out]. `terms` comes in as x · Wᵀ and what other slots added; x is
+    /// [T, in], or the i32 index [T] of an embedding; `weight` is the base's.
+    ///
+    /// # Errors
+    /// An operator that does not fit.
+    fn output(&self, scope: &mut Scope, x: ValueId, weight: ValueId, terms: Vec<ValueId>) -> Result<Vec<ValueId>> {
+        let _ = (scope, x, weight);
+        Ok(terms)
+    }
+
+    /// A term of the loss f32 [] that depends on the site's buffers alone, counted once per optimizer step.
+    ///
+    /// # Errors
+    /// An operator that does not fit.
+    fn aux_loss(&self, scope: &mut Scope) -> Result<Option<ValueId>> {
+        let _ = scope;
+        Ok(None)
+    }
+
+    /// How the optimizer treats a buffer.
+    fn optimizer(&self, part: &str) -> Optimizer {
+        let _ = part;
+        Optimizer::default()
+    }
+
+    /// What changes before a step.
+    fn on_step(&self, step: u64) -> Vec<Edit> {
+        let _ = step;
+        vec![]
+    }
+
+    /// Whether an adapter with this configuration can be trained from the start.
+    ///
+    /// # Errors
+    /// The key at fault and what is wrong with it.
+    fn check_training(&self) -> std::result::Result<(), (&'static str, String)> {
+        Ok(())
+    }
+
+    /// Keys of `adapter_config.json` beside those that all methods share.
+    fn config(&self) -> Vec<(&'static str, Value)>;
+}
+
+/// Where a method writes the operators of one site.
+pub struct Scope<'s, 'b> {
+    b: &'s mut Builder<'b>,
+    slot: u32,
+    site: &'s Site,
+    buffers: Vec<Buffer>,
+}
+
+impl<'s, 'b> Scope<'s, 'b> {
+    pub(crate) fn new(b: &'s mut Builder<'b>, slot: u32, method: &dyn Method, site: &'s Site) -> Scope<'s, 'b> {
+        Scope { b, slot, site, buffers: method.buffers(site) }
+    }
+
+    /// The site.
+    pub fn site(&self) -> &'s Site {
+        self.site
+    }
+
+    /// The value of a buffer.
+    ///
+    /// # Errors
+    /// The method has no such buffer.
+    pub fn buffer(&mut self, part: &str) -> Result<ValueId> {
+        let buffer = self.buffers.iter().find(|b| b.part == part);
+        let buffer = buffer.ok_or_else(|| Error::Graph(format!("there is no buffer `{part}`")))?;
+        let role = if buffer.role == Role::Train { self.b.trained(self.slot) } else { buffer.role };
+        let ty = TensorType::new(buffer.dtype, buffer.shape.iter().copied());
+        let (slot, key) = (self.slot, format!("{}.{part}", self.site.module));
+        self.b.param(format!("slot{slot}.{key}"), ty, role, Source::Adapter { slot, key })
+    }
+
+    /// Appends an operator.
+    ///
+    /// # Errors
+    /// Operands that do not fit.
+    pub fn push(&mut self, op: Op, inputs: &[ValueId]) -> Result<ValueId> {
+        self.b.push(op, inputs)
+    }
+
+    /// a · b elementwise; a rank-0 operand stands for its value everywhere.
+    ///
+    /// # Errors
+    /// Operands that do not fit.
+    pub fn mul(&mut self, a: ValueId, b: ValueId) -> Result<ValueId> {
+        self.push(Op::Binary(BinaryOp::Mul), &[a, b])
+    }
+
+    /// The sum of terms; one term is itself.
+    ///
+    /// # Errors
+    /// Operands that do not fit.
+    pub fn sum(&mut self, terms: &[ValueId]) -> Result<ValueId> {
+        if let [only] = terms { Ok(*only) } else { self.push(Op::Add, terms) }
+    }
+
+    /// A vector [d] over the rows of x [T, d].
+    ///
+    /// # Errors
+    /// Operands that do not fit.
+    pub fn over_rows(&mut self, vector: ValueId, x: ValueId) -> Result<ValueId> {
+        self.b.over_rows(vector, x)
+    }
+}

@@ -1,0 +1,110 @@
+//! What a trainer must know of an adapter, as data: which parameters its slot has, how they start, and under which names and with
+//! which configuration they are saved. A plan file carries it, so a run needs neither this crate nor a configuration.
+//!
+//! No path is in it: the base model's name is for whoever writes the folder.
+
+use pleach_ir::{DType, Role};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::method::{Buffer, Optimizer};
+use super::{Init, Request};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::modules::is_computed;
+use crate::peft::{Adapter, PREFIX};
+
+/// An adapter as a trainer sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AdapterPlan {
+    /// Name of the method.
+    pub method: String,
+    /// Its slot.
+    pub slot: u32,
+    /// `adapter_config.json`, without `base_model_name_or_path`.
+    pub config: Map<String, Value>,
+    /// The parameters of the slot, in module order.
+    pub tensors: Vec<TensorPlan>,
+}
+
+/// One parameter of the slot.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TensorPlan {
+    /// Key in the slot; the parameter is called `slot{n}.{key}`.
+    pub key: String,
+    /// Name in `adapter_model.safetensors`; absent where it is not saved.
+    pub file: Option<String>,
+    /// Row-major shape.
+    pub shape: Vec<u64>,
+    /// Type in the file, as safetensors spells it: `F32`, or `I64` for indices, which are i32 in the slot.
+    pub dtype: String,
+    /// Whether the optimizer changes it.
+    pub trained: bool,
+    /// How it starts; tensors of the base by their names in the checkpoint.
+    pub init: Init,
+    /// Factor of the learning rate.
+    pub lr_factor: f32,
+    /// Whether weight decay applies.
+    pub decay: bool,
+}
+
+impl AdapterPlan {
+    /// The plan of an adapter in a slot.
+    ///
+    /// # Errors
+    /// A parameter of the base that the checkpoint does not hold.
+    pub fn new(adapter: &Adapter, slot: u32, base: &Checkpoint) -> Result<AdapterPlan> {
+        let method = &adapter.config.method;
+        let mut tensors = vec![];
+        for site in adapter.sites.iter().filter(|s| is_computed(&s.module)) {
+            for b in method.buffers(site) {
+                let file = b.file.map(|end| format!("{PREFIX}{}.{end}", site.module));
+                tensors.push(tensor(format!("{}.{}", site.module, b.part), file, &b, method.optimizer(b.part), base)?);
+            }
+        }
+        for r in adapter.replaced.iter().filter(|r| is_computed(&r.path)) {
+            let b = Buffer {
+                part: "",
+                dtype: DType::F32,
+                shape: r.shape.clone(),
+                role: Role::Train,
+                file: None,
+                init: Init::Base { tensor: r.path.clone() },
+            };
+            let file = Some(format!("{PREFIX}{}", r.file));
+            tensors.push(tensor(r.path.clone(), file, &b, Optimizer::default(), base)?);
+        }
+        Ok(AdapterPlan { method: method.name().into(), slot, config: adapter.config.saved(), tensors })
+    }
+
+    /// As JSON.
+    pub fn to_json(&self) -> Value {
+        // Strings, numbers and lists only: nothing here can fail.
+        serde_json::to_value(self).unwrap_or_default()
+    }
+}
+
+impl Adapter {
+    /// What the method wants to know before training: module and request.
+    pub fn requests(&self) -> Vec<(String, Request)> {
+        let of = |s: &super::Site| {
+            self.config.method.requests(s).into_iter().map(|r| (s.module.clone(), r)).collect::<Vec<_>>()
+        };
+        self.sites.iter().flat_map(of).collect()
+    }
+}
+
+fn tensor(key: String, file: Option<String>, b: &Buffer, o: Optimizer, base: &Checkpoint) -> Result<TensorPlan> {
+    let rename = |path: &str| base.param(path).map(|t| t.name.clone());
+    let init = b.init.renamed(rename).ok_or_else(|| Error::tensor(&base.dir, &key, "is not in the checkpoint"))?;
+    Ok(TensorPlan {
+        key,
+        file,
+        shape: b.shape.clone(),
+        dtype: if b.dtype == DType::I32 { "I64" } else { "F32" }.into(),
+        trained: b.role == Role::Train,
+        init,
+        lr_factor: o.lr_factor,
+        decay: o.decay,
+    })
+}
