@@ -15,6 +15,7 @@ pub mod options;
 pub mod order;
 #[cfg(test)]
 mod random_tests;
+pub mod recompute;
 pub mod rewrite;
 #[cfg(test)]
 mod testing;

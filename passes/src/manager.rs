@@ -5,7 +5,7 @@
 
 use crate::error::PassError;
 use crate::options::Options;
-use crate::{canonicalize, fold_params, rewrite};
+use crate::{recompute, canonicalize, fold_params, rewrite};
 use pleach_ir::Graph;
 use pleach_ir::text::print;
 use pleach_ir::verify::verify;
@@ -41,6 +41,11 @@ const PASSES: &[Pass] = &[
         name: "fold-params",
         about: "what depends on parameters alone moves into prepare entries",
         run: fold_params::run,
+    },
+    Pass {
+        name: "recompute",
+        about: "which forward values are kept for the backward half and which are built again",
+        run: recompute::run,
     },
 ];
 
@@ -78,12 +83,14 @@ pub struct RuleCount {
 }
 
 /// Filled by a pass while it runs.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Debug, Default)]
 pub struct Report {
     /// One short line for people; empty when there is nothing to say.
     pub note: String,
     /// Rewrite rules that did something.
     pub rules: Vec<RuleCount>,
+    /// What is kept for the backward half, where the pass decides it.
+    pub saved: Vec<recompute::Saved>,
 }
 
 /// What happened in one pass.
@@ -103,6 +110,8 @@ pub struct PassReport {
     pub note: String,
     /// Rewrite rules that did something.
     pub rules: Vec<RuleCount>,
+    /// What is kept for the backward half, where the pass decides it.
+    pub saved: Vec<recompute::Saved>,
 }
 
 /// Which passes run, and what is kept on the way.
@@ -183,6 +192,7 @@ pub fn run(g: &Graph, pipeline: &Pipeline, opts: &Options) -> Result<Outcome, Pa
             ms,
             note: report.note,
             rules: report.rules,
+            saved: report.saved,
         });
         if changed && pipeline.print_ir_after_change {
             out.dumps.push((format!("{:02}-after-{}", out.reports.len(), pass.name), print(&next)));

@@ -1,5 +1,7 @@
 //! What the caller can ask of the passes, and the numbers of a target that costs are computed from.
 
+use crate::recompute::Price;
+
 /// Speeds of a target, for choosing between equal forms. Rough is enough: they only rank alternatives.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Target {
@@ -64,6 +66,11 @@ pub struct Options {
     pub round_limit: usize,
     /// E-nodes per region at most.
     pub node_limit: usize,
+    /// What a byte kept for the backward half is worth when terms are chosen, microseconds. `None`: what it costs in
+    /// time alone, to be written and read once.
+    pub saved_byte_us: Option<f64>,
+    /// What a kept byte is worth when it is decided which values are built again; `None` for the same as above.
+    pub recompute: Option<Price>,
 }
 
 impl Default for Options {
@@ -75,11 +82,19 @@ impl Default for Options {
             disabled_rules: vec![],
             round_limit: 40,
             node_limit: 20_000,
+            saved_byte_us: None,
+            recompute: None,
         }
     }
 }
 
 impl Options {
+    /// The price of kept bytes that `recompute` works with.
+    pub fn price(&self) -> Price {
+        let floor = Price::floor(self.target.bytes_per_s);
+        self.recompute.unwrap_or_else(|| self.saved_byte_us.map_or(floor, Price::flat))
+    }
+
     /// The token count that costs of this entry are computed at: the hint, else 1 for `generate`, 512 otherwise.
     pub fn tokens(&self, entry: &str) -> u64 {
         match self.tokens_hint.iter().find(|(e, _)| e == entry) {

@@ -1,0 +1,177 @@
+//! `recompute`: which forward values are kept for the backward half of an entry, and which are built again.
+//!
+//! A value is of the *forward* half when it does not depend on [`SEED`], the factor of the loss that every gradient
+//! starts from. At a price per kept byte the cheapest choice of what to keep and what to build again is exactly a
+//! minimum cut ([`cut`]). What is built again is cloned next to its first use; the leaves of a clone are
+//! `after(kept, gradient)`, so a clone can neither run early nor be merged with its original.
+//!
+//! Assumes phase `Core` after `fold-params`; nothing that merges equal values may run later. Leaves alone entries
+//! without the seed, and whatever the cut keeps. [`saved`] lists what an entry keeps, why, and what would drop it.
+//! Knows operators, sizes and the target's speeds; no model and no method.
+
+mod cut;
+mod saved;
+#[cfg(test)]
+mod tests;
+
+pub use saved::{Saved, saved};
+
+use crate::error::PassError;
+use crate::manager::Report;
+use crate::options::Options;
+use pleach_ir::{Entry, Graph, IrError, Op, Param, ValueId};
+use std::collections::{BTreeMap, BTreeSet};
+
+const NAME: &str = "recompute";
+
+/// The input that gradients start from: the factor of the loss.
+pub const SEED: &str = "loss_scale";
+
+/// How much forward work may be spent to keep fewer bytes.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Price {
+    /// Microseconds that one kept byte is worth.
+    pub byte_us: f64,
+    /// The same for values of the first part of the forward half.
+    pub early_byte_us: f64,
+    /// How large the first part is: a share of the forward half's nodes, 0..=1.
+    pub early: f64,
+}
+
+impl Price {
+    /// One price for all values.
+    pub fn flat(byte_us: f64) -> Price {
+        Price { byte_us, early_byte_us: byte_us, early: 0.0 }
+    }
+
+    /// What keeping a byte costs in time alone: it is written once and read once.
+    pub fn floor(bytes_per_s: f64) -> Price {
+        Price::flat(2e6 / bytes_per_s)
+    }
+}
+
+/// The pass.
+///
+/// # Errors
+/// [`PassError::Build`] if a clone does not type-check, which would be a fault of this pass.
+pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, PassError> {
+    let mut out = g.clone();
+    for e in &mut out.entries {
+        if !e.inputs().iter().any(|(_, name)| *name == SEED) {
+            continue;
+        }
+        let before = saved(g, e, opts);
+        let rebuilt = cut::rebuilt(e, opts);
+        if rebuilt.contains(&true) {
+            *e = apply(&g.params, e, &rebuilt).map_err(PassError::build(NAME, &e.name))?;
+        }
+        let after = saved(g, e, opts);
+        let mib = |s: &[Saved]| s.iter().map(|x| x.bytes).sum::<u64>() as f64 / f64::from(1 << 20);
+        report.note =
+            format!("kept for backward {:.1} → {:.1} MiB at T={}", mib(&before), mib(&after), opts.tokens(&e.name));
+        report.saved = after;
+    }
+    Ok(out)
+}
+
+/// Which values depend on the seed.
+fn gradients(e: &Entry) -> Vec<bool> {
+    let mut out: Vec<bool> = Vec::with_capacity(e.nodes.len());
+    for n in &e.nodes {
+        let seed = matches!(&n.op, Op::Input { name, .. } if name == SEED);
+        out.push(seed || n.inputs.iter().any(|i| out[i.index()]));
+    }
+    out
+}
+
+/// The entry with clones of the values to build again.
+fn apply(params: &[Param], e: &Entry, rebuilt: &[bool]) -> Result<Entry, IrError> {
+    let gradient = gradients(e);
+    let first = first_uses(e, &gradient, rebuilt);
+    let mut out = Entry::new(e.name.clone());
+    let mut map = vec![ValueId(0); e.nodes.len()];
+    let copy = |out: &mut Entry, map: &mut Vec<ValueId>, v: ValueId| -> Result<(), IrError> {
+        let n = e.node(v);
+        let inputs: Vec<ValueId> = n.inputs.iter().map(|i| map[i.index()]).collect();
+        map[v.index()] = out.push_from(params, n.op.clone(), &inputs, n.origin.clone())?;
+        Ok(())
+    };
+    for v in e.values().filter(|v| !gradient[v.index()]) {
+        copy(&mut out, &mut map, v)?;
+    }
+    // clones by the gradient they are first used for
+    let mut due: BTreeMap<ValueId, BTreeSet<ValueId>> = BTreeMap::new();
+    for v in e.values().filter(|v| rebuilt[v.index()]) {
+        if let Some(b) = first[v.index()] {
+            due.entry(b).or_default().insert(v);
+        }
+    }
+    let mut clone: BTreeMap<ValueId, ValueId> = BTreeMap::new();
+    let mut held: BTreeMap<(ValueId, ValueId), ValueId> = BTreeMap::new();
+    for b in e.values().filter(|v| gradient[v.index()]) {
+        if let Some(list) = due.get(&b) {
+            let token = e.node(b).inputs.iter().filter(|i| gradient[i.index()]).max().map(|t| map[t.index()]);
+            for &v in list {
+                let n = e.node(v);
+                let mut inputs = vec![];
+                for i in &n.inputs {
+                    inputs.push(match (clone.get(i), token) {
+                        (Some(c), _) => *c,
+                        (None, Some(token))
+                            if !matches!(e.node(*i).op, Op::Param(_) | Op::Const { .. } | Op::Iota { .. }) =>
+                        {
+                            let kept = map[i.index()];
+                            match held.get(&(kept, token)) {
+                                Some(a) => *a,
+                                None => {
+                                    let a = out.push_from(params, Op::After, &[kept, token], n.origin.clone())?;
+                                    held.insert((kept, token), a);
+                                    a
+                                }
+                            }
+                        }
+                        _ => map[i.index()],
+                    });
+                }
+                let c = out.push_from(params, n.op.clone(), &inputs, n.origin.clone())?;
+                clone.insert(v, c);
+            }
+        }
+        let n = e.node(b);
+        let inputs: Vec<ValueId> = n.inputs.iter().map(|i| clone.get(i).copied().unwrap_or(map[i.index()])).collect();
+        map[b.index()] = out.push_from(params, n.op.clone(), &inputs, n.origin.clone())?;
+    }
+    out.roots = e.roots.clone();
+    out.roots.iter_mut().for_each(|r| r.value = map[r.value.index()]);
+    without_dead(params, &out)
+}
+
+/// For every value to build again: the first gradient that needs its clone, directly or through other clones.
+fn first_uses(e: &Entry, gradient: &[bool], rebuilt: &[bool]) -> Vec<Option<ValueId>> {
+    let mut first: Vec<Option<ValueId>> = vec![None; e.nodes.len()];
+    for v in e.values().rev() {
+        let at = if gradient[v.index()] { Some(v) } else { first[v.index()].filter(|_| rebuilt[v.index()]) };
+        let Some(at) = at else { continue };
+        for i in e.node(v).inputs.iter().filter(|i| rebuilt[i.index()]) {
+            let f = &mut first[i.index()];
+            *f = Some(f.map_or(at, |x| x.min(at)));
+        }
+    }
+    first
+}
+
+fn without_dead(params: &[Param], e: &Entry) -> Result<Entry, IrError> {
+    let live = e.live();
+    let mut out = Entry::new(e.name.clone());
+    let mut map = vec![ValueId(0); e.nodes.len()];
+    for v in e.values() {
+        let n = e.node(v);
+        if live[v.index()] || matches!(n.op, Op::Input { .. }) {
+            let inputs: Vec<ValueId> = n.inputs.iter().map(|i| map[i.index()]).collect();
+            map[v.index()] = out.push_from(params, n.op.clone(), &inputs, n.origin.clone())?;
+        }
+    }
+    out.roots = e.roots.clone();
+    out.roots.iter_mut().for_each(|r| r.value = map[r.value.index()]);
+    Ok(out)
+}
