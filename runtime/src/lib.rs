@@ -20,6 +20,7 @@ mod run;
 mod sample;
 mod session;
 mod slots;
+pub mod train;
 mod weights;
 
 pub use cast::{f16_to_f32, f32_to_bf16};

@@ -1,0 +1,210 @@
+//! An adapter as its plan describes it, and its folder as PEFT reads it.
+//!
+//! The description is data under `adapter` in the plan's facts; the frontend writes it. Indices are i32 in the slot and
+//! I64 in the file.
+
+use super::machine::Machine;
+use crate::error::{Result, RuntimeError};
+use pleach_plan::{DType, Plan};
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+/// File of an adapter's tensors.
+pub(super) const TENSORS: &str = "adapter_model.safetensors";
+/// File of an adapter's configuration.
+pub(super) const CONFIG: &str = "adapter_config.json";
+
+/// What the plan says of the adapter that it trains.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+pub struct AdapterPlan {
+    /// Its slot.
+    pub slot: u32,
+    /// `adapter_config.json` without the base model's name.
+    pub config: Map<String, Value>,
+    /// The tensors of the slot.
+    pub tensors: Vec<TensorPlan>,
+}
+
+/// One tensor of the slot.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+pub struct TensorPlan {
+    /// Key in the slot; the parameter is called `slot{n}.{key}`.
+    pub key: String,
+    /// Name in the file; `None` where it is not saved.
+    pub file: Option<String>,
+    /// Dimensions.
+    pub shape: Vec<u64>,
+    /// Type in the file: `F32`, or `I64` for indices.
+    pub dtype: String,
+    /// Whether the optimizer changes it.
+    pub trained: bool,
+    /// How it starts.
+    pub init: Init,
+}
+
+/// How a tensor starts; see the frontend's type of that name for the meaning of each.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs, reason = "the frontend's type has the meanings")]
+pub enum Init {
+    Zeros {},
+    Constant { value: f32 },
+    Uniform { bound: f32 },
+    Normal { std: f32 },
+    Base { tensor: String },
+    RowNorms(Norms),
+    ColumnNorms(Norms),
+    RandomIndices { from: u64 },
+    LargestColumns { tensor: String },
+    LargestGradientColumns { tensor: String, batches: u64 },
+}
+
+/// Lengths of the rows (or columns) of W + scale · B · A.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+pub struct Norms {
+    /// Tensor of the base.
+    pub weight: String,
+    /// Key of A [r, in].
+    pub a: Option<String>,
+    /// Key of B [out, r].
+    pub b: Option<String>,
+    /// Key of the factor.
+    pub scale: Option<String>,
+}
+
+impl AdapterPlan {
+    /// The adapter a plan trains.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Values`] for a plan that trains none, or one made by another version.
+    pub fn of(plan: &Plan) -> Result<AdapterPlan> {
+        let value = plan.meta.extra.get("adapter").cloned().ok_or_else(|| {
+            RuntimeError::Values("the plan trains no adapter; compile it with --method and --entry train".into())
+        })?;
+        serde_json::from_value(value)
+            .map_err(|e| RuntimeError::Values(format!("the plan's adapter is not understood ({e}); compile it again")))
+    }
+
+    /// Number of trained values.
+    pub fn trained(&self) -> u64 {
+        self.tensors.iter().filter(|t| t.trained).map(|t| t.shape.iter().product::<u64>()).sum()
+    }
+
+    /// Name of a tensor's parameter.
+    pub fn param(&self, t: &TensorPlan) -> String {
+        format!("slot{}.{}", self.slot, t.key)
+    }
+
+    /// Writes the folder's two files into a folder that exists, and syncs them.
+    ///
+    /// # Errors
+    /// What the system refuses, and a tensor that the machine does not have.
+    pub fn write(&self, machine: &dyn Machine, base: Option<&str>, dir: &Path) -> Result<()> {
+        let mut config = self.config.clone();
+        config.insert("base_model_name_or_path".into(), base.map_or(Value::Null, Value::from));
+        // PEFT writes its keys in order of their names.
+        let mut keys: Vec<(String, Value)> = config.into_iter().collect();
+        keys.sort_by(|a, b| a.0.cmp(&b.0));
+        let mut text = serde_json::to_vec_pretty(&Map::from_iter(keys)).unwrap_or_default();
+        text.push(b'\n');
+        write_synced(&dir.join(CONFIG), &text)?;
+        let mut tensors = vec![];
+        for t in &self.tensors {
+            let Some(file) = &t.file else { continue };
+            let v = machine.read(&self.param(t))?;
+            let (dtype, bytes) = match (v.dtype, t.dtype.as_str()) {
+                (DType::F32, "F32") => (Dtype::F32, Cow::Borrowed(v.bytes)),
+                (DType::I32, "I64") => {
+                    let wide =
+                        v.bytes.as_chunks().0.iter().flat_map(|b| i64::from(i32::from_le_bytes(*b)).to_le_bytes());
+                    (Dtype::I64, Cow::Owned(wide.collect()))
+                }
+                (have, want) => {
+                    let why = format!("`{}` is {} and cannot be saved as {want}", t.key, have.name());
+                    return Err(RuntimeError::Values(why));
+                }
+            };
+            tensors.push((file.clone(), dtype, t.shape.clone(), bytes));
+        }
+        write_tensors(&dir.join(TENSORS), &tensors)
+    }
+
+    /// Brings the saved tensors of a folder back, and gives the names of their parameters.
+    ///
+    /// # Errors
+    /// A file that cannot be read, and tensors that are missing or do not fit.
+    pub fn restore(&self, machine: &mut dyn Machine, dir: &Path) -> Result<Vec<String>> {
+        let path = dir.join(TENSORS);
+        let saved = self.tensors.iter().filter_map(|t| Some((t, t.file.as_deref()?)));
+        let mut done = vec![];
+        with_tensors(&path, |file| {
+            for (t, name) in saved {
+                let v = file.tensor(name).map_err(|_| damaged(&path, &format!("has no tensor `{name}`")))?;
+                let param = self.param(t);
+                match (v.dtype(), t.dtype.as_str()) {
+                    (Dtype::F32, "F32") => machine.write(&param, DType::F32, v.data())?,
+                    (Dtype::I64, "I64") => {
+                        let narrow = v.data().as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as i32);
+                        let bytes: Vec<u8> = narrow.flat_map(i32::to_le_bytes).collect();
+                        machine.write(&param, DType::I32, &bytes)?;
+                    }
+                    (have, want) => {
+                        return Err(damaged(&path, &format!("holds `{name}` as {have:?}, expected {want}")));
+                    }
+                }
+                done.push(param);
+            }
+            Ok(())
+        })?;
+        Ok(done)
+    }
+}
+
+/// A file that is not what it must be.
+pub(crate) fn damaged(path: &Path, why: &str) -> RuntimeError {
+    RuntimeError::File { file: path.display().to_string(), why: format!("{why}; resume from another checkpoint") }
+}
+
+/// A tensor for a file: name, type, shape, bytes.
+pub(crate) type Saved<'a> = (String, Dtype, Vec<u64>, Cow<'a, [u8]>);
+
+/// Writes a safetensors file and syncs it.
+pub(crate) fn write_tensors(path: &Path, tensors: &[Saved<'_>]) -> Result<()> {
+    let what = || path.display().to_string();
+    let views = tensors
+        .iter()
+        .map(|(name, dtype, shape, bytes)| {
+            let shape = shape.iter().map(|d| *d as usize).collect();
+            Ok((name.as_str(), TensorView::new(*dtype, shape, bytes)?))
+        })
+        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>();
+    let meta = HashMap::from([("format".to_string(), "pt".to_string())]);
+    views
+        .and_then(|v| safetensors::serialize_to_file(v, Some(meta), path))
+        .map_err(|e| RuntimeError::File { file: what(), why: format!("cannot be written: {e}") })?;
+    fs::File::open(path).and_then(|f| f.sync_all()).map_err(RuntimeError::io(what()))
+}
+
+/// Opens a safetensors file for a while.
+pub(crate) fn with_tensors<T>(path: &Path, f: impl FnOnce(&SafeTensors<'_>) -> Result<T>) -> Result<T> {
+    let bytes = fs::read(path).map_err(RuntimeError::io(path.display().to_string()))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| damaged(path, &format!("cannot be read ({e})")))?;
+    f(&file)
+}
+
+/// Writes a file and syncs it.
+pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || {
+        let mut f = fs::File::create(path)?;
+        f.write_all(bytes)?;
+        f.sync_all()
+    };
+    write().map_err(RuntimeError::io(path.display().to_string()))
+}

@@ -1,0 +1,239 @@
+//! Checkpoints: one folder per kept step, whole or not there.
+//!
+//! A folder is written under a temporary name, every file synced, then the folder, then it is renamed and the folder
+//! above synced. A kill at any moment leaves the checkpoints that were there, and at most one temporary folder, which
+//! the next one replaces. What is thrown away is renamed first, so that no half folder ever has a checkpoint's name.
+//!
+//! In it: the adapter as PEFT reads it, `optimizer.safetensors` (moments, and whatever of the slot the adapter's file
+//! does not hold), `trainer_state.json`.
+
+use super::adapter::{AdapterPlan, damaged, with_tensors, write_synced, write_tensors};
+use super::machine::Machine;
+use super::step::Settings;
+use crate::error::{Result, RuntimeError};
+use pleach_plan::DType;
+use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+/// File of the moments.
+const OPTIMIZER: &str = "optimizer.safetensors";
+/// File of the counts.
+const STATE: &str = "trainer_state.json";
+/// Version of the folder's form.
+const VERSION: u64 = 1;
+
+/// Where a run stands; with the tensors, everything that decides how it goes on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Version of the form.
+    pub version: u64,
+    /// Optimizer steps done.
+    pub global_step: u64,
+    /// Passes over the rows.
+    pub epoch: f64,
+    /// Places of the order that were used.
+    pub position: u64,
+    /// Settings of the run.
+    pub settings: Settings,
+    /// Fingerprint of the rows, as hexadecimal digits.
+    pub data: String,
+}
+
+/// Called before every operation on files with its name; for tests, which end the process here.
+pub type Watch<'w> = &'w mut dyn FnMut(&str);
+
+impl State {
+    /// After `step` steps of these settings over rows with this fingerprint.
+    pub fn new(step: u64, settings: &Settings, rows: usize, fingerprint: u64) -> State {
+        let position = step * settings.accum * settings.batch;
+        State {
+            version: VERSION,
+            global_step: step,
+            epoch: position as f64 / rows.max(1) as f64,
+            position,
+            settings: settings.clone(),
+            data: format!("{fingerprint:016x}"),
+        }
+    }
+
+    /// Whether a run with other settings goes on from here as if it had never stopped. More steps are welcome.
+    ///
+    /// # Errors
+    /// Everything that differs, by name.
+    pub fn check(&self, settings: &Settings, fingerprint: u64) -> Result<()> {
+        let as_map = |s: &Settings| serde_json::to_value(s).unwrap_or_default();
+        let (old, new) = (as_map(&self.settings), as_map(settings));
+        let mut differ = vec![];
+        for (name, value) in old.as_object().into_iter().flatten() {
+            if name != "steps" && new.get(name) != Some(value) {
+                differ.push(format!("{name} was {value}, is {}", new.get(name).cloned().unwrap_or_default()));
+            }
+        }
+        if self.data != format!("{fingerprint:016x}") {
+            differ.push("the rows of --data are others".into());
+        }
+        if settings.steps < self.global_step {
+            differ.push(format!("{} steps are done, {} are asked for", self.global_step, settings.steps));
+        }
+        if differ.is_empty() {
+            return Ok(());
+        }
+        let list = differ.join("\n  ");
+        Err(RuntimeError::Values(format!(
+            "the checkpoint belongs to another run; give the same options, or start anew with --overwrite:\n  {list}"
+        )))
+    }
+}
+
+/// The checkpoints of a folder: step and path, by step.
+///
+/// # Errors
+/// A folder that cannot be listed; none at all is no error.
+pub fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let mut out = vec![];
+    let entries = match fs::read_dir(dir) {
+        Ok(e) => e,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(out),
+        Err(e) => return Err(RuntimeError::io(dir.display().to_string())(e)),
+    };
+    for e in entries.flatten() {
+        let step = e.file_name().to_str().and_then(|n| n.strip_prefix("checkpoint-")?.parse().ok());
+        out.extend(step.filter(|_| e.path().is_dir()).map(|s| (s, e.path())));
+    }
+    out.sort_unstable();
+    Ok(out)
+}
+
+/// Writes `dir/checkpoint-N`.
+///
+/// # Errors
+/// What the system refuses.
+pub fn save(
+    machine: &dyn Machine,
+    adapter: &AdapterPlan,
+    base: Option<&str>,
+    state: &State,
+    dir: &Path,
+    watch: Watch<'_>,
+) -> Result<PathBuf> {
+    let name = format!("checkpoint-{}", state.global_step);
+    let (temporary, path) = (dir.join(format!(".{name}.partial")), dir.join(&name));
+    watch("begin");
+    remove(&temporary)?;
+    fs::create_dir_all(&temporary).map_err(RuntimeError::io(temporary.display().to_string()))?;
+    watch("adapter");
+    adapter.write(machine, base, &temporary)?;
+    watch("optimizer");
+    let in_adapter: Vec<String> =
+        adapter.tensors.iter().filter(|t| t.file.is_some()).map(|t| adapter.param(t)).collect();
+    let mut tensors = vec![];
+    for name in machine.changing().into_iter().chain(machine.fixed()).filter(|n| !in_adapter.contains(n)) {
+        let v = machine.read(&name)?;
+        let dtype = match v.dtype {
+            DType::F32 => Dtype::F32,
+            DType::BF16 => Dtype::BF16,
+            DType::F16 => Dtype::F16,
+            DType::I32 => Dtype::I32,
+            DType::Bool => Dtype::BOOL,
+        };
+        tensors.push((name, dtype, v.shape, Cow::Borrowed(v.bytes)));
+    }
+    write_tensors(&temporary.join(OPTIMIZER), &tensors)?;
+    watch("state");
+    let mut text = serde_json::to_vec_pretty(state).unwrap_or_default();
+    text.push(b'\n');
+    write_synced(&temporary.join(STATE), &text)?;
+    sync_folder(&temporary)?;
+    watch("rename");
+    if path.exists() {
+        discard(dir, &path)?;
+    }
+    fs::rename(&temporary, &path).map_err(RuntimeError::io(path.display().to_string()))?;
+    watch("renamed");
+    sync_folder(dir)?;
+    Ok(path)
+}
+
+/// What a checkpoint says of itself.
+///
+/// # Errors
+/// A folder that is no checkpoint.
+pub fn state(path: &Path) -> Result<State> {
+    let file = path.join(STATE);
+    let text = fs::read(&file).map_err(|e| match path.is_dir() {
+        true => RuntimeError::io(file.display().to_string())(e),
+        false => RuntimeError::Values(format!("{}: there is no such checkpoint", path.display())),
+    })?;
+    let s: State = serde_json::from_slice(&text).map_err(|e| damaged(&file, &format!("cannot be read ({e})")))?;
+    if s.version == VERSION { Ok(s) } else { Err(damaged(&file, "was written by another version")) }
+}
+
+/// Brings the tensors of a checkpoint back.
+///
+/// # Errors
+/// Files that are missing, damaged, or of another adapter.
+pub fn restore(machine: &mut dyn Machine, adapter: &AdapterPlan, path: &Path) -> Result<()> {
+    let done = adapter.restore(machine, path)?;
+    let file = path.join(OPTIMIZER);
+    let rest: Vec<String> =
+        machine.changing().into_iter().chain(machine.fixed()).filter(|n| !done.contains(n)).collect();
+    with_tensors(&file, |t| {
+        for name in &rest {
+            let v = t.tensor(name).map_err(|_| damaged(&file, &format!("has no tensor `{name}`")))?;
+            let dtype = crate::cast::from_file(v.dtype()).ok_or_else(|| damaged(&file, "holds a strange type"))?;
+            machine.write(name, dtype, v.data())?;
+        }
+        Ok(())
+    })
+}
+
+/// Throws away all but the newest `keep` checkpoints.
+///
+/// # Errors
+/// What the system refuses.
+pub fn prune(dir: &Path, keep: u64) -> Result<()> {
+    let all = list(dir)?;
+    let old = all.len().saturating_sub(keep.max(1) as usize);
+    all[..old].iter().try_for_each(|(_, p)| discard(dir, p))
+}
+
+/// Throws away a checkpoint.
+///
+/// # Errors
+/// What the system refuses.
+pub(crate) fn discard(dir: &Path, path: &Path) -> Result<()> {
+    let name = path.file_name().map_or(String::new(), |n| n.to_string_lossy().into_owned());
+    let gone = dir.join(format!(".{name}.removed"));
+    remove(&gone)?;
+    fs::rename(path, &gone).map_err(RuntimeError::io(path.display().to_string()))?;
+    remove(&gone)
+}
+
+/// Removes what a killed run left behind.
+///
+/// # Errors
+/// What the system refuses.
+pub fn sweep(dir: &Path) -> Result<()> {
+    for e in fs::read_dir(dir).map_err(RuntimeError::io(dir.display().to_string()))?.flatten() {
+        let name = e.file_name().to_string_lossy().into_owned();
+        if name.starts_with(".checkpoint-") && (name.ends_with(".partial") || name.ends_with(".removed")) {
+            remove(&e.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(RuntimeError::io(path.display().to_string())(e)),
+        _ => Ok(()),
+    }
+}
+
+/// Makes names in a folder outlive a crash of the system.
+pub(crate) fn sync_folder(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|f| f.sync_all()).map_err(RuntimeError::io(dir.display().to_string()))
+}
