@@ -1,11 +1,11 @@
 //! Attention kernels against the reference interpreter.
 
-use crate::kit::{Loaded, targets};
-use crate::launch::{Random, bits, run};
+use crate::kit::{Loaded, run_host, targets};
+use crate::launch::{Random, bits, dims, run};
 use pleach_codegen::HostTarget;
-use pleach_codegen::emit::attention;
+use pleach_codegen::emit::{Emitted, attention};
 use pleach_ir::interp::{Tensor, run_kernel};
-use pleach_ir::{AttentionAttrs, Class, DType, Dim, Entry, Kernel, Layout, Op, Sym, ValueId};
+use pleach_ir::{AttentionAttrs, AttentionWrt, Class, DType, Dim, Entry, Kernel, Layout, Op, Sym, ValueId};
 
 const SYMBOLS: [Sym; 4] = [Sym::T, Sym::S, Sym::S1, Sym::C];
 
@@ -24,28 +24,142 @@ fn slice(e: &mut Entry, x: ValueId, start: u32, end: u32) -> ValueId {
 
 /// With `fused`, q, k and v are slices of one buffer.
 fn kernel(at: AttentionAttrs, fused: bool) -> Kernel {
+    typed_kernel(at, fused, DType::F32, false)
+}
+
+/// With `lse`, the log-sum-exp is a second result.
+fn typed_kernel(at: AttentionAttrs, fused: bool, dtype: DType, lse: bool) -> Kernel {
     let mut e = Entry::new("kernel");
     let (qw, kw) = (at.heads * at.head_dim, at.kv_heads * at.head_dim);
     let rows = |s: Sym, w: u32| vec![Dim::Symbol(s), Dim::Known(w.into())];
     let (q, k, v) = if fused {
-        let x = input(&mut e, DType::F32, rows(Sym::T, qw + 2 * kw));
+        let x = input(&mut e, dtype, rows(Sym::T, qw + 2 * kw));
         (slice(&mut e, x, 0, qw), slice(&mut e, x, qw, qw + kw), slice(&mut e, x, qw + kw, qw + 2 * kw))
     } else {
-        let q = input(&mut e, DType::F32, rows(Sym::T, qw));
-        let k = input(&mut e, DType::F32, rows(Sym::C, kw));
-        (q, k, input(&mut e, DType::F32, rows(Sym::C, kw)))
+        let q = input(&mut e, dtype, rows(Sym::T, qw));
+        let k = input(&mut e, dtype, rows(Sym::C, kw));
+        (q, k, input(&mut e, dtype, rows(Sym::C, kw)))
     };
     let bounds = [Sym::S1, Sym::S, Sym::S].map(|s| input(&mut e, DType::I32, vec![s.into()]));
     let y = e.push(&[], Op::Attention(at), &[q, k, v, bounds[0], bounds[1], bounds[2]]).unwrap();
-    e.output("r0", y);
-    let n = e.inputs().len();
+    let mut results = vec![y];
+    if lse {
+        results.insert(0, e.push(&[], Op::AttentionLse(at), &[q, k, bounds[0], bounds[1], bounds[2]]).unwrap());
+    }
+    finish(e, &results)
+}
+
+fn finish(mut e: Entry, results: &[ValueId]) -> Kernel {
+    for (i, r) in results.iter().enumerate() {
+        e.output(format!("r{i}"), *r);
+    }
     Kernel {
         name: "attention_under_test".into(),
         class: Class::Attention,
+        operands: vec![Layout::RowMajor; e.inputs().len()],
+        results: vec![Layout::RowMajor; results.len()],
+        aliases: vec![None; results.len()],
         body: e,
-        operands: vec![Layout::RowMajor; n],
-        results: vec![Layout::RowMajor],
-        aliases: vec![None],
+    }
+}
+
+/// Gradients with respect to these operands; q, k and v are slices of one buffer with `fused`.
+fn grad_kernel(at: AttentionAttrs, fused: bool, dtype: DType, wrt: &[AttentionWrt]) -> Kernel {
+    let mut e = Entry::new("kernel");
+    let (qw, kw) = (at.heads * at.head_dim, at.kv_heads * at.head_dim);
+    let rows = |s: Sym, w: u32| vec![Dim::Symbol(s), Dim::Known(w.into())];
+    let mut x = if fused {
+        let x = input(&mut e, dtype, rows(Sym::T, qw + 2 * kw));
+        vec![slice(&mut e, x, 0, qw), slice(&mut e, x, qw, qw + kw), slice(&mut e, x, qw + kw, qw + 2 * kw)]
+    } else {
+        vec![
+            input(&mut e, dtype, rows(Sym::T, qw)),
+            input(&mut e, dtype, rows(Sym::C, kw)),
+            input(&mut e, dtype, rows(Sym::C, kw)),
+        ]
+    };
+    x.push(input(&mut e, dtype, rows(Sym::T, qw)));
+    x.push(input(&mut e, DType::F32, rows(Sym::T, at.heads)));
+    x.push(input(&mut e, dtype, rows(Sym::T, qw)));
+    x.extend([Sym::S1, Sym::S, Sym::S].map(|s| input(&mut e, DType::I32, vec![s.into()])));
+    let results: Vec<ValueId> =
+        wrt.iter().map(|w| e.push(&[], Op::AttentionGrad { attrs: at, wrt: *w }, &x).unwrap()).collect();
+    finish(e, &results)
+}
+
+fn narrowed(x: &Tensor, dtype: DType) -> Tensor {
+    Tensor::from_floats(dtype, x.shape.clone(), x.floats().to_vec())
+}
+
+/// Both results, for both element types.
+fn check_lse(at: AttentionAttrs, fused: bool, dtype: DType, batches: &[Batch]) {
+    let k = typed_kernel(at, fused, dtype, true);
+    assert_eq!(attention::supported(&k), Ok(()));
+    for target in targets() {
+        let e = attention::emit(&k, &SYMBOLS, &target).unwrap();
+        let code = Loaded::new(&e.text, &target);
+        for (i, batch) in batches.iter().enumerate() {
+            let mut x = operands(at, fused, batch, &mut Random::new(17 + i as u64));
+            let floats = x.len() - 3;
+            x[..floats].iter_mut().for_each(|t| *t = narrowed(t, dtype));
+            compare(&code, &k, &e, &x, 4e-6, &format!("{at:?} {batch:?} {:?}", target));
+        }
+    }
+}
+
+fn compare(code: &Loaded, k: &Kernel, e: &Emitted, x: &[Tensor], tolerance: f32, what: &str) {
+    let symbols: Vec<(Sym, u64)> = SYMBOLS.iter().copied().zip(dims(k, &SYMBOLS, x)).collect();
+    let want = run_kernel(k, x).unwrap();
+    let got = run_host(code, k, e, x, &symbols, u64::MAX >> 1);
+    let other = run_host(code, k, e, x, &symbols, 1);
+    for (r, ((got, other), want)) in got.iter().zip(&other).zip(&want).enumerate() {
+        assert_eq!(bits(got), bits(other), "{what}: result {r} depends on the split of tasks");
+        // One place of a bf16 beside what arithmetic leaves.
+        let place = if got.dtype() == DType::BF16 { 1.0 / 128.0 } else { 0.0 };
+        for (j, (a, b)) in got.floats().iter().zip(want.floats().iter()).enumerate() {
+            let limit = tolerance * (1.0 + b.abs()) + place * b.abs();
+            assert!((a - b).abs() <= limit, "{what}: element {j} of result {r} is {a}, not {b}");
+        }
+    }
+}
+
+fn check_grad(at: AttentionAttrs, fused: bool, dtype: DType, wrt: &[AttentionWrt], batches: &[Batch]) {
+    let forward = typed_kernel(at, fused, dtype, true);
+    let k = grad_kernel(at, fused, dtype, wrt);
+    assert_eq!(attention::supported(&k), Ok(()));
+    for target in targets() {
+        let e = attention::emit(&k, &SYMBOLS, &target).unwrap();
+        let code = Loaded::new(&e.text, &target);
+        for (i, batch) in batches.iter().enumerate() {
+            let r = &mut Random::new(27 + i as u64);
+            let mut x = operands(at, fused, batch, r);
+            let floats = x.len() - 3;
+            // Keys lie one sequence after another, without gaps.
+            if !fused {
+                let mut next = 0;
+                let len = x[5].as_i32().unwrap().to_vec();
+                let start: Vec<i32> = len
+                    .iter()
+                    .map(|n| {
+                        next += n;
+                        next - n
+                    })
+                    .collect();
+                x[4] = Tensor::i32([start.len() as u64], start);
+                let kw = u64::from(at.kv_heads * at.head_dim);
+                for t in &mut x[1..3] {
+                    *t = Tensor::f32([next as u64, kw], r.floats(next as usize * kw as usize));
+                }
+            }
+            x[..floats].iter_mut().for_each(|t| *t = narrowed(t, dtype));
+            let results = run_kernel(&forward, &x).unwrap();
+            let shape = results[1].shape.clone();
+            let d_out = Tensor::f32(shape.clone(), r.floats((shape[0] * shape[1]) as usize));
+            let tail = x.split_off(floats);
+            x.extend([results[1].clone(), results[0].clone(), narrowed(&d_out, dtype)]);
+            x.extend(tail);
+            compare(&code, &k, &e, &x, 4e-5, &format!("{at:?} {batch:?} {:?}", target));
+        }
     }
 }
 
@@ -170,6 +284,36 @@ fn large_scores_do_not_overflow() {
     }
 }
 
+const ALL: [AttentionWrt; 3] = [AttentionWrt::Q, AttentionWrt::K, AttentionWrt::V];
+
+#[test]
+fn log_sum_exp_and_bf16() {
+    check_lse(attrs(9, 3, 64, true, None), true, DType::F32, RAGGED);
+    check_lse(attrs(9, 3, 64, true, None), false, DType::BF16, CACHED);
+    check_lse(attrs(9, 3, 64, true, None), true, DType::BF16, RAGGED);
+    check_lse(attrs(4, 2, 7, true, Some(9)), false, DType::BF16, CACHED);
+    check_lse(attrs(2, 2, 80, false, None), true, DType::BF16, RAGGED);
+}
+
+#[test]
+fn gradients() {
+    let open: &[Batch] = &[&[(5, 300), (1, 7), (40, 21), (2, 110)], &[(1, 0), (1, 65)]];
+    check_grad(attrs(9, 3, 64, true, None), true, DType::F32, &ALL, RAGGED);
+    check_grad(attrs(8, 1, 32, true, None), false, DType::F32, &ALL, open);
+    check_grad(attrs(6, 2, 16, true, Some(9)), true, DType::F32, &ALL, RAGGED);
+    check_grad(attrs(4, 4, 32, false, None), true, DType::F32, &ALL, RAGGED);
+}
+
+#[test]
+fn gradients_of_odd_heads_of_bf16_and_of_some_operands() {
+    check_grad(attrs(5, 5, 20, true, None), true, DType::F32, &ALL, RAGGED);
+    check_grad(attrs(71, 1, 8, true, None), true, DType::F32, &ALL, &[&[(1, 0), (30, 0)]]);
+    check_grad(attrs(2, 1, 80, true, None), true, DType::F32, &ALL[1..], RAGGED);
+    check_grad(attrs(9, 3, 64, true, None), true, DType::BF16, &ALL, RAGGED);
+    check_grad(attrs(4, 2, 7, true, Some(5)), true, DType::BF16, &[ALL[2], ALL[0]], RAGGED);
+    check_grad(attrs(2, 2, 128, false, None), true, DType::BF16, &ALL[..1], RAGGED);
+}
+
 #[test]
 fn refuses_what_it_has_no_code_for() {
     let mut k = kernel(attrs(2, 1, 16, true, None), false);
@@ -178,5 +322,5 @@ fn refuses_what_it_has_no_code_for() {
     assert!(e.to_string().contains("symbol C"), "{e}");
     k.body.roots.clear();
     let e = attention::emit(&k, &SYMBOLS, &isa).unwrap_err();
-    assert!(e.to_string().contains("attention_under_test") && e.to_string().contains("one result"), "{e}");
+    assert!(e.to_string().contains("attention_under_test") && e.to_string().contains("must be one attention"), "{e}");
 }

@@ -4,6 +4,7 @@
 
 use super::lanes::{lane_at, tail_mask};
 use super::{Config, HIDDEN, Task};
+use crate::emit::elementwise::load;
 use crate::emit::func::{Func, Val};
 use crate::emit::vmath::Math;
 
@@ -58,13 +59,9 @@ impl Dot<'_> {
             .step_by(c.w)
             .map(|e| {
                 let at = f.i64(e);
-                let p = f.gep(p, &at, "f32");
-                if e + c.w as i64 <= c.d {
-                    f.load(&p, &c.vf())
-                } else {
-                    let mask = tail_mask(f, c);
-                    f.masked_load(&p, &mask, "f32", c.w)
-                }
+                let p = f.gep(p, &at, c.elem());
+                let mask = (e + c.w as i64 > c.d).then(|| tail_mask(f, c));
+                load(f, c.dtype, &p, mask.as_ref(), c.w)
             })
             .collect()
     }
@@ -98,11 +95,11 @@ impl Dot<'_> {
             self.group(f, &self.t.by_lane, lane).iter().map(|ps| ps.iter().map(|p| f.load(p, &vf)).collect()).collect();
         let to = self.score_row(f, lane);
         let off = f.mulc(at, c.k.stride);
-        let keys = f.gep(&self.t.key, &off, "f32");
+        let keys = f.gep(&self.t.key, &off, c.elem());
         let zero = f.i64(0);
         f.loop_(&zero, n, 1, |f, j| {
             let off = f.mulc(j, c.k.stride);
-            let p = f.gep(&keys, &off, "f32");
+            let p = f.gep(&keys, &off, c.elem());
             let ks = self.head(f, &p);
             let to = f.gep(&to, j, "f32");
             for (l, q) in qs.iter().enumerate() {
@@ -193,11 +190,11 @@ impl Dot<'_> {
         }
         let weights = self.score_row(f, lane);
         let off = f.mulc(at, c.v.stride);
-        let values = f.gep(&t.value, &off, "f32");
+        let values = f.gep(&t.value, &off, c.elem());
         let zero = f.i64(0);
         let out = f.for_(&zero, n, 1, &inits, |f, j, acc| {
             let off = f.mulc(j, c.v.stride);
-            let p = f.gep(&values, &off, "f32");
+            let p = f.gep(&values, &off, c.elem());
             let vs = self.head(f, &p);
             let weights = f.gep(&weights, j, "f32");
             let mut out = vec![];
@@ -219,6 +216,6 @@ impl Dot<'_> {
 }
 
 /// Sum of the lanes of a vector, as a tree.
-fn sum_of(f: &mut Func, c: &Config, x: &Val) -> Val {
+pub(super) fn sum_of(f: &mut Func, c: &Config, x: &Val) -> Val {
     f.op(format!("vector.reduction <add>, {x} fastmath<reassoc> : {} into f32", c.vf()))
 }

@@ -1,7 +1,10 @@
 //! Between rows of the operands and lanes of the scratch memory, where every lane is a padded row.
 
+use super::view::RowView;
 use super::{Config, Task};
+use crate::emit::elementwise::{load, round_to, store};
 use crate::emit::func::{Func, Val, vty};
+use crate::emit::vmath::Math;
 
 /// For every row and head of the block: row, head, lane.
 pub(super) fn each_lane(f: &mut Func, rows: &Val, heads: &Val, body: impl Fn(&mut Func, &Val, &Val, &Val)) {
@@ -16,7 +19,7 @@ pub(super) fn each_lane(f: &mut Func, rows: &Val, heads: &Val, body: impl Fn(&mu
 }
 
 /// Element of a row of q or of the result where a head starts.
-fn head_at(f: &mut Func, c: &Config, [r0, h0]: [&Val; 2], [r, h]: [&Val; 2], stride: i64) -> Val {
+pub(super) fn head_at(f: &mut Func, c: &Config, [r0, h0]: [&Val; 2], [r, h]: [&Val; 2], stride: i64) -> Val {
     let row = f.add(r0, r);
     let row = f.mulc(&row, stride);
     let head = f.add(h0, h);
@@ -25,7 +28,7 @@ fn head_at(f: &mut Func, c: &Config, [r0, h0]: [&Val; 2], [r, h]: [&Val; 2], str
 }
 
 /// Runs `body` for each vector of a head: first element, and the mask of a partial last vector.
-fn each_vector(f: &mut Func, c: &Config, mut body: impl FnMut(&mut Func, &Val, Option<&Val>)) {
+pub(super) fn each_vector(f: &mut Func, c: &Config, mut body: impl FnMut(&mut Func, &Val, Option<&Val>)) {
     let (zero, w) = (f.i64(0), c.w as i64);
     let whole = f.i64(c.d / w * w);
     f.loop_(&zero, &whole, w, |f, e| body(f, e, None));
@@ -41,6 +44,21 @@ pub(super) fn tail_mask(f: &mut Func, c: &Config) -> Val {
     f.konst(&format!("dense<[{bits}]> : {}", vty(c.w, "i1")))
 }
 
+/// Copies `n` rows of a head to an area of padded rows, as f32.
+pub(super) fn widen_rows(f: &mut Func, c: &Config, (from, stride): (&Val, i64), area: &Val, n: &Val) {
+    let zero = f.i64(0);
+    f.loop_(&zero, n, 1, |f, r| {
+        let at = f.mulc(r, stride);
+        let row = f.gep(from, &at, c.elem());
+        each_vector(f, c, |f, e, mask| {
+            let p = f.gep(&row, e, c.elem());
+            let x = load(f, c.dtype, &p, mask, c.w);
+            let to = lane_at(f, c, area, r, e);
+            f.store(&x, &to, &c.vf());
+        });
+    });
+}
+
 /// `lane * dp + e` of an area by lane.
 pub(super) fn lane_at(f: &mut Func, c: &Config, area: &Val, lane: &Val, e: &Val) -> Val {
     let at = f.mulc(lane, c.dp);
@@ -50,34 +68,52 @@ pub(super) fn lane_at(f: &mut Func, c: &Config, area: &Val, lane: &Val, e: &Val)
 
 /// Copies one query to its lane, scaled, and notes the keys it sees. `first`: row, head, position of the block's first.
 pub(super) fn gather_query(f: &mut Func, c: &Config, t: &Task, [r0, h0, pos]: [&Val; 3], [r, h, lane]: [&Val; 3]) {
-    let q = f.buffer(c.q.operand);
-    let at = head_at(f, c, [r0, h0], [r, h], c.q.stride);
-    let at = f.addc(&at, c.q.offset);
-    let from = f.gep(&q, &at, "f32");
-    let scale = f.f32(f32::from_bits(c.at.scale), c.w);
+    copy_row(f, c, &c.q, [r0, h0], [r, h, lane], &t.by_lane, f32::from_bits(c.at.scale));
+    note_keys(f, c, [&t.lo, &t.hi], pos, [r, lane]);
+}
+
+/// Copies the part of one row and head to its lane, times `scale`.
+pub(super) fn copy_row(
+    f: &mut Func,
+    c: &Config,
+    x: &RowView,
+    [r0, h0]: [&Val; 2],
+    [r, h, lane]: [&Val; 3],
+    area: &Val,
+    scale: f32,
+) {
+    let base = f.buffer(x.operand);
+    let at = head_at(f, c, [r0, h0], [r, h], x.stride);
+    let at = f.addc(&at, x.offset);
+    let from = f.gep(&base, &at, c.elem());
     let vf = c.vf();
     each_vector(f, c, |f, e, mask| {
-        let p = f.gep(&from, e, "f32");
-        let x = match mask {
-            None => f.load(&p, &vf),
-            Some(m) => f.masked_load(&p, m, "f32", c.w),
-        };
-        let x = f.op(format!("arith.mulf {x}, {scale} : {vf}"));
-        let to = lane_at(f, c, &t.by_lane, lane, e);
+        let p = f.gep(&from, e, c.elem());
+        let mut x = load(f, c.dtype, &p, mask, c.w);
+        if scale != 1.0 {
+            let scale = f.f32(scale, c.w);
+            x = f.op(format!("arith.mulf {x}, {scale} : {vf}"));
+        }
+        let to = lane_at(f, c, area, lane, e);
         f.store(&x, &to, &vf);
     });
-    if c.at.causal {
-        let end = f.add(pos, r);
-        let end = f.addc(&end, 1);
-        let put = |f: &mut Func, x: &Val, to: &Val| {
-            let x = f.op(format!("arith.trunci {x} : i64 to i32"));
-            f.store_at(&x, to, lane, "i32", 1);
-        };
-        put(f, &end, &t.hi);
-        if let Some(w) = c.at.window {
-            let lo = f.addc(&end, -i64::from(w));
-            put(f, &lo, &t.lo);
-        }
+}
+
+/// Notes the first key that a lane sees and the one after the last.
+pub(super) fn note_keys(f: &mut Func, c: &Config, [lo, hi]: [&Val; 2], pos: &Val, [r, lane]: [&Val; 2]) {
+    if !c.at.causal {
+        return;
+    }
+    let end = f.add(pos, r);
+    let end = f.addc(&end, 1);
+    let put = |f: &mut Func, x: &Val, to: &Val| {
+        let x = f.op(format!("arith.trunci {x} : i64 to i32"));
+        f.store_at(&x, to, lane, "i32", 1);
+    };
+    put(f, &end, hi);
+    if let Some(w) = c.at.window {
+        let first = f.addc(&end, -i64::from(w));
+        put(f, &first, lo);
     }
 }
 
@@ -97,11 +133,23 @@ pub(super) fn pad_lanes(f: &mut Func, c: &Config, t: &Task) {
     });
 }
 
-/// Divides a lane's result by its sum and writes it where it belongs.
+/// Divides a lane's result by its sum and writes it where it belongs; the logarithm of the sum of exponentials too.
 pub(super) fn put_result(f: &mut Func, c: &Config, t: &Task, [r0, h0]: [&Val; 2], [r, h, lane]: [&Val; 3]) {
-    let out = f.buffer(c.out);
+    if let Some(lse) = c.lse {
+        let (row, head) = (f.add(r0, r), f.add(h0, h));
+        let at = f.mulc(&row, i64::from(c.at.heads));
+        let at = f.add(&at, &head);
+        let (top, sum) = (f.load_at(&t.top, lane, "f32", 1), f.load_at(&t.sum, lane, "f32", 1));
+        let mut m = Math { f, lanes: 1 };
+        let log = m.log(&sum);
+        let x = m.bin("addf", &top, &log);
+        let lse = f.buffer(lse);
+        f.store_at(&x, &lse, &at, "f32", 1);
+    }
+    let Some(out) = c.out else { return };
+    let out = f.buffer(out);
     let at = head_at(f, c, [r0, h0], [r, h], i64::from(c.at.heads) * c.d);
-    let to = f.gep(&out, &at, "f32");
+    let to = f.gep(&out, &at, c.elem());
     let sum = f.load_at(&t.sum, lane, "f32", 1);
     let one = f.f32(1.0, 1);
     let inv = f.op(format!("arith.divf {one}, {sum} : f32"));
@@ -111,10 +159,8 @@ pub(super) fn put_result(f: &mut Func, c: &Config, t: &Task, [r0, h0]: [&Val; 2]
         let p = lane_at(f, c, &t.by_lane, lane, e);
         let x = f.load(&p, &vf);
         let x = f.op(format!("arith.mulf {x}, {inv} : {vf}"));
-        let p = f.gep(&to, e, "f32");
-        match mask {
-            None => f.store(&x, &p, &vf),
-            Some(m) => f.masked_store(&x, &p, m, "f32", c.w),
-        }
+        let p = f.gep(&to, e, c.elem());
+        let x = round_to(f, c.dtype, &x, c.w);
+        store(f, c.dtype, &x, &p, mask, c.w);
     });
 }

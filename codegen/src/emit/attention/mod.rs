@@ -1,4 +1,4 @@
-//! Attention over packed sequences, on the host, in f32.
+//! Attention over packed sequences, on the host: f32 or bf16 operands and result, f32 arithmetic.
 //!
 //! One task is a block of query rows of one sequence with the query heads that share one key/value head; their (row, head)
 //! pairs are the *lanes*. Tasks are numbered by shapes alone; the sequence of a task is found by bisection in the segment
@@ -16,11 +16,14 @@
 //! that a causal sequence has at least as many keys as queries.
 
 mod dot;
+mod grad;
 mod lanes;
+mod products;
 mod tile;
 mod transpose;
 pub(crate) mod view;
 
+use super::elementwise::memory_elem;
 use super::func::{Func, Val, vty};
 use super::{Emitted, HostIsa, bytes_expr, dim_expr, dim_val, unsupported};
 use crate::error::CodegenError;
@@ -41,7 +44,11 @@ struct Config {
     v: RowView,
     /// Operands that hold `q_segments`, `kv_start`, `kv_len`.
     bounds: [usize; 3],
-    out: usize,
+    /// Buffers of the result and of the log-sum-exp.
+    out: Option<usize>,
+    lse: Option<usize>,
+    /// Element type of q, k, v and the result.
+    dtype: DType,
     /// f32 lanes of a vector.
     w: usize,
     /// Width of a head, and rounded up to whole vectors.
@@ -58,6 +65,8 @@ struct Config {
     at_once: i64,
     /// Keys of a block.
     block: i64,
+    /// q, k, v, segments, first keys, numbers of keys.
+    inputs: Vec<ValueId>,
 }
 
 /// Addresses and bounds of one task.
@@ -67,6 +76,9 @@ struct Task {
     query: Val,
     result: Val,
     scores: Val,
+    /// A block of keys and one of values, widened.
+    keys: Val,
+    values: Val,
     /// Per lane: running maximum, sum, correction (f32), first key and key after the last (i32).
     top: Val,
     sum: Val,
@@ -86,14 +98,16 @@ struct Task {
 /// Emits a kernel of class attention. `symbols` are the plan's, in the order of `dims`.
 ///
 /// # Errors
-/// [`CodegenError::Unsupported`] when the body is not one attention in f32 on rows of operands.
+/// [`CodegenError::Unsupported`] when the body is not one attention on rows of operands: its result, its log-sum-exp or
+/// both; or gradients of one attention.
 pub fn emit(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted, CodegenError> {
-    let isa = target.isa;
-    let node = attention_node(k)?;
-    let c = config(k, node, isa)?;
+    let roots = roots(k)?;
+    if roots.iter().any(|v| matches!(k.body.node(*v).op, Op::AttentionGrad { .. })) {
+        return grad::emit(k, &roots, symbols, target);
+    }
+    let c = config(k, &roots, target.isa)?;
     let shape = |v: ValueId, axis: usize| k.body.ty(v).shape.get(axis).copied().unwrap_or(Dim::Known(0));
-    let inputs = k.body.node(node).inputs.clone();
-    let (tokens, keys, sequences) = (shape(inputs[0], 0), shape(inputs[1], 0), shape(inputs[4], 0));
+    let (tokens, keys, sequences) = (shape(c.inputs[0], 0), shape(c.inputs[1], 0), shape(c.inputs[4], 0));
 
     let mut f = Func::host_kernel(&k.name);
     f.round_bf16 = target.bf16;
@@ -103,8 +117,8 @@ pub fn emit(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted,
 
     let (te, ke, se) = (dim_expr(k, tokens, symbols)?, dim_expr(k, keys, symbols)?, dim_expr(k, sequences, symbols)?);
     let mut bytes = Expr::Const(0);
-    for v in [node, inputs[0], inputs[1], inputs[2]] {
-        bytes = bytes.add(bytes_expr(k, k.body.ty(v), symbols)?);
+    for v in roots.iter().chain(&c.inputs[..3]) {
+        bytes = bytes.add(bytes_expr(k, k.body.ty(*v), symbols)?);
     }
     Ok(Emitted {
         text: f.text(),
@@ -115,63 +129,104 @@ pub fn emit(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted,
     })
 }
 
-fn attention_node(k: &Kernel) -> Result<ValueId, CodegenError> {
-    let [root] = &k.body.roots[..] else {
-        return Err(unsupported(k, "an attention kernel has one result"));
-    };
-    let v = strip_reshape(&k.body, root.value);
-    match k.body.node(v).op {
-        Op::Attention(_) if k.class == Class::Attention => Ok(v),
-        _ => Err(unsupported(k, "the result of an attention kernel must be the attention itself")),
-    }
+/// Whether a kernel of class attention can be compiled.
+///
+/// # Errors
+/// The reason why not.
+pub fn supported(k: &Kernel) -> Result<(), String> {
+    let mut symbols: Vec<Sym> = k.body.nodes.iter().flat_map(|n| n.ty.symbols()).collect();
+    symbols.sort_unstable();
+    symbols.dedup();
+    emit(k, &symbols, &HostTarget::avx512()).map(|_| ()).map_err(|e| e.to_string())
 }
 
-fn config(k: &Kernel, node: ValueId, isa: HostIsa) -> Result<Config, CodegenError> {
-    let n = k.body.node(node);
-    let Op::Attention(at) = n.op else { return Err(unsupported(k, "not an attention")) };
-    if n.inputs[..3].iter().any(|v| k.body.ty(*v).dtype != DType::F32) {
-        return Err(unsupported(k, "attention on the host takes f32; cast q, k and v first"));
+/// The attention nodes that the results are.
+fn roots(k: &Kernel) -> Result<Vec<ValueId>, CodegenError> {
+    let all: Vec<ValueId> = k.body.roots.iter().map(|r| strip_reshape(&k.body, r.value)).collect();
+    if k.class != Class::Attention || all.is_empty() || all.iter().any(|v| !k.body.node(*v).op.is_attention()) {
+        return Err(unsupported(k, "the results of an attention kernel must be one attention and nothing else"));
     }
-    let rows = |i: usize| {
-        row_view(k, n.inputs[i]).ok_or_else(|| unsupported(k, "q, k and v must be operands or slices of their rows"))
-    };
-    let bound = |i: usize| {
-        operand_index(&k.body, strip_reshape(&k.body, n.inputs[i]))
-            .ok_or_else(|| unsupported(k, "segment bounds must be operands"))
-    };
-    if at.window.is_some() && !at.causal {
-        return Err(unsupported(k, "a window needs causal attention"));
+    Ok(all)
+}
+
+fn config(k: &Kernel, roots: &[ValueId], isa: HostIsa) -> Result<Config, CodegenError> {
+    let (mut out, mut lse, mut found) = (None, None, vec![]);
+    for (i, v) in roots.iter().enumerate() {
+        let n = k.body.node(*v);
+        let mut inputs = n.inputs.clone();
+        let (at, to) = match n.op {
+            Op::Attention(at) => (at, &mut out),
+            Op::AttentionLse(at) => {
+                // Values are not asked for; keys stand in.
+                inputs.insert(2, inputs[1]);
+                (at, &mut lse)
+            }
+            _ => return Err(unsupported(k, "an attention and its gradient are two kernels")),
+        };
+        if to.replace(k.operands.len() + i).is_some() {
+            return Err(unsupported(k, "one attention has each result once"));
+        }
+        found.push((at, inputs));
     }
-    let w = isa.lanes();
-    let full = 3 * w as i64;
-    let d = i64::from(at.head_dim);
-    let dp = (d + w as i64 - 1) / w as i64 * w as i64;
-    let group = i64::from(at.heads / at.kv_heads);
-    let chunks = (group + full - 1) / full;
-    let heads = (group + chunks - 1) / chunks;
-    let at_once = heads.min((w as i64 * w as i64 / dp).max(1)).min(4);
-    let few = w as i64 / 2;
-    Ok(Config {
-        at,
-        q: rows(0)?,
-        k: rows(1)?,
-        v: rows(2)?,
-        bounds: [bound(3)?, bound(4)?, bound(5)?],
-        out: k.operands.len(),
-        w,
-        d,
-        dp,
-        heads,
-        chunks,
-        rows: full / heads,
-        lanes: full,
-        few,
-        at_once,
-        block: 64,
-    })
+    let same = |x: &(AttentionAttrs, Vec<ValueId>), y: &(AttentionAttrs, Vec<ValueId>)| {
+        x.0 == y.0 && x.1[..2] == y.1[..2] && x.1[3..] == y.1[3..]
+    };
+    if found.iter().any(|x| !same(x, &found[0])) {
+        return Err(unsupported(k, "the results of an attention kernel must be of one attention"));
+    }
+    let (at, inputs) = found.swap_remove(usize::from(found.len() > 1 && lse < out));
+    Config::new(k, at, inputs, isa).map(|c| Config { out, lse, ..c })
 }
 
 impl Config {
+    /// Sizes and places for an attention on q, k, v, segments, first keys and numbers of keys.
+    fn new(k: &Kernel, at: AttentionAttrs, inputs: Vec<ValueId>, isa: HostIsa) -> Result<Config, CodegenError> {
+        let dtype = k.body.ty(inputs[0]).dtype;
+        if !matches!(dtype, DType::F32 | DType::BF16) || inputs[..3].iter().any(|v| k.body.ty(*v).dtype != dtype) {
+            return Err(unsupported(k, "attention on the host takes q, k and v in f32 or in bf16; cast them first"));
+        }
+        let rows = |i: usize| {
+            row_view(k, inputs[i]).ok_or_else(|| unsupported(k, "q, k and v must be operands or slices of their rows"))
+        };
+        let bound = |i: usize| {
+            operand_index(&k.body, strip_reshape(&k.body, inputs[i]))
+                .ok_or_else(|| unsupported(k, "segment bounds must be operands"))
+        };
+        if at.window.is_some() && !at.causal {
+            return Err(unsupported(k, "a window needs causal attention"));
+        }
+        let w = isa.lanes();
+        let full = 3 * w as i64;
+        let d = i64::from(at.head_dim);
+        let dp = (d + w as i64 - 1) / w as i64 * w as i64;
+        let group = i64::from(at.heads / at.kv_heads);
+        let chunks = (group + full - 1) / full;
+        let heads = (group + chunks - 1) / chunks;
+        let at_once = heads.min((w as i64 * w as i64 / dp).max(1)).min(4);
+        let few = w as i64 / 2;
+        Ok(Config {
+            at,
+            q: rows(0)?,
+            k: rows(1)?,
+            v: rows(2)?,
+            bounds: [bound(3)?, bound(4)?, bound(5)?],
+            out: None,
+            lse: None,
+            dtype,
+            w,
+            d,
+            dp,
+            heads,
+            chunks,
+            rows: full / heads,
+            lanes: full,
+            few,
+            at_once,
+            block: 64,
+            inputs,
+        })
+    }
+
     fn vf(&self) -> String {
         vty(self.w, "f32")
     }
@@ -182,7 +237,17 @@ impl Config {
 
     /// Elements of scratch memory.
     fn scratch(&self) -> i64 {
-        self.lanes * (3 * self.dp + self.block + 5)
+        self.lanes * (3 * self.dp + self.block + 5) + 2 * self.staged()
+    }
+
+    /// Elements of a block of keys or values that is widened first.
+    fn staged(&self) -> i64 {
+        if self.dtype == DType::F32 { 0 } else { self.block * self.dp }
+    }
+
+    /// The element type in memory.
+    fn elem(&self) -> &'static str {
+        memory_elem(self.dtype)
     }
 }
 
@@ -286,7 +351,7 @@ fn write_task(f: &mut Func, c: &Config, s: &Val, rows: [&Val; 4], head: &Val) {
         let col = f.mulc(&kv, c.d);
         let at = f.add(&row, &col);
         let at = f.addc(&at, x.offset);
-        f.gep(&base, &at, "f32")
+        f.gep(&base, &at, c.elem())
     };
     let (key, value) = (source(f, &c.k), source(f, &c.v));
     let scratch = f.arg("scratch");
@@ -306,6 +371,8 @@ fn write_task(f: &mut Func, c: &Config, s: &Val, rows: [&Val; 4], head: &Val) {
         fix: area(f, c.lanes),
         lo: area(f, c.lanes),
         hi: area(f, c.lanes),
+        keys: area(f, c.staged()),
+        values: area(f, c.staged()),
         key,
         value,
         first,

@@ -4,9 +4,11 @@
 //! weighted values is `TILE` elements of a head by the same lanes. The last tile of keys is moved back to end at the last
 //! key, so that nothing is read past it; what it computes twice is the same twice.
 
+use super::lanes::widen_rows;
 use super::{Config, HIDDEN, Task, transpose};
 use crate::emit::func::{Func, Val};
 use crate::emit::vmath::Math;
+use pleach_ir::DType;
 
 /// Rows of a register tile for one, two and three vectors of lanes, with 16 lanes to a vector and with fewer.
 const TILE: [[i64; 3]; 2] = [[8, 8, 8], [8, 4, 4]];
@@ -86,7 +88,9 @@ impl Lanes<'_> {
             let end = f.addc(at, c.block);
             let end = f.min(&end, &t.last);
             let n = f.sub(&end, at);
-            let new = self.scores(f, at, &n, top);
+            let keys = self.block(f, &t.key, c.k.stride, &t.keys, at, &n);
+            let values = self.block(f, &t.value, c.v.stride, &t.values, at, &n);
+            let new = self.scores(f, (&keys.0, keys.1), at, &n, top);
             let fix: Vec<Val> = (0..self.nv)
                 .map(|v| {
                     let mut m = self.math(f);
@@ -96,17 +100,30 @@ impl Lanes<'_> {
                 .collect();
             let kept: Vec<Val> = (0..self.nv).map(|v| self.math(f).bin("mulf", &sum[v], &fix[v])).collect();
             let sum = self.weights(f, &n, &new, &kept);
-            self.values(f, at, &n, &fix);
+            self.values(f, (&values.0, values.1), &n, &fix);
             new.into_iter().chain(sum).collect()
         });
         let ps = self.vectors(f, &t.sum);
-        for (x, p) in out[self.nv..].iter().zip(&ps) {
+        let tops = self.vectors(f, &t.top);
+        for (x, p) in out.iter().zip(tops.iter().chain(&ps)) {
             f.store(x, p, &ty);
         }
     }
 
-    /// Scores of `n` keys from `at` on; the new running maximum.
-    fn scores(&self, f: &mut Func, at: &Val, n: &Val, top: &[Val]) -> Vec<Val> {
+    /// Rows `at..at + n` of keys or values as f32, and the elements from one to the next: where they lie, or widened
+    /// in scratch memory.
+    fn block(&self, f: &mut Func, rows: &Val, stride: i64, area: &Val, at: &Val, n: &Val) -> (Val, i64) {
+        let off = f.mulc(at, stride);
+        let from = f.gep(rows, &off, self.c.elem());
+        if self.c.dtype == DType::F32 {
+            return (from, stride);
+        }
+        widen_rows(f, self.c, (&from, stride), area, n);
+        (area.clone(), self.c.dp)
+    }
+
+    /// Scores of the `n` keys from `at` on, at `keys`; the new running maximum.
+    fn scores(&self, f: &mut Func, keys: (&Val, i64), at: &Val, n: &Val, top: &[Val]) -> Vec<Val> {
         let ty = self.c.vf();
         let rows = self.tile();
         let state: Vec<(Val, String)> = top.iter().map(|x| (x.clone(), ty.clone())).collect();
@@ -120,25 +137,33 @@ impl Lanes<'_> {
                 let last = f.addc(n, -rows);
                 f.for_(&zero, n, rows, &state, |f, j, top| {
                     let j = f.min(j, &last);
-                    self.score_tile(f, rows, at, &j, top)
+                    self.score_tile(f, rows, keys, at, &j, top)
                 })
             },
-            |f| f.for_(&zero, n, 1, &state, |f, j, top| self.score_tile(f, 1, at, j, top)),
+            |f| f.for_(&zero, n, 1, &state, |f, j, top| self.score_tile(f, 1, keys, at, j, top)),
         )
     }
 
-    fn score_tile(&self, f: &mut Func, rows: i64, at: &Val, j: &Val, top: &[Val]) -> Vec<Val> {
+    fn score_tile(
+        &self,
+        f: &mut Func,
+        rows: i64,
+        (keys, stride): (&Val, i64),
+        at: &Val,
+        j: &Val,
+        top: &[Val],
+    ) -> Vec<Val> {
         let (c, t, ty) = (self.c, self.t, self.c.vf());
         let index = f.add(at, j);
-        let off = f.mulc(&index, c.k.stride);
-        let keys = f.gep(&t.key, &off, "f32");
+        let off = f.mulc(j, stride);
+        let keys = f.gep(keys, &off, "f32");
         let (zero, d, none) = (f.i64(0), f.i64(c.d), f.f32(0.0, c.w));
         let inits = vec![(none, ty.clone()); rows as usize * self.nv];
         let acc = f.for_(&zero, &d, 1, &inits, |f, e, acc| {
             let q = self.row(f, &t.query, e);
             let q = self.load(f, &q);
             let p = f.gep(&keys, e, "f32");
-            self.outer(f, rows, &p, c.k.stride, &q, acc)
+            self.outer(f, rows, &p, stride, &q, acc)
         });
         let mut top = top.to_vec();
         let bounds = |f: &mut Func, area: &Val| {
@@ -203,21 +228,19 @@ impl Lanes<'_> {
         })
     }
 
-    /// `result = result * fix + value · weights` over `n` keys from `at` on.
-    fn values(&self, f: &mut Func, at: &Val, n: &Val, fix: &[Val]) {
+    /// `result = result * fix + value · weights` over `n` values.
+    fn values(&self, f: &mut Func, values: (&Val, i64), n: &Val, fix: &[Val]) {
         let c = self.c;
-        let off = f.mulc(at, c.v.stride);
-        let values = f.gep(&self.t.value, &off, "f32");
         let tile = self.tile();
         let (zero, whole) = (f.i64(0), f.i64(c.d / tile * tile));
-        f.loop_(&zero, &whole, tile, |f, e| self.value_tile(f, tile, &values, e, n, fix));
+        f.loop_(&zero, &whole, tile, |f, e| self.value_tile(f, tile, values, e, n, fix));
         if c.d % tile != 0 {
-            self.value_tile(f, c.d % tile, &values, &whole, n, fix);
+            self.value_tile(f, c.d % tile, values, &whole, n, fix);
         }
     }
 
-    fn value_tile(&self, f: &mut Func, rows: i64, values: &Val, e: &Val, n: &Val, fix: &[Val]) {
-        let (c, t, ty) = (self.c, self.t, self.c.vf());
+    fn value_tile(&self, f: &mut Func, rows: i64, (values, stride): (&Val, i64), e: &Val, n: &Val, fix: &[Val]) {
+        let (t, ty) = (self.t, self.c.vf());
         let at: Vec<Vec<Val>> = (0..rows)
             .map(|i| {
                 let row = f.addc(e, i);
@@ -236,7 +259,7 @@ impl Lanes<'_> {
         let out = f.for_(&zero, n, 1, &inits, |f, j, acc| {
             let ws = self.row(f, &t.scores, j);
             let ws = self.load(f, &ws);
-            let off = f.mulc(j, c.v.stride);
+            let off = f.mulc(j, stride);
             let p = f.gep(&values, &off, "f32");
             self.outer(f, rows, &p, 1, &ws, acc)
         });

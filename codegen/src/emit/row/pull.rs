@@ -192,7 +192,7 @@ impl Build {
                 let a = self.element(x[0], index)?;
                 self.cast(a, self.model.nodes[x[0]].dtype, *d)
             }
-            Op::StopGradient => return self.pull(x[0], index),
+            Op::StopGradient | Op::After => return self.pull(x[0], index),
             Op::Reduce { .. } => return self.reduced(n, index),
             _ => return self.moved(n, &node.op, x, index),
         };
