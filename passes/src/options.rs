@@ -1,6 +1,7 @@
 //! What the caller can ask of the passes, and the numbers of a target that costs are computed from.
 
 use crate::recompute::Price;
+use pleach_ir::DType;
 
 /// Speeds of a target, for choosing between equal forms. Rough is enough: they only rank alternatives.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -66,6 +67,8 @@ pub struct Options {
     pub round_limit: usize,
     /// E-nodes per region at most.
     pub node_limit: usize,
+    /// Type of weights and activations that `precision` brings in: f32 (nothing changes) or bf16.
+    pub dtype: DType,
     /// What a byte kept for the backward half is worth when terms are chosen, microseconds. `None`: what it costs in
     /// time alone, to be written and read once.
     pub saved_byte_us: Option<f64>,
@@ -82,6 +85,7 @@ impl Default for Options {
             disabled_rules: vec![],
             round_limit: 40,
             node_limit: 20_000,
+            dtype: DType::F32,
             saved_byte_us: None,
             recompute: None,
         }
