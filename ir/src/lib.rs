@@ -19,11 +19,12 @@ pub mod text;
 pub mod types;
 pub mod verify;
 pub mod view;
+pub mod window;
 
 pub use error::IrError;
 pub use graph::{Entry, Graph, Node, Param, ParamId, Phase, Role, Root, RootKind, Source, ValueId};
 pub use op::{AttentionAttrs, AttentionWrt, BinaryOp, Op, ReduceOp, ScatterMode, UnaryOp};
 pub use schedule::{
-    Arg, Buffer, BufferId, BufferKind, Class, Kernel, KernelId, Layout, Schedule, ScheduledEntry, Step,
+    Arg, Buffer, BufferId, BufferKind, Class, Kernel, KernelId, Layout, Loop, Schedule, ScheduledEntry, Seen, Step,
 };
 pub use types::{DType, Dim, Sym, TensorType};

@@ -19,6 +19,7 @@ use crate::error::IrError;
 use crate::graph::{Entry, Node, ParamId};
 use crate::op::Op;
 use crate::types::{Dim, TensorType};
+pub use crate::window::{Loop, Seen};
 
 /// A kernel of a schedule.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -148,6 +149,9 @@ pub struct Step {
     pub reads: Vec<Arg>,
     /// Results, in the kernel's order. An aliased result names the operand's buffer, or one placed at the same bytes.
     pub writes: Vec<Arg>,
+    /// Buffers that must have been written before, although the kernel does not read them: what is computed a second time
+    /// to save memory waits for what needs it.
+    pub after: Vec<BufferId>,
     /// Module path or pass that this launch stems from.
     pub origin: Option<String>,
 }
@@ -161,6 +165,8 @@ pub struct ScheduledEntry {
     pub buffers: Vec<Buffer>,
     /// Launches in order.
     pub steps: Vec<Step>,
+    /// Loops over windows of rows, in the order of their steps, no step in two of them.
+    pub loops: Vec<Loop>,
     /// Outputs: name, buffer, type under which it is returned.
     pub outputs: Vec<(String, BufferId, TensorType)>,
 }
@@ -221,6 +227,11 @@ impl Schedule {
                     && b.layout == *l
                     && (b.ty == *ty || (*l == Layout::RowMajor && same_elements(&b.ty.shape, &ty.shape)))
             };
+            for a in &s.after {
+                if !ready.get(a.0 as usize).is_some_and(|r| *r) {
+                    faults.push(format!("{at}: runs before buffer {}, which it waits for", a.0));
+                }
+            }
             for (j, r) in s.reads.iter().enumerate() {
                 match e.buffers.get(r.0 as usize) {
                     None => faults.push(format!("{at}: no buffer {}", r.0)),
@@ -253,6 +264,7 @@ impl Schedule {
                 ready[w.0 as usize] = true;
             }
         }
+        crate::window::check(self, e, faults);
         for (name, b, ty) in &e.outputs {
             let ok = e.buffers.get(b.0 as usize).is_some_and(|x| {
                 ready[b.0 as usize] && x.ty.dtype == ty.dtype && same_elements(&x.ty.shape, &ty.shape)

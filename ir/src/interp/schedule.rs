@@ -8,7 +8,7 @@ use super::{RunResult, Symbols, bind, bind_params, close, evaluate, fail, shape_
 use crate::error::IrError;
 use crate::graph::{Param, ParamId};
 use crate::op::Op;
-use crate::schedule::{BufferKind, Kernel, Schedule, ScheduledEntry};
+use crate::schedule::{BufferId, BufferKind, Kernel, Loop, Schedule, ScheduledEntry, Seen};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
@@ -84,28 +84,17 @@ pub fn run_schedule_with<'a>(
     }
     close(&mut env)?;
     let mut memory = Memory::open(e, values, inputs);
-    for (i, step) in e.steps.iter().enumerate() {
-        let at = |why: String| fail(format!("{entry}: step {i}: {why}"));
-        let kernel = schedule.kernels.get(step.kernel.0 as usize).ok_or_else(|| at("no such kernel".into()))?;
-        let types = kernel.operand_types();
-        if types.len() != step.reads.len() || kernel.body.roots.len() != step.writes.len() {
-            return Err(at(format!("kernel {} takes other numbers of operands or results", kernel.name)));
-        }
-        let mut views = vec![];
-        for (b, ty) in step.reads.iter().zip(&types) {
-            let shape = shape_of(&ty.shape, &env).map_err(at)?;
-            views.push(memory.read(b.0 as usize, shape).map_err(at)?);
-        }
-        let operands: Vec<&Tensor> = views.iter().map(|t| &**t).collect();
-        let results = run_body(kernel, &operands, &env).map_err(|e| at(e.to_string()))?;
-        drop(views);
-        for (j, t) in results.into_iter().enumerate() {
-            let to = step.writes[j].0 as usize;
-            let over = kernel.aliases.get(j).copied().flatten().and_then(|a| step.reads.get(a as usize));
-            if let Some(b) = over.filter(|b| **b != step.writes[j]) {
-                memory.lose(b.0 as usize, to);
+    let mut i = 0;
+    while i < e.steps.len() {
+        match e.loops.iter().find(|l| l.first == i && l.last > i) {
+            Some(l) => {
+                run_loop(schedule, e, l, &env, &mut memory)?;
+                i = l.last;
             }
-            memory.write(to, t).map_err(at)?;
+            None => {
+                run_step(schedule, e, i, &env, &mut memory, &BTreeMap::new(), 0)?;
+                i += 1;
+            }
         }
     }
     let mut result = RunResult::default();
@@ -118,11 +107,103 @@ pub fn run_schedule_with<'a>(
     Ok(result)
 }
 
+/// Runs the steps of a loop, window by window.
+fn run_loop(
+    schedule: &Schedule,
+    e: &ScheduledEntry,
+    l: &Loop,
+    env: &Symbols,
+    memory: &mut Memory<'_>,
+) -> Result<(), IrError> {
+    let at = |why: String| fail(format!("{}: loop at step {}: {why}", e.name, l.first));
+    let n = env.get(&l.symbol).copied().ok_or_else(|| at(format!("symbol {} has no value", l.symbol)))?;
+    if l.last > e.steps.len() || l.chunk == 0 {
+        return Err(at("is no loop".into()));
+    }
+    let seen = e.seen(l.first, l.last, l.symbol);
+    let mut whole = BTreeMap::new();
+    for b in seen.iter().filter(|(_, s)| **s == Seen::Window).map(|(b, _)| *b) {
+        let ty = &e.buffers.get(b.0 as usize).ok_or_else(|| at("a buffer does not exist".into()))?.ty;
+        whole.insert(b, Tensor::zeros(ty.dtype, shape_of(&ty.shape, env).map_err(at)?));
+    }
+    for (b, zeros) in &whole {
+        memory.prepare(b.0 as usize, zeros).map_err(at)?;
+    }
+    let mut start = 0;
+    while start < n {
+        let mut env = env.clone();
+        env.insert(l.symbol, l.chunk.min(n - start));
+        for b in seen.iter().filter(|(_, s)| **s == Seen::Inside).map(|(b, _)| b.0 as usize) {
+            memory.forget(b);
+        }
+        for i in l.first..l.last {
+            run_step(schedule, e, i, &env, memory, &whole, start)?;
+        }
+        start += l.chunk;
+    }
+    Ok(())
+}
+
+/// Runs one step. Buffers in `moved` are seen from row `start` on, for as many rows as the kernel's type has.
+fn run_step(
+    schedule: &Schedule,
+    e: &ScheduledEntry,
+    i: usize,
+    env: &Symbols,
+    memory: &mut Memory<'_>,
+    moved: &BTreeMap<BufferId, Tensor>,
+    start: u64,
+) -> Result<(), IrError> {
+    let step = &e.steps[i];
+    let at = |why: String| fail(format!("{}: step {i}: {why}", e.name));
+    let kernel = schedule.kernels.get(step.kernel.0 as usize).ok_or_else(|| at("no such kernel".into()))?;
+    let types = kernel.operand_types();
+    if types.len() != step.reads.len() || kernel.body.roots.len() != step.writes.len() {
+        return Err(at(format!("kernel {} takes other numbers of operands or results", kernel.name)));
+    }
+    let mut views = vec![];
+    for (b, ty) in step.reads.iter().zip(&types) {
+        let shape = shape_of(&ty.shape, env).map_err(at)?;
+        views.push(if moved.contains_key(b) {
+            Cow::Owned(memory.read_rows(b.0 as usize, shape, start).map_err(at)?)
+        } else {
+            memory.read(b.0 as usize, shape).map_err(at)?
+        });
+    }
+    let operands: Vec<&Tensor> = views.iter().map(|t| &**t).collect();
+    let results = run_body(kernel, &operands, env).map_err(|e| at(e.to_string()))?;
+    drop(views);
+    for (j, t) in results.into_iter().enumerate() {
+        let to = step.writes[j];
+        let over = kernel.aliases.get(j).copied().flatten().and_then(|a| step.reads.get(a as usize));
+        if let Some(b) = over.filter(|b| **b != to && !moved.contains_key(b)) {
+            memory.lose(b.0 as usize, to.0 as usize);
+        }
+        if moved.contains_key(&to) {
+            memory.write_rows(to.0 as usize, &t, start).map_err(at)?;
+        } else {
+            memory.write(to.0 as usize, t).map_err(at)?;
+        }
+    }
+    Ok(())
+}
+
 /// One cell per buffer; buffers of one parameter share the first one's.
 struct Memory<'a> {
     cells: Vec<Result<Cow<'a, Tensor>, String>>,
     home: Vec<usize>,
     written: Vec<bool>,
+}
+
+/// Elements of the rows `start..` of `t` that a tensor of shape `part` takes.
+fn rows(t: &Tensor, part: &[u64], start: u64) -> Result<std::ops::Range<usize>, String> {
+    let all = t.shape.iter().skip(1).product::<u64>();
+    let n = part.iter().product::<u64>();
+    let first = all.saturating_mul(start);
+    if first + n > t.data.len() as u64 || all > 0 && n != all.saturating_mul(part.first().copied().unwrap_or(1)) {
+        return Err(format!("{} has no rows {start}.. of shape {part:?}", t.describe()));
+    }
+    Ok(first as usize..(first + n) as usize)
 }
 
 impl<'a> Memory<'a> {
@@ -169,6 +250,44 @@ impl<'a> Memory<'a> {
         self.cells[c] = Ok(Cow::Owned(t));
         self.written[c] = true;
         Ok(())
+    }
+
+    /// Before a loop: a buffer that nothing has written yet gets memory of its size.
+    fn prepare(&mut self, b: usize, zeros: &Tensor) -> Result<(), String> {
+        let c = self.cell(b)?;
+        if self.cells[c].is_err() {
+            self.cells[c] = Ok(Cow::Owned(zeros.clone()));
+        }
+        Ok(())
+    }
+
+    /// Rows `start..` of the buffer, as many as `shape` says.
+    fn read_rows(&self, b: usize, shape: Vec<u64>, start: u64) -> Result<Tensor, String> {
+        let t = self.cells[self.cell(b)?].as_ref().map_err(Clone::clone)?;
+        let range = rows(t, &shape, start)?;
+        let size = t.dtype().size() as usize;
+        let bytes = &t.to_bytes()[range.start * size..range.end * size];
+        Tensor::from_bytes(t.dtype(), shape, bytes).map_err(|e| e.to_string())
+    }
+
+    /// Overwrites rows `start..` of the buffer.
+    fn write_rows(&mut self, b: usize, part: &Tensor, start: u64) -> Result<(), String> {
+        let c = self.cell(b)?;
+        let t = self.cells[c].as_ref().map_err(Clone::clone)?;
+        let range = rows(t, &part.shape, start)?;
+        let size = t.dtype().size() as usize;
+        let mut bytes = t.to_bytes();
+        bytes[range.start * size..range.end * size].copy_from_slice(&part.to_bytes());
+        let t = Tensor::from_bytes(part.dtype(), t.shape.clone(), &bytes).map_err(|e| e.to_string())?;
+        self.cells[c] = Ok(Cow::Owned(t));
+        self.written[c] = true;
+        Ok(())
+    }
+
+    fn forget(&mut self, b: usize) {
+        if let Some(c) = self.cells.get_mut(b) {
+            *c = Err(format!("buffer {b} is read in a window before it is written"));
+        }
     }
 
     fn lose(&mut self, b: usize, by: usize) {

@@ -252,6 +252,7 @@ fn small_schedule() -> Schedule {
         kernel: KernelId(k),
         reads: reads.iter().map(|b| BufferId(*b)).collect(),
         writes: vec![BufferId(write)],
+        after: vec![],
         origin: None,
     };
     Schedule {
@@ -270,6 +271,7 @@ fn small_schedule() -> Schedule {
                 buffer(BufferKind::Output("y".into()), tt(&t2), row),
             ],
             steps: vec![step(0, &[0, 2], 4), step(1, &[3, 1, 4], 3)],
+            loops: vec![],
             outputs: vec![("y".into(), BufferId(4), tt(&t2))],
         }],
     }

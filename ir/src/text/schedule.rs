@@ -69,10 +69,20 @@ fn entry(s: &Schedule, e: &ScheduledEntry) -> Vec<String> {
         out.push(format!("  #{i} {kind} : {}{layout}", b.ty));
     }
     let ids = |v: &[BufferId]| v.iter().map(|b| format!("#{}", b.0)).collect::<Vec<_>>().join(", ");
-    for st in &e.steps {
+    for (i, st) in e.steps.iter().enumerate() {
+        for l in e.loops.iter().filter(|l| l.last == i) {
+            out.push(format!("  end {}", l.symbol));
+        }
+        for l in e.loops.iter().filter(|l| l.first == i) {
+            out.push(format!("  for {} rows of {}", l.chunk, l.symbol));
+        }
         let name = s.kernels.get(st.kernel.0 as usize).map_or("?", |k| &k.name);
         let origin = st.origin.as_ref().map_or(String::new(), |o| format!(" from {}", quote(o)));
-        out.push(format!("  {} = {name}({}){origin}", ids(&st.writes), ids(&st.reads)));
+        let after = if st.after.is_empty() { String::new() } else { format!(" after {}", ids(&st.after)) };
+        out.push(format!("  {} = {name}({}){after}{origin}", ids(&st.writes), ids(&st.reads)));
+    }
+    for l in e.loops.iter().filter(|l| l.last == e.steps.len()) {
+        out.push(format!("  end {}", l.symbol));
     }
     for (name, b, ty) in &e.outputs {
         out.push(format!("  output {} #{} : {ty}", quote(name), b.0));

@@ -1,7 +1,7 @@
 //! The body of one kernel: a group's operators as a small entry over operands `a0…`, with results `r0…`.
 
 use super::group::Partition;
-use pleach_ir::{Class, Entry, IrError, Kernel, Layout, Op, Param, ValueId};
+use pleach_ir::{Class, Entry, IrError, Kernel, Layout, Op, Param, TensorType, ValueId};
 use std::collections::BTreeMap;
 
 /// A group as a kernel, and which values of the entry its operands and results are.
@@ -10,6 +10,28 @@ pub(super) struct Region {
     pub(super) operands: Vec<ValueId>,
     pub(super) results: Vec<ValueId>,
     pub(super) origin: Option<String>,
+}
+
+/// Everything that makes a kernel what it is, but its name.
+#[derive(PartialEq, Eq, Hash, Clone)]
+pub(super) struct Signature {
+    class: Class,
+    layouts: (Vec<Layout>, Vec<Layout>),
+    aliases: Vec<Option<u32>>,
+    nodes: Vec<(Op, Vec<ValueId>, TensorType)>,
+    results: Vec<ValueId>,
+}
+
+impl Signature {
+    pub(super) fn of(k: &Kernel) -> Signature {
+        Signature {
+            class: k.class,
+            layouts: (k.operands.clone(), k.results.clone()),
+            aliases: k.aliases.clone(),
+            nodes: k.body.nodes.iter().map(|n| (n.op.clone(), n.inputs.clone(), n.ty.clone())).collect(),
+            results: k.body.roots.iter().map(|r| r.value).collect(),
+        }
+    }
 }
 
 struct Lower<'a> {
@@ -29,9 +51,14 @@ impl Lower<'_> {
         let n = self.e.node(v);
         let own = self.p.group(v) == Some(self.g);
         let pulled = self.p.is_inline(v) || (self.p.is_view(v) && !self.shows_buffer(v));
-        let x = if own || pulled {
+        let x = if (own || pulled) && n.op == Op::After {
+            // What it waits for is no matter of the kernel.
+            self.value(n.inputs[0])?
+        } else if own || pulled {
             let inputs = n.inputs.iter().map(|i| self.value(*i)).collect::<Result<Vec<_>, _>>()?;
             self.body.push(&[], n.op.clone(), &inputs)?
+        } else if let Some(same) = self.operand(v) {
+            same
         } else {
             let name = format!("a{}", self.operands.len());
             self.operands.push(v);
@@ -39,6 +66,14 @@ impl Lower<'_> {
         };
         self.done.insert(v, x);
         Ok(x)
+    }
+
+    /// The operand that shows the same memory under the same type.
+    fn operand(&self, v: ValueId) -> Option<ValueId> {
+        let base = self.p.alias_base(self.e, v);
+        let same = |o: &ValueId| self.p.alias_base(self.e, *o) == base && self.e.ty(*o) == self.e.ty(v);
+        let at = self.operands.iter().find(|o| same(o))?;
+        self.done.get(at).copied()
     }
 
     /// A reshape of something in memory outside the group is that memory under another shape.
@@ -55,22 +90,28 @@ impl Lower<'_> {
 pub(super) fn region(e: &Entry, p: &Partition, g: usize, params: &[(Param, Layout)]) -> Result<Region, IrError> {
     let members = p.members(g);
     let class = p.class(g);
-    let outside = |v: &ValueId| {
-        p.readers(*v).iter().any(|r| p.group(*r) != Some(g)) || e.roots.iter().any(|r| p.alias_base(e, r.value) == *v)
-    };
-    let results: Vec<ValueId> = members.iter().copied().filter(outside).collect();
+    let mut rooted: Vec<ValueId> = e.roots.iter().map(|r| p.alias_base(e, r.value)).collect();
+    rooted.sort_unstable();
+    let outside = |v: &ValueId| p.readers(*v).iter().any(|r| p.group(*r) != Some(g)) || rooted.binary_search(v).is_ok();
+    let mut results: Vec<ValueId> = members.iter().copied().filter(outside).collect();
+    if results.is_empty() {
+        // Nothing reads it, but something waits for it.
+        results.extend(members.last());
+    }
     let mut l = Lower { e, p, g, body: Entry::new("kernel"), operands: vec![], done: BTreeMap::new() };
     for (i, v) in results.iter().enumerate() {
         let x = l.value(*v)?;
         l.body.output(format!("r{i}"), x);
     }
-    let aliases = results
-        .iter()
-        .map(|v| match e.node(*v).op {
-            Op::Scatter { .. } => l.operands.iter().position(|o| *o == e.node(*v).inputs[0]).map(|i| i as u32),
-            _ => None,
-        })
-        .collect();
+    let alias = |v: &ValueId| {
+        let at = |base: ValueId| l.operands.iter().position(|o| p.alias_base(e, *o) == base).map(|i| i as u32);
+        if let Op::Scatter { .. } = e.node(*v).op {
+            return l.operands.iter().position(|o| *o == e.node(*v).inputs[0]).map(|i| i as u32);
+        }
+        let param = *p.in_place.get(v)?;
+        at(e.values().find(|x| e.node(*x).op == Op::Param(param) && !p.is_dead(*x))?)
+    };
+    let aliases = results.iter().map(alias).collect();
     let layout = |v: &ValueId| match e.node(p.alias_base(e, *v)).op {
         Op::Param(q) => params[q.index()].1,
         _ => Layout::RowMajor,

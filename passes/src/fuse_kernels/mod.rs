@@ -9,8 +9,12 @@
 //! order of launches to `order` and addresses to `plan-memory`.
 
 mod body;
+mod epilogue;
 mod group;
+mod in_place;
 mod pack;
+mod reach;
+mod sums;
 
 use crate::PassError;
 use pleach_ir::schedule::same_elements;
@@ -18,6 +22,7 @@ use pleach_ir::{
     Buffer, BufferId, BufferKind, Class, Entry, Graph, IrError, Kernel, KernelId, Layout, Op, ParamId, RootKind,
     Schedule, ScheduledEntry, Step, ValueId,
 };
+use body::{Region, Signature};
 use std::collections::{BTreeMap, HashMap};
 
 /// What the cut has to know about the target.
@@ -63,16 +68,21 @@ pub fn order(s: &mut Schedule) -> Result<usize, PassError> {
 /// [`PassError`] when the graph breaks a rule of the IR; a region that the target refuses is split, never an error,
 /// unless a single operator is refused.
 pub fn cut(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, PassError> {
-    let (graph, layouts) = if options.pack {
+    let (mut graph, layouts) = if options.pack {
         pack::pack(graph).map_err(fault)?
     } else {
         (graph.clone(), vec![Layout::RowMajor; graph.params.len()])
     };
+    for e in &mut graph.entries {
+        if let Some(new) = sums::into_scatters(&graph.params, e).map_err(fault)? {
+            *e = new;
+        }
+    }
     let mut out =
         Schedule { params: graph.params.iter().cloned().zip(layouts).collect(), kernels: vec![], entries: vec![] };
     let mut table = Kernels::default();
-    let mut verdicts: HashMap<String, bool> = HashMap::new();
-    let mut accepts = |k: &Kernel| *verdicts.entry(signature(k)).or_insert_with(|| (options.supported)(k).is_ok());
+    let mut verdicts: HashMap<Signature, bool> = HashMap::new();
+    let mut accepts = |k: &Kernel| *verdicts.entry(Signature::of(k)).or_insert_with(|| (options.supported)(k).is_ok());
     for e in &graph.entries {
         let cut = EntryCut::new(e, &out.params, &mut accepts)?;
         out.entries.push(cut.emit(&mut table)?);
@@ -82,21 +92,16 @@ pub fn cut(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, PassErro
     Ok(out)
 }
 
-/// Everything that makes a kernel what it is, but its name.
-fn signature(k: &Kernel) -> String {
-    format!("{:?}|{:?}|{:?}|{:?}|{:?}", k.class, k.operands, k.results, k.aliases, k.body)
-}
-
 /// Kernels by signature.
 #[derive(Default)]
 struct Kernels {
     kernels: Vec<Kernel>,
-    by_signature: HashMap<String, KernelId>,
+    by_signature: HashMap<Signature, KernelId>,
 }
 
 impl Kernels {
     fn intern(&mut self, mut k: Kernel) -> KernelId {
-        let key = signature(&k);
+        let key = Signature::of(&k);
         if let Some(id) = self.by_signature.get(&key) {
             return *id;
         }
@@ -113,6 +118,9 @@ fn label(k: &Kernel) -> String {
     let base = match k.class {
         Class::Row => "row",
         Class::Contraction => "mm",
+        Class::Attention if k.body.nodes.iter().any(|n| matches!(n.op, Op::AttentionGrad { .. })) => {
+            return "attention_grad".into();
+        }
         Class::Attention => return "attention".into(),
         Class::Scatter => return "scatter".into(),
     };
@@ -138,6 +146,8 @@ struct EntryCut<'a> {
     entry: &'a Entry,
     params: &'a [(pleach_ir::Param, Layout)],
     groups: group::Partition,
+    regions: BTreeMap<usize, Region>,
+    order: Vec<usize>,
 }
 
 impl<'a> EntryCut<'a> {
@@ -147,37 +157,57 @@ impl<'a> EntryCut<'a> {
         accepts: &mut dyn FnMut(&Kernel) -> bool,
     ) -> Result<EntryCut<'a>, PassError> {
         let mut groups = group::Partition::new(entry);
-        // A region the target refuses is taken apart into single operators.
-        for _ in 0..2 {
+        groups.choose_in_place(entry, params);
+        let mut regions: BTreeMap<usize, Region> = BTreeMap::new();
+        let mut order = groups.order();
+        // A region the target refuses is first built without results in place, then taken apart into single operators.
+        for round in 0..3 {
             let mut refused = vec![];
-            for g in groups.order(entry) {
-                let r = body::region(entry, &groups, g, params).map_err(fault)?;
-                if groups.members(g).len() > 1 && !accepts(&r.kernel) {
-                    refused.push(g);
+            for g in &order {
+                let r = body::region(entry, &groups, *g, params).map_err(fault)?;
+                let in_place = r.results.iter().any(|v| groups.in_place.contains_key(v));
+                let clash = groups.clashes(entry, &r);
+                let asked = groups.members(*g).len() > 1 || in_place;
+                if clash || (asked && round < 2 && !accepts(&r.kernel)) {
+                    refused.push((*g, in_place));
                 }
+                regions.insert(*g, r);
             }
             if refused.is_empty() {
                 break;
             }
-            for g in refused {
-                groups.dissolve(entry, g);
+            for (g, in_place) in refused {
+                let r = &regions[&g];
+                let mut plain = r.kernel.clone();
+                plain.aliases = vec![None; plain.aliases.len()];
+                if in_place && plain.class != Class::Scatter && accepts(&plain) {
+                    groups.kept_out.extend(r.results.iter().copied());
+                } else if groups.members(g).len() > 1 {
+                    groups.dissolve(entry, g);
+                }
             }
+            groups.choose_in_place(entry, params);
+            order = groups.order();
+            regions.clear();
         }
-        Ok(EntryCut { entry, params, groups })
+        Ok(EntryCut { entry, params, groups, regions, order })
     }
 
-    fn emit(&self, table: &mut Kernels) -> Result<ScheduledEntry, PassError> {
+    fn emit(mut self, table: &mut Kernels) -> Result<ScheduledEntry, PassError> {
+        let mut regions = std::mem::take(&mut self.regions);
         let mut b = Builder {
-            cut: self,
+            cut: &self,
             table,
-            out: ScheduledEntry { name: self.entry.name.clone(), buffers: vec![], steps: vec![], outputs: vec![] },
+            out: ScheduledEntry { name: self.entry.name.clone(), buffers: vec![], steps: vec![], loops: vec![], outputs: vec![] },
             of_value: BTreeMap::new(),
             of_param: BTreeMap::new(),
             homes: BTreeMap::new(),
         };
         b.choose_homes();
-        for g in self.groups.order(self.entry) {
-            b.launch(g)?;
+        for g in &b.cut.order {
+            if let Some(r) = regions.remove(g) {
+                b.launch(*g, r)?;
+            }
         }
         b.finish()?;
         Ok(b.out)
@@ -234,6 +264,9 @@ impl Builder<'_, '_> {
     /// Decides which computed values are written straight to an output or a parameter.
     fn choose_homes(&mut self) {
         let (e, groups) = (self.cut.entry, &self.cut.groups);
+        for (v, p) in &groups.in_place {
+            self.homes.insert(*v, BufferKind::Param(*p));
+        }
         for r in &e.roots {
             let v = groups.alias_base(e, r.value);
             if !groups.is_computed(v) || self.homes.contains_key(&v) {
@@ -244,35 +277,20 @@ impl Builder<'_, '_> {
                 RootKind::Output(name) if !scatter => {
                     self.homes.insert(v, BufferKind::Output(name.clone()));
                 }
-                RootKind::Assign(p) => {
-                    // The old value may be read only by the scatter that updates it in place, and be no result.
-                    let readers: Vec<ValueId> =
-                        e.values().filter(|n| e.node(*n).op == Op::Param(*p)).flat_map(|n| groups.readers(n)).collect();
-                    let row_major = self.cut.params[p.index()].1 == Layout::RowMajor;
-                    let returned = e.roots.iter().any(|r| e.node(groups.alias_base(e, r.value)).op == Op::Param(*p));
-                    let unread = if scatter {
-                        readers == [v] && e.node(groups.alias_base(e, e.node(v).inputs[0])).op == Op::Param(*p)
-                    } else {
-                        readers.is_empty()
-                    };
-                    let free = unread && !returned;
-                    if row_major && free {
-                        self.homes.insert(v, BufferKind::Param(*p));
-                    }
-                }
-                RootKind::Output(_) => {}
+                RootKind::Output(_) | RootKind::Assign(_) => {}
             }
         }
     }
 
-    fn launch(&mut self, g: usize) -> Result<(), PassError> {
+    fn launch(&mut self, g: usize, r: Region) -> Result<(), PassError> {
         let e = self.cut.entry;
-        let mut r = body::region(e, &self.cut.groups, g, self.cut.params).map_err(fault)?;
+        let after = self.after(g);
         let mut reads = r.operands.iter().map(|v| self.buffer_of(*v)).collect::<Result<Vec<_>, _>>()?;
         let mut writes = vec![];
         for (i, v) in r.results.iter().enumerate() {
             let ty = e.ty(*v).clone();
-            let b = if let Some(target) = r.kernel.aliases[i] {
+            let scatter = matches!(e.node(*v).op, Op::Scatter { .. });
+            let b = if let Some(target) = r.kernel.aliases[i].filter(|_| scatter) {
                 // A scatter: in place where nothing else needs the old contents, else on a copy.
                 let old = r.operands[target as usize];
                 let b = reads[target as usize];
@@ -303,10 +321,22 @@ impl Builder<'_, '_> {
             self.of_value.insert(*v, b);
             writes.push(b);
         }
-        r.kernel.body.name = "kernel".into();
         let kernel = self.table.intern(r.kernel);
-        self.out.steps.push(Step { kernel, reads, writes, origin: r.origin });
+        self.out.steps.push(Step { kernel, reads, writes, after, origin: r.origin });
         Ok(())
+    }
+
+    /// Buffers that must be written before a group runs although it does not read them.
+    fn after(&self, g: usize) -> Vec<BufferId> {
+        let groups = &self.cut.groups;
+        let mut out: Vec<BufferId> = vec![];
+        for t in groups.members(g).iter().flat_map(|m| groups.tokens(*m)) {
+            let Some(h) = groups.group(*t).filter(|h| *h != g) else { continue };
+            out.extend(groups.members(h).iter().find_map(|m| self.of_value.get(m)));
+        }
+        out.sort_unstable();
+        out.dedup();
+        out
     }
 
     /// A launch that copies one buffer into another, changing the layout if theirs differ.
@@ -326,7 +356,7 @@ impl Builder<'_, '_> {
             aliases: vec![None],
         };
         let kernel = self.table.intern(k);
-        self.out.steps.push(Step { kernel, reads: vec![from], writes: vec![to], origin: None });
+        self.out.steps.push(Step { kernel, reads: vec![from], writes: vec![to], after: vec![], origin: None });
         Ok(())
     }
 

@@ -1,0 +1,131 @@
+//! Which elementwise operators join the epilogue of the products they read.
+
+use super::group::{Kind, Partition};
+use super::reach::Bits;
+use pleach_ir::{Class, Dim, Entry, Op, ValueId};
+use std::collections::BTreeSet;
+
+/// At most this many products whose results meet elementwise in one epilogue.
+const MAX_CHAINS: usize = 2;
+/// At most this many products in one kernel, summands included.
+const MAX_PRODUCTS: usize = 6;
+
+impl Partition {
+    /// Joins the epilogue of the products that `v` reads.
+    pub(super) fn join_products(&mut self, e: &Entry, v: ValueId, before: &Bits) -> bool {
+        if !self.saves_a_pass(e, v) {
+            return false;
+        }
+        let mut found: BTreeSet<usize> = BTreeSet::new();
+        for s in self.sources(v) {
+            if let Some(g) = self.group_of[s.index()]
+                && self.groups[g].class == Class::Contraction
+                && self.fits_epilogue(e, v, g)
+            {
+                found.insert(g);
+            }
+        }
+        // As many as go together, the latest first.
+        let mut set: BTreeSet<usize> = BTreeSet::new();
+        for g in found.iter().rev() {
+            set.insert(*g);
+            let ok = self.products_agree(e, &set)
+                && self.separable(&set)
+                && self.operands_fit(e, v, &set)
+                && !self.reach.cycle(&set, before);
+            if !ok {
+                set.remove(g);
+            }
+        }
+        if set.is_empty() {
+            return false;
+        }
+        self.merge(v, &set, before);
+        true
+    }
+
+    /// An epilogue is no place for a value that ends there while what it is made of is stored as well: the kernel that
+    /// reads it can compute it from the same loads.
+    fn saves_a_pass(&self, e: &Entry, v: ValueId) -> bool {
+        let goes_on = |u: &ValueId| e.node(*u).op.is_elementwise();
+        let ends = !self.readers[v.index()].iter().any(goes_on) && !self.readers[v.index()].is_empty();
+        !ends
+            || self.sources(v).iter().all(|m| !self.is_computed(*m) || self.readers[m.index()].iter().all(|u| *u == v))
+    }
+
+    /// Whether `v` has the shape of the group's results, or of equal slices of them that nobody else reads whole.
+    fn fits_epilogue(&self, e: &Entry, v: ValueId, g: usize) -> bool {
+        let (t, lead) = (e.ty(v), e.ty(self.groups[g].members[0]));
+        let k = t.rank();
+        if k < 2 || k != lead.rank() || t.shape[..k - 1] != lead.shape[..k - 1] {
+            return false;
+        }
+        self.groups[g].members.iter().all(|m| {
+            let mt = e.ty(*m);
+            mt.shape == t.shape || self.only_slices(e, *m, t.shape[k - 1])
+        })
+    }
+
+    /// True when every reader takes `m` through slices of this width along the last axis, starting at multiples of 16.
+    fn only_slices(&self, e: &Entry, m: ValueId, width: Dim) -> bool {
+        let users = &self.users[m.index()];
+        let root = self.rooted[m.index()];
+        let slice = |u: ValueId| matches!(e.node(u).op, Op::Slice { start, .. } if start % 16 == 0);
+        !root && users.iter().all(|u| self.last_axis_slice(e, *u) && slice(*u) && e.ty(*u).shape.last() == Some(&width))
+            || users
+                .iter()
+                .all(|u| self.group_of[u.index()].is_some_and(|g| self.groups[g].members.contains(&m)) && !root)
+    }
+
+    /// Products of one kernel have the same M and N and not too many results that stay apart.
+    fn products_agree(&self, e: &Entry, set: &BTreeSet<usize>) -> bool {
+        let products: Vec<ValueId> = set
+            .iter()
+            .flat_map(|g| self.groups[*g].members.iter().copied())
+            .filter(|m| matches!(e.node(*m).op, Op::MatMul { .. }))
+            .collect();
+        let summed = |m: &ValueId| {
+            let r = &self.readers[m.index()];
+            r.len() == 1 && e.node(r[0]).op == Op::Add && e.node(r[0]).inputs.contains(m)
+        };
+        let same = products.iter().all(|m| e.ty(*m).shape == e.ty(products[0]).shape);
+        // Summands of one sum accumulate together; each other product keeps accumulators of its own.
+        let mut sums: BTreeSet<ValueId> = BTreeSet::new();
+        let mut chains = 0;
+        for m in &products {
+            let first = !summed(m) || sums.insert(self.readers[m.index()][0]);
+            chains += usize::from(first);
+        }
+        same && products.len() <= MAX_PRODUCTS && chains <= MAX_CHAINS
+    }
+
+    /// What `v` reads from outside the groups must be loadable at the place of each result element.
+    fn operands_fit(&self, e: &Entry, v: ValueId, set: &BTreeSet<usize>) -> bool {
+        e.node(v).inputs.iter().all(|x| self.operand_fits(e, *x, e.ty(v).rank(), set))
+    }
+
+    fn operand_fits(&self, e: &Entry, x: ValueId, rank: usize, set: &BTreeSet<usize>) -> bool {
+        let inside = |v: ValueId| self.group_of[v.index()].is_some_and(|g| set.contains(&g));
+        let n = e.node(x);
+        match self.kind[x.index()] {
+            Kind::Compute | Kind::Leaf => true,
+            Kind::Inline => n.ty.rank() == 0,
+            Kind::View => match &n.op {
+                Op::Slice { start, .. } if inside(n.inputs[0]) => self.last_axis_slice(e, x) && start % 16 == 0,
+                // A row or column vector, or a scalar, spread over the result.
+                Op::Broadcast { axes, .. } => {
+                    let b = self.alias_base(e, n.inputs[0]);
+                    let plain = matches!(self.kind[b.index()], Kind::Leaf | Kind::Compute) && !inside(b)
+                        || n.inputs[0] == b && e.ty(b).rank() == 0;
+                    plain && axes.len() <= 1 && axes.iter().all(|a| usize::from(*a) + 2 >= rank) && rank == 2
+                }
+                Op::Reshape(_) | Op::After => {
+                    let b = self.alias_base(e, x);
+                    matches!(self.kind[b.index()], Kind::Leaf | Kind::Compute) && !inside(b)
+                }
+                _ => false,
+            },
+            Kind::Dead => false,
+        }
+    }
+}
