@@ -5,7 +5,7 @@
 
 use crate::error::PassError;
 use crate::options::Options;
-use crate::{recompute, canonicalize, fold_params, rewrite};
+use crate::{canonicalize, differentiate, fold_params, recompute, rewrite};
 use pleach_ir::Graph;
 use pleach_ir::text::print;
 use pleach_ir::verify::verify;
@@ -31,6 +31,11 @@ const PASSES: &[Pass] = &[
         name: "canonicalize",
         about: "one form for what is trivially equal; dead nodes removed",
         run: canonicalize::run,
+    },
+    Pass {
+        name: "differentiate",
+        about: "the entry train becomes accumulate (forward and backward) and update (the optimizer)",
+        run: differentiate::run,
     },
     Pass {
         name: "rewrite",

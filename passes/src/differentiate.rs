@@ -1,0 +1,188 @@
+//! `differentiate`: the entry `train` becomes `accumulate` (forward and backward) and `update` (the optimizer).
+//!
+//! Reverse mode on the graph: every operator has a vector-Jacobian rule ([`rules`]) that writes plain operators. A
+//! value gets a cotangent only if it depends on a parameter of role `Train` and the loss depends on it, so nothing is
+//! computed below the lowest trained parameter. Cotangents are f32 whatever the type of the value.
+//!
+//! `accumulate` has the inputs and roots of `train` and, for every trained parameter `p` that the loss depends on,
+//! assigns `grad.p := grad.p + dL/dp`; runs add up until `update` ([`update`]) steps and clears. New parameters:
+//! `grad.p`, `adam.m.p`, `adam.v.p`, f32, role `State`, zeros at first.
+//!
+//! Assumes that `train` has one output `loss`, f32 of rank 0, and that the indices of a `scatter_set` whose update is
+//! trained are distinct. Leaves alone: every other entry; the whole graph when there is no entry `train` or its loss
+//! depends on no trained parameter. It knows roles only: neither methods nor models.
+
+mod rules;
+mod sum;
+mod tape;
+#[cfg(test)]
+mod tests;
+mod update;
+
+use crate::error::PassError;
+use crate::manager::Report;
+use crate::options::Options;
+use pleach_ir::{
+    BinaryOp, DType, Entry, Graph, IrError, Op, Param, ParamId, Role, RootKind, Source, TensorType, UnaryOp, ValueId,
+};
+use std::collections::BTreeMap;
+use sum::Cotangent;
+use tape::Tape;
+
+const NAME: &str = "differentiate";
+
+/// The entry that is differentiated.
+pub const TRAIN: &str = "train";
+/// The entry that runs forward and backward and adds to the gradients.
+pub const ACCUMULATE: &str = "accumulate";
+/// The entry that steps the trained parameters and clears the gradients.
+pub const UPDATE: &str = "update";
+
+/// The pass.
+///
+/// # Errors
+/// [`PassError::Refused`] when `train` has no scalar output `loss`, a trained parameter is not f32, or the loss depends
+/// on one through an operator without a gradient; [`PassError::Build`] would be a fault of this pass.
+pub fn run(g: &Graph, _: &Options, report: &mut Report) -> Result<Graph, PassError> {
+    let Some(at) = g.entries.iter().position(|e| e.name == TRAIN) else { return Ok(g.clone()) };
+    let train = &g.entries[at];
+    let loss = loss_of(train).ok_or_else(|| refused("the entry train needs one output \"loss\", f32 of rank 0"))?;
+    let active = active(train, &g.params, loss);
+    let trained = trained_params(train, &active);
+    if trained.is_empty() {
+        return Ok(g.clone());
+    }
+    for p in &trained {
+        let p = &g.params[p.index()];
+        if p.ty.dtype != DType::F32 {
+            return Err(refused(&format!("{} is trained but {}; trained parameters are f32", p.name, p.ty)));
+        }
+    }
+    if let Some(v) = train.values().find(|v| active[v.index()] && !rules::has_gradient(&train.node(*v).op)) {
+        let n = train.node(v);
+        let place = n.origin.as_deref().unwrap_or(TRAIN);
+        return Err(refused(&format!("{} at {place} has no gradient; put a stop_gradient around it", n.op.name())));
+    }
+
+    let mut out = g.clone();
+    let states: Vec<update::State> = trained.iter().map(|p| update::declare(&mut out, *p)).collect();
+    let fault = |e| PassError::build(NAME, ACCUMULATE)(e);
+    let accumulate = backward(&out.params, train, loss, &active, &states).map_err(fault)?;
+    report.note = format!(
+        "{} trained parameters; {} nodes forward, {} in all",
+        states.len(),
+        train.nodes.len(),
+        accumulate.nodes.len()
+    );
+    out.entries[at] = accumulate;
+    let update = update::entry(&out.params, &states).map_err(PassError::build(NAME, UPDATE))?;
+    out.entries.push(update);
+    Ok(out)
+}
+
+fn refused(why: &str) -> PassError {
+    PassError::Refused { pass: NAME.into(), why: why.into() }
+}
+
+/// The value of the output `loss`, if it is a scalar.
+fn loss_of(e: &Entry) -> Option<ValueId> {
+    let root = e.roots.iter().find(|r| r.kind == RootKind::Output("loss".into()))?;
+    (*e.ty(root.value) == TensorType::scalar(DType::F32)).then_some(root.value)
+}
+
+/// Which values depend on a trained parameter by a way on which a gradient flows, and are needed by the loss on such a
+/// way.
+fn active(e: &Entry, params: &[Param], loss: ValueId) -> Vec<bool> {
+    let mut up = vec![false; e.nodes.len()];
+    for v in e.values() {
+        let n = e.node(v);
+        up[v.index()] = n.ty.dtype.is_float()
+            && match &n.op {
+                Op::Param(p) => params[p.index()].role == Role::Train,
+                op => n.inputs.iter().enumerate().any(|(i, x)| rules::flows(op, i) && up[x.index()]),
+            };
+    }
+    let mut down = vec![false; e.nodes.len()];
+    down[loss.index()] = up[loss.index()];
+    for v in e.values().rev().filter(|v| up[v.index()]) {
+        if down[v.index()] {
+            let n = e.node(v);
+            for (_, x) in n.inputs.iter().enumerate().filter(|(i, x)| rules::flows(&n.op, *i) && up[x.index()]) {
+                down[x.index()] = true;
+            }
+        }
+    }
+    down
+}
+
+/// Trained parameters with an active read, each once, in the order of parameters.
+fn trained_params(e: &Entry, active: &[bool]) -> Vec<ParamId> {
+    let read = |v: ValueId| if let Op::Param(p) = e.node(v).op { Some(p) } else { None };
+    let mut all: Vec<ParamId> = e.values().filter(|v| active[v.index()]).filter_map(read).collect();
+    all.sort_unstable();
+    all.dedup();
+    all
+}
+
+/// The entry `accumulate`.
+fn backward(
+    params: &[Param],
+    train: &Entry,
+    loss: ValueId,
+    active: &[bool],
+    states: &[update::State],
+) -> Result<Entry, IrError> {
+    let mut tape = Tape::new(params, ACCUMULATE);
+    // the forward part, in which stop_gradient is done with
+    let live = train.live();
+    let mut map: Vec<ValueId> = Vec::with_capacity(train.nodes.len());
+    for v in train.values() {
+        let n = train.node(v);
+        let inputs: Vec<ValueId> = n.inputs.iter().map(|i| map[i.index()]).collect();
+        map.push(match n.op {
+            _ if !live[v.index()] => ValueId(0),
+            Op::StopGradient => inputs[0],
+            _ => tape.at(n.origin.clone()).push(n.op.clone(), &inputs)?,
+        });
+    }
+    let mut cotangents: Vec<Vec<Cotangent>> = vec![vec![]; train.nodes.len()];
+    tape.at(train.node(loss).origin.clone());
+    let seed = tape.number(1.0)?;
+    cotangents[loss.index()].push(Cotangent::Dense(seed));
+    let mut of_param: BTreeMap<ParamId, Vec<Cotangent>> = BTreeMap::new();
+    for v in train.values().rev().filter(|v| active[v.index()]) {
+        let parts = std::mem::take(&mut cotangents[v.index()]);
+        let n = train.node(v);
+        if let Op::Param(p) = n.op {
+            of_param.entry(p).or_default().extend(parts);
+            continue;
+        }
+        tape.at(n.origin.clone());
+        let dy = sum::total(&mut tape, parts, &n.ty, None)?;
+        let site = rules::Site {
+            op: &n.op,
+            x: n.inputs.iter().map(|i| map[i.index()]).collect(),
+            wanted: n.inputs.iter().enumerate().map(|(i, x)| rules::flows(&n.op, i) && active[x.index()]).collect(),
+            y: map[v.index()],
+        };
+        for (i, c) in rules::vjp(&mut tape, &site, dy)? {
+            cotangents[n.inputs[i].index()].push(c);
+        }
+    }
+    let mut e_roots = vec![];
+    for s in states {
+        let parts = of_param.remove(&s.param).unwrap_or_default();
+        tape.at(None);
+        let old = tape.push(Op::Param(s.grad), &[])?;
+        let new = sum::total(&mut tape, parts, &params[s.param.index()].ty, Some(old))?;
+        e_roots.push((s.grad, new));
+    }
+    let mut e = tape.finish();
+    for r in &train.roots {
+        e.roots.push(pleach_ir::Root { kind: r.kind.clone(), value: map[r.value.index()] });
+    }
+    for (p, v) in e_roots {
+        e.assign(p, v);
+    }
+    Ok(e)
+}
