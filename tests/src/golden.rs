@@ -190,8 +190,14 @@ fn pass(name: &str, graph: &Graph, g: &Golden) -> Result<Graph, String> {
     verify::verify(&after).map_err(|e| format!("the graph after the pass does not verify: {e}\n{}", print(&after)))?;
     round_trip(&after)?;
     let start = Start::seeded(graph, g.symbols.clone(), 1);
-    let want = run_graph(graph, &start).map_err(|e| e.to_string())?;
-    let got = run_graph(&after, &start).map_err(|e| format!("after the pass: {e}\n{}", print(&after)))?;
+    let mut want = run_graph(graph, &start).map_err(|e| e.to_string())?;
+    let start = if name == "differentiate" { Start::seeded(&after, g.symbols.clone(), 1) } else { start };
+    let mut got = run_graph(&after, &start).map_err(|e| format!("after the pass: {e}\n{}", print(&after)))?;
+    if after.entry("accumulate").is_some() && graph.entry("accumulate").is_none() {
+        // gradients and steps are new; the loss is what it was
+        want = want.into_iter().map(|(n, t)| (n.replace("train/", "accumulate/"), t)).collect();
+        got.retain(|n, _| want.contains_key(n));
+    }
     same(&got, &want, &|_| TOLERANCE).map_err(|e| format!("the pass changed results: {e}\n{}", print(&after)))?;
     Ok(after)
 }

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 /// Values of the symbols that tests use unless a test says otherwise: 5 tokens in 2 sequences.
 pub fn symbols() -> Symbols {
-    [(Sym::T, 5), (Sym::S, 2), (Sym::S1, 3), (Sym::C, 16), (Sym::P, 16)].into_iter().collect()
+    [(Sym::T, 5), (Sym::S, 2), (Sym::S1, 3), (Sym::C, 16), (Sym::P, 16), (Sym::L, 3)].into_iter().collect()
 }
 
 /// SplitMix64 started from a seed and a name.
