@@ -12,6 +12,7 @@ pub mod golden;
 pub mod matrix;
 pub mod random;
 pub mod readers;
+pub mod training;
 pub mod values;
 
 use std::path::{Path, PathBuf};

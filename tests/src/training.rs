@@ -1,0 +1,322 @@
+//! The training fixtures of `tests/fixtures/train`: twenty optimizer steps, beside what PyTorch and PEFT made of them.
+//!
+//! The steps are those of the runtime ([`pleach_runtime::train::step`]); the machine behind them is a session, or the reference interpreter
+//! on any graph ([`Interpreted`]).
+
+use pleach_frontend::adapter::{SlotData, SlotValue, slot_values};
+use pleach_frontend::{Adapter, Checkpoint, Import, TensorTable};
+use pleach_ir::interp::{Data, RunResult, Symbols, Tensor, run_entry_with, run_schedule_with};
+use pleach_ir::{Graph, Param, Role, Schedule, Source, Sym};
+use pleach_plan::DType;
+use pleach_runtime::train::{IGNORED, Machine, Order, Rows, Schedule as Rate, Settings, Warmup, step};
+use pleach_runtime::{ParamValues, RuntimeError, Values};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Largest relative difference of a loss, a rate or a norm.
+pub const LOSS: f64 = 1e-5;
+/// Largest |ours − reference| / |reference − start| of the adapter.
+pub const CHANGE: f64 = 1e-2;
+
+/// One fixture.
+#[derive(Clone, Debug)]
+pub struct TrainCase {
+    /// Name of its folder.
+    pub name: String,
+    dir: PathBuf,
+}
+
+/// A fixture with its files opened.
+#[derive(Debug)]
+pub struct Opened {
+    /// The model.
+    pub checkpoint: Checkpoint,
+    /// The adapter that is trained, alone in slot 0.
+    pub adapters: [Adapter; 1],
+    /// Rows of ids and labels.
+    pub rows: Rows,
+    /// How it is trained.
+    pub settings: Settings,
+    expected: Value,
+    /// Start and end of every trained tensor, by the name of its parameter.
+    moves: BTreeMap<String, (Vec<f32>, Vec<f32>)>,
+}
+
+/// Every case of the folder, sorted.
+///
+/// # Errors
+/// A folder that cannot be read.
+pub fn cases() -> Result<Vec<TrainCase>, String> {
+    let root = crate::root().join("tests/fixtures/train");
+    let list = std::fs::read_dir(&root).map_err(|e| format!("{}: {e}", root.display()))?;
+    let dirs = list.flatten().map(|e| e.path()).filter(|d| d.join("case.json").is_file());
+    let name = |d: &PathBuf| d.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let mut cases: Vec<_> = dirs.map(|dir| TrainCase { name: name(&dir), dir }).collect();
+    cases.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(cases)
+}
+
+impl TrainCase {
+    /// Opens the files.
+    ///
+    /// # Errors
+    /// Whatever a reader refuses.
+    pub fn open(&self) -> Result<Opened, String> {
+        let text = |e: &dyn std::fmt::Display| format!("{}: {e}", self.name);
+        let read = |path: PathBuf| std::fs::read_to_string(&path).map_err(|e| text(&e));
+        let expected: Value = serde_json::from_str(&read(self.dir.join("case.json"))?).map_err(|e| text(&e))?;
+        let root = self.dir.parent().unwrap_or(&self.dir);
+        let model = expected["model"].as_str().unwrap_or_default();
+        let checkpoint = Checkpoint::open(&root.join("models").join(model)).map_err(|e| text(&e))?;
+        let adapter = Adapter::open(&self.dir.join("start"), None, &checkpoint.modules).map_err(|e| text(&e))?;
+        adapter.config.check_training().map_err(|e| text(&e))?;
+        let number = |key: &str| expected[key].as_f64().unwrap_or(f64::NAN);
+        let settings = Settings {
+            batch: number("batch") as u64,
+            accum: number("accum") as u64,
+            steps: number("steps") as u64,
+            max_length: 64,
+            shuffle: false,
+            lr: number("lr"),
+            schedule: match expected["schedule"].as_str() {
+                Some("cosine") => Rate::Cosine,
+                Some("linear") => Rate::Linear,
+                _ => Rate::Constant,
+            },
+            warmup: Warmup::Steps(number("warmup") as u64),
+            weight_decay: number("weight_decay"),
+            max_grad_norm: expected["max_grad_norm"].as_f64(),
+            ..Settings::default()
+        };
+        let rows = rows(&read(root.join("rows.jsonl"))?)?;
+        let after = TensorTable::open_file(&self.dir.join("final.safetensors")).map_err(|e| text(&e))?;
+        let mut moves = BTreeMap::new();
+        for (key, value) in slot_values(&adapter) {
+            let SlotValue::Tensor(before) = value else { continue };
+            let Some(tensor) = after.get(&before.name) else { continue };
+            let read = |t: &pleach_frontend::TensorRef| t.read_f32().map_err(|e| text(&e));
+            moves.insert(format!("slot0.{key}"), (read(&before)?, read(tensor)?));
+        }
+        if moves.len() != after.len() {
+            return Err(text(&format!("{} of {} tensors of the reference are trained", moves.len(), after.len())));
+        }
+        Ok(Opened { checkpoint, adapters: [adapter], rows, settings, expected, moves })
+    }
+}
+
+fn rows(text: &str) -> Result<Rows, String> {
+    let mut rows = Rows::default();
+    for line in text.lines() {
+        let row: Value = serde_json::from_str(line).map_err(|e| e.to_string())?;
+        let list = |key: &str| -> Vec<i32> {
+            let values = row[key].as_array().into_iter().flatten();
+            values.map(|v| v.as_i64().unwrap_or(i64::from(IGNORED)) as i32).collect()
+        };
+        rows.push(&list("input_ids"), Some(&list("labels")), 64);
+    }
+    Ok(rows)
+}
+
+impl Opened {
+    /// The graph with the entries `train` and `evaluate`.
+    ///
+    /// # Errors
+    /// What the frontend refuses.
+    pub fn graph(&self) -> Result<Graph, String> {
+        let import = Import::new(&self.checkpoint).adapters(&self.adapters).entries(&["train", "evaluate"]).train(0);
+        import.graph().map_err(|e| e.to_string())
+    }
+
+    /// Most tokens and sequences of a micro-batch.
+    pub fn capacity(&self) -> (u64, u64) {
+        (self.settings.batch * self.rows.report().longest, self.settings.batch)
+    }
+
+    /// Values of the parameters of a graph of this model, but for what it derives.
+    ///
+    /// # Errors
+    /// Tensors that cannot be read.
+    pub fn values(&self, params: &[Param]) -> Result<BTreeMap<String, Tensor>, String> {
+        let slot: BTreeMap<String, SlotValue> = slot_values(&self.adapters[0]).into_iter().collect();
+        let mut values = BTreeMap::new();
+        for p in params {
+            let value = match &p.source {
+                Source::Checkpoint(name) => {
+                    let t =
+                        self.checkpoint.params().find(|(_, t)| t.name == *name).ok_or(format!("no tensor {name}"))?;
+                    Tensor::f32(t.1.shape.clone(), t.1.read_f32().map_err(|e| e.to_string())?)
+                }
+                Source::Adapter { key, .. } => {
+                    let value = slot.get(key).ok_or_else(|| format!("no value for {key}"))?;
+                    let t = value.read(&self.checkpoint).map_err(|e| e.to_string())?;
+                    match t.data {
+                        SlotData::F32(x) => Tensor::f32(t.shape, x),
+                        SlotData::I32(x) => Tensor::i32(t.shape, x),
+                    }
+                }
+                Source::Zeros => Tensor::zeros(p.ty.dtype, crate::values::shape(&p.ty, &symbols())),
+                Source::Derived => continue,
+            };
+            let value = match (&value.data, p.ty.dtype == value.dtype()) {
+                (Data::F32(x), false) => Tensor::from_floats(p.ty.dtype, value.shape, x.clone()),
+                _ => value,
+            };
+            values.insert(p.name.clone(), value);
+        }
+        Ok(values)
+    }
+
+    /// Trains and compares every step, and the adapter at the end.
+    ///
+    /// # Errors
+    /// What differs, in words.
+    pub fn train(&self, machine: &mut dyn Machine, loss: f64, change: f64) -> Result<(), String> {
+        let mut order = Order::new(self.rows.len(), None);
+        let mut faults = vec![];
+        for i in 0..self.settings.steps {
+            let s = step(machine, &self.rows, &mut order, &self.settings, i).map_err(|e| e.to_string())?;
+            let want = |key: &str| self.expected[key][i as usize].as_f64().unwrap_or(f64::NAN);
+            // Norms and rates follow from other sums than losses: ten times as much.
+            let told = [("losses", s.loss, loss), ("grad_norms", s.grad_norm, 10.0 * loss), ("lrs", s.lr, 1e-9)];
+            for (key, got, tolerance) in told {
+                let (want, error) = (want(key), (got - want(key)).abs() / want(key).abs().max(1e-12));
+                if !(error <= tolerance) {
+                    faults.push(format!("step {}: {key} {got:.8} instead of {want:.8}, {error:.1e}", i + 1));
+                }
+            }
+            if s.tokens as f64 != want("tokens") {
+                faults.push(format!("step {}: {} tokens instead of {}", i + 1, s.tokens, want("tokens")));
+            }
+            if !faults.is_empty() {
+                return Err(faults.join("\n"));
+            }
+        }
+        let (mut off, mut moved) = (0.0, 0.0);
+        for (name, (before, after)) in &self.moves {
+            let got = machine.read(name).map_err(|e| e.to_string())?;
+            let got = Tensor::from_bytes(pleach_ir::DType::F32, [before.len() as u64], got.bytes)
+                .map_err(|e| e.to_string())?;
+            for ((got, before), after) in got.floats().iter().zip(before).zip(after) {
+                off += f64::from(got - after).powi(2);
+                moved += f64::from(after - before).powi(2);
+            }
+        }
+        let error = (off / moved).sqrt();
+        if error <= change { Ok(()) } else { Err(format!("the adapter is {error:.1e} of its change off")) }
+    }
+}
+
+fn symbols() -> Symbols {
+    [(Sym::P, 64), (Sym::C, 1)].into_iter().collect()
+}
+
+/// What the interpreter runs.
+#[derive(Debug)]
+pub enum Program {
+    /// A graph.
+    Graph(Graph),
+    /// A schedule.
+    Schedule(Schedule),
+}
+
+/// The reference interpreter as a machine that trains.
+#[derive(Debug)]
+pub struct Interpreted {
+    program: Program,
+    params: Vec<Param>,
+    values: BTreeMap<String, Tensor>,
+    /// Bytes of what is trained, as a machine shows them.
+    bytes: BTreeMap<String, Vec<u8>>,
+}
+
+impl Interpreted {
+    /// A program with the values of a fixture; preparations are run.
+    ///
+    /// # Errors
+    /// Tensors that cannot be read, and what the interpreter refuses.
+    pub fn new(program: Program, fixture: &Opened) -> Result<Interpreted, String> {
+        let (params, entries): (Vec<Param>, Vec<String>) = match &program {
+            Program::Graph(g) => (g.params.clone(), g.entries.iter().map(|e| e.name.clone()).collect()),
+            Program::Schedule(s) => {
+                (s.params.iter().map(|(p, _)| p.clone()).collect(), s.entries.iter().map(|e| e.name.clone()).collect())
+            }
+        };
+        let values = fixture.values(&params)?;
+        let mut machine = Interpreted { program, params, values, bytes: BTreeMap::new() };
+        for entry in entries.iter().filter(|e| e.starts_with("prepare")) {
+            machine.entry(entry, &BTreeMap::new())?;
+        }
+        Ok(machine)
+    }
+
+    fn entry(&mut self, entry: &str, inputs: &BTreeMap<String, Tensor>) -> Result<RunResult, String> {
+        let value = |p: pleach_ir::ParamId| self.values.get(&self.params[p.index()].name);
+        let result = match &self.program {
+            Program::Graph(g) => {
+                let e = g.entry(entry).ok_or_else(|| format!("no entry {entry}"))?;
+                let inputs = inputs.iter().filter(|(n, _)| e.inputs().iter().any(|i| i.1 == n.as_str()));
+                let inputs = inputs.map(|(n, t)| (n.clone(), t.clone())).collect();
+                run_entry_with(&g.params, &value, e, &inputs, &symbols())
+            }
+            Program::Schedule(s) => run_schedule_with(s, entry, &value, inputs, &symbols()),
+        };
+        let mut result = result.map_err(|e| format!("{entry}: {e}"))?;
+        for (id, tensor) in std::mem::take(&mut result.assigns) {
+            let p = &self.params[id.index()];
+            if p.role == Role::Train {
+                self.bytes.insert(p.name.clone(), tensor.to_bytes());
+            }
+            self.values.insert(p.name.clone(), tensor);
+        }
+        Ok(result)
+    }
+}
+
+impl Machine for Interpreted {
+    fn run(&mut self, entry: &str, inputs: &[(&str, Values<'_>)], output: &str) -> pleach_runtime::Result<f32> {
+        let tensor = |(name, v): &(&str, Values<'_>)| {
+            let scalar = [
+                "loss_scale",
+                "lr",
+                "beta1",
+                "beta2",
+                "eps",
+                "weight_decay",
+                "correction1",
+                "correction2",
+                "max_grad_norm",
+            ];
+            let t = match v {
+                Values::F32(x) if scalar.contains(name) => Tensor::f32([], x.to_vec()),
+                Values::F32(x) => Tensor::f32([x.len() as u64], x.to_vec()),
+                Values::I32(x) => Tensor::i32([x.len() as u64], x.to_vec()),
+            };
+            (name.to_string(), t)
+        };
+        let inputs = inputs.iter().map(tensor).collect();
+        let result = self.entry(entry, &inputs).map_err(RuntimeError::Values)?;
+        match result.outputs.get(output).map(|t| &t.data) {
+            Some(Data::F32(x)) if x.len() == 1 => Ok(x[0]),
+            _ => Err(RuntimeError::Values(format!("{entry} has no number {output}"))),
+        }
+    }
+
+    fn changing(&self) -> Vec<String> {
+        self.bytes.keys().cloned().collect()
+    }
+
+    fn fixed(&self) -> Vec<String> {
+        vec![]
+    }
+
+    fn read(&self, name: &str) -> pleach_runtime::Result<ParamValues<'_>> {
+        let bytes = self.bytes.get(name).ok_or_else(|| RuntimeError::Values(format!("`{name}` was never assigned")))?;
+        let shape = self.values.get(name).map(|t| t.shape.clone()).unwrap_or_default();
+        Ok(ParamValues { dtype: DType::F32, shape, bytes })
+    }
+
+    fn write(&mut self, name: &str, _: DType, _: &[u8]) -> pleach_runtime::Result<()> {
+        Err(RuntimeError::Values(format!("`{name}` is not written here")))
+    }
+}
