@@ -5,7 +5,7 @@
 
 use crate::error::PassError;
 use crate::options::Options;
-use crate::{canonicalize, differentiate, fold_params, recompute, rewrite};
+use crate::{canonicalize, differentiate, fold_params, precision, recompute, rewrite};
 use pleach_ir::Graph;
 use pleach_ir::text::print;
 use pleach_ir::verify::verify;
@@ -32,6 +32,7 @@ const PASSES: &[Pass] = &[
         about: "one form for what is trivially equal; dead nodes removed",
         run: canonicalize::run,
     },
+    Pass { name: "precision", about: "weights and activations in bf16, where that is asked for", run: precision::run },
     Pass {
         name: "differentiate",
         about: "the entry train becomes accumulate (forward and backward) and update (the optimizer)",
@@ -135,7 +136,17 @@ pub struct Pipeline {
 impl Default for Pipeline {
     fn default() -> Pipeline {
         Pipeline {
-            passes: ["canonicalize", "rewrite", "fold-params", "canonicalize"].map(String::from).to_vec(),
+            passes: [
+                "canonicalize",
+                "differentiate",
+                "canonicalize",
+                "rewrite",
+                "fold-params",
+                "canonicalize",
+                "recompute",
+            ]
+            .map(String::from)
+            .to_vec(),
             disable: vec![],
             stop_after: None,
             print_ir_after_change: false,
