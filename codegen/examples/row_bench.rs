@@ -6,6 +6,9 @@
 #[path = "../tests/all/bodies.rs"]
 #[allow(dead_code, reason = "shared with the tests")]
 mod bodies;
+#[path = "../tests/all/train_bodies.rs"]
+#[allow(dead_code, reason = "shared with the tests")]
+mod train_bodies;
 
 use bodies::{B, T, k, layer_norm, rms_norm, rope, softmax};
 use pleach_codegen::emit::row;
@@ -84,6 +87,19 @@ fn main() {
         ("embed 512x576", embed(49152, 576), n),
         ("column sums 512x576", columns(576), n),
         ("rms_norm 1x576", rms_norm(T, 576, false), 1),
+        ("rms_norm grad 512x576", train_bodies::rms_norm_grad(T, 576, DType::F32, 1), n),
+        ("the same, bf16", train_bodies::rms_norm_grad(T, 576, DType::BF16, 1), n),
+        ("add + norm bf16 512x576", train_bodies::add_norm_bf16(T, 576), n),
+        ("swiglu grad 512x1536", train_bodies::swiglu_grad(T, 1536, DType::F32), n),
+        ("the same, bf16", train_bodies::swiglu_grad(T, 1536, DType::BF16), n),
+        ("rope grad 512x9x64", train_bodies::rope_grad(T, 9, DType::F32), n),
+        ("the same, bf16", train_bodies::rope_grad(T, 9, DType::BF16), n),
+        ("cross-entropy 128x49152", train_bodies::cross_entropy(T, 49152, DType::F32), 128),
+        ("the same, bf16", train_bodies::cross_entropy(T, 49152, DType::BF16), 128),
+        ("weight grad 512x576", train_bodies::weight_grad(T, 576, DType::F32), n),
+        ("squares 1536x576", train_bodies::squares(1536, 576), n),
+        ("adamw 4.88 M", train_bodies::adamw(&[k(8472), k(576)]), n),
+        ("columns 512x1536, 16", train_bodies::columns_of(T, 1536, 16, DType::BF16), n),
         ("pack 49152x576 (NxK)", pack(49152, 576, true), n),
         ("pack 576x1536 (KxN)", pack(576, 1536, false), n),
         ("pack 576x1536 (NxK)", pack(576, 1536, true), n),

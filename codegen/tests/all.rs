@@ -22,3 +22,7 @@ mod row_random;
 mod scatter;
 #[path = "all/toolchain.rs"]
 mod toolchain;
+#[path = "all/train.rs"]
+mod train;
+#[path = "all/train_bodies.rs"]
+mod train_bodies;

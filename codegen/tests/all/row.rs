@@ -333,3 +333,41 @@ fn refusals_name_the_reason() {
     assert!(row::supported(&kernel).unwrap_err().contains("matmul"));
     assert!(emit(&kernel, &[], &HostTarget::avx2()).unwrap_err().to_string().contains("kernel k"));
 }
+
+/// 16-bit elements lie in pairs along the contracted dimension.
+#[test]
+fn panels_of_bf16_are_packed_in_pairs() {
+    for (r, c) in [(96u64, 64u64), (40, 33), (1, 1), (100, 70), (33, 131)] {
+        for (transposed, nr) in [(false, 16u32), (false, 48), (true, 32), (true, 48)] {
+            let mut b = B::new();
+            let x = b.arg(DType::BF16, &[k(r), k(c)]);
+            let z = b.un(UnaryOp::Neg, x);
+            let mut kernel = b.kernel("pack", &[z]);
+            let x = Tensor::from_floats(DType::BF16, vec![r, c], noise(&[r, c], 1).floats().to_vec());
+            let y = run_kernel(&kernel, std::slice::from_ref(&x)).unwrap()[0].floats().to_vec();
+            let (kk, n, nr_) = (if transposed { c } else { r }, if transposed { r } else { c }, u64::from(nr));
+            let mut want = vec![0f32; (n.div_ceil(nr_) * kk.div_ceil(2) * 2 * nr_) as usize];
+            for i in 0..kk {
+                for j in 0..n {
+                    let at = ((j / nr_) * kk.div_ceil(2) + i / 2) * 2 * nr_ + (j % nr_) * 2 + i % 2;
+                    want[at as usize] = y[if transposed { j * c + i } else { i * c + j } as usize];
+                }
+            }
+            kernel.results[0] = Layout::Panels { nr, transposed };
+            assert_eq!(row::supported(&kernel), Ok(()));
+            for target in targets() {
+                let e = emit(&kernel, &[], &target).unwrap();
+                let lib = Loaded::new(&e.text, &target);
+                let tasks = e.tasks.eval(&[]).unwrap();
+                let mut got = vec![0xffffu16; want.len() + 64];
+                let mut bytes = x.to_bytes();
+                for task in 0..tasks {
+                    lib.run("pack", &[bytes.as_mut_ptr(), got.as_mut_ptr().cast()], &[], (task, task + 1), 0);
+                }
+                let floats: Vec<f32> = got.iter().map(|h| f32::from_bits(u32::from(*h) << 16)).collect();
+                assert!(floats[..want.len()] == want[..], "{r}x{c} nr {nr} transposed {transposed}");
+                assert!(got[want.len()..].iter().all(|x| *x == 0xffff));
+            }
+        }
+    }
+}

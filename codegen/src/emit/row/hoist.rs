@@ -41,7 +41,7 @@ impl Text<'_> {
         }
         let mut stores = vec![];
         s.walk(&mut |s| {
-            if let Stmt::Store { buf, addr, .. } | Stmt::Tile { buf, addr, .. } = s {
+            if let Stmt::Store { buf, addr, .. } | Stmt::Tile { buf, addr, .. } | Stmt::Pair { buf, addr, .. } = s {
                 stores.push((*buf, addr.clone()));
             }
         });

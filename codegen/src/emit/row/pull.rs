@@ -97,6 +97,11 @@ impl Build {
         }
     }
 
+    /// A packed result is `[N, K]`.
+    pub(crate) fn panels_transposed(&self) -> bool {
+        matches!(self.mode, Mode::Panels { transposed: true, .. })
+    }
+
     /// The part of an index or shape that lies within a row.
     pub(crate) fn within<'a>(&self, x: &'a [Poly]) -> &'a [Poly] {
         if self.mode == Mode::Rows && !x.is_empty() { &x[1..] } else { x }
@@ -230,7 +235,15 @@ impl Build {
                 let (k, c) = if transposed { (1, 0) } else { (0, 1) };
                 let nr = Poly::from(i64::from(nr));
                 let (p, r) = self.space.divide(&index[c], &nr);
-                p.mul(&shape[k]).add(&index[k]).mul(&nr).add(&r)
+                if dtype.size() == 2 {
+                    // Pairs along k.
+                    let two = Poly::from(2);
+                    let (pairs, _) = self.space.divide(&shape[k].plus(1), &two);
+                    let (pair, half) = self.space.divide(&index[k], &two);
+                    p.mul(&pairs).add(&pair).mul(&nr).add(&r).scale(2).add(&half)
+                } else {
+                    p.mul(&shape[k]).add(&index[k]).mul(&nr).add(&r)
+                }
             }
         };
         Ok(self.load(Buf::Operand(o), addr, dtype))

@@ -24,8 +24,11 @@ pub(crate) enum Stmt {
     Finish { accs: Vec<u32>, op: ReduceOp, kind: Kind, across: bool, into: ExId },
     /// Writes a value. Values of neighbouring stores are computed before the first of them writes.
     Store { buf: Buf, addr: Poly, value: ExId, dtype: DType, mask: Mask, vector: bool },
-    /// Writes the transposed of the matrix whose rows are `values`: lane `k` of all goes to `addr + k*stride`.
+    /// Writes the transposed of the matrix whose rows are `values`: lane `k` of all goes to `addr + k*stride`. With
+    /// twice as many values as lanes, two neighbouring values are a row of pairs of 16-bit elements.
     Tile { values: Vec<ExId>, buf: Buf, addr: Poly, stride: i64, count: i64, dtype: DType },
+    /// Writes neighbouring 16-bit elements, lane by lane: `lo`, then `hi`.
+    Pair { lo: ExId, hi: ExId, buf: Buf, addr: Poly, dtype: DType, mask: Mask },
     /// Later values are not computed before this point.
     Fence,
 }
@@ -39,6 +42,7 @@ impl Stmt {
             Stmt::Update { value, .. } => (vec![*value], vec![]),
             Stmt::Store { value, addr, .. } => (vec![*value], vec![addr]),
             Stmt::Tile { values, addr, .. } => (values.clone(), vec![addr]),
+            Stmt::Pair { lo, hi, addr, .. } => (vec![*lo, *hi], vec![addr]),
             Stmt::Init { .. } | Stmt::Finish { .. } | Stmt::Fence => (vec![], vec![]),
         }
     }

@@ -42,6 +42,23 @@ pub(super) fn stored(d: DType) -> &'static str {
     }
 }
 
+/// The bits of stored 16-bit floats.
+fn as_i16(f: &mut Func, v: &Val, d: DType, lanes: usize) -> Val {
+    match stored(d) {
+        "i16" => v.clone(),
+        elem => f.op(format!("arith.bitcast {v} : {} to {}", vty(lanes, elem), vty(lanes, "i16"))),
+    }
+}
+
+/// Two vectors of 16-bit elements, one after the other, as one vector of pairs.
+fn row_of_pairs(f: &mut Func, d: DType, parts: [&Val; 2], lanes: usize) -> Val {
+    let (n, t16) = (2 * lanes, vty(lanes, "i16"));
+    let ids = (0..n).map(|i| i.to_string()).collect::<Vec<_>>().join(", ");
+    let [lo, hi] = parts.map(|v| as_i16(f, v, d, lanes));
+    let v = f.op(format!("vector.shuffle {lo}, {hi} [{ids}] : {t16}, {t16}"));
+    f.op(format!("vector.bitcast {v} : {} to {}", vty(n, "i16"), vty(lanes, "i32")))
+}
+
 impl<'p> Text<'p> {
     /// A writer for this plan.
     pub(super) fn new(p: &'p mut Planned) -> Text<'p> {
@@ -273,10 +290,34 @@ impl<'p> Text<'p> {
             Stmt::Tile { values, buf, addr, stride, count, dtype } => {
                 let rows: Vec<Val> = values.iter().map(|v| self.vector(f, *v)).collect();
                 let narrow: Vec<Val> = rows.iter().map(|v| super::ops::narrow(f, v, *dtype, self.lanes)).collect();
-                let columns = super::reduce::transpose(f, narrow, stored(*dtype), self.lanes);
+                let (rows, elem) = if narrow.len() > self.lanes {
+                    (narrow.chunks(2).map(|p| row_of_pairs(f, *dtype, [&p[0], &p[1]], self.lanes)).collect(), "i32")
+                } else {
+                    (narrow, stored(*dtype))
+                };
+                let columns = super::reduce::transpose(f, rows, elem, self.lanes);
                 for (k, c) in columns.iter().take(*count as usize).enumerate() {
                     let p = self.pointer(f, *buf, &addr.plus(k as i64 * stride));
-                    f.store(c, &p, &vty(self.lanes, stored(*dtype)));
+                    f.store(c, &p, &vty(self.lanes, elem));
+                }
+            }
+            Stmt::Pair { lo, hi, buf, addr, dtype, mask } => {
+                let lanes = self.lanes;
+                let (t16, t32) = (vty(lanes, "i16"), vty(lanes, "i32"));
+                let [lo, hi] = [lo, hi].map(|e| {
+                    let v = self.vector(f, *e);
+                    let v = super::ops::narrow(f, &v, *dtype, lanes);
+                    let v = as_i16(f, &v, *dtype, lanes);
+                    f.op(format!("arith.extui {v} : {t16} to {t32}"))
+                });
+                let c = f.i32(16, lanes);
+                let hi = f.op(format!("arith.shli {hi}, {c} : {t32}"));
+                let v = f.op(format!("arith.ori {lo}, {hi} : {t32}"));
+                let base = addr.filter(|m| !m.iter().any(|a| self.p.b.space.info(*a).lane));
+                let p = self.pointer(f, *buf, &base);
+                match self.mask(f, *mask) {
+                    Some(m) => f.masked_store(&v, &p, &m, "i32", lanes),
+                    None => f.store(&v, &p, &t32),
                 }
             }
             Stmt::Fence | Stmt::For { .. } | Stmt::If { .. } => {}
