@@ -1,8 +1,13 @@
 //! What can be asked for: commands, flags and their spelling. No work is done here.
 
+#[cfg(feature = "models")]
+mod train;
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::str::FromStr;
+#[cfg(feature = "models")]
+pub(crate) use train::*;
 
 /// Compiles models with adapters into one plan, and runs it.
 #[derive(Debug, Parser)]
@@ -30,6 +35,18 @@ pub(crate) enum Command {
     /// Continue a text, token by token
     #[command(after_help = "Example:\n  pleach generate models/smollm2 --adapter demo/adapter --prompt \"A hedge is\"")]
     Generate(GenerateArgs),
+    /// Fine-tune: train an adapter on rows of text or ids
+    #[cfg(feature = "models")]
+    #[command(
+        after_help = "Example:\n  pleach train models/smollm2 --method lora --r 16 --target-modules all-linear --data rows.jsonl --out out --max-steps 100 --batch 4 --max-length 128"
+    )]
+    Train(Box<TrainArgs>),
+    /// Exact memory of a training run, before it runs
+    #[cfg(feature = "compiler")]
+    #[command(
+        after_help = "Example:\n  pleach plan models/smollm2 --method paca --r 16 --target-modules all-linear --batch 4 --max-length 128"
+    )]
+    Plan(Box<PlanArgs>),
     /// Compile a model with its adapters into one file
     #[cfg(feature = "compiler")]
     #[command(
@@ -108,8 +125,8 @@ impl FromStr for Count {
     fn from_str(s: &str) -> Result<Count, String> {
         let (symbol, value) = s.split_once('=').ok_or("expected SYMBOL=NUMBER, such as T=512")?;
         let value = value.parse::<u64>().ok().filter(|v| *v > 0).ok_or("the number must be at least 1")?;
-        if !["T", "S", "C", "P"].contains(&symbol) {
-            return Err("the symbols are T (tokens), S (sequences), C (cache slots) and P (positions)".into());
+        if !["T", "S", "C", "P", "L"].contains(&symbol) {
+            return Err("the symbols are T (tokens), S (sequences), L (counted targets), C (cache slots) and P (positions)".into());
         }
         Ok(Count { symbol: symbol.into(), value })
     }
@@ -120,6 +137,8 @@ impl FromStr for Count {
 pub(crate) enum DType {
     /// 32-bit floats.
     F32,
+    /// Weights and activations in bfloat16; sums, norms, adapters and optimizer in 32 bits.
+    Bf16,
 }
 
 /// What to compile for.
@@ -238,7 +257,11 @@ pub(crate) struct GenerateArgs {
 pub(crate) struct CompileArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Functions to compile: infer, generate
+    #[command(flatten)]
+    pub method: MethodArgs,
+    #[command(flatten)]
+    pub shape_of_training: ShapeArgs,
+    /// Functions to compile: infer, generate, train
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "infer")]
     pub entry: Vec<String>,
     /// The file to write
@@ -257,6 +280,12 @@ pub(crate) struct CompileArgs {
 pub(crate) struct InspectArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[cfg(feature = "models")]
+    #[command(flatten)]
+    pub method: MethodArgs,
+    #[cfg(feature = "models")]
+    #[command(flatten)]
+    pub shape_of_training: ShapeArgs,
     /// Functions to look at
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub entry: Vec<String>,
@@ -416,6 +445,11 @@ pub(crate) enum BenchCommand {
     /// N tokens after a short prompt
     #[command(after_help = "Example:\n  pleach bench generate models/smollm2 --tokens 64 --json")]
     Generate(BenchArgs),
+    /// Optimizer steps on random rows
+    #[command(
+        after_help = "Example:\n  pleach bench train models/smollm2 --method lora --r 16 --target-modules all-linear --batch 4 --max-length 128 --json"
+    )]
+    Train(Box<BenchTrainArgs>),
     /// The matmul kernels alone, at the shapes of a model
     #[command(after_help = "Example:\n  pleach bench kernels --json")]
     Kernels {

@@ -12,12 +12,20 @@ mod commands;
 mod failure;
 mod inputs;
 #[cfg(feature = "models")]
+mod method;
+#[cfg(feature = "models")]
 mod model;
 #[cfg(feature = "compiler")]
 mod pipeline;
 mod ready;
 mod report;
+#[cfg(feature = "models")]
+mod rows;
+#[cfg(feature = "models")]
+mod tensorboard;
 mod text;
+#[cfg(feature = "models")]
+mod training;
 
 use clap::Parser;
 use std::process::ExitCode;

@@ -3,21 +3,26 @@
 //! Everything here runs in the child process of [`crate::child`] but for the import, which the parent does too: the
 //! text of the imported graph is what the compile cache is keyed by. Reads headers only.
 
-use crate::args::{AdapterPath, ModelArgs, Target};
+use crate::args::{AdapterPath, DType, ModelArgs, Target};
 use crate::cache;
 use crate::failure::{Failure, Result};
 use crate::model::Model;
 use crate::report::{Table, Ui, bytes};
 use pleach_codegen::HostTarget;
 use pleach_codegen::compile::{self, CompileOptions};
-use pleach_frontend::{ModelConfig, eos_ids};
+use pleach_frontend::adapter::AdapterPlan;
+use pleach_frontend::peft::MethodConfig;
+use pleach_frontend::{Adapter, Import, ModelConfig, eos_ids};
 use pleach_ir::{Graph, Schedule};
 use pleach_passes::fuse_kernels::{self, CutOptions};
+use pleach_passes::recompute::Saved;
 use pleach_passes::{Options, Outcome, PassReport, Pipeline};
 use pleach_plan::{Meta, Plan};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Instant;
+
+mod budget;
 
 /// What to compile, and where the plan goes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -38,10 +43,37 @@ pub(crate) struct Request {
     pub disable: Vec<String>,
     /// Rewrite rules to leave out.
     pub disable_rules: Vec<String>,
+    /// Type of weights and activations: `f32` or `bf16`.
+    pub dtype: String,
+    /// For a plan that trains: what and within which bounds.
+    pub train: Option<TrainPart>,
     /// Threads that lower kernels; no influence on the plan.
     pub threads: usize,
     /// The plan file.
     pub out: PathBuf,
+}
+
+/// What is trained, and the capacities that memory is planned for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct TrainPart {
+    /// The method by PEFT's keys; unused when the request names an adapter, which is trained then.
+    pub config: serde_json::Map<String, serde_json::Value>,
+    /// Tokens of a micro-batch.
+    pub tokens: u64,
+    /// Rows of a micro-batch.
+    pub sequences: u64,
+    /// Tokens of a row.
+    pub positions: u64,
+    /// Bytes that weights, adapter, optimizer and arena may take together. 0: as few as possible.
+    pub budget: Option<u64>,
+}
+
+impl TrainPart {
+    /// Options of a session with these capacities.
+    pub(crate) fn capacities(&self) -> pleach_runtime::Options {
+        let all = [("T", self.tokens), ("L", self.tokens), ("S", self.sequences), ("P", self.positions), ("C", 1)];
+        all.into_iter().fold(pleach_runtime::Options::default(), |o, (s, n)| o.capacity(s, n))
+    }
 }
 
 /// One stage of a compilation.
@@ -110,6 +142,12 @@ impl Request {
             adapters: args.adapter.iter().map(|a| (a.name.clone(), a.path.clone())).collect(),
             entries: entries.iter().map(|s| (*s).to_string()).collect(),
             merge: args.merge,
+            train: None,
+            dtype: match args.dtype {
+                DType::F32 => "f32",
+                DType::Bf16 => "bf16",
+            }
+            .into(),
             target: match args.target {
                 Target::Cpu => "native",
                 Target::Avx2 => "avx2",
@@ -131,7 +169,12 @@ impl Request {
     pub(crate) fn open(&self) -> Result<Model> {
         let adapters: Vec<AdapterPath> =
             self.adapters.iter().map(|(name, path)| AdapterPath { name: name.clone(), path: path.clone() }).collect();
-        Model::open(&self.model, &adapters)
+        let mut model = Model::open(&self.model, &adapters)?;
+        if let Some(t) = self.train.as_ref().filter(|_| self.adapters.is_empty()) {
+            let config = MethodConfig::from_json(&t.config)?;
+            model.adapters.push(Adapter::fresh(&config, &model.checkpoint.modules)?);
+        }
+        Ok(model)
     }
 
     /// The graph of a model.
@@ -139,8 +182,8 @@ impl Request {
     /// # Errors
     /// An entry that the model does not have.
     pub(crate) fn import(&self, model: &Model) -> Result<Graph> {
-        let entries: Vec<&str> = self.entries.iter().map(String::as_str).collect();
-        Ok(pleach_frontend::import(&model.checkpoint, &model.adapters, &entries)?)
+        let import = Import::new(&model.checkpoint).adapters(&model.adapters).entries(&self.entries);
+        Ok(if self.train.is_some() { import.train(0).graph()? } else { import.graph()? })
     }
 
     /// The processor class.
@@ -173,9 +216,15 @@ impl Request {
 
     /// Options of the passes.
     pub(crate) fn options(&self) -> Options {
+        let mut tokens_hint = self.tokens.clone();
+        if let Some(t) = &self.train {
+            let names = ["train", "accumulate", "evaluate"];
+            tokens_hint.extend(names.iter().map(|n| ((*n).to_string(), t.tokens)));
+        }
         Options {
             merge: self.merge,
-            tokens_hint: self.tokens.clone(),
+            tokens_hint,
+            dtype: if self.dtype == "bf16" { pleach_ir::DType::BF16 } else { pleach_ir::DType::F32 },
             disabled_rules: self.disable_rules.clone(),
             ..Options::default()
         }
@@ -196,6 +245,9 @@ impl Request {
         if !model.adapters.is_empty() {
             meta.extra.insert("merged".into(), self.merge.into());
         }
+        if let (Some(_), Some(adapter)) = (&self.train, model.adapters.first()) {
+            meta.extra.insert("adapter".into(), AdapterPlan::new(adapter, 0, &model.checkpoint)?.to_json());
+        }
         Ok(meta)
     }
 }
@@ -215,11 +267,13 @@ pub(crate) fn passes(graph: &Graph, request: &Request, keep_texts: bool) -> Resu
 /// # Errors
 /// A single operator that the target refuses.
 pub(crate) fn schedule(graph: &Graph) -> Result<Schedule> {
-    Ok(fuse_kernels::schedule(graph, &host_cut())?)
+    Ok(fuse_kernels::schedule(graph, &host_cut(graph))?)
 }
 
-fn host_cut() -> CutOptions<'static> {
-    CutOptions { supported: &compile::supported, pack: true }
+/// Weights are packed for inference only: a training step reads them both ways round.
+fn host_cut(graph: &Graph) -> CutOptions<'static> {
+    let trains = graph.entries.iter().any(|e| e.name == "accumulate");
+    CutOptions { supported: &compile::supported, pack: !trains }
 }
 
 /// Compiles in this process and writes the plan.
@@ -234,12 +288,32 @@ pub(crate) fn compile_here(request: &Request) -> Result<Vec<Row>> {
         nodes_after: Some(pleach_passes::manager::node_count(&graph)),
         ..Row::stage("import", ms(clock), imported(&model, &request.meta(&model)?))
     }];
-    let outcome = passes(&graph, request, false)?;
-    rows.extend(outcome.reports.iter().map(Row::pass));
-    let (plan, more) = lower(&outcome.graph, request, request.meta(&model)?)?;
+    let meta = request.meta(&model)?;
+    let (graph, reports) = match &request.train {
+        Some(train) => budget::passes(&graph, request, train, &meta, &*model.weights()?)?,
+        None => {
+            let outcome = passes(&graph, request, false)?;
+            (outcome.graph, outcome.reports)
+        }
+    };
+    rows.extend(reports.iter().map(Row::pass));
+    let mut meta = meta;
+    if let Some(r) = reports.iter().rev().find(|r| !r.saved.is_empty()) {
+        meta.extra.insert("saved".into(), r.saved.iter().map(saved).collect());
+    }
+    let (plan, more) = lower(&graph, request, meta)?;
     rows.extend(more);
     plan.write(&request.out)?;
     Ok(rows)
+}
+
+/// A kept value for the plan's facts; its bytes are `unit_bytes` times the count of `symbol` (`1`: once).
+fn saved(s: &Saved) -> serde_json::Value {
+    let (unit_bytes, symbol) = s.unit();
+    serde_json::json!({
+        "name": s.name, "reason": s.reason, "type": s.ty.to_string(), "unit_bytes": unit_bytes, "symbol": symbol,
+        "trained_only": s.trained_only, "rebuild_us": (s.rebuild_us * 10.0).round() / 10.0,
+    })
 }
 
 /// A graph in phase Core to a plan.
@@ -249,7 +323,7 @@ pub(crate) fn compile_here(request: &Request) -> Result<Vec<Row>> {
 pub(crate) fn lower(graph: &Graph, request: &Request, meta: Meta) -> Result<(Plan, Vec<Row>)> {
     let mut rows = vec![];
     let clock = Instant::now();
-    let mut s = fuse_kernels::cut(graph, &host_cut())?;
+    let mut s = fuse_kernels::cut(graph, &host_cut(graph))?;
     let launches: usize = s.entries.iter().map(|e| e.steps.len()).sum();
     rows.push(Row {
         nodes_before: Some(pleach_passes::manager::node_count(graph)),

@@ -51,10 +51,16 @@ pub(crate) fn ready(ui: &Ui, args: &ModelArgs, entries: &[&str], tokens: &[(Stri
     if looks_like_a_plan(&args.model) {
         return from_plan(args, entries);
     }
+    no_weights(args)?;
+    from_model(ui, args, entries, tokens)
+}
+
+/// Refuses `--weights` beside a model folder.
+pub(crate) fn no_weights(args: &ModelArgs) -> Result<()> {
     if args.weights.is_some() {
         return Err(Failure::usage("--weights goes with a compiled plan (F.pleach); a model folder has its own"));
     }
-    from_model(ui, args, entries, tokens)
+    Ok(())
 }
 
 /// True for a file that is to be taken for a compiled plan.
@@ -64,7 +70,7 @@ pub(crate) fn looks_like_a_plan(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "pleach") || (path.is_file() && read().is_ok() && &head == pleach_plan::MAGIC)
 }
 
-fn from_plan(args: &ModelArgs, entries: &[&str]) -> Result<Ready> {
+pub(crate) fn from_plan(args: &ModelArgs, entries: &[&str]) -> Result<Ready> {
     #[cfg(feature = "compiler")]
     let clock = Instant::now();
     let within = |e: pleach_plan::PlanError| Failure::from(e).within(&args.model.display().to_string());
@@ -109,14 +115,14 @@ fn from_model(_: &Ui, args: &ModelArgs, _: &[&str], _: &[(String, u64)]) -> Resu
 
 #[cfg(feature = "compiler")]
 fn from_model(ui: &Ui, args: &ModelArgs, entries: &[&str], tokens: &[(String, u64)]) -> Result<Ready> {
-    let (_, ready) = compile(ui, args, entries, tokens)?;
+    let (_, ready) = compile(ui, args, entries, tokens, None)?;
     if !ready.origin.cached {
         ui.note(&format!("compiled in {:.0} ms", ready.origin.ms));
     }
     Ok(ready)
 }
 
-/// Finds or compiles the plan of a model folder. The slot holds the plan's file as long as it lives.
+/// Finds or compiles the plan of a model folder, for training if so asked. The slot holds the plan's file as long as it lives.
 ///
 /// # Errors
 /// Files that are refused, and whatever compiling refuses.
@@ -126,11 +132,12 @@ pub(crate) fn compile(
     args: &ModelArgs,
     entries: &[&str],
     tokens: &[(String, u64)],
+    train: Option<crate::pipeline::TrainPart>,
 ) -> Result<(crate::cache::Slot, Ready)> {
     use crate::cache::Slot;
     use crate::pipeline::Request;
     let clock = Instant::now();
-    let mut request = Request::new(ui, args, entries, tokens);
+    let mut request = Request { train, ..Request::new(ui, args, entries, tokens) };
     let model = request.open()?;
     let place = |r: &Request| -> Result<Slot> { Slot::new(&r.key(&model, &r.import(&model)?)?, !args.no_cache) };
     let mut slot = place(&request)?;

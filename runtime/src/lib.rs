@@ -27,7 +27,7 @@ pub use cast::{f16_to_f32, f32_to_bf16};
 pub use device::{Address, Cpu, Device, check_target};
 pub use error::{Result, RuntimeError};
 pub use generate::{GenerateParams, Generated, Stats, generate};
-pub use memory::{Memory, peak_rss, plan_memory};
+pub use memory::{Memory, give_back, peak_rss, plan_memory};
 pub use pool::{KernelFn, Launch, Pool};
 pub use profile::KernelTime;
 pub use random::Philox;

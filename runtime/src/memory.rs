@@ -143,3 +143,14 @@ pub fn peak_rss() -> u64 {
     let kib = status.lines().find_map(|l| l.strip_prefix("VmHWM:")?.trim().strip_suffix("kB")?.trim().parse().ok());
     kib.map_or(0, |k: u64| k * 1024)
 }
+
+/// Gives freed memory of this process back to the system, so that what was needed for a while (a tokenizer) does not count
+/// beside a session.
+#[allow(unsafe_code)]
+pub fn give_back() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: takes no pointer and may be called at any time.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}

@@ -25,8 +25,17 @@ pub(crate) fn compile(ui: &Ui, args: &CompileArgs) -> Result<()> {
         }
         tokens.push(("infer".to_string(), c.value));
     }
-    let entries: Vec<&str> = args.entry.iter().map(String::as_str).collect();
-    let (slot, ready) = ready::compile(ui, &args.model, &entries, &tokens)?;
+    let mut entries: Vec<&str> = args.entry.iter().map(String::as_str).collect();
+    if entries.contains(&"train") {
+        // A run evaluates by the same plan.
+        entries.push("evaluate");
+    }
+    let train = if entries.contains(&"train") {
+        Some(crate::training::request(&args.model, &args.method, &args.shape_of_training)?)
+    } else {
+        None
+    };
+    let (slot, ready) = ready::compile(ui, &args.model, &entries, &tokens, train)?;
     let size = copy(&slot.plan, &args.output)?;
     let origin = &ready.origin;
     if args.json {

@@ -15,7 +15,11 @@ mod inspect;
 mod merge;
 #[cfg(feature = "compiler")]
 mod opt;
+#[cfg(feature = "compiler")]
+mod plan;
 mod run;
+#[cfg(feature = "models")]
+mod train;
 
 use crate::args::{Cli, Command};
 use crate::failure::Result;
@@ -30,6 +34,10 @@ pub(crate) fn dispatch(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Run(a) => run::run(&ui, &a),
         Command::Generate(a) => generate::generate(&ui, &a),
+        #[cfg(feature = "models")]
+        Command::Train(a) => train::train(&ui, &a),
+        #[cfg(feature = "compiler")]
+        Command::Plan(a) => plan::plan(&ui, &a),
         #[cfg(feature = "compiler")]
         Command::Compile(a) => compile::compile(&ui, &a),
         Command::Inspect(a) => inspect::inspect(&ui, &a),

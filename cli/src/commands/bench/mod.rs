@@ -3,6 +3,7 @@
 
 mod kernels;
 mod machine;
+mod train;
 
 use crate::args::{BenchArgs, BenchCommand};
 use crate::failure::{Failure, Result};
@@ -30,6 +31,7 @@ pub(crate) fn bench(ui: &Ui, command: &BenchCommand) -> Result<()> {
         BenchCommand::Kernels { model, tokens, json } => kernels::kernels(ui, model.as_deref(), tokens, *json),
         BenchCommand::Run(args) => run(ui, args),
         BenchCommand::Generate(args) => generate(ui, args),
+        BenchCommand::Train(args) => train::train(ui, args),
     }
 }
 
@@ -159,7 +161,7 @@ fn head(
     let mut out = Map::new();
     out.insert("tokens".into(), args.tokens.into());
     out.insert("threads".into(), session.threads().into());
-    out.insert("planned_peak_bytes".into(), (m.arena + m.owned + m.mapped).into());
+    out.insert("planned_peak_bytes".into(), m.total().into());
     out.insert("peak_rss_bytes".into(), rss.into());
     out.insert("arena_bytes".into(), arena.into());
     out.insert("live_peak_bytes".into(), live.into());
@@ -212,14 +214,7 @@ fn weight_bytes(plan: &Plan, entry: &str) -> Result<u64> {
 fn show(args: &BenchArgs, mut out: Map<String, Value>, profile: &[KernelTime]) {
     if args.json {
         if args.profile {
-            let rows: Vec<Value> = profile
-                .iter()
-                .map(|k| {
-                    json!({"kernel": k.symbol, "class": k.class, "calls": k.calls, "ms": k.ns as f64 * 1e-6,
-                           "flops": k.flops, "bytes": k.bytes})
-                })
-                .collect();
-            out.insert("profile".into(), rows.into());
+            put_profile(&mut out, profile);
         }
         report::json(&Value::Object(out));
         return;
@@ -230,14 +225,28 @@ fn show(args: &BenchArgs, mut out: Map<String, Value>, profile: &[KernelTime]) {
     }
     report::print(&t.text());
     if args.profile {
-        let mut t = Table::new(&["kernel", "<class", "calls", "ms", "Gflop/s", "GB/s"]);
-        for k in profile {
-            let per = |n: u64| format!("{:.1}", n as f64 / k.ns.max(1) as f64);
-            let ms = format!("{:.3}", k.ns as f64 * 1e-6);
-            t.row([k.symbol.clone(), k.class.clone(), k.calls.to_string(), ms, per(k.flops), per(k.bytes)]);
-        }
-        report::print(&format!("\n{}", t.text()));
+        report::print(&profile_table(profile));
     }
+}
+
+/// The times of the kernels as JSON.
+fn put_profile(out: &mut Map<String, Value>, profile: &[KernelTime]) {
+    let row = |k: &KernelTime| {
+        json!({"kernel": k.symbol, "class": k.class, "calls": k.calls, "ms": k.ns as f64 * 1e-6, "flops": k.flops,
+               "bytes": k.bytes})
+    };
+    out.insert("profile".into(), profile.iter().map(row).collect::<Vec<Value>>().into());
+}
+
+/// The times of the kernels as a table.
+fn profile_table(profile: &[KernelTime]) -> String {
+    let mut t = Table::new(&["kernel", "<class", "calls", "ms", "Gflop/s", "GB/s"]);
+    for k in profile {
+        let per = |n: u64| format!("{:.1}", n as f64 / k.ns.max(1) as f64);
+        let ms = format!("{:.3}", k.ns as f64 * 1e-6);
+        t.row([k.symbol.clone(), k.class.clone(), k.calls.to_string(), ms, per(k.flops), per(k.bytes)]);
+    }
+    format!("\n{}", t.text())
 }
 
 /// Names with dots for what is nested, numbers short.

@@ -22,12 +22,21 @@ struct Stages {
 }
 
 pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
-    let mut request = Request::new(ui, &args.model, &[], &[]);
-    let model = request.open()?;
-    let both = if model.checkpoint.config.is_decoder() { &["infer", "generate"][..] } else { &["infer"] };
     let chosen = args.entry.iter().map(String::as_str).collect::<Vec<_>>();
-    let entries = if chosen.is_empty() { both.to_vec() } else { chosen };
-    request = Request::new(ui, &args.model, &entries, &[]);
+    let trains = chosen.contains(&"train") || (chosen.is_empty() && args.method.any());
+    let train = match trains {
+        true => Some(crate::training::request(&args.model, &args.method, &args.shape_of_training)?),
+        false => None,
+    };
+    let mut request = Request { train, ..Request::new(ui, &args.model, &[], &[]) };
+    let model = request.open()?;
+    let all = match model.checkpoint.config.is_decoder() {
+        _ if trains => &["train", "evaluate"][..],
+        true => &["infer", "generate"],
+        false => &["infer"],
+    };
+    let entries = if chosen.is_empty() { all.to_vec() } else { chosen };
+    request = Request { train: request.train, ..Request::new(ui, &args.model, &entries, &[]) };
     let imported = request.import(&model)?;
     if args.ir && args.stage == "imported" {
         report::print(&text::print(&imported));
@@ -57,7 +66,7 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
         report::print(&rules(&s.outcome.reports));
     }
     if args.kernels || args.memory {
-        let (_, ready) = crate::ready::compile(ui, &args.model, &entries, &[])?;
+        let (_, ready) = crate::ready::compile(ui, &args.model, &entries, &[], s.request.train.clone())?;
         if args.kernels {
             report::print(&plan::kernels(&ready.plan, args.kernel.as_deref(), &args.capacity)?);
         }
@@ -184,9 +193,12 @@ fn as_json(ui: &Ui, args: &InspectArgs, s: &Stages, entries: &[&str]) -> Result<
     let mut out = Map::new();
     out.insert("stages".into(), stages(s, &stage)?.into());
     out.insert("passes".into(), passes.into());
-    let (_, ready) = crate::ready::compile(ui, &args.model, entries, &[])?;
+    let (_, ready) = crate::ready::compile(ui, &args.model, entries, &[], s.request.train.clone())?;
     out.insert("kernels".into(), plan::kernels_json(&ready.plan, &args.capacity)?);
     out.insert("memory".into(), plan::memory_json(&ready.plan, &args.capacity)?);
+    if let Some(list) = ready.plan.meta.extra.get("saved") {
+        out.insert("saved".into(), list.clone());
+    }
     if args.ir {
         out.insert("ir".into(), self::stage(s, &args.stage)?.into());
     }

@@ -7,7 +7,7 @@ use pleach_plan::{Plan, Residency, Source};
 use serde_json::{Value, json};
 
 /// Tokens, cache slots and sequences that sizes are shown for when none are given.
-const CAPACITY: [(&str, u64); 3] = [("T", 512), ("C", 1024), ("S", 1)];
+const CAPACITY: [(&str, u64); 4] = [("T", 512), ("L", 512), ("C", 1024), ("S", 1)];
 
 pub(super) fn inspect(args: &InspectArgs) -> Result<()> {
     let path = &args.model.model;

@@ -1,0 +1,85 @@
+//! Passes of a plan that trains, within a memory budget.
+//!
+//! Keeping everything that is dear to build again is tried first. If the session would be too large, the price of a kept
+//! byte is bisected between the cheapest plan and the smallest one; between the two prices that are left, the first part
+//! of the forward half takes the higher one. Every trial is cut into kernels, ordered and placed, so the size compared is
+//! the size a session will have.
+
+use super::{Request, TrainPart, host_cut};
+use crate::failure::Result;
+use pleach_codegen::compile::{self, CompileOptions};
+use pleach_ir::Graph;
+use pleach_passes::recompute::Price;
+use pleach_passes::{Options, PassReport, Pipeline, fuse_kernels};
+use pleach_plan::Meta;
+use pleach_runtime::{TensorSource, plan_memory};
+
+/// The price at which whatever can be built again is.
+const HIGHEST: f64 = 10.0;
+
+/// Trials of the price, and of the share of the forward half.
+const TRIALS: usize = 5;
+
+/// The graph after all passes, and their reports.
+///
+/// # Errors
+/// The error of a pass. A budget that cannot be met gives the smallest plan; whoever opens it compares.
+pub(super) fn passes(
+    graph: &Graph,
+    request: &Request,
+    train: &TrainPart,
+    meta: &Meta,
+    weights: &dyn TensorSource,
+) -> Result<(Graph, Vec<PassReport>)> {
+    let opts = request.options();
+    let disable = request.disable.clone();
+    let (last, first): (Vec<String>, Vec<String>) =
+        Pipeline::default().passes.into_iter().partition(|p| p == "recompute");
+    let before =
+        pleach_passes::run(graph, &Pipeline { passes: first, disable: disable.clone(), ..Pipeline::default() }, &opts)?;
+    let finish = |price: Option<Price>| -> Result<(Graph, Vec<PassReport>)> {
+        let opts = Options { recompute: price, ..opts.clone() };
+        let pipeline = Pipeline { passes: last.clone(), disable: disable.clone(), ..Pipeline::default() };
+        let out = pleach_passes::run(&before.graph, &pipeline, &opts)?;
+        Ok((out.graph, out.reports))
+    };
+    let total = |graph: &Graph| -> Result<u64> {
+        let mut s = fuse_kernels::cut(graph, &host_cut(graph))?;
+        fuse_kernels::order(&mut s)?;
+        let options = CompileOptions { target: request.host()?, threads: 1, meta: meta.clone() };
+        let plan = compile::without_code(&s, &options)?;
+        Ok(plan_memory(&plan, weights, &train.capacities())?.total())
+    };
+    let floor = Price::floor(opts.target.bytes_per_s).byte_us;
+    let mut best = finish(None)?;
+    if let Some(budget) = train.budget.filter(|_| !disable.iter().any(|d| d == "recompute"))
+        && (budget == 0 || total(&best.0)? > budget)
+    {
+        best = finish(Some(Price::flat(HIGHEST)))?;
+        if budget > 0 && total(&best.0)? <= budget {
+            let (mut low, mut high) = (floor, HIGHEST);
+            for _ in 0..TRIALS {
+                let price = (low * high).sqrt();
+                let next = finish(Some(Price::flat(price)))?;
+                if total(&next.0)? <= budget {
+                    (high, best) = (price, next);
+                } else {
+                    low = price;
+                }
+            }
+            let (mut none, mut all) = (0.0, 1.0);
+            for _ in 0..TRIALS {
+                let early = (none + all) / 2.0;
+                let next = finish(Some(Price { byte_us: low, early_byte_us: high, early }))?;
+                if total(&next.0)? <= budget {
+                    (all, best) = (early, next);
+                } else {
+                    none = early;
+                }
+            }
+        }
+    }
+    let mut reports = before.reports;
+    reports.extend(best.1);
+    Ok((best.0, reports))
+}

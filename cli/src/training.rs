@@ -1,0 +1,158 @@
+//! What `train`, `plan` and `bench train` share: a training plan for a model and a method, its memory, its session.
+
+use crate::args::{self, MethodArgs, ModelArgs, ShapeArgs};
+use crate::failure::{Failure, Result};
+use crate::ready::{self, Ready};
+use crate::report::{Ui, bytes};
+use pleach_runtime::train::{AdapterPlan, Measured, initial_values};
+use pleach_runtime::{Memory, Options, Session, Weights, plan_memory};
+
+/// A training plan with everything around it.
+pub(crate) struct Training {
+    /// Plan and model.
+    pub ready: Ready,
+    /// The adapter being trained.
+    pub adapter: AdapterPlan,
+    /// Rows of a micro-batch at capacity.
+    pub batch: u64,
+    /// Tokens of a row at capacity.
+    pub max_length: u64,
+    /// Whether the adapter is new; else it is the model's first one.
+    pub fresh: bool,
+}
+
+/// Entries that a training plan must have.
+const ENTRIES: [&str; 3] = ["accumulate", "update", "evaluate"];
+
+impl Training {
+    /// Finds, reads or compiles the plan.
+    ///
+    /// # Errors
+    /// Files and options that are refused, and whatever compiling refuses.
+    pub(crate) fn open(ui: &Ui, model: &ModelArgs, method: &MethodArgs, shape: &ShapeArgs) -> Result<Training> {
+        let start = args::start(model).map_err(Failure::usage)?;
+        if model.merge {
+            return Err(Failure::usage("--merge is for running: what is trained cannot be folded into the weights"));
+        }
+        let ready = if ready::looks_like_a_plan(&model.model) {
+            if method.any() {
+                return Err(Failure::usage("a compiled plan has its method; leave out --method and its options"));
+            }
+            ready::from_plan(model, &ENTRIES)?
+        } else {
+            ready::no_weights(model)?;
+            compile(ui, model, method, shape)?
+        };
+        let adapter = AdapterPlan::of(&ready.plan)?;
+        let limit = ready.plan.meta.max_positions;
+        if limit > 0 && shape.max_length > limit {
+            return Err(Failure::usage(format!(
+                "--max-length {} is more than the {limit} positions the model was made for",
+                shape.max_length
+            )));
+        }
+        Ok(Training { ready, adapter, batch: shape.batch, max_length: shape.max_length, fresh: start.is_none() })
+    }
+
+    /// What a session is opened with.
+    pub(crate) fn options(&self, ui: &Ui) -> Options {
+        let tokens = self.batch.saturating_mul(self.max_length);
+        let o = Options::default().threads(ui.threads);
+        o.capacity("T", tokens)
+            .capacity("S", self.batch)
+            .capacity("L", tokens)
+            .capacity("P", self.max_length)
+            .capacity("C", 1)
+    }
+
+    /// What a session will hold.
+    ///
+    /// # Errors
+    /// Sizes without a value.
+    pub(crate) fn memory(&self, ui: &Ui, weights: &Weights) -> Result<Memory> {
+        Ok(plan_memory(&self.ready.plan, &**weights, &self.options(ui))?)
+    }
+
+    /// Opens the session and gives the adapter its first values.
+    ///
+    /// # Errors
+    /// What the runtime refuses, an adapter that does not fit.
+    pub(crate) fn session(&self, ui: &Ui, weights: Weights, seed: u64, measured: &Measured) -> Result<Session> {
+        let mut session = Session::open(self.ready.plan.clone(), weights.clone(), &self.options(ui))?;
+        if self.fresh {
+            let values = initial_values(&self.adapter, &*weights, seed, measured)?;
+            session.load_slot(self.adapter.slot, &values)?;
+        } else {
+            crate::model::fill_slots(&mut session, &self.ready.model)?;
+        }
+        Ok(session)
+    }
+}
+
+impl MethodArgs {
+    /// Whether anything was asked for.
+    pub(crate) fn any(&self) -> bool {
+        format!("{self:?}") != format!("{:?}", MethodArgs::default())
+    }
+}
+
+/// Refuses a plan that does not fit into a budget.
+///
+/// # Errors
+/// What it needs at least.
+pub(crate) fn within_budget(total: u64, minimum: u64, budget: Option<u64>) -> Result<()> {
+    match budget {
+        Some(b) if total > b => Err(Failure::new(format!(
+            "a budget of {} ({b} bytes) is too small: at least {} ({minimum} bytes) are needed; lower --batch, \
+             --max-length or --r, or raise --budget",
+            bytes(b),
+            bytes(minimum)
+        ))),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(feature = "compiler")]
+fn compile(ui: &Ui, model: &ModelArgs, method: &MethodArgs, shape: &ShapeArgs) -> Result<Ready> {
+    let request = request(model, method, shape)?;
+    let (_, ready) = ready::compile(ui, model, &["train", "evaluate"], &[], Some(request))?;
+    if !ready.origin.cached {
+        ui.note(&format!("compiled in {:.0} ms", ready.origin.ms));
+    }
+    Ok(ready)
+}
+
+#[cfg(not(feature = "compiler"))]
+fn compile(_: &Ui, model: &ModelArgs, _: &MethodArgs, _: &ShapeArgs) -> Result<Ready> {
+    Err(Failure::usage(format!(
+        "{}: this build has no compiler and trains from plans only (F.pleach with --weights MODEL)",
+        model.model.display()
+    )))
+}
+
+/// What is to be compiled: a new adapter of the method, or the folder's.
+///
+/// # Errors
+/// A method that is missing, unknown, or contradicts the adapter's folder.
+#[cfg(feature = "compiler")]
+pub(crate) fn request(model: &ModelArgs, method: &MethodArgs, shape: &ShapeArgs) -> Result<crate::pipeline::TrainPart> {
+    let config = match args::start(model).map_err(Failure::usage)? {
+        None => {
+            let (name, keys) = method.fresh()?;
+            pleach_frontend::peft::MethodConfig::named(&name, &keys)?.raw
+        }
+        Some(start) => {
+            let config = pleach_frontend::peft::MethodConfig::read(&start.path)?;
+            method.agrees(&config)?;
+            config.check_training()?;
+            serde_json::Map::new()
+        }
+    };
+    Ok(crate::pipeline::TrainPart {
+        config,
+        tokens: shape.batch.saturating_mul(shape.max_length),
+        sequences: shape.batch,
+        positions: shape.max_length,
+        budget: shape.budget.map(|b| b.0),
+    })
+}
