@@ -8,6 +8,8 @@ mod attention;
 mod bodies;
 #[path = "all/contraction.rs"]
 mod contraction;
+#[path = "all/contraction_types.rs"]
+mod contraction_types;
 #[path = "all/kit.rs"]
 mod kit;
 #[path = "all/launch.rs"]

@@ -3,10 +3,12 @@
 //! One function: tasks over batches, row blocks and column blocks (few rows: column blocks alone); inside, blocks of the
 //! right operand that stay in the second-level cache, row tiles, column tiles, and the register tile of `tile`.
 //! Each element of a result is summed in an order that depends on the shapes alone, so any split of the tasks gives
-//! the same bits. f32; row-major results; any sizes, 0 and 1 included.
+//! the same bits. f32 and bf16 operands, f32 sums; row-major results; any sizes, 0 and 1 included.
 //!
-//! * Right operands: panels, row-major in place, or any strides (packed by the task that needs them).
-//! * Sums of products run in one set of accumulators, the thin product (an adapter's) first.
+//! * Right operands: panels, f32 row-major in place, or packed into scratch memory by the task that needs them (any
+//!   strides, and bf16 that is not in panels). Left operands are read in place; bf16 whose pairs do not lie side by side
+//!   is packed.
+//! * Sums of products, each with a scale or none, run in one set of accumulators, the longest last.
 //! * A cheap remainder (bias, residual) runs on the registers of the tile; others, several groups of columns, or long
 //!   sums that run in parts go through scratch memory that stays in the first-level cache.
 
@@ -25,9 +27,9 @@ use crate::error::CodegenError;
 use crate::mlir::HostTarget;
 use analyze::Analysis;
 pub use blocking::choose_panel;
-use blocking::{Blocking, LANES};
+use blocking::{Blocking, DEPTH_STEP, LANES};
 use cells::Cells;
-use context::{Context, Place, repacked};
+use context::{Context, Place};
 use pleach_ir::{Dim, Kernel, Op, Sym, ValueId};
 use pleach_plan::Expr;
 
@@ -41,7 +43,7 @@ pub fn supported(k: &Kernel) -> Result<(), String> {
     symbols.dedup();
     let an = Analysis::new(k)?;
     // One row stands for all tile sizes.
-    let bl = Blocking { rows: vec![1], ..Blocking::new(&an, HostIsa::Avx512)? };
+    let bl = Blocking { rows: vec![1], ..Blocking::new(&an, HostIsa::Avx512, true)? };
     let mut f = Func::host_kernel(&k.name);
     let cx = Context::new(&mut f, k, &an, &bl, &symbols)?;
     kernel(&mut f, &cx)
@@ -52,13 +54,10 @@ pub fn supported(k: &Kernel) -> Result<(), String> {
 /// # Errors
 /// [`CodegenError::Unsupported`] with what has no code and where to cut instead.
 pub fn emit(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted, CodegenError> {
-    emit_isa(k, symbols, target.isa)
-}
-
-fn emit_isa(k: &Kernel, symbols: &[Sym], isa: HostIsa) -> Result<Emitted, CodegenError> {
     let an = Analysis::new(k).map_err(|why| unsupported(k, why))?;
-    let bl = Blocking::new(&an, isa).map_err(|why| unsupported(k, why))?;
+    let bl = Blocking::new(&an, target.isa, target.bf16).map_err(|why| unsupported(k, why))?;
     let mut f = Func::host_kernel(&k.name);
+    f.round_bf16 = target.bf16;
     let cx = Context::new(&mut f, k, &an, &bl, symbols).map_err(|why| unsupported(k, why))?;
     kernel(&mut f, &cx).map_err(|why| unsupported(k, why))?;
     let text = f.text();
@@ -73,19 +72,19 @@ fn emit_isa(k: &Kernel, symbols: &[Sym], isa: HostIsa) -> Result<Emitted, Codege
         Dim::Known(_) => wide,
         Dim::Symbol(_) => narrow.max(wide),
     };
-    let mut scratch = Expr::Const(partial_elements(&an, &bl));
-    for (_, p) in repacked(&an) {
-        scratch = scratch.add(dim(an.products[p].k)?.mul(bl.task_tiles * bl.width));
+    let mut scratch = Expr::Const(4 * partial_elements(&an, &bl));
+    for p in &bl.packs {
+        scratch = scratch.add(dim(p.depth)?.ceil_div(DEPTH_STEP).mul(DEPTH_STEP).mul(p.width_bytes));
     }
     let mut flops = Expr::Const(0);
-    for p in an.groups.iter().flat_map(|g| &g.products) {
+    for (p, _) in an.groups.iter().flat_map(|g| &g.products) {
         flops = flops.add(batches.clone().mul(m.clone()).mul(n.clone()).mul(dim(an.products[*p].k)?).mul(2));
     }
     let mut bytes = Expr::Const(0);
     for t in k.operand_types().iter().chain(&k.result_types()) {
         bytes = bytes.add(bytes_expr(k, t, symbols)?);
     }
-    Ok(Emitted { text, tasks: batches.mul(tasks), scratch_bytes: scratch.mul(4), flops, bytes })
+    Ok(Emitted { text, tasks: batches.mul(tasks), scratch_bytes: scratch, flops, bytes })
 }
 
 /// f32 elements of scratch that hold accumulators.
@@ -166,7 +165,7 @@ fn span(f: &mut Func, cx: &Context, m: &Val, tiles: &Val, row_blocks: &Val, task
     let zero = f.i64(0);
     let narrow = |f: &mut Func| {
         let t = f.mulc(task, bl.narrow_tiles as i64);
-        (zero.clone(), m.clone(), t, f.i64(bl.narrow_tiles as i64), f.i64(1))
+        (zero.clone(), m.clone(), t, f.i64(bl.narrow_tiles as i64), f.i64(bl.narrow_chunk as i64))
     };
     let wide = |f: &mut Func| {
         // Row blocks count fastest: tasks that follow each other read the same columns.
@@ -209,13 +208,24 @@ fn block(f: &mut Func, cx: &Context, batch: &[Val], span: &Span, n: &Val) -> Res
         let from = f.add(&span.tiles.0, &from);
         let to = f.add(&from, &span.chunk);
         let to = f.min(&to, &span.tiles.1);
-        pack::pack(f, cx, batch, &from, &to);
+        let tiles = (&from, &to);
+        let pack = |f: &mut Func, group: usize, product: usize, steps: Option<(&Val, &Val)>| {
+            let k = cx.dim(f, cx.an.products[product].k);
+            let zero = f.i64(0);
+            let (k0, k1) = steps.map_or((zero, k.clone()), |(k0, k1)| (f.min(k0, &k), f.min(k1, &k)));
+            pack::pack(f, cx, batch, span, tiles, (group, product), (&k0, &k1));
+        };
+        // Whole sums, all that comes before the parts included.
+        for (g, group) in cx.an.groups.iter().enumerate() {
+            let n = group.products.len() - usize::from(cx.bl.part.is_some());
+            group.products[..n].iter().for_each(|(p, _)| pack(f, g, *p, None));
+        }
         fault = match cx.bl.part {
-            None => rows(f, cx, batch, span, (&from, &to), n, None),
+            None => rows(f, cx, batch, span, tiles, n, None),
             Some(part) => {
                 let mut longest = f.i64(0);
                 for g in &cx.an.groups {
-                    let k = g.products.last().map_or(Dim::Known(0), |p| cx.an.products[*p].k);
+                    let k = g.products.last().map_or(Dim::Known(0), |p| cx.an.products[p.0].k);
                     let k = cx.dim(f, k);
                     longest = f.max(&longest, &k);
                 }
@@ -228,7 +238,10 @@ fn block(f: &mut Func, cx: &Context, batch: &[Val], span: &Span, n: &Val) -> Res
                     let k1 = f.addc(&k0, part as i64);
                     let head = f.cmp("eq", i, &zero);
                     let tail = f.cmp("eq", i, &final_);
-                    inner = rows(f, cx, batch, span, (&from, &to), n, Some(&Part { k0, k1, head, tail }));
+                    for (g, group) in cx.an.groups.iter().enumerate() {
+                        group.products.last().iter().for_each(|(p, _)| pack(f, g, *p, Some((&k0, &k1))));
+                    }
+                    inner = rows(f, cx, batch, span, tiles, n, Some(&Part { k0, k1, head, tail }));
                 });
                 inner
             }
@@ -271,8 +284,9 @@ fn rows(
             f.loop_(from, to, 1, |f, t| {
                 let column = f.mulc(t, cx.bl.width as i64);
                 let slot = f.sub(t, from);
-                let at = Place { batch: batch.to_vec(), row: row.clone(), column, slot };
-                if let Err(e) = one_tile(f, cx, &at, size, n, &span.rows.0, part) {
+                let row0 = span.rows.0.clone();
+                let at = Place { batch: batch.to_vec(), row: row.clone(), row0, column, slot };
+                if let Err(e) = one_tile(f, cx, &at, size, n, part) {
                     fault = Err(e);
                 }
             });
@@ -289,15 +303,7 @@ fn rows(
     fault
 }
 
-fn one_tile(
-    f: &mut Func,
-    cx: &Context,
-    at: &Place,
-    rows: u64,
-    n: &Val,
-    row0: &Val,
-    part: Option<&Part>,
-) -> Result<(), String> {
+fn one_tile(f: &mut Func, cx: &Context, at: &Place, rows: u64, n: &Val, part: Option<&Part>) -> Result<(), String> {
     let bl = cx.bl;
     let whole = n.known().is_some_and(|n| (n as u64).is_multiple_of(bl.width));
     let masks: Vec<Option<Val>> = if whole {
@@ -315,7 +321,7 @@ fn one_tile(
         if rows > 4 {
             Cells::prefetch(f, cx, at, rows)?;
         }
-        let sum = tile::chain(f, cx, 0, at, &masks, rows, &cx.an.groups[0].products)?;
+        let sum = tile::chain(f, cx, 0, at, &masks, rows, None, &cx.an.groups[0].products)?;
         return Cells::new(cx, at, &masks, &[sum]).finish(f, rows);
     }
     // Accumulators in scratch: [group][row][tile][width], one tile only when the sum is whole.
@@ -324,7 +330,7 @@ fn one_tile(
     let home = match part {
         None => cx.scratch.clone(),
         Some(_) => {
-            let r = f.sub(&at.row, row0);
+            let r = f.sub(&at.row, &at.row0);
             let r = f.mulc(&r, pitch);
             let c = f.mulc(&at.slot, bl.width as i64);
             let s = f.add(&r, &c);
@@ -336,7 +342,7 @@ fn one_tile(
     for g in 0..cx.an.groups.len() {
         let products = &cx.an.groups[g].products;
         let sum = match part {
-            None => tile::chain(f, cx, g, at, &masks, rows, products)?,
+            None => tile::chain(f, cx, g, at, &masks, rows, None, products)?,
             Some(p) => partial(f, cx, g, at, &masks, rows, p, &home, &spot)?,
         };
         for i in 0..rows {
@@ -386,18 +392,27 @@ fn partial(
     home: &Val,
     spot: &dyn Fn(usize, u64, usize) -> i64,
 ) -> Result<Vec<Val>, String> {
-    let group = &cx.an.groups[g];
-    let Some((long, thin)) = group.products.split_last() else { return Ok(tile::zeros(f, cx, rows)) };
+    let Some(((long, scale), thin)) = cx.an.groups[g].products.split_last() else {
+        return Ok(tile::zeros(f, cx, rows));
+    };
     let types = vec![vty(LANES, "f32"); rows as usize * cx.bl.vectors];
     let mut fault = Ok(());
+    let keep = |f: &mut Func, r: Result<Vec<Val>, String>, fault: &mut Result<(), String>| match r {
+        Ok(v) => v,
+        Err(e) => {
+            *fault = Err(e);
+            tile::zeros(f, cx, rows)
+        }
+    };
     let start = f.if_else(
         &p.head,
         &types,
-        |f| match tile::chain(f, cx, g, at, masks, rows, thin) {
-            Ok(v) => v,
-            Err(e) => {
-                fault = Err(e);
-                tile::zeros(f, cx, rows)
+        |f| match scale {
+            // The others are added when the long sum is whole and scaled.
+            Some(_) => tile::zeros(f, cx, rows),
+            None => {
+                let r = tile::chain(f, cx, g, at, masks, rows, None, thin);
+                keep(f, r, &mut fault)
             }
         },
         |f| {
@@ -416,14 +431,17 @@ fn partial(
     // Another group may have more parts.
     let (k0, k1) = (f.min(&p.k0, &k), f.min(&p.k1, &k));
     let sum = tile::multiply(f, cx, g, *long, at, masks, rows, start, (&k0, &k1));
-    if !thin.is_empty() || group.scale.is_none() {
-        return Ok(sum);
-    }
-    // The scaled product is the long one itself.
-    let first = tile::scaled(f, cx, group.scale, sum.clone())?;
-    Ok(sum
-        .into_iter()
-        .zip(first)
-        .map(|(a, b)| f.op(format!("arith.select {}, {b}, {a} : {}", p.tail, vty(LANES, "f32"))))
-        .collect())
+    let Some(scale) = scale else { return Ok(sum) };
+    let mut fault = Ok(());
+    let whole = f.if_else(
+        &p.tail,
+        &types,
+        |f| {
+            let r = tile::scaled(f, cx, *scale, sum.clone());
+            let r = r.and_then(|v| tile::chain(f, cx, g, at, masks, rows, Some(v), thin));
+            keep(f, r, &mut fault)
+        },
+        |_| sum.clone(),
+    );
+    fault.map(|()| whole)
 }

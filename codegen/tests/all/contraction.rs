@@ -1,6 +1,6 @@
 //! Contraction kernels against the reference interpreter: shapes, layouts, remainders, both vector sets.
 
-use crate::kit::{check, noise};
+use crate::kit::{check_cases, noise};
 use pleach_codegen::emit::HostIsa;
 use pleach_codegen::emit::contraction::{choose_panel, emit, supported};
 use pleach_ir::interp::Tensor;
@@ -9,38 +9,38 @@ use pleach_ir::{BinaryOp, Class, DType, Dim, Entry, Kernel, Layout, Op, Sym, Una
 const T: Dim = Dim::Symbol(Sym::T);
 
 /// A kernel under construction.
-struct Build {
-    body: Entry,
+pub(crate) struct Build {
+    pub(crate) body: Entry,
     operands: Vec<Layout>,
 }
 
 impl Build {
-    fn new() -> Build {
+    pub(crate) fn new() -> Build {
         Build { body: Entry::new("k"), operands: vec![] }
     }
-    fn typed(&mut self, dtype: DType, shape: &[Dim], layout: Layout) -> ValueId {
+    pub(crate) fn typed(&mut self, dtype: DType, shape: &[Dim], layout: Layout) -> ValueId {
         let name = format!("a{}", self.operands.len());
         self.operands.push(layout);
         self.op(Op::Input { name, dtype, shape: shape.to_vec() }, &[])
     }
-    fn input(&mut self, shape: &[Dim]) -> ValueId {
+    pub(crate) fn input(&mut self, shape: &[Dim]) -> ValueId {
         self.typed(DType::F32, shape, Layout::RowMajor)
     }
     /// A packed weight `[K, N]`, or `[N, K]` when transposed.
-    fn panels(&mut self, k: u64, n: u64, nr: u32, transposed: bool) -> ValueId {
+    pub(crate) fn panels(&mut self, k: u64, n: u64, nr: u32, transposed: bool) -> ValueId {
         let shape = if transposed { [n, k] } else { [k, n] };
         self.typed(DType::F32, &shape.map(Dim::Known), Layout::Panels { nr, transposed })
     }
-    fn op(&mut self, op: Op, inputs: &[ValueId]) -> ValueId {
+    pub(crate) fn op(&mut self, op: Op, inputs: &[ValueId]) -> ValueId {
         self.body.push(&[], op, inputs).unwrap()
     }
-    fn mm(&mut self, a: ValueId, b: ValueId) -> ValueId {
+    pub(crate) fn mm(&mut self, a: ValueId, b: ValueId) -> ValueId {
         self.op(Op::MatMul { ta: false, tb: false }, &[a, b])
     }
-    fn mm_t(&mut self, a: ValueId, b: ValueId) -> ValueId {
+    pub(crate) fn mm_t(&mut self, a: ValueId, b: ValueId) -> ValueId {
         self.op(Op::MatMul { ta: false, tb: true }, &[a, b])
     }
-    fn done(mut self, name: &str, results: &[ValueId]) -> Kernel {
+    pub(crate) fn done(mut self, name: &str, results: &[ValueId]) -> Kernel {
         for (i, r) in results.iter().enumerate() {
             self.body.output(format!("r{i}"), *r);
         }
@@ -57,9 +57,15 @@ impl Build {
 
 /// Runs a kernel on noise with these values of `T` (and `S`).
 fn run(k: &Kernel, counts: &[(u64, u64)]) {
+    run_within(k, counts, 3e-6);
+}
+
+/// As [`run`], with a bound on the relative error.
+pub(crate) fn run_within(k: &Kernel, counts: &[(u64, u64)], tolerance: f64) {
     supported(k).unwrap();
+    let mut cases = vec![];
     for (t, s) in counts {
-        let symbols = [(Sym::S, *s), (Sym::T, *t)];
+        let symbols = vec![(Sym::S, *s), (Sym::T, *t)];
         let env = |x: Sym| symbols.iter().find(|y| y.0 == x).map(|y| y.1);
         let operands: Vec<Tensor> = k
             .operand_types()
@@ -71,8 +77,9 @@ fn run(k: &Kernel, counts: &[(u64, u64)]) {
                 Tensor::from_floats(ty.dtype, shape, x.floats().into_owned())
             })
             .collect();
-        check(emit, k, &operands, &symbols, 3e-6);
+        cases.push((operands, symbols));
     }
+    check_cases(emit, k, &cases, tolerance);
 }
 
 const COUNTS: [(u64, u64); 9] = [(0, 1), (1, 1), (2, 1), (3, 1), (5, 1), (15, 1), (64, 1), (67, 1), (150, 1)];

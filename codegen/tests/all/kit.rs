@@ -68,22 +68,23 @@ pub(crate) type Emitter = fn(&Kernel, &[Sym], &HostTarget) -> Result<Emitted, Co
 /// A tensor in a layout, as bytes.
 fn laid_out(t: &Tensor, layout: &Layout) -> Vec<u8> {
     let Layout::Panels { nr, transposed } = layout else { return t.to_bytes() };
-    let x = t.as_f32().unwrap();
     let (r, c) = (t.shape[0] as usize, t.shape[1] as usize);
     let (k, n) = if *transposed { (c, r) } else { (r, c) };
-    let nr = *nr as usize;
+    let (nr, size) = (*nr as usize, t.dtype().size() as usize);
+    // 16-bit elements lie in pairs along k.
+    let pair = if size == 2 { 2 } else { 1 };
+    let bytes = t.to_bytes();
     let mut out = vec![];
     for p in 0..n.div_ceil(nr) {
-        for i in 0..k {
+        for q in 0..k.div_ceil(pair) {
             for j in p * nr..(p + 1) * nr {
-                let v = if j >= n {
-                    0.0
-                } else if *transposed {
-                    x[j * k + i]
-                } else {
-                    x[i * n + j]
-                };
-                out.extend(v.to_le_bytes());
+                for i in q * pair..(q + 1) * pair {
+                    let at = size * if *transposed { j * k + i } else { i * n + j };
+                    match j < n && i < k {
+                        true => out.extend(&bytes[at..at + size]),
+                        false => out.extend(&[0u8; 4][..size]),
+                    }
+                }
             }
         }
     }
@@ -143,20 +144,32 @@ pub(crate) fn run_host(
         .collect()
 }
 
+/// Operands, and the symbols' values.
+pub(crate) type Case = (Vec<Tensor>, Vec<(Sym, u64)>);
+
 /// Compiles a kernel for every target at hand, runs it whole and task by task, and compares with the interpreter.
 pub(crate) fn check(emit: Emitter, k: &Kernel, operands: &[Tensor], symbols: &[(Sym, u64)], tolerance: f64) {
+    check_cases(emit, k, &[(operands.to_vec(), symbols.to_vec())], tolerance);
+}
+
+/// As [`check`], compiling once for several cases of the same symbols.
+pub(crate) fn check_cases(emit: Emitter, k: &Kernel, cases: &[Case], tolerance: f64) {
+    let Some((_, symbols)) = cases.first() else { return };
     let names: Vec<Sym> = symbols.iter().map(|s| s.0).collect();
-    let want = pleach_ir::interp::run_kernel(k, operands).unwrap();
+    let wants: Vec<Vec<Tensor>> = cases.iter().map(|c| pleach_ir::interp::run_kernel(k, &c.0).unwrap()).collect();
     for target in targets() {
         let e = emit(k, &names, &target).unwrap_or_else(|e| panic!("{e}"));
         let lib = Loaded::new(&e.text, &target);
-        let whole = run_host(&lib, k, &e, operands, symbols, u64::MAX >> 1);
-        let single = run_host(&lib, k, &e, operands, symbols, 1);
-        for (i, ((a, b), w)) in whole.iter().zip(&single).zip(&want).enumerate() {
-            assert_eq!(a, b, "{}: result {i} depends on the split of tasks ({:?})", k.name, target.isa);
-            assert_eq!(a.shape, w.shape);
-            let err = a.relative_error(w);
-            assert!(err <= tolerance, "{}: result {i} is off by {err:e} ({:?}, {symbols:?})", k.name, target.isa);
+        for ((operands, symbols), want) in cases.iter().zip(&wants) {
+            let whole = run_host(&lib, k, &e, operands, symbols, u64::MAX >> 1);
+            let single = run_host(&lib, k, &e, operands, symbols, 1);
+            let at = format!("{} ({:?}, bf16 {}, {symbols:?})", k.name, target.isa, target.bf16);
+            for (i, ((a, b), w)) in whole.iter().zip(&single).zip(want).enumerate() {
+                assert_eq!(a, b, "{at}: result {i} depends on the split of tasks");
+                assert_eq!(a.shape, w.shape);
+                let err = a.relative_error(w);
+                assert!(err <= tolerance, "{at}: result {i} is off by {err:e}");
+            }
         }
     }
 }

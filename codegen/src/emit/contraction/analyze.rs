@@ -4,18 +4,18 @@
 //! last axis are pushed through the elementwise operators down to the products, so that a tile of `silu(z[:, :F]) *
 //! z[:, F:]` holds two groups of the same product. Decides nothing about tiles.
 
-use super::view::{View, view};
+use super::view::{Stride, View, view};
 use pleach_ir::{BinaryOp, Class, DType, Dim, Entry, Kernel, Layout, Op, ValueId};
 use std::collections::BTreeMap;
 
-/// The right operand of a product.
+/// The right operand of a product. Panels of bf16 lie in pairs along the sum ([`Layout::Panels`]).
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Right {
     /// Packed panels of `nr` columns.
     Panels { arg: usize, nr: u64 },
-    /// Strides of `(batch…, k, n)`, unit step along `n`.
+    /// Strides of `(batch…, k, n)`, unit step along `n`. f32 is read in place, bf16 is packed into pairs.
     Rows(View),
-    /// Any other strides; repacked while it runs.
+    /// Any other strides; packed while it runs.
     Strided(View),
 }
 
@@ -27,15 +27,39 @@ pub(super) struct Product {
     pub(super) right: Right,
     pub(super) k: Dim,
     pub(super) n: Dim,
+    /// Type of both operands: f32 or bf16.
+    pub(super) dtype: DType,
 }
 
-/// Accumulators of a tile: `scale · p0 + p1 + …` from column `offset` on.
+impl Product {
+    /// bf16: a step of the sum is a pair of elements.
+    pub(super) fn pairs(&self) -> bool {
+        self.dtype == DType::BF16
+    }
+
+    /// The right operand is packed into scratch memory by the task that needs it.
+    pub(super) fn packs_right(&self) -> bool {
+        match self.right {
+            Right::Panels { .. } => false,
+            Right::Rows(_) => self.pairs(),
+            Right::Strided(_) => true,
+        }
+    }
+
+    /// The left operand is packed into scratch memory: pairs that do not lie side by side.
+    pub(super) fn packs_left(&self) -> bool {
+        self.pairs() && self.left.strides.last().and_then(Stride::known) != Some(1)
+    }
+}
+
+/// A product and the rank-0 value that multiplies it.
+pub(super) type Term = (usize, Option<ValueId>);
+
+/// Accumulators of a tile: a sum of scaled products from column `offset` on.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Group {
-    /// Indices of products, in the order they are summed.
-    pub(super) products: Vec<usize>,
-    /// A rank-0 value that multiplies the first product.
-    pub(super) scale: Option<ValueId>,
+    /// In the order they are summed; the longest last.
+    pub(super) products: Vec<Term>,
     pub(super) offset: u64,
 }
 
@@ -113,6 +137,18 @@ impl Analysis {
         if a.groups.is_empty() {
             return Err("no result depends on a product".into());
         }
+        for over in k.aliases.iter().flatten() {
+            let reads = |p: &Product| {
+                let right = match &p.right {
+                    Right::Panels { arg, .. } => *arg,
+                    Right::Rows(v) | Right::Strided(v) => v.arg,
+                };
+                p.left.arg == *over as usize || right == *over as usize
+            };
+            if a.products.iter().any(reads) {
+                return Err("a result lies over an operand of a product".into());
+            }
+        }
         Ok(a)
     }
 
@@ -132,17 +168,22 @@ impl Analysis {
         match &node.op {
             Op::MatMul { .. } => {
                 let p = self.product(k, v)?;
-                self.sum(v, offset, Group { products: vec![p], scale: None, offset }, vec![])
+                self.sum(v, offset, Group { products: vec![(p, None)], offset }, vec![])
             }
             Op::Add => {
-                let (chain, scale, rest) = self.terms(body, users, v);
+                let (mut chain, mut rest) = (vec![], vec![]);
+                self.terms(body, users, v, &mut chain, &mut rest);
                 if !chain.is_empty() {
-                    let products = chain.iter().map(|m| self.product(k, *m)).collect::<Result<Vec<_>, _>>()?;
-                    let mut order: Vec<usize> = products;
-                    let from = usize::from(scale.is_some());
-                    // Thin products first: the long loop then runs last, over accumulators that hold them already.
-                    order[from..].sort_by_key(|p| (self.products[*p].k.known().unwrap_or(u64::MAX), *p));
-                    self.sum(v, offset, Group { products: order, scale, offset }, rest.clone())?;
+                    let mut order = vec![];
+                    for (m, scale) in &chain {
+                        order.push((self.product(k, *m)?, *scale));
+                    }
+                    // The longest sum runs last, over accumulators that hold the others already; scaled ones run first.
+                    let long = |p: usize| self.products[p].k.known().unwrap_or(u64::MAX);
+                    order.sort_by_key(|(p, s)| (long(*p), *p, *s));
+                    let short = order.len() - 1;
+                    order[..short].sort_by_key(|(p, s)| (s.is_none(), long(*p), *p));
+                    self.sum(v, offset, Group { products: order, offset }, rest.clone())?;
                 }
                 let terms = if chain.is_empty() { node.inputs.clone() } else { rest };
                 self.cost += terms.len() as u64;
@@ -180,18 +221,25 @@ impl Analysis {
         Ok(())
     }
 
-    /// Terms of an `Add`: products that only this sum reads (the scaled one, if any, first), its scale, the rest.
-    fn terms(&self, body: &Entry, users: &[Vec<ValueId>], v: ValueId) -> (Vec<ValueId>, Option<ValueId>, Vec<ValueId>) {
+    /// Terms of an `Add`: products that only this sum reads, each with its scale, and the rest. Sums that only this sum
+    /// reads count as its terms.
+    fn terms(
+        &self,
+        body: &Entry,
+        users: &[Vec<ValueId>],
+        v: ValueId,
+        chain: &mut Vec<(ValueId, Option<ValueId>)>,
+        rest: &mut Vec<ValueId>,
+    ) {
         let own = |x: ValueId| users[x.index()].len() == 1 && body.roots.iter().all(|r| r.value != x);
         let is_product = |x: ValueId| matches!(body.node(x).op, Op::MatMul { .. }) && own(x);
-        let (mut chain, mut scale, mut rest) = (vec![], None, vec![]);
         for t in &body.node(v).inputs {
             let n = body.node(*t);
             if is_product(*t) {
-                chain.push(*t);
+                chain.push((*t, None));
                 continue;
             }
-            if n.op == Op::Binary(BinaryOp::Mul) && own(*t) && scale.is_none() {
+            if n.op == Op::Binary(BinaryOp::Mul) && own(*t) {
                 let (a, b) = (n.inputs[0], n.inputs[1]);
                 let scalar = |x: ValueId| body.ty(x).rank() == 0 && !self.computed[x.index()];
                 let pair = if is_product(a) && scalar(b) {
@@ -202,14 +250,16 @@ impl Analysis {
                     None
                 };
                 if let Some((p, s)) = pair {
-                    chain.insert(0, p);
-                    scale = Some(s);
+                    chain.push((p, Some(s)));
                     continue;
                 }
             }
+            if n.op == Op::Add && own(*t) && self.computed[t.index()] && n.ty.dtype == DType::F32 {
+                self.terms(body, users, *t, chain, rest);
+                continue;
+            }
             rest.push(*t);
         }
-        (chain, scale, rest)
     }
 
     fn product(&mut self, k: &Kernel, v: ValueId) -> Result<usize, String> {
@@ -221,10 +271,9 @@ impl Analysis {
             return Err(format!("a product is {}, which has other rows than the results", node.ty));
         }
         let (l, r) = (node.inputs[0], node.inputs[1]);
-        for x in [l, r] {
-            if body.ty(x).dtype != DType::F32 {
-                return Err(format!("a product of {}; only f32 has code here", body.ty(x).dtype));
-            }
+        let dtype = body.ty(l).dtype;
+        if !matches!(dtype, DType::F32 | DType::BF16) {
+            return Err(format!("a product of {dtype}; f32 and bf16 have code here"));
         }
         let rank = node.ty.rank();
         let mut left = view(body, &self.args, l)?;
@@ -257,7 +306,7 @@ impl Analysis {
                 if w.strides[inner].known() == Some(1) { Right::Rows(w) } else { Right::Strided(w) }
             }
         };
-        let p = Product { left, right, k: dim, n: *n };
+        let p = Product { left, right, k: dim, n: *n, dtype };
         Ok(match self.products.iter().position(|q| *q == p) {
             Some(i) => i,
             None => {

@@ -1,8 +1,8 @@
 //! Tile shapes and task sizes. All follow from shapes and the vector set, never from a thread count.
 
-use super::analyze::{Analysis, Right};
+use super::analyze::{Analysis, Product, Right};
 use crate::emit::HostIsa;
-use pleach_ir::Layout;
+use pleach_ir::{Dim, Layout};
 
 /// Lanes of the vectors that tiles are made of; a narrower target splits them.
 pub(super) const LANES: usize = 16;
@@ -14,6 +14,12 @@ const WHOLE_K: u64 = 2048;
 const PART_K: u64 = 1024;
 /// Rows of a task, about.
 const TASK_ROWS: u64 = 64;
+/// The same where the task packs its left operand: the packed block and the right operand share a cache.
+const TASK_ROWS_LEFT: u64 = 128;
+/// The same where the task packs its right operand only: packing must be little beside the products.
+const TASK_ROWS_RIGHT: u64 = 512;
+/// Tasks that columns are split into, about, where few rows are left to split.
+const COLUMN_TASKS: u64 = 16;
 
 /// How the loops of a kernel are cut.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -32,16 +38,43 @@ pub(super) struct Blocking {
     pub(super) task_tiles: u64,
     /// Tiles side by side in a task where only columns are split (few rows).
     pub(super) narrow_tiles: u64,
-    /// Length of a part of the sum; `None`: the whole sum in registers.
+    /// Of these, how many are worked on at a time.
+    pub(super) narrow_chunk: u64,
+    /// Length of a part of the sum, even; `None`: the whole sum in registers.
     pub(super) part: Option<u64>,
     /// The remainder runs on registers, unrolled; otherwise row by row from scratch memory.
     pub(super) direct: bool,
+    /// Operands packed into scratch memory.
+    pub(super) packs: Vec<Pack>,
 }
 
+/// Which operand of a product is packed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Side {
+    /// Rows of the task, `[steps][rows]`, for a group.
+    Left(usize),
+    /// Columns of the tiles at work, `[tile][steps][width]`, for a group.
+    Right(usize),
+}
+
+/// An operand that each task packs: a step is an element of f32 or a pair of bf16.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Pack {
+    pub(super) side: Side,
+    pub(super) product: usize,
+    /// Elements along the sum that are packed at a time.
+    pub(super) depth: Dim,
+    /// Bytes for every element of the depth.
+    pub(super) width_bytes: u64,
+}
+
+/// A packed depth is rounded up to this, so that squares of 16 steps may be stored whole.
+pub(super) const DEPTH_STEP: u64 = 32;
+
 impl Blocking {
-    pub(super) fn new(a: &Analysis, isa: HostIsa) -> Result<Blocking, String> {
+    pub(super) fn new(a: &Analysis, isa: HostIsa, dot: bool) -> Result<Blocking, String> {
         let panels = || {
-            a.groups.iter().flat_map(|g| g.products.iter().map(move |p| (g, &a.products[*p]))).filter_map(|(g, p)| {
+            a.groups.iter().flat_map(|g| g.products.iter().map(move |p| (g, &a.products[p.0]))).filter_map(|(g, p)| {
                 match p.right {
                     Right::Panels { nr, .. } => Some((nr, g.offset)),
                     _ => None,
@@ -57,34 +90,93 @@ impl Blocking {
             u64::from(choose_panel(n, &[], isa))
         };
         let vectors = (width / LANES as u64) as usize;
-        let rows = match (isa, vectors) {
-            (HostIsa::Avx2, _) => vec![6, 2, 1],
-            (HostIsa::Avx512, 1) => vec![16, 4, 2, 1],
-            (HostIsa::Avx512, 2) => vec![12, 4, 2, 1],
-            (HostIsa::Avx512, _) => vec![8, 4, 2, 1],
+        // Pairs without dot products are split in registers, which takes more of them.
+        let split = !dot && a.products.iter().any(Product::pairs);
+        let rows = match (isa, vectors, split) {
+            (HostIsa::Avx2, _, false) => vec![6, 2, 1],
+            (HostIsa::Avx2, _, true) => vec![4, 2, 1],
+            (HostIsa::Avx512, 1, _) => vec![16, 4, 2, 1],
+            (HostIsa::Avx512, 2, false) => vec![12, 4, 2, 1],
+            (HostIsa::Avx512, 2, true) => vec![10, 4, 2, 1],
+            (HostIsa::Avx512, _, false) => vec![8, 4, 2, 1],
+            (HostIsa::Avx512, _, true) => vec![6, 2, 1],
         };
         let longest = a.products.iter().map(|p| p.k.known()).try_fold(0, |n, k| Some(n.max(k?)));
         let part = match longest {
             Some(k) if k <= WHOLE_K => None,
-            Some(k) => Some(k.div_ceil(k.div_ceil(PART_K)).next_multiple_of(16)),
+            Some(k) => Some(k.div_ceil(k.div_ceil(PART_K)).next_multiple_of(DEPTH_STEP)),
             None => Some(PART_K),
         };
-        let depth = longest.unwrap_or(PART_K).min(part.unwrap_or(u64::MAX)).max(1);
-        let tile_bytes = depth * width * 4 * a.groups.len() as u64;
+        let depth = |p: &Product| p.k.known().unwrap_or(PART_K).min(part.unwrap_or(u64::MAX)).max(1) * p.dtype.size();
+        let tile_bytes: u64 =
+            a.groups.iter().flat_map(|g| &g.products).map(|p| depth(&a.products[p.0]) * width).sum::<u64>().max(1);
         let count = a.n.known().map(|n| n.div_ceil(width));
-        let task_tiles = (BLOCK_BYTES / tile_bytes).clamp(1, 8).min(count.unwrap_or(8).max(1));
-        let narrow_tiles = count.unwrap_or(64).div_ceil(128).clamp(1, task_tiles);
-        Ok(Blocking {
+        let most = (BLOCK_BYTES / tile_bytes).clamp(1, 8).min(count.unwrap_or(8).max(1));
+        let left = a.products.iter().any(Product::packs_left);
+        let packs = left || a.products.iter().any(Product::packs_right);
+        let task_rows = match (left, packs) {
+            (true, _) => TASK_ROWS_LEFT,
+            (_, true) => TASK_ROWS_RIGHT,
+            _ => TASK_ROWS,
+        };
+        // Blocks of equal height.
+        let task_rows = match a.m {
+            Dim::Known(m) if packs && m > task_rows => m.div_ceil(m.div_ceil(task_rows)),
+            _ => task_rows,
+        };
+        let task_rows = task_rows.next_multiple_of(rows[0]);
+        let (narrow_tiles, narrow_chunk, task_tiles) = if packs {
+            let n = count.unwrap_or(COLUMN_TASKS).div_ceil(COLUMN_TASKS).clamp(1, most);
+            let blocks = a.m.known().unwrap_or(1).div_ceil(task_rows).max(1);
+            let wide = count.unwrap_or(COLUMN_TASKS).div_ceil(COLUMN_TASKS.div_ceil(blocks)).clamp(1, most);
+            (n, n, wide)
+        } else {
+            (count.unwrap_or(64).div_ceil(128).clamp(1, most), 1, most)
+        };
+        let mut b = Blocking {
             width,
             vectors,
             registers: LANES / isa.lanes(),
-            task_rows: TASK_ROWS.next_multiple_of(rows[0]),
+            task_rows,
             rows,
-            task_tiles,
+            task_tiles: task_tiles.max(narrow_chunk),
             narrow_tiles,
+            narrow_chunk,
             part,
             direct: part.is_none() && a.groups.len() == 1 && a.cost <= 6,
-        })
+            packs: vec![],
+        };
+        b.packs = b.packed(a);
+        Ok(b)
+    }
+
+    /// Rows of a packed left operand.
+    pub(super) fn left_width(&self, m: Dim) -> u64 {
+        m.known().unwrap_or(u64::MAX).min(self.task_rows).max(1).next_multiple_of(LANES as u64)
+    }
+
+    fn packed(&self, a: &Analysis) -> Vec<Pack> {
+        let mut packs = vec![];
+        for (g, group) in a.groups.iter().enumerate() {
+            for (i, (p, _)) in group.products.iter().enumerate() {
+                let product = &a.products[*p];
+                let long = i + 1 == group.products.len();
+                let depth = match (self.part, product.k) {
+                    (Some(part), Dim::Known(k)) if long => Dim::Known(part.min(k)),
+                    (Some(part), _) if long => Dim::Known(part),
+                    (_, k) => k,
+                };
+                if product.packs_right() {
+                    let width_bytes = self.task_tiles * self.width * product.dtype.size();
+                    packs.push(Pack { side: Side::Right(g), product: *p, depth, width_bytes });
+                }
+                if product.packs_left() {
+                    let width_bytes = self.left_width(a.m) * product.dtype.size();
+                    packs.push(Pack { side: Side::Left(g), product: *p, depth, width_bytes });
+                }
+            }
+        }
+        packs
     }
 }
 

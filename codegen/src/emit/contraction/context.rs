@@ -1,11 +1,11 @@
 //! What all parts of a kernel under construction share: pointers, counts and scalars loaded at its head.
 
-use super::analyze::{Analysis, Right};
+use super::analyze::Analysis;
 use super::blocking::{Blocking, LANES};
 use super::view::{Stride, View};
-use crate::emit::elementwise::{load, splat};
+use crate::emit::elementwise::{load, memory_elem, splat};
 use crate::emit::func::{Func, Val};
-use pleach_ir::{Dim, Kernel, Op, Sym, ValueId};
+use pleach_ir::{DType, Dim, Kernel, Op, Sym, ValueId};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
@@ -17,6 +17,10 @@ pub(super) struct Context<'a> {
     /// Operands, then results.
     pub(super) buffers: Vec<Val>,
     pub(super) scratch: Val,
+    /// The target multiplies pairs of bf16 ([`HostTarget::bf16`]).
+    ///
+    /// [`HostTarget::bf16`]: crate::HostTarget::bf16
+    pub(super) dot: bool,
     /// Rank-0 operands, in every lane.
     pub(super) scalars: BTreeMap<ValueId, Val>,
     counts: BTreeMap<Sym, Val>,
@@ -27,6 +31,8 @@ pub(super) struct Context<'a> {
 pub(super) struct Place {
     pub(super) batch: Vec<Val>,
     pub(super) row: Val,
+    /// First row of the task.
+    pub(super) row0: Val,
     /// First column.
     pub(super) column: Val,
     /// Number of the tile in the block of columns that is at work.
@@ -58,7 +64,7 @@ impl<'a> Context<'a> {
                 scalars.insert(v, splat(f, n.ty.dtype, &x, LANES));
             }
         }
-        Ok(Context { kernel, an, bl, buffers, scratch: f.arg("scratch"), scalars, counts })
+        Ok(Context { kernel, an, bl, buffers, scratch: f.arg("scratch"), dot: f.round_bf16, scalars, counts })
     }
 
     pub(super) fn dim(&self, f: &mut Func, d: Dim) -> Val {
@@ -88,32 +94,14 @@ impl<'a> Context<'a> {
         sum
     }
 
-    /// Address of element `(batch, 0, 0)` of a view.
-    pub(super) fn base(&self, f: &mut Func, v: &View, batch: &[Val]) -> Val {
+    /// Address of element `(batch, 0, 0)` of a view of elements of a type.
+    pub(super) fn base(&self, f: &mut Func, v: &View, d: DType, batch: &[Val]) -> Val {
         let mut sum = self.offset(f, &v.strides, batch);
         for (n, s) in &v.offset {
             let s = self.stride(f, s);
             let t = f.mulc(&s, *n as i64);
             sum = f.add(&sum, &t);
         }
-        f.gep(&self.buffers[v.arg], &sum, "f32")
+        f.gep(&self.buffers[v.arg], &sum, memory_elem(d))
     }
-
-    /// Groups and products whose right operand is repacked, with the elements each takes per tile: `K · width`.
-    pub(super) fn repacked(&self) -> Vec<(usize, usize)> {
-        repacked(self.an)
-    }
-}
-
-/// See [`Context::repacked`].
-pub(super) fn repacked(an: &Analysis) -> Vec<(usize, usize)> {
-    let mut v = vec![];
-    for (g, group) in an.groups.iter().enumerate() {
-        for p in &group.products {
-            if matches!(an.products[*p].right, Right::Strided(_)) {
-                v.push((g, *p));
-            }
-        }
-    }
-    v
 }

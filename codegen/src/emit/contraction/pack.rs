@@ -1,74 +1,349 @@
-//! Right operands without unit step along the columns, copied into panels in scratch memory.
+//! Operands that cannot be read in place, copied into scratch memory by the task that needs them.
 //!
-//! A task packs the block of columns it works on: `[tile][K][width]`, columns past the end as zeros.
+//! A right operand becomes panels, `[tile][steps][width]`; a left one `[steps][rows]`. A step is one element of f32 or a
+//! pair of bf16, `(k, k + 1)` side by side; a missing second half is zero. Lanes past the last column or row are
+//! undefined, and so are the results they lead to, which nobody stores.
+//!
+//! Three ways: rows along the lanes are copied or interleaved; rows along the sum are transposed in registers, 16 by 16
+//! steps; anything else goes element by element.
 
 use super::analyze::Right;
-use super::context::{Context, repacked};
-use crate::emit::func::{Func, Val};
+use super::blocking::{DEPTH_STEP, LANES, Pack, Side};
+use super::context::Context;
+use super::{Span, partial_elements};
+use crate::emit::elementwise::memory_elem;
+use crate::emit::func::{Func, Val, vty};
+use pleach_ir::{DType, Dim};
 
-/// Elements of scratch before the panels of a product.
-fn start(f: &mut Func, cx: &Context, group: usize, product: usize) -> Val {
-    let mut sum = f.i64(super::partial_elements(cx.an, cx.bl) as i64);
-    for (g, p) in repacked(cx.an) {
-        if (g, p) == (group, product) {
-            break;
+/// Bytes of a pack: its depth, rounded up, times its width.
+fn bytes(f: &mut Func, cx: &Context, p: &Pack) -> Val {
+    let d = depth(f, cx, p);
+    f.mulc(&d, p.width_bytes as i64)
+}
+
+/// Elements along the sum that a pack has room for.
+fn depth(f: &mut Func, cx: &Context, p: &Pack) -> Val {
+    let d = cx.dim(f, p.depth);
+    let d = f.ceil_divc(&d, DEPTH_STEP as i64);
+    f.mulc(&d, DEPTH_STEP as i64)
+}
+
+/// Address of the packed operand of a product of a group.
+fn place(f: &mut Func, cx: &Context, side: Side, product: usize) -> (Val, Val) {
+    let mut sum = f.i64(4 * partial_elements(cx.an, cx.bl) as i64);
+    for p in &cx.bl.packs {
+        if p.side == side && p.product == product {
+            let d = depth(f, cx, p);
+            return (f.gep(&cx.scratch, &sum, "i8"), d);
         }
-        let k = cx.dim(f, cx.an.products[p].k);
-        let n = f.mulc(&k, (cx.bl.task_tiles * cx.bl.width) as i64);
+        let n = bytes(f, cx, p);
         sum = f.add(&sum, &n);
     }
-    sum
+    unreachable!("every operand that is read from scratch memory was given a place there")
 }
 
-/// Where in scratch the panel of a tile begins, in elements.
-pub(super) fn place(f: &mut Func, cx: &Context, group: usize, product: usize, slot: &Val) -> Val {
-    let s = start(f, cx, group, product);
-    let k = cx.dim(f, cx.an.products[product].k);
-    let size = f.mulc(&k, cx.bl.width as i64);
-    let t = f.mul(slot, &size);
-    f.add(&s, &t)
+/// Address of the packed panel of a tile.
+pub(super) fn panel(f: &mut Func, cx: &Context, group: usize, product: usize, slot: &Val) -> Val {
+    let (base, depth) = place(f, cx, Side::Right(group), product);
+    let size = f.mulc(&depth, cx.bl.width as i64);
+    let at = f.mul(slot, &size);
+    f.gep(&base, &at, memory_elem(cx.an.products[product].dtype))
 }
 
-/// Packs the columns of tiles `first..last` for every product that needs it.
-pub(super) fn pack(f: &mut Func, cx: &Context, batch: &[Val], first: &Val, last: &Val) {
-    for (g, p) in cx.repacked() {
-        let product = &cx.an.products[p];
-        let Right::Strided(v) = &product.right else { continue };
-        let rank = v.strides.len();
-        let (down, across) = (cx.stride(f, &v.strides[rank - 2]), cx.stride(f, &v.strides[rank - 1]));
-        let base = cx.base(f, v, batch);
-        let (k, n) = (cx.dim(f, product.k), cx.dim(f, cx.an.n));
-        let offset = cx.an.groups[g].offset as i64;
-        let width = cx.bl.width as i64;
-        f.loop_(first, last, 1, |f, tile| {
-            let slot = f.sub(tile, first);
-            let to = place(f, cx, g, p, &slot);
-            let to = f.gep(&cx.scratch, &to, "f32");
-            let (zero, wide) = (f.i64(0), f.i64(width));
-            let column = f.mulc(tile, width);
-            let left = f.sub(&n, &column);
-            let real = f.min(&left, &wide);
-            f.loop_(&zero, &real, 1, |f, c| {
-                let at = f.add(&column, c);
-                let at = f.addc(&at, offset);
-                let at = f.mul(&at, &across);
-                let from = f.gep(&base, &at, "f32");
-                let to = f.gep(&to, c, "f32");
-                f.loop_(&zero, &k, 1, |f, i| {
-                    let s = f.mul(i, &down);
-                    let x = f.load_at(&from, &s, "f32", 1);
-                    let d = f.mulc(i, width);
-                    f.store_at(&x, &to, &d, "f32", 1);
-                });
-            });
-            f.loop_(&real, &wide, 1, |f, c| {
-                let to = f.gep(&to, c, "f32");
-                let x = f.f32(0.0, 1);
-                f.loop_(&zero, &k, 1, |f, i| {
-                    let d = f.mulc(i, width);
-                    f.store_at(&x, &to, &d, "f32", 1);
-                });
-            });
-        });
+/// Address of the packed left operand of a task.
+pub(super) fn left(f: &mut Func, cx: &Context, group: usize, product: usize) -> Val {
+    place(f, cx, Side::Left(group), product).0
+}
+
+/// What is copied: elements `(k, c)` at `base + k·along + c·across`.
+struct Block<'a> {
+    dtype: DType,
+    base: Val,
+    along: Val,
+    across: Val,
+    /// Elements along the sum.
+    depth: &'a Val,
+    /// Columns (or rows) that exist.
+    real: Val,
+    to: Val,
+    /// Columns of a step in scratch memory.
+    width: i64,
+}
+
+/// Packs steps `k0..k1` of a product of a group, for the tiles `first..last` and the rows of a task.
+pub(super) fn pack(
+    f: &mut Func,
+    cx: &Context,
+    batch: &[Val],
+    span: &Span,
+    (first, last): (&Val, &Val),
+    (group, product): (usize, usize),
+    (k0, k1): (&Val, &Val),
+) {
+    let p = &cx.an.products[product];
+    let elem = memory_elem(p.dtype);
+    let depth = f.sub(k1, k0);
+    if p.packs_left() {
+        let rank = p.left.strides.len();
+        let (across, along) = (cx.stride(f, &p.left.strides[rank - 2]), cx.stride(f, &p.left.strides[rank - 1]));
+        let base = cx.base(f, &p.left, p.dtype, batch);
+        let low = f.mul(&span.rows.0, &across);
+        let skip = f.mul(k0, &along);
+        let at = f.add(&low, &skip);
+        let base = f.gep(&base, &at, elem);
+        let real = f.sub(&span.rows.1, &span.rows.0);
+        let to = left(f, cx, group, product);
+        let width = cx.bl.left_width(cx.an.m) as i64;
+        copy(
+            f,
+            cx,
+            &Block { dtype: p.dtype, base, along, across, depth: &depth, real, to, width },
+            known_columns(cx.an.m),
+        );
     }
+    if !p.packs_right() {
+        return;
+    }
+    let (Right::Rows(v) | Right::Strided(v)) = &p.right else { return };
+    let rank = v.strides.len();
+    let (along, across) = (cx.stride(f, &v.strides[rank - 2]), cx.stride(f, &v.strides[rank - 1]));
+    let base = cx.base(f, v, p.dtype, batch);
+    let skip = f.mul(k0, &along);
+    let base = f.gep(&base, &skip, elem);
+    let n = cx.dim(f, cx.an.n);
+    let offset = cx.an.groups[group].offset as i64;
+    let width = cx.bl.width as i64;
+    f.loop_(first, last, 1, |f, tile| {
+        let slot = f.sub(tile, first);
+        let to = panel(f, cx, group, product, &slot);
+        let column = f.mulc(tile, width);
+        let left = f.sub(&n, &column);
+        let wide = f.i64(width);
+        let real = f.min(&left, &wide);
+        let at = f.addc(&column, offset);
+        let at = f.mul(&at, &across);
+        let base = f.gep(&base, &at, elem);
+        let (along, across) = (along.clone(), across.clone());
+        copy(
+            f,
+            cx,
+            &Block { dtype: p.dtype, base, along, across, depth: &depth, real, to, width },
+            known_columns(cx.an.n),
+        );
+    });
+}
+
+/// Whether blocks of 16 columns are always whole.
+fn known_columns(d: Dim) -> bool {
+    d.known().is_some_and(|n| n.is_multiple_of(LANES as u64))
+}
+
+fn copy(f: &mut Func, cx: &Context, b: &Block, whole: bool) {
+    // Masked loads of 16-bit elements are slow where vectors have no masks of their own.
+    let masks = cx.bl.registers == 1 || b.dtype == DType::F32;
+    let deep = b.depth.known().is_some_and(|d| d % (16 * per_step(b)) == 0);
+    let transposed = b.along.known() == Some(1) && (masks || (whole && deep));
+    let (zero, lanes) = (f.i64(0), LANES as i64);
+    if b.across.known() == Some(1) && (masks || whole) {
+        let end = if whole {
+            b.real.clone()
+        } else {
+            let n = f.divc(&b.real, lanes);
+            f.mulc(&n, lanes)
+        };
+        f.loop_(&zero, &end, lanes, |f, c| interleave(f, cx, b, c, None));
+        if !whole {
+            let rest = f.sub(&b.real, &end);
+            let some = f.cmp("sgt", &rest, &zero);
+            f.if_(&some, |f| {
+                let mask = f.lane_mask(&rest, LANES);
+                interleave(f, cx, b, &end, Some(&mask));
+            });
+        }
+    } else if transposed {
+        let end = if whole {
+            b.real.clone()
+        } else {
+            let n = f.divc(&b.real, lanes);
+            f.mulc(&n, lanes)
+        };
+        f.loop_(&zero, &end, lanes, |f, c| square(f, b, c, None));
+        if !whole {
+            let rest = f.sub(&b.real, &end);
+            let some = f.cmp("sgt", &rest, &zero);
+            f.if_(&some, |f| square(f, b, &end, Some(&rest)));
+        }
+    } else {
+        elements(f, b);
+    }
+}
+
+/// Elements of a step.
+fn per_step(b: &Block) -> i64 {
+    if b.dtype == DType::BF16 { 2 } else { 1 }
+}
+
+/// Where element `(k, c)` lies, in elements.
+fn spot(f: &mut Func, b: &Block, k: &Val, c: &Val) -> Val {
+    let n = per_step(b);
+    let (q, r) = (f.divc(k, n), f.remc(k, n));
+    let q = f.mulc(&q, n * b.width);
+    let c = f.mulc(c, n);
+    let at = f.add(&q, &c);
+    f.add(&at, &r)
+}
+
+/// Element by element.
+fn elements(f: &mut Func, b: &Block) {
+    let elem = memory_elem(b.dtype);
+    let zero = f.i64(0);
+    f.loop_(&zero, &b.real, 1, |f, c| {
+        let at = f.mul(c, &b.across);
+        let from = f.gep(&b.base, &at, elem);
+        f.loop_(&zero, b.depth, 1, |f, k| {
+            let at = f.mul(k, &b.along);
+            let x = f.load_at(&from, &at, elem, 1);
+            let d = spot(f, b, k, c);
+            f.store_at(&x, &b.to, &d, elem, 1);
+        });
+        if b.dtype == DType::BF16 {
+            let odd = f.remc(b.depth, 2);
+            f.loop_(&zero, &odd, 1, |f, _| {
+                let x = f.konst("0 : i16");
+                let d = spot(f, b, b.depth, c);
+                f.store_at(&x, &b.to, &d, elem, 1);
+            });
+        }
+    });
+}
+
+/// 16 columns of all steps; neighbouring columns lie side by side in memory.
+fn interleave(f: &mut Func, cx: &Context, b: &Block, c: &Val, mask: Option<&Val>) {
+    let elem = memory_elem(b.dtype);
+    let from = f.gep(&b.base, c, elem);
+    let load = |f: &mut Func, k: &Val| {
+        let at = f.mul(k, &b.along);
+        let p = f.gep(&from, &at, elem);
+        match mask {
+            None => f.load(&p, &vty(LANES, elem)),
+            Some(m) => f.masked_load(&p, m, elem, LANES),
+        }
+    };
+    let zero = f.i64(0);
+    if b.dtype != DType::BF16 {
+        f.loop_(&zero, b.depth, 1, |f, k| {
+            let x = load(f, k);
+            let d = spot(f, b, k, c);
+            f.store_at(&x, &b.to, &d, elem, LANES);
+        });
+        return;
+    }
+    let c2 = f.mulc(c, 2);
+    let to = f.gep(&b.to, &c2, elem);
+    let step = 2 * b.width;
+    let pairs = f.divc(b.depth, 2);
+    f.loop_(&zero, &pairs, 1, |f, q| {
+        let k = f.mulc(q, 2);
+        let next = f.addc(&k, 1);
+        let (x, y) = (load(f, &k), load(f, &next));
+        let d = f.mulc(q, step);
+        let z = if cx.bl.registers == 1 {
+            let order = (0..LANES).map(|i| format!("{i}, {}", i + LANES)).collect::<Vec<_>>().join(", ");
+            f.op(format!("vector.shuffle {x}, {y} [{order}] : vector<16xi16>, vector<16xi16>"))
+        } else {
+            let (x, y) = (widen(f, &x), widen(f, &y));
+            let sixteen = f.i32(16, LANES);
+            let y = f.op(format!("arith.shli {y}, {sixteen} : vector<16xi32>"));
+            let z = f.op(format!("arith.ori {x}, {y} : vector<16xi32>"));
+            f.op(format!("llvm.bitcast {z} : vector<16xi32> to vector<32xi16>"))
+        };
+        f.store_at(&z, &to, &d, elem, 2 * LANES);
+    });
+    if b.depth.known().is_some_and(|d| d % 2 == 0) {
+        return;
+    }
+    // The last element of an odd depth has zero for its partner.
+    let up = f.ceil_divc(b.depth, 2);
+    f.loop_(&pairs, &up, 1, |f, q| {
+        let k = f.mulc(q, 2);
+        let x = load(f, &k);
+        let x = widen(f, &x);
+        let d = f.mulc(q, step);
+        let p = f.gep(&to, &d, elem);
+        f.store(&x, &p, "vector<16xi32>");
+    });
+}
+
+fn widen(f: &mut Func, x: &Val) -> Val {
+    f.op(format!("arith.extui {x} : vector<16xi16> to vector<16xi32>"))
+}
+
+/// 16 columns of all steps; neighbouring steps lie side by side in memory. `rest`: fewer columns exist.
+fn square(f: &mut Func, b: &Block, c: &Val, rest: Option<&Val>) {
+    let elem = memory_elem(b.dtype);
+    let deep = 16 * per_step(b);
+    let at = f.mul(c, &b.across);
+    let from = f.gep(&b.base, &at, elem);
+    let c2 = f.mulc(c, per_step(b));
+    let to = f.gep(&b.to, &c2, elem);
+    // `left`: elements along the sum that exist, where not all do.
+    let turn = |f: &mut Func, k: &Val, left: Option<&Val>| {
+        let from = f.gep(&from, k, elem);
+        let zero = f.i64(0);
+        let mut rows = vec![];
+        for i in 0..LANES as i64 {
+            let d = f.mulc(&b.across, i);
+            let p = f.gep(&from, &d, elem);
+            let x = if rest.is_none() && left.is_none() {
+                f.load(&p, &vty(deep as usize, elem))
+            } else {
+                let mut n = left.cloned().unwrap_or_else(|| f.i64(deep));
+                if let Some(rest) = rest {
+                    let i = f.i64(i);
+                    let here = f.cmp("slt", &i, rest);
+                    n = f.op(format!("arith.select {here}, {n}, {zero} : i64"));
+                }
+                let mask = f.lane_mask(&n, deep as usize);
+                f.masked_load(&p, &mask, elem, deep as usize)
+            };
+            rows.push(f.op(format!("llvm.bitcast {x} : {} to vector<16xi32>", vty(deep as usize, elem))));
+        }
+        let rows = transposed(f, rows);
+        let d = f.mulc(k, b.width);
+        let to = f.gep(&to, &d, elem);
+        for (i, x) in rows.iter().enumerate() {
+            let d = f.i64(i as i64 * per_step(b) * b.width);
+            let p = f.gep(&to, &d, elem);
+            f.store(x, &p, "vector<16xi32>");
+        }
+    };
+    let zero = f.i64(0);
+    let n = f.divc(b.depth, deep);
+    let end = f.mulc(&n, deep);
+    f.loop_(&zero, &end, deep, |f, k| turn(f, k, None));
+    if end.known().is_some() && end.known() == b.depth.known() {
+        return;
+    }
+    let left = f.sub(b.depth, &end);
+    let some = f.cmp("sgt", &left, &zero);
+    f.if_(&some, |f| turn(f, &end, Some(&left)));
+}
+
+/// The rows of a 16 by 16 block of 32-bit values, transposed: four rounds of two-operand shuffles.
+fn transposed(f: &mut Func, mut rows: Vec<Val>) -> Vec<Val> {
+    let w = rows.len();
+    let mut h = w / 2;
+    while h > 0 {
+        for i in (0..w).filter(|i| i & h == 0) {
+            let (a, b) = (rows[i].clone(), rows[i + h].clone());
+            let pick = |upper: usize| {
+                let one = |x: usize| if x & h == 0 { x + upper } else { w + x - h + upper };
+                (0..w).map(|x| one(x).to_string()).collect::<Vec<_>>().join(", ")
+            };
+            rows[i] = f.op(format!("vector.shuffle {a}, {b} [{}] : vector<16xi32>, vector<16xi32>", pick(0)));
+            rows[i + h] = f.op(format!("vector.shuffle {a}, {b} [{}] : vector<16xi32>, vector<16xi32>", pick(h)));
+        }
+        h /= 2;
+    }
+    rows
 }

@@ -3,11 +3,17 @@
 //! Per step of the sum: the vectors of the right operand are loaded once, one element of each row of the left operand
 //! is broadcast, and every pair is multiplied and added. Tiles too small to hide the latency of that run several steps
 //! at a time, each with accumulators of its own.
+//!
+//! A step of bf16 is a pair of elements. Targets with dot products of pairs use them; elsewhere both halves are widened
+//! in integer registers and multiplied as f32, so that no 16-bit vector occurs.
 
-use super::analyze::Right;
+use super::analyze::{Product, Right, Term};
 use super::blocking::LANES;
 use super::context::{Context, Place};
+use super::pack;
+use crate::emit::elementwise::memory_elem;
 use crate::emit::func::{Func, Val, vty};
+use pleach_ir::ValueId;
 
 /// Accumulating registers that keep the multipliers busy.
 const CHAINS: usize = 12;
@@ -22,33 +28,199 @@ pub(super) fn zeros(f: &mut Func, cx: &Context, rows: u64) -> Vec<Val> {
     vec![z; rows as usize * cx.bl.vectors]
 }
 
-/// The right operand at a tile: address of step 0, distance of steps, and whether loads must be masked.
-fn right_of(f: &mut Func, cx: &Context, group: usize, product: usize, at: &Place) -> (Val, Val, bool) {
+/// Where the tile's columns of a right operand lie.
+struct RightAt {
+    /// Step 0.
+    base: Val,
+    /// Elements between steps.
+    step: Val,
+    /// Columns past the end do not exist in memory.
+    masked: bool,
+}
+
+/// The tile's rows of a left operand.
+struct LeftAt {
+    /// Per row: address of step 0, and a displacement in elements.
+    rows: Vec<(Val, i64)>,
+    /// Elements between steps.
+    step: Val,
+    /// Odd sums end with half a pair, in place.
+    in_place: bool,
+}
+
+/// `from`: the first element of the sum that is packed.
+fn right_of(f: &mut Func, cx: &Context, group: usize, product: usize, at: &Place, from: &Val) -> RightAt {
     let (g, p, bl) = (&cx.an.groups[group], &cx.an.products[product], cx.bl);
+    let elem = memory_elem(p.dtype);
+    let pair = if p.pairs() { 2 } else { 1 };
     match &p.right {
         Right::Panels { arg, nr } => {
             let column = f.addc(&at.column, g.offset as i64);
             let (panel, inside) = (f.divc(&column, *nr as i64), f.remc(&column, *nr as i64));
             let k = cx.dim(f, p.k);
-            let size = f.mulc(&k, *nr as i64);
+            let k = f.ceil_divc(&k, pair);
+            let size = f.mulc(&k, pair * *nr as i64);
             let start = f.mul(&panel, &size);
+            let inside = f.mulc(&inside, pair);
             let start = if *nr == bl.width { start } else { f.add(&start, &inside) };
-            (f.gep(&cx.buffers[*arg], &start, "f32"), f.i64(*nr as i64), false)
+            let base = f.gep(&cx.buffers[*arg], &start, elem);
+            RightAt { base, step: f.i64(pair * *nr as i64), masked: false }
         }
-        Right::Rows(v) => {
-            let base = cx.base(f, v, &at.batch);
+        Right::Rows(v) if !p.packs_right() => {
+            let base = cx.base(f, v, p.dtype, &at.batch);
             let column = f.addc(&at.column, g.offset as i64);
             let step = cx.stride(f, &v.strides[v.strides.len() - 2]);
-            (f.gep(&base, &column, "f32"), step, true)
+            RightAt { base: f.gep(&base, &column, elem), step, masked: true }
         }
-        Right::Strided(_) => {
-            let start = super::pack::place(f, cx, group, product, &at.slot);
-            (f.gep(&cx.scratch, &start, "f32"), f.i64(bl.width as i64), false)
+        _ => {
+            let base = pack::panel(f, cx, group, product, &at.slot);
+            let back = f.mulc(from, -(bl.width as i64));
+            let base = f.gep(&base, &back, elem);
+            RightAt { base, step: f.i64(pair * bl.width as i64), masked: false }
         }
     }
 }
 
-/// Adds steps `k0..k1` of a product to the accumulators.
+fn left_of(f: &mut Func, cx: &Context, group: usize, product: usize, at: &Place, rows: u64, from: &Val) -> LeftAt {
+    let p = &cx.an.products[product];
+    let elem = memory_elem(p.dtype);
+    if p.packs_left() {
+        let width = cx.bl.left_width(cx.an.m) as i64;
+        let base = pack::left(f, cx, group, product);
+        let back = f.mulc(from, -width);
+        let row = f.sub(&at.row, &at.row0);
+        let row = f.mulc(&row, 2);
+        let start = f.add(&back, &row);
+        let base = f.gep(&base, &start, elem);
+        let rows = (0..rows as i64).map(|i| (base.clone(), 2 * i)).collect();
+        return LeftAt { rows, step: f.i64(2 * width), in_place: false };
+    }
+    let rank = p.left.strides.len();
+    let (down, along) = (cx.stride(f, &p.left.strides[rank - 2]), cx.stride(f, &p.left.strides[rank - 1]));
+    let left = cx.base(f, &p.left, p.dtype, &at.batch);
+    let start = f.mul(&at.row, &down);
+    let left = f.gep(&left, &start, elem);
+    // Rows at a static distance are displacements of one address.
+    let rows = (0..rows as i64)
+        .map(|i| match down.known() {
+            Some(d) => (left.clone(), d * i),
+            None => {
+                let d = f.mulc(&down, i);
+                (f.gep(&left, &d, elem), 0)
+            }
+        })
+        .collect();
+    let step = if p.pairs() { f.i64(2) } else { along };
+    LeftAt { rows, step, in_place: true }
+}
+
+/// The vectors of the right operand at a step: for split pairs, the first halves, then the second ones.
+fn right_vectors(f: &mut Func, cx: &Context, p: &Product, right: &RightAt, masks: &[Option<Val>], s: &Val) -> Vec<Val> {
+    let elem = memory_elem(p.dtype);
+    let at = f.mul(s, &right.step);
+    let r = f.gep(&right.base, &at, elem);
+    let pair = if p.pairs() { 2 } else { 1 };
+    let loaded: Vec<Val> = (0..cx.bl.vectors)
+        .map(|j| {
+            let d = f.i64((pair * j * LANES) as i64);
+            let q = f.gep(&r, &d, elem);
+            match (&masks[j], p.pairs(), cx.dot) {
+                (_, true, true) => f.load(&q, "vector<32xbf16>"),
+                (_, true, false) => f.load(&q, "vector<16xi32>"),
+                (Some(m), ..) if right.masked => f.masked_load(&q, m, "f32", LANES),
+                _ => f.load(&q, &vector()),
+            }
+        })
+        .collect();
+    if !p.pairs() || cx.dot {
+        return loaded;
+    }
+    let first: Vec<Val> = loaded.iter().map(|x| first_half(f, x)).collect();
+    let second = loaded.iter().map(|x| second_half(f, x));
+    first.into_iter().chain(second.collect::<Vec<_>>()).collect()
+}
+
+/// The first bf16 of each pair as f32.
+fn first_half(f: &mut Func, x: &Val) -> Val {
+    let c = f.i32(16, LANES);
+    let y = f.op(format!("arith.shli {x}, {c} : vector<16xi32>"));
+    f.op(format!("arith.bitcast {y} : vector<16xi32> to {}", vector()))
+}
+
+/// The second bf16 of each pair as f32.
+fn second_half(f: &mut Func, x: &Val) -> Val {
+    let c = f.i32(-65536, LANES);
+    let y = f.op(format!("arith.andi {x}, {c} : vector<16xi32>"));
+    f.op(format!("arith.bitcast {y} : vector<16xi32> to {}", vector()))
+}
+
+/// A step of a tile: `half`, only the first element of the left pair exists.
+#[allow(clippy::too_many_arguments, reason = "the step's frame")]
+fn step(
+    f: &mut Func,
+    cx: &Context,
+    p: &Product,
+    left: &LeftAt,
+    right: &RightAt,
+    masks: &[Option<Val>],
+    s: &Val,
+    acc: &[Val],
+    half: bool,
+) -> Vec<Val> {
+    let nv = cx.bl.vectors;
+    let elem = memory_elem(p.dtype);
+    let b = right_vectors(f, cx, p, right, masks, s);
+    let l = f.mul(s, &left.step);
+    let mut out = Vec::with_capacity(acc.len());
+    let mut last: Option<(Val, Val)> = None;
+    for (i, (row, d)) in left.rows.iter().enumerate() {
+        // One address per distinct base; the rest is displacement.
+        let q = match &last {
+            Some((base, q)) if base == row => q.clone(),
+            _ => f.gep(row, &l, elem),
+        };
+        last = Some((row.clone(), q.clone()));
+        let d = f.i64(*d);
+        let q = f.gep(&q, &d, elem);
+        let acc = &acc[i * nv..(i + 1) * nv];
+        if !p.pairs() {
+            let x = f.load(&q, "f32");
+            let x = f.splat(&x, "f32", LANES);
+            for (a, b) in acc.iter().zip(&b) {
+                out.push(f.op(format!("math.fma {x}, {b}, {a} : {}", vector())));
+            }
+            continue;
+        }
+        let x = if half {
+            let x = f.load(&q, "i16");
+            f.op(format!("arith.extui {x} : i16 to i32"))
+        } else {
+            f.op(format!("llvm.load {q} {{alignment = 2 : i64}} : !llvm.ptr -> i32"))
+        };
+        let x = f.splat(&x, "i32", LANES);
+        if cx.dot {
+            let x = f.op(format!("llvm.bitcast {x} : vector<16xi32> to vector<32xbf16>"));
+            for (a, b) in acc.iter().zip(&b) {
+                out.push(f.op(format!(
+                    "llvm.call_intrinsic \"llvm.x86.avx512bf16.dpbf16ps.512\"({a}, {x}, {b}) : (vector<16xf32>, \
+                     vector<32xbf16>, vector<32xbf16>) -> vector<16xf32>"
+                )));
+            }
+            continue;
+        }
+        let (x0, x1) = (first_half(f, &x), second_half(f, &x));
+        let mut now = acc.to_vec();
+        for (x, b) in [(x0, &b[..nv]), (x1, &b[nv..])] {
+            for (a, b) in now.iter_mut().zip(b) {
+                *a = f.op(format!("math.fma {x}, {b}, {a} : {}", vector()));
+            }
+        }
+        out.extend(now);
+    }
+    out
+}
+
+/// Adds elements `k0..k1` of a product's sum to the accumulators; `k0` is even. What is packed begins at `k0`.
 #[allow(clippy::too_many_arguments, reason = "the loop's frame")]
 pub(super) fn multiply(
     f: &mut Func,
@@ -62,98 +234,61 @@ pub(super) fn multiply(
     (k0, k1): (&Val, &Val),
 ) -> Vec<Val> {
     let p = &cx.an.products[product];
-    let nv = cx.bl.vectors;
-    let rank = p.left.strides.len();
-    let (down, along) = (cx.stride(f, &p.left.strides[rank - 2]), cx.stride(f, &p.left.strides[rank - 1]));
-    let left = cx.base(f, &p.left, &at.batch);
-    let start = f.mul(&at.row, &down);
-    let left = f.gep(&left, &start, "f32");
-    // Rows at a static distance are displacements of one address.
-    let lefts: Vec<(Val, i64)> = (0..rows as i64)
-        .map(|i| match down.known() {
-            Some(d) => (left.clone(), d * i),
-            None => {
-                let d = f.mulc(&down, i);
-                (f.gep(&left, &d, "f32"), 0)
-            }
-        })
-        .collect();
-    let (right, step, masked) = right_of(f, cx, group, product, at);
-    let tile = rows as usize * nv;
+    let left = left_of(f, cx, group, product, at, rows, k0);
+    let right = right_of(f, cx, group, product, at, k0);
+    let tile = rows as usize * cx.bl.vectors;
     let steps = (CHAINS / (tile * cx.bl.registers)).clamp(1, 8);
     let steps = 1usize << steps.ilog2();
-    let one = |f: &mut Func, k: &Val, acc: &[Val]| -> Vec<Val> {
-        let r = f.mul(k, &step);
-        let r = f.gep(&right, &r, "f32");
-        let b: Vec<Val> = (0..nv)
-            .map(|j| {
-                let d = f.i64((j * LANES) as i64);
-                let q = f.gep(&r, &d, "f32");
-                match &masks[j] {
-                    Some(m) if masked => f.masked_load(&q, m, "f32", LANES),
-                    _ => f.load(&q, &vector()),
-                }
-            })
-            .collect();
-        let l = f.mul(k, &along);
-        let mut out = Vec::with_capacity(tile);
-        let mut last: Option<(Val, Val)> = None;
-        for (i, (row, d)) in lefts.iter().enumerate() {
-            // One address per distinct base; the rest is displacement.
-            let q = match &last {
-                Some((base, q)) if base == row => q.clone(),
-                _ => f.gep(row, &l, "f32"),
-            };
-            last = Some((row.clone(), q.clone()));
-            let d = f.i64(*d);
-            let q = f.gep(&q, &d, "f32");
-            let x = f.load(&q, "f32");
-            let x = f.splat(&x, "f32", LANES);
-            for (j, b) in b.iter().enumerate() {
-                out.push(f.op(format!("math.fma {x}, {b}, {} : {}", acc[i * nv + j], vector())));
-            }
-        }
-        out
-    };
     let types = |v: Vec<Val>| v.into_iter().map(|x| (x, vector())).collect::<Vec<_>>();
-    if steps == 1 {
-        return f.for_(k0, k1, 1, &types(acc), |f, k, acc| one(f, k, acc));
-    }
+    // From elements to steps. Half a pair at the end is whole where the left operand was packed.
+    let (low, high) = match (p.pairs(), left.in_place) {
+        (false, _) => (k0.clone(), k1.clone()),
+        (true, true) => (f.divc(k0, 2), f.divc(k1, 2)),
+        (true, false) => (f.divc(k0, 2), f.ceil_divc(k1, 2)),
+    };
     let mut all = acc;
-    for _ in 1..steps {
-        all.extend(zeros(f, cx, rows));
-    }
-    let length = f.sub(k1, k0);
-    let turns = f.divc(&length, steps as i64);
-    let whole = f.mulc(&turns, steps as i64);
-    let middle = f.add(k0, &whole);
-    let mut all = f.for_(k0, &middle, steps as i64, &types(all), |f, k, acc| {
-        let mut out = vec![];
-        for u in 0..steps {
-            let k = f.addc(k, u as i64);
-            out.extend(one(f, &k, &acc[u * tile..(u + 1) * tile]));
+    let mut middle = low.clone();
+    if steps > 1 {
+        for _ in 1..steps {
+            all.extend(zeros(f, cx, rows));
         }
-        out
-    });
-    // Pairs, so that the order is a fixed tree.
-    let mut n = steps;
-    while n > 1 {
-        n /= 2;
-        for u in 0..n {
-            for c in 0..tile {
-                let (a, b) = (all[u * tile + c].clone(), all[(u + n) * tile + c].clone());
-                all[u * tile + c] = f.op(format!("arith.addf {a}, {b} : {}", vector()));
+        let length = f.sub(&high, &low);
+        let turns = f.divc(&length, steps as i64);
+        let whole = f.mulc(&turns, steps as i64);
+        middle = f.add(&low, &whole);
+        all = f.for_(&low, &middle, steps as i64, &types(all), |f, s, acc| {
+            let mut out = vec![];
+            for u in 0..steps {
+                let s = f.addc(s, u as i64);
+                out.extend(step(f, cx, p, &left, &right, masks, &s, &acc[u * tile..(u + 1) * tile], false));
+            }
+            out
+        });
+        // Pairs, so that the order is a fixed tree.
+        let mut n = steps;
+        while n > 1 {
+            n /= 2;
+            for u in 0..n {
+                for c in 0..tile {
+                    let (a, b) = (all[u * tile + c].clone(), all[(u + n) * tile + c].clone());
+                    all[u * tile + c] = f.op(format!("arith.addf {a}, {b} : {}", vector()));
+                }
             }
         }
+        all.truncate(tile);
     }
-    all.truncate(tile);
-    if middle.known().is_some() && middle.known() == k1.known() {
+    if middle.known().is_none() || middle.known() != high.known() {
+        all = f.for_(&middle, &high, 1, &types(all), |f, s, acc| step(f, cx, p, &left, &right, masks, s, acc, false));
+    }
+    let even = p.k.known().is_some_and(|k| k % 2 == 0);
+    if !p.pairs() || !left.in_place || even {
         return all;
     }
-    f.for_(&middle, k1, 1, &types(all), |f, k, acc| one(f, k, acc))
+    let up = f.ceil_divc(k1, 2);
+    f.for_(&high, &up, 1, &types(all), |f, s, acc| step(f, cx, p, &left, &right, masks, s, acc, true))
 }
 
-/// The sum of a group over all steps, or, where sums run in parts, what of it comes before the last product's parts.
+/// Adds whole products to the accumulators (`None`: zeros).
 pub(super) fn chain(
     f: &mut Func,
     cx: &Context,
@@ -161,28 +296,31 @@ pub(super) fn chain(
     at: &Place,
     masks: &[Option<Val>],
     rows: u64,
-    products: &[usize],
+    acc: Option<Vec<Val>>,
+    products: &[Term],
 ) -> Result<Vec<Val>, String> {
-    let g = &cx.an.groups[group];
-    let mut acc = zeros(f, cx, rows);
-    for (n, p) in products.iter().enumerate() {
+    let mut sum = acc;
+    for (p, scale) in products {
         let (k0, k1) = (f.i64(0), cx.dim(f, cx.an.products[*p].k));
-        acc = multiply(f, cx, group, *p, at, masks, rows, acc, (&k0, &k1));
-        if n == 0 {
-            acc = scaled(f, cx, g.scale, acc)?;
-        }
+        let start = match (&sum, scale) {
+            (Some(a), None) => a.clone(),
+            _ => zeros(f, cx, rows),
+        };
+        let x = multiply(f, cx, group, *p, at, masks, rows, start, (&k0, &k1));
+        sum = Some(match (sum, scale) {
+            (_, None) => x,
+            (None, Some(s)) => scaled(f, cx, *s, x)?,
+            (Some(a), Some(s)) => {
+                let s = super::scalar(f, cx, *s)?;
+                x.iter().zip(&a).map(|(x, a)| f.op(format!("math.fma {x}, {s}, {a} : {}", vector()))).collect()
+            }
+        });
     }
-    Ok(acc)
+    Ok(sum.unwrap_or_else(|| zeros(f, cx, rows)))
 }
 
 /// Accumulators times a rank-0 value.
-pub(super) fn scaled(
-    f: &mut Func,
-    cx: &Context,
-    scale: Option<pleach_ir::ValueId>,
-    acc: Vec<Val>,
-) -> Result<Vec<Val>, String> {
-    let Some(s) = scale else { return Ok(acc) };
-    let s = super::scalar(f, cx, s)?;
+pub(super) fn scaled(f: &mut Func, cx: &Context, scale: ValueId, acc: Vec<Val>) -> Result<Vec<Val>, String> {
+    let s = super::scalar(f, cx, scale)?;
     Ok(acc.into_iter().map(|x| f.op(format!("arith.mulf {x}, {s} : {}", vector()))).collect())
 }
