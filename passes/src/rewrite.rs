@@ -5,17 +5,23 @@
 //! never dearer than the region as it came. Regions that compute the same are done once, whatever their names, and in
 //! one form for every entry, so entries share the buffers that come of it.
 //!
+//! Where an entry computes gradients, a region spans both halves ([`halves`]), the extraction prices what the backward half
+//! makes the forward half keep, and the entry is put together again node by node ([`weave`]).
+//!
 //! Assumes phase `Core` or `Imported` without gradients to come. Leaves alone: attention, reductions, functions that are
-//! not linear, everything that is not f32. Weight values are never looked at: scalars that rules fold are constants of
+//! not linear. No rule rounds a sum to a narrower type than it had; products of bf16 operands are f32, and only rules
+//! that choose, join or scale look through a rounding. Weight values are never looked at: scalars that rules fold are constants of
 //! the graph. Which rule made a node is written to the node's origin, in brackets, and counted in the report.
 
 pub mod cost;
 pub mod extract;
+pub mod halves;
 pub mod lang;
 pub mod region;
 pub mod rules;
 pub mod saturate;
 pub mod search;
+mod weave;
 
 use crate::canonicalize::Builder;
 use crate::error::PassError;
@@ -23,9 +29,10 @@ use crate::manager::{Report, RuleCount};
 use crate::options::Options;
 use cost::{Kind, Part, Setting};
 use egg::{Id, Language};
-use lang::{ENode, Known, Label, SOURCE, World};
+use halves::Halves;
+use lang::{ENode, Known, Label, SOURCE, Stage, World};
 use pleach_ir::{BinaryOp, Entry, Graph, IrError, Op, Root, ValueId};
-use region::{Body, Region, Regions};
+use region::{Body, Readers, Region, Regions};
 use rules::RULES;
 use saturate::{Limits, Saturation, saturate};
 use std::cmp::Reverse;
@@ -68,6 +75,8 @@ pub struct SolvedNode {
     pub ch: Vec<usize>,
     /// Who made it.
     pub maker: Maker,
+    /// When it can be computed.
+    pub stage: Stage,
 }
 
 /// A region's new form.
@@ -173,7 +182,8 @@ pub fn solve(b: &Body, tokens: &[u64], opts: &Options) -> Option<Solution> {
     let came: Vec<ENode> = w.made.iter().map(|m| m.0.clone()).collect();
     let limits = Limits { rounds: opts.round_limit, nodes: opts.node_limit, disabled: opts.disabled_rules.clone() };
     let saturation = saturate(&mut w, &limits);
-    let roots: Vec<Id> = b.outputs.iter().map(|&o| w.eg.find(at[o])).collect();
+    let roots: Vec<(Id, Readers)> =
+        b.outputs.iter().zip(&b.readers).map(|(&o, &who)| (w.eg.find(at[o]), who)).collect();
     let source: Vec<(Id, ENode)> = came
         .into_iter()
         .filter_map(|n| {
@@ -182,7 +192,9 @@ pub fn solve(b: &Body, tokens: &[u64], opts: &Options) -> Option<Solution> {
         })
         .collect();
     let epilogue = !opts.disabled_rules.iter().any(|r| r == "rank-epilogue");
-    let x = cost::problem(&w, &roots, &Setting { target: &opts.target, tokens, epilogue }, &source);
+    let saved_byte_us = opts.saved_byte_us.unwrap_or(2e6 / opts.target.bytes_per_s);
+    let setting = Setting { target: &opts.target, tokens, epilogue, training: b.training, saved_byte_us };
+    let x = cost::problem(&w, &roots, &setting, &source);
     let start = cost::source_choice(&w, &x, &source);
     let before = x.problem.cost(&start).unwrap_or(f64::INFINITY);
     let (choice, after) = x.problem.solve(Some(&start))?;
@@ -204,12 +216,16 @@ pub fn solve(b: &Body, tokens: &[u64], opts: &Options) -> Option<Solution> {
     };
     let mut s = Solution { nodes: vec![], outputs: vec![], saturation, cost: (before, after) };
     let mut made: Vec<usize> = vec![usize::MAX; x.problem.classes.len()];
-    let mut push = |label: Label, ch: Vec<usize>, maker: Maker| {
-        s.nodes.push(SolvedNode { label, ch, maker });
-        s.nodes.len() - 1
-    };
     for c in order {
         let id = x.ids[c % x.ids.len()];
+        // what the backward half computes again is not for the forward half
+        let again = c >= x.ids.len() && !w.is_param(id);
+        let mut stage = x.stages.get(&id).copied().unwrap_or_default();
+        stage.late |= again;
+        let mut push = |label: Label, ch: Vec<usize>, maker: Maker| {
+            s.nodes.push(SolvedNode { label, ch, maker, stage });
+            s.nodes.len() - 1
+        };
         made[c] = match &x.kinds[choice[c]] {
             Kind::Keep(k) => made[*k],
             Kind::Node(e, ch) => push(e.label.clone(), ch.iter().map(|&k| made[k]).collect(), maker(id, e)),
@@ -256,6 +272,10 @@ fn rebuild(
     solved: &BTreeMap<&Body, Option<Solution>>,
     chosen: &mut [usize],
 ) -> Result<Entry, IrError> {
+    if Halves::of(e).both {
+        let form = |k: usize| solved.get(&regions.list[k].body).and_then(Option::as_ref);
+        return weave::weave(g, e, regions, known, form, chosen);
+    }
     let live = e.live();
     let run = |v: ValueId| known[v.index()] == Known::Run;
     let region_of =

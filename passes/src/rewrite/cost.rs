@@ -9,9 +9,15 @@
 //! no parameter itself, a price for building it. One entry may run with many tokens, another with one: a node's cost is
 //! its sum over the entries that contain the region, each entry's time weighted to the same total, so that all of them
 //! share one form and one set of buffers.
+//!
+//! Where a region has two halves, a class of the forward half has a second life too: as the backward half reads it. It is
+//! kept, at a price per byte unless something outside keeps it anyway, or computed again from what is kept. So a term is
+//! chosen with an eye on the bytes it makes others keep. Values over trained parameters cost what they take, once per
+//! step; a scatter into a weight is done in place, so the weight as it was need not stay.
 
 use super::extract::{Choice, NONE, Problem};
-use super::lang::{ENode, Known, Label, World};
+use super::lang::{ENode, Known, Label, Stage, World};
+use super::region::Readers;
 use crate::options::Target;
 use egg::Id;
 use pleach_ir::{BinaryOp, Dim, Op, Sym};
@@ -51,18 +57,21 @@ pub enum Kind {
     Node(ENode, Vec<usize>),
     /// A sum computed by one kernel.
     Sum(ENode, Vec<Part>),
-    /// The class, kept resident.
+    /// The class, kept: resident, or for the backward half.
     Keep(usize),
 }
 
 /// An extraction problem over an e-graph.
 pub struct Extraction {
-    /// The problem. Class `k` is a class of the e-graph; class `k + n` is the same, resident.
+    /// The problem. Class `k` is a class of the e-graph; class `k + n` is the same, resident or as the backward half
+    /// reads it.
     pub problem: Problem,
     /// What each alternative stands for.
     pub kinds: Vec<Kind>,
     /// Classes of the e-graph in order.
     pub ids: Vec<Id>,
+    /// When each class of run-time values can be computed.
+    pub stages: BTreeMap<Id, Stage>,
     index: BTreeMap<Id, usize>,
 }
 
@@ -70,6 +79,18 @@ impl Extraction {
     /// The position of a class.
     pub fn at(&self, w: &World, c: Id) -> usize {
         self.index[&w.eg.find(c)]
+    }
+
+    /// The stage of a class; parameters are there from the start.
+    fn stage(&self, w: &World, c: Id) -> Stage {
+        self.stages.get(&w.eg.find(c)).copied().unwrap_or_default()
+    }
+
+    /// The class that a run-time node reads: parameters from their resident buffer, and for the backward half what is
+    /// left of the forward one.
+    fn read(&self, w: &World, c: Id, late: bool) -> usize {
+        let k = self.at(w, c);
+        if w.is_param(c) || (late && !self.stage(w, c).late) { k + self.ids.len() } else { k }
     }
 }
 
@@ -129,6 +150,9 @@ impl Meter<'_> {
                 flops.max(mem + self.us(self.bytes(id))) + self.t.launch_us
             }
             Op::Const { .. } | Op::Iota { .. } | Op::Broadcast { .. } | Op::Reshape(_) | Op::Slice { .. } => 0.0,
+            // rounding is part of the kernel before
+            Op::Cast(_) => 0.1 * pass(),
+            Op::Gather { .. } => self.us(2.0 * self.bytes(id)) + self.t.launch_us,
             // a scale of columns ends a kernel
             Op::Binary(BinaryOp::Mul) if n.ch.iter().all(|&c| self.w.ty(c).rank() > 0) => 0.1 * pass(),
             _ => pass(),
@@ -154,6 +178,20 @@ impl Meter<'_> {
         flops.max(mem) + end + self.t.launch_us
     }
 
+    /// Building a value over trained parameters, once per step.
+    fn step(&self, n: &ENode, id: Id) -> f64 {
+        let Some(op) = n.op() else { return 0.0 };
+        let bytes = n.ch.iter().map(|&c| self.bytes(c)).sum::<f64>() + self.bytes(id);
+        match op {
+            Op::Const { .. } | Op::Iota { .. } | Op::Broadcast { .. } | Op::Reshape(_) | Op::Slice { .. } => 0.0,
+            Op::MatMul { ta, tb } => {
+                self.product((n.ch[0], *ta), (n.ch[1], *tb)).0.max(self.us(bytes)) + self.t.launch_us
+            }
+            Op::Gather { .. } => self.us(2.0 * self.bytes(id)) + self.t.launch_us,
+            _ => self.us(bytes) + self.t.launch_us,
+        }
+    }
+
     /// Building a value at load time: small against everything at run time, but more work costs more.
     fn prepare(&self, n: &ENode, id: Id) -> f64 {
         let flops = match n.op() {
@@ -172,6 +210,10 @@ pub struct Setting<'a> {
     pub tokens: &'a [u64],
     /// A sum of products is one kernel.
     pub epilogue: bool,
+    /// Weights stay as they lie in memory, and a step pays for what is built from trained ones.
+    pub training: bool,
+    /// Microseconds that a byte is worth which the backward half makes the forward half keep.
+    pub saved_byte_us: f64,
 }
 
 /// The classes that the source region uses, as (class, e-node): prices the entries against each other.
@@ -185,48 +227,67 @@ fn weights(w: &World, s: &Setting, source: &[(Id, ENode)]) -> Vec<f64> {
     times.iter().map(|t| least / t).collect()
 }
 
-/// The extraction problem. `source` holds an e-node for each class that the region came with.
-pub fn problem(w: &World, roots: &[Id], s: &Setting, source: &[(Id, ENode)]) -> Extraction {
+/// The extraction problem for these outputs. `source` holds an e-node for each class that the region came with.
+pub fn problem(w: &World, roots: &[(Id, Readers)], s: &Setting, source: &[(Id, ENode)]) -> Extraction {
     let mut ids: Vec<Id> = w.eg.classes().map(|c| c.id).collect();
     ids.sort();
     let n = ids.len();
     let index: BTreeMap<Id, usize> = ids.iter().enumerate().map(|(k, &i)| (i, k)).collect();
-    let mut x = Extraction { problem: Problem::new(2 * n), kinds: vec![], ids, index };
+    let mut x = Extraction { problem: Problem::new(2 * n), kinds: vec![], ids, stages: w.stages(), index };
     let weights = weights(w, s, source);
     let meters: Vec<(Meter, f64)> =
         s.tokens.iter().zip(&weights).map(|(&tokens, &k)| (Meter { w, t: s.target, tokens }, k)).collect();
     let priced = |f: &dyn Fn(&Meter) -> f64| meters.iter().map(|(m, k)| k * f(m)).sum::<f64>();
-    let out: Vec<Id> = roots.iter().map(|&r| w.eg.find(r)).collect();
+    let out: BTreeMap<Id, Readers> = roots.iter().map(|&(r, who)| (w.eg.find(r), who)).collect();
+    let halves = x.stages.values().any(|s| s.late);
     for k in 0..n {
         let id = x.ids[k];
         if w.is_param(id) {
-            parameters(w, &mut x, k, n, s, &meters[0].0);
+            parameters(w, &mut x, k, s, &meters[0].0);
             continue;
         }
-        for e in w.nodes(id) {
-            let ch: Vec<usize> = e.ch.iter().map(|&c| read_at(w, &x, c, n)).collect();
-            let view = matches!(e.op(), Some(Op::Slice { .. })) && out.contains(&id);
+        let stage = x.stage(w, id);
+        let twin = halves && !stage.late;
+        if twin {
+            let kept = out.get(&id) == Some(&Readers::Both) || w.nodes(id).iter().any(|e| outlives(w, e));
+            let cost = if kept { 0.0 } else { priced(&|m| m.bytes(id) * s.saved_byte_us) };
+            x.problem.add(k + n, cost, vec![k]);
+            x.kinds.push(Kind::Keep(k));
+        }
+        for e in w.nodes(id).iter().filter(|e| w.stage_of(e, &x.stages).is_some_and(|at| at <= stage)) {
+            let view = matches!(e.op(), Some(Op::Slice { .. })) && out.contains_key(&id);
             let cost = priced(&|m| m.node(e, id)) + if view { s.target.view_us } else { 0.0 };
-            x.problem.add(k, cost, ch.clone());
-            x.kinds.push(Kind::Node(e.clone(), ch));
-            if e.op() == Some(&Op::Add) && w.ty(id).rank() == 2 {
-                for (parts, how) in kernels(w, &x, e, n, s.epilogue) {
-                    let cost = priced(&|m| m.sum(id, &how));
-                    let needs = parts.iter().flat_map(needs_of).collect();
-                    x.problem.add(k, cost, needs);
-                    x.kinds.push(Kind::Sum(e.clone(), parts));
+            for again in [false, true] {
+                // a class of the forward half a second time, for the backward half
+                if again && (!twin || is_leaf(e).is_some()) {
+                    continue;
+                }
+                let (late, k) = if again { (true, k + n) } else { (stage.late, k) };
+                let ch: Vec<usize> = e.ch.iter().map(|&c| x.read(w, c, late)).collect();
+                x.problem.add(k, cost, ch.clone());
+                x.kinds.push(Kind::Node(e.clone(), ch));
+                if e.op() == Some(&Op::Add) && w.ty(id).rank() == 2 {
+                    for (parts, how) in kernels(w, &x, e, late, stage, s.epilogue) {
+                        let cost = priced(&|m| m.sum(id, &how));
+                        let needs = parts.iter().flat_map(needs_of).collect();
+                        x.problem.add(k, cost, needs);
+                        x.kinds.push(Kind::Sum(e.clone(), parts));
+                    }
                 }
             }
         }
     }
-    x.problem.roots = roots.iter().map(|&r| x.at(w, r)).collect();
+    let root = |&(r, who): &(Id, Readers)| match who {
+        Readers::Late => x.read(w, r, true),
+        Readers::Near | Readers::Both => x.at(w, r),
+    };
+    x.problem.roots = roots.iter().map(root).collect();
     x
 }
 
-/// The class a run-time node reads: parameters are read from their resident buffer.
-fn read_at(w: &World, x: &Extraction, c: Id, n: usize) -> usize {
-    let k = x.at(w, c);
-    if w.is_param(c) { k + n } else { k }
+/// A leaf whose bytes outlive the forward half anyway.
+fn outlives(w: &World, e: &ENode) -> bool {
+    is_leaf(e).is_some_and(|i| w.eg.analysis.leaves[i as usize].kept)
 }
 
 fn needs_of(p: &Part) -> Vec<usize> {
@@ -236,21 +297,39 @@ fn needs_of(p: &Part) -> Vec<usize> {
     }
 }
 
-/// Alternatives of a class of parameters: built at load time, and kept.
-fn parameters(w: &World, x: &mut Extraction, k: usize, n: usize, s: &Setting, m: &Meter) {
-    let id = x.ids[k];
+/// Alternatives of a class of parameters: built at load time or once per step, and kept.
+fn parameters(w: &World, x: &mut Extraction, k: usize, s: &Setting, m: &Meter) {
+    let (id, n) = (x.ids[k], x.ids.len());
+    let d = &w.eg[id].data;
+    let step = s.training && d.known == Known::Train;
     for e in w.nodes(id) {
         if e.ch.iter().any(|&c| !w.is_param(c)) {
             continue; // cannot be computed as early as the class
         }
-        let ch: Vec<usize> = e.ch.iter().map(|&c| x.at(w, c)).collect();
-        x.problem.add(k, m.prepare(e, id), ch.clone());
+        let in_place = matches!(e.op(), Some(Op::Scatter { .. }));
+        let from = |i: usize| {
+            let c = e.ch[i];
+            // what is known earlier is read where it stays
+            let stays = step && w.known(c) < Known::Train && !(in_place && i == 0);
+            x.at(w, c) + if stays { n } else { 0 }
+        };
+        let ch: Vec<usize> = (0..e.ch.len()).map(from).collect();
+        let cost = match () {
+            () if step && in_place => m.us(2.0 * e.ch.get(2).map_or(0.0, |&u| m.bytes(u))),
+            () if step => m.step(e, id),
+            () => m.prepare(e, id),
+        };
+        x.problem.add(k, cost, ch.clone());
         x.kinds.push(Kind::Node(e.clone(), ch));
     }
-    let d = &w.eg[id].data;
     let bytes = m.bytes(id);
     let constant = w.nodes(id).iter().any(|e| matches!(e.op(), Some(Op::Const { .. })));
-    let mut cost = if constant { 0.0 } else { bytes * s.target.resident_us };
+    let mut cost = match () {
+        () if constant => 0.0,
+        // what is there already costs nothing, a copy or another form lives as long as the training
+        () if s.training && !d.leaf => bytes * s.saved_byte_us,
+        () => bytes * s.target.resident_us,
+    };
     if !d.leaf && d.known == Known::Base {
         cost += bytes * s.target.prepare_us;
     }
@@ -267,10 +346,10 @@ type Taken = (Id, Option<(ENode, bool)>);
 type How = Vec<Taken>;
 
 /// The ways to compute a sum by one kernel: each term read, or one of its products taken in.
-fn kernels(w: &World, x: &Extraction, e: &ENode, n: usize, epilogue: bool) -> Vec<(Vec<Part>, How)> {
+fn kernels(w: &World, x: &Extraction, e: &ENode, late: bool, stage: Stage, epilogue: bool) -> Vec<(Vec<Part>, How)> {
     let mut ways: Vec<(Vec<Part>, How, usize)> = vec![(vec![], vec![], 0)];
     for &c in &e.ch {
-        let taken = if w.is_param(c) { vec![] } else { products(w, x, c, n) };
+        let taken = if w.is_param(c) { vec![] } else { products(w, x, c, late, stage) };
         let mut next = vec![];
         for (parts, how, count) in &ways {
             for (p, h) in &taken {
@@ -283,7 +362,7 @@ fn kernels(w: &World, x: &Extraction, e: &ENode, n: usize, epilogue: bool) -> Ve
                     count + 1,
                 ));
             }
-            let p = Part::Read(read_at(w, x, c, n));
+            let p = Part::Read(x.read(w, c, late));
             next.push(([&parts[..], &[p]].concat(), [&how[..], &[(c, None)]].concat(), *count));
         }
         // ways that take in more come first
@@ -295,8 +374,11 @@ fn kernels(w: &World, x: &Extraction, e: &ENode, n: usize, epilogue: bool) -> Ve
 }
 
 /// Products that a term of a sum is equal to, the cheapest right operands first.
-fn products(w: &World, x: &Extraction, c: Id, n: usize) -> Vec<(Part, Taken)> {
-    let product = |e: &ENode| matches!(e.op(), Some(Op::MatMul { .. })) && e.ch.iter().all(|&o| w.ty(o).rank() == 2);
+fn products(w: &World, x: &Extraction, c: Id, late: bool, stage: Stage) -> Vec<(Part, Taken)> {
+    let product = |e: &ENode| {
+        let matrices = matches!(e.op(), Some(Op::MatMul { .. })) && e.ch.iter().all(|&o| w.ty(o).rank() == 2);
+        matrices && w.stage_of(e, &x.stages).is_some_and(|at| at <= stage)
+    };
     let mut found: Vec<(&ENode, Option<&ENode>)> =
         w.nodes(c).iter().filter(|e| product(e)).map(|e| (e, None)).collect();
     for s in w.nodes(c) {
@@ -311,8 +393,8 @@ fn products(w: &World, x: &Extraction, c: Id, n: usize) -> Vec<(Part, Taken)> {
     found
         .into_iter()
         .map(|(e, s)| {
-            let operands = [read_at(w, x, e.ch[0], n), read_at(w, x, e.ch[1], n)];
-            let scale = s.map(|s| (s.clone(), read_at(w, x, s.ch[0], n)));
+            let operands = [x.read(w, e.ch[0], late), x.read(w, e.ch[1], late)];
+            let scale = s.map(|s| (s.clone(), x.read(w, s.ch[0], late)));
             (Part::Product { node: e.clone(), scale, operands }, (c, Some((e.clone(), s.is_some()))))
         })
         .collect()

@@ -18,7 +18,9 @@ pub enum Known {
     Base,
     /// Depends on an adapter slot: known when the slot is filled.
     Slot,
-    /// Depends on the run's inputs, on state or on trained values.
+    /// Depends on trained parameters: known from one optimizer step to the next.
+    Train,
+    /// Depends on the run's inputs or on state.
     Run,
 }
 
@@ -31,6 +33,20 @@ pub struct Leaf {
     pub known: Known,
     /// The slot it belongs to, for [`Known::Slot`].
     pub slot: u32,
+    /// When it is there.
+    pub at: Stage,
+    /// Its bytes outlive the forward half whatever this region does.
+    pub kept: bool,
+}
+
+/// When a value of a run can be there: a counter that grows along every way through an entry that leaves a region, and
+/// whether it is of the backward half. All stages of the backward half come after those of the forward half.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct Stage {
+    /// Belongs to the backward half.
+    pub late: bool,
+    /// The counter.
+    pub step: u32,
 }
 
 /// What an e-node is: an operator, or a leaf of the region by number.
@@ -194,6 +210,33 @@ impl World {
     /// True for a class that depends on parameters and constants only.
     pub fn is_param(&self, c: Id) -> bool {
         self.known(c) < Known::Run
+    }
+
+    /// The earliest stage of every class of run-time values; parameters are there from the start.
+    pub fn stages(&self) -> BTreeMap<Id, Stage> {
+        let mut at: BTreeMap<Id, Stage> = BTreeMap::new();
+        let mut changed = true;
+        while changed {
+            changed = false;
+            for c in self.eg.classes() {
+                let best = c.nodes.iter().filter_map(|n| self.stage_of(n, &at)).min();
+                if let Some(s) = best.filter(|s| at.get(&c.id).is_none_or(|old| s < old)) {
+                    at.insert(c.id, s);
+                    changed = true;
+                }
+            }
+        }
+        at
+    }
+
+    /// When an e-node can be computed, if all its operands can.
+    pub fn stage_of(&self, n: &ENode, at: &BTreeMap<Id, Stage>) -> Option<Stage> {
+        match &n.label {
+            Label::Leaf(i) => Some(self.eg.analysis.leaves[*i as usize].at),
+            Label::Op(_) => n.ch.iter().try_fold(Stage::default(), |s, &c| {
+                if self.is_param(c) { Some(s) } else { Some(s.max(*at.get(&self.eg.find(c))?)) }
+            }),
+        }
     }
 
     /// True if putting these together would join base weights with a slot although slots stay apart.

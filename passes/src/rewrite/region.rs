@@ -5,9 +5,14 @@
 //! Attention, reductions and non-linear functions stay outside. Regions that would depend on each other in a circle are
 //! one region, so an entry can always be put together again whatever a region is rewritten to. Equal regions have equal
 //! [`Body`]s.
+//!
+//! In an entry that computes gradients a region holds the products of both halves that share an operand: a linear layer,
+//! its gradients and its adapters'. What lies between the halves stays outside, and [`super::halves`] says which input is
+//! there for which output. Rounding to bf16 belongs to a region where it stands next to a product.
 
-use super::lang::{Known, Label, Leaf, foldable};
-use pleach_ir::{BinaryOp, DType, Entry, Graph, Op, Param, Role, Source, ValueId};
+use super::halves::Halves;
+use super::lang::{Known, Label, Leaf, Stage, foldable};
+use pleach_ir::{BinaryOp, DType, Entry, Graph, Op, Param, Role, ScatterMode, Source, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Nodes of the largest region that is looked at.
@@ -47,6 +52,9 @@ pub fn derived_slots(g: &Graph) -> BTreeMap<u32, BTreeSet<u32>> {
 }
 
 fn param_known(p: &Param, slots: Option<&BTreeSet<u32>>) -> Known {
+    if p.role == Role::Train {
+        return Known::Train;
+    }
     if !matches!(p.role, Role::Frozen | Role::Index) {
         return Known::Run;
     }
@@ -77,6 +85,21 @@ pub struct Body {
     pub leaves: Vec<Leaf>,
     /// Nodes that something outside reads.
     pub outputs: Vec<usize>,
+    /// Who reads each output.
+    pub readers: Vec<Readers>,
+    /// The graph has an entry that trains: weights stay as they lie.
+    pub training: bool,
+}
+
+/// Which half reads an output from outside.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Readers {
+    /// The half that the value is of, or the forward half.
+    Near,
+    /// The backward half alone, a value of the forward half.
+    Late,
+    /// Both halves, a value of the forward half: its bytes are kept whatever happens.
+    Both,
 }
 
 /// A region of an entry.
@@ -106,16 +129,19 @@ pub struct Regions {
 /// Finds the regions of an entry.
 pub fn find(g: &Graph, e: &Entry, known: &[Known]) -> Regions {
     let live = e.live();
+    let halves = Halves::of(e);
+    let training = g.entries.iter().any(|e| Halves::of(e).both);
     let mut readers = vec![0usize; e.nodes.len()];
     for v in e.values().filter(|v| live[v.index()]) {
         e.node(v).inputs.iter().for_each(|i| readers[i.index()] += 1);
     }
     e.roots.iter().for_each(|r| readers[r.value.index()] += 1);
-    let linear = linear_nodes(e, known, &live);
+    let linear = linear_nodes(e, known, &live, halves.both);
     let mut sets = Sets::new(e.nodes.len());
-    link(e, known, &linear, &readers, &mut sets);
+    link(e, known, &linear, &readers, halves.both, &mut sets);
     let mut skipped = 0;
-    let of = settle(e, known, &live, &linear, sets, &mut skipped);
+    let of = settle(e, known, &live, &linear, halves.both, sets, &mut skipped);
+    let counters = if halves.both { halves.counters(e, known, &of) } else { vec![0; e.nodes.len()] };
     let mut groups: BTreeMap<usize, Vec<ValueId>> = BTreeMap::new();
     for v in e.values() {
         if let Some(k) = of[v.index()] {
@@ -135,6 +161,34 @@ pub fn find(g: &Graph, e: &Entry, known: &[Known]) -> Regions {
                     && (root[v.index()] || users[v.index()].iter().any(|u| live[u.index()] && !inside[u.index()]))
             };
             r.body.outputs = (0..r.values.len()).filter(|&k| read(r.values[k])).collect();
+            r.body.training = training;
+            // what outside the region reads it in the backward half, and elsewhere
+            let late = |v: ValueId| {
+                halves.both
+                    && !halves.late[v.index()]
+                    && users[v.index()].iter().any(|u| live[u.index()] && !inside[u.index()] && halves.late[u.index()])
+            };
+            let near = |v: ValueId| {
+                let users = users[v.index()].iter();
+                root[v.index()]
+                    || users.clone().any(|u| live[u.index()] && !inside[u.index()] && !halves.late[u.index()])
+            };
+            let who = |v: ValueId| match (near(v), late(v)) {
+                (true, true) => Readers::Both,
+                (false, true) => Readers::Late,
+                _ => Readers::Near,
+            };
+            r.body.readers = r.body.outputs.iter().map(|&k| who(r.values[k])).collect();
+            if halves.both {
+                let run: Vec<usize> =
+                    (0..r.leaves.len()).filter(|&k| known[r.leaves[k].index()] == Known::Run).collect();
+                let values: Vec<ValueId> = run.iter().map(|&k| r.leaves[k]).collect();
+                for (k, at) in run.into_iter().zip(halves.stages(&counters, &values)) {
+                    let v = r.leaves[k];
+                    r.body.leaves[k].at = at;
+                    r.body.leaves[k].kept = late(v) || matches!(e.node(v).op, Op::Param(_) | Op::Input { .. });
+                }
+            }
             r
         });
         members.iter().for_each(|v| inside[v.index()] = false);
@@ -150,12 +204,12 @@ pub fn find(g: &Graph, e: &Entry, known: &[Known]) -> Regions {
     out
 }
 
-fn f32_matrix(e: &Entry, v: ValueId) -> bool {
-    e.ty(v).dtype == DType::F32 && e.ty(v).rank() == 2
+fn float_matrix(e: &Entry, v: ValueId) -> bool {
+    matches!(e.ty(v).dtype, DType::F32 | DType::BF16) && e.ty(v).rank() == 2
 }
 
 /// Which run-time nodes the rules can say something about.
-fn linear_nodes(e: &Entry, known: &[Known], live: &[bool]) -> Vec<bool> {
+fn linear_nodes(e: &Entry, known: &[Known], live: &[bool], both: bool) -> Vec<bool> {
     let mut lin = vec![false; e.nodes.len()];
     let param = |v: ValueId| known[v.index()] < Known::Run;
     // a scalar or vector of parameters, maybe repeated over the tokens
@@ -168,26 +222,36 @@ fn linear_nodes(e: &Entry, known: &[Known], live: &[bool]) -> Vec<bool> {
         let x = &n.inputs;
         let l = |i: usize| lin[x[i].index()];
         lin[v.index()] = match &n.op {
-            Op::MatMul { .. } => x.iter().all(|&i| f32_matrix(e, i)) && (param(x[0]) != param(x[1])),
+            Op::MatMul { .. } => x.iter().all(|&i| float_matrix(e, i)) && (both || param(x[0]) != param(x[1])),
+            Op::Cast(_) => l(0) && float_matrix(e, v),
+            Op::Gather { .. } | Op::Slice { .. } if float_matrix(e, v) => l(0),
             _ if n.ty.dtype != DType::F32 => false,
             Op::Add => x.iter().any(|i| lin[i.index()]),
             Op::Binary(BinaryOp::Mul) => (l(0) && factor(x[1])) || (l(1) && factor(x[0])),
             Op::Slice { .. } | Op::Gather { .. } => l(0),
             Op::Concat { .. } => x.iter().all(|i| lin[i.index()]),
+            Op::Scatter { mode: ScatterMode::Add, .. } => both && l(0) && l(2) && param(x[1]),
             _ => false,
         };
     }
-    // columns chosen from the input of a product
+    // columns chosen from the input of a product; for gradients also what is scaled by a trained or a single number
     for v in e.values().rev().filter(|v| live[v.index()]) {
-        if !lin[v.index()] || !matches!(e.node(v).op, Op::MatMul { .. }) {
-            continue;
-        }
-        let u = e.node(v).inputs[0];
-        let n = e.node(u);
-        if !param(u) && f32_matrix(e, u) {
+        let n = e.node(v);
+        let from: &[ValueId] = match &n.op {
+            _ if !lin[v.index()] => &[],
+            Op::MatMul { .. } if both => &n.inputs,
+            Op::MatMul { .. } => &n.inputs[..1],
+            Op::Cast(_) | Op::Gather { .. } | Op::Slice { .. } if both => &n.inputs[..1],
+            _ => &[],
+        };
+        for &u in from.iter().filter(|&&u| !param(u) && float_matrix(e, u)) {
+            let n = e.node(u);
+            let small = |v: ValueId| factor(v) && (e.ty(v).rank() == 0 || trained(e, known, v));
             lin[u.index()] |= match n.op {
-                Op::Slice { axis: 1, .. } => true,
-                Op::Gather { axis: 1 } => param(n.inputs[1]),
+                Op::Slice { axis, .. } => axis == 1 || both,
+                Op::Gather { axis } => (axis == 1 || both) && param(n.inputs[1]),
+                Op::Cast(_) => both && scaled(e, n.inputs[0]),
+                Op::Binary(BinaryOp::Mul) => both && n.inputs.iter().any(|&i| small(i)),
                 _ => false,
             };
         }
@@ -195,8 +259,29 @@ fn linear_nodes(e: &Entry, known: &[Known], live: &[bool]) -> Vec<bool> {
     lin
 }
 
+/// True for a trained vector, maybe repeated over the tokens.
+fn trained(e: &Entry, known: &[Known], v: ValueId) -> bool {
+    let n = e.node(v);
+    let source = if matches!(n.op, Op::Broadcast { .. }) { n.inputs[0] } else { v };
+    known[source.index()] == Known::Train
+}
+
+/// True for a product of two f32 matrices' elements, one of which may stand for all.
+fn scaled(e: &Entry, v: ValueId) -> bool {
+    matches!(e.node(v).op, Op::Binary(BinaryOp::Mul)) && e.ty(v).dtype == DType::F32
+}
+
+/// True for a sum, or what is left of it after rounding.
+fn is_sum(e: &Entry, v: ValueId) -> bool {
+    match e.node(v).op {
+        Op::Add => true,
+        Op::Cast(_) => is_sum(e, e.node(v).inputs[0]),
+        _ => false,
+    }
+}
+
 /// Joins what belongs together.
-fn link(e: &Entry, known: &[Known], linear: &[bool], readers: &[usize], sets: &mut Sets) {
+fn link(e: &Entry, known: &[Known], linear: &[bool], readers: &[usize], both: bool, sets: &mut Sets) {
     let mut sharing: BTreeMap<ValueId, ValueId> = BTreeMap::new();
     for v in e.values().filter(|v| linear[v.index()]) {
         let n = e.node(v);
@@ -210,7 +295,8 @@ fn link(e: &Entry, known: &[Known], linear: &[bool], readers: &[usize], sets: &m
                 sets.join(first, v);
             }
             // the residual stream runs through sums with several readers: each reader is another region
-            let stream = e.node(u).op == Op::Add && readers[u.index()] > 1 && !choice;
+            let scale = both && n.op == Op::Binary(BinaryOp::Mul);
+            let stream = is_sum(e, u) && readers[u.index()] > 1 && !choice && !scale;
             if linear[u.index()] && !stream {
                 sets.join(u, v);
             }
@@ -218,18 +304,23 @@ fn link(e: &Entry, known: &[Known], linear: &[bool], readers: &[usize], sets: &m
     }
 }
 
-/// Joins regions that depend on each other in a circle and drops those that are too large.
+/// Drops regions that are too large, and joins those that depend on each other in a circle where no stages keep the
+/// circles out.
 fn settle(
     e: &Entry,
     known: &[Known],
     live: &[bool],
     linear: &[bool],
+    both: bool,
     mut sets: Sets,
     skipped: &mut usize,
 ) -> Vec<Option<usize>> {
     let n = e.nodes.len();
     let mut of: Vec<Option<usize>> = (0..n).map(|i| linear[i].then(|| sets.find(i))).collect();
     drop_large(&mut of, skipped);
+    if both {
+        return of;
+    }
     // one vertex per region, one per other run-time node
     let mut g = petgraph::graph::DiGraph::<(), ()>::new();
     (0..n).for_each(|_| {
@@ -311,7 +402,8 @@ fn body(
                 },
                 _ => 0,
             };
-            r.body.leaves.push(Leaf { ty: e.ty(v).clone(), known: known[v.index()], slot });
+            let at = Stage::default();
+            r.body.leaves.push(Leaf { ty: e.ty(v).clone(), known: known[v.index()], slot, at, kept: false });
             r.leaves.push(v);
             Label::Leaf(r.leaves.len() as u32 - 1)
         } else {
