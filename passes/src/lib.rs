@@ -14,6 +14,7 @@ pub mod fuse_kernels;
 pub mod manager;
 pub mod options;
 pub mod order;
+pub mod precision;
 #[cfg(test)]
 mod random_tests;
 pub mod recompute;

@@ -4,7 +4,7 @@
 //! node; [`super::Builder::make`] repeats it and checks that the type stays. Nothing here adds arithmetic.
 
 use super::constant;
-use pleach_ir::{BinaryOp, Dim, Entry, Op, TensorType, UnaryOp, ValueId};
+use pleach_ir::{BinaryOp, DType, Dim, Entry, Op, TensorType, UnaryOp, ValueId};
 
 /// The answer of one step.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -43,6 +43,7 @@ pub fn simplify(e: &Entry, ty: &TensorType, op: &Op, x: &[ValueId]) -> Simpler {
         Op::Add => add(e, ty, x),
         Op::Select => select(e, ty, x),
         Op::Cast(d) if e.ty(x[0]).dtype == *d => Value(x[0]),
+        Op::Cast(d) if widened(e, x[0]) == Some(*d) => Value(e.node(x[0]).inputs[0]),
         Op::MatMul { ta, tb } => matmul(e, *ta, *tb, x),
         Op::Reshape(shape) => match &e.node(x[0]).op {
             _ if e.ty(x[0]).shape == *shape => Value(x[0]),
@@ -70,6 +71,13 @@ pub fn simplify(e: &Entry, ty: &TensorType, op: &Op, x: &[ValueId]) -> Simpler {
         Op::Concat { axis } => concat(e, *axis, x),
         _ => No,
     }
+}
+
+/// The float type that `v` was before it was cast up to f32: casting it back gives every value unchanged.
+fn widened(e: &Entry, v: ValueId) -> Option<DType> {
+    let n = e.node(v);
+    let from = e.ty(*n.inputs.first()?).dtype;
+    (n.op == Op::Cast(DType::F32) && from.is_float()).then_some(from)
 }
 
 fn unary(e: &Entry, u: UnaryOp, x: ValueId) -> Simpler {
