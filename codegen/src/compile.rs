@@ -108,6 +108,14 @@ pub fn compile(s: &Schedule, options: &CompileOptions) -> Result<(Plan, CompileT
     Ok((plan, times))
 }
 
+/// The plan of a schedule without its code: everything that sizes depend on.
+///
+/// # Errors
+/// [`CodegenError`] when a kernel is refused.
+pub fn without_code(s: &Schedule, options: &CompileOptions) -> Result<Plan, CodegenError> {
+    Ok(assemble(s, &emit_all(s, &options.target)?, options))
+}
+
 fn dtype(d: pleach_ir::DType) -> plan::DType {
     match d {
         pleach_ir::DType::F32 => plan::DType::F32,
