@@ -9,6 +9,7 @@ mod cast;
 mod device;
 mod error;
 mod generate;
+mod launch;
 mod memory;
 mod pack;
 mod params;

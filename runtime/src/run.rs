@@ -1,11 +1,10 @@
 //! Running an entry: inputs to symbol values, checks of every index, launches, outputs.
 #![allow(unsafe_code)]
 
-use crate::device::Work;
 use crate::error::{Result, RuntimeError};
+use crate::launch::run_steps;
 use crate::session::Session;
 use pleach_plan::{BufferKind, Check, DType, Entry, Expr, Input};
-use std::time::Instant;
 
 /// A tensor given to a run, row-major; its shape follows from its length and the plan.
 #[derive(Clone, Copy, Debug)]
@@ -205,36 +204,11 @@ impl Session {
         for (place, input) in &b.inputs {
             b.pointers[*place] = given[*input as usize].address();
         }
-        let dims: Vec<i64> = env.iter().map(|v| *v as i64).collect();
         self.device.begin();
-        let work = |i: usize| Work {
-            kernel: steps[i].kernel,
-            buffers: &b.pointers[b.starts[i]..b.starts[i + 1]],
-            tasks: b.tasks[i],
-        };
-        // SAFETY of all launches: the plan is validated, so each buffer has the size the kernel declares for counts up
-        // to capacity; counts and the values of index inputs have been checked; the inputs live through this call, the
-        // session is borrowed mutably, and the steps of a wave touch nothing that another one of them writes: the arena
-        // is laid out for waves.
-        if let Some(p) = &mut self.profile {
-            for (i, s) in steps.iter().enumerate() {
-                let start = Instant::now();
-                // SAFETY: as said above.
-                unsafe { self.device.launch(&[work(i)], &dims) };
-                p.add(s.kernel, start.elapsed(), &plan.kernels[s.kernel as usize], env);
-            }
-            return Ok(());
-        }
-        let mut wave = vec![];
-        for i in 0..steps.len() {
-            wave.push(work(i));
-            if b.waves.get(i + 1) != Some(&b.waves[i]) {
-                // SAFETY: as said above.
-                unsafe { self.device.launch(&wave, &dims) };
-                wave.clear();
-            }
-        }
-        Ok(())
+        // SAFETY: the plan is validated, so each buffer has the size the kernel declares for counts up to capacity; counts
+        // and the values of index inputs have been checked; the inputs live through this call, and the session is
+        // borrowed mutably.
+        unsafe { run_steps(&mut *self.device, &mut self.profile, &plan, index, &self.entries[index], env) }
     }
 
     fn outputs(&self, index: usize, env: &[u64]) -> Result<Outputs<'_>> {

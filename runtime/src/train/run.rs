@@ -202,6 +202,10 @@ fn begin(
             let _ = watch(Event::Discarded(&later));
         }
     }
+    // A run that was killed just before it did so left one too many.
+    if let Some(n) = job.keep {
+        checkpoint::prune(job.dir, n)?;
+    }
     let _ = watch(Event::Resumed(state.global_step, &path));
     Ok((state.global_step, false))
 }
