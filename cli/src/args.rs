@@ -418,6 +418,24 @@ pub(crate) enum AdapterCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Write an equivalent adapter in another method's form, without loss
+    #[command(after_help = "Example:\n  pleach adapter convert runs/paca --to lora --out runs/paca-as-lora")]
+    Convert {
+        /// PEFT folder of a PaCA adapter
+        adapter: PathBuf,
+        /// The form
+        #[arg(long, value_name = "METHOD", value_parser = ["lora"])]
+        to: String,
+        /// Folder to write
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Hugging Face folder of its base model; the one that adapter_config.json names without it
+        #[arg(long, value_name = "MODEL")]
+        model: Option<PathBuf>,
+        /// Replace the adapter that the folder holds
+        #[arg(long)]
+        overwrite: bool,
+    },
 }
 
 /// `pleach import`.

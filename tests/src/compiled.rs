@@ -24,8 +24,23 @@ pub fn targets() -> Vec<HostTarget> {
 /// # Errors
 /// Whatever refuses, with its stage.
 pub fn plan_of(graph: &Graph, options: &Options, target: &HostTarget, meta: Meta) -> Result<Plan, String> {
-    let after = manager::run(graph, &Pipeline::default(), options).map_err(|e| format!("passes: {e}"))?.graph;
-    let cut = CutOptions { supported: &supported, pack: true };
+    plan_with(graph, &Pipeline::default(), true, options, target, meta)
+}
+
+/// The same with a choice of passes, and of whether weights get a twin in panels.
+///
+/// # Errors
+/// As [`plan_of`].
+pub fn plan_with(
+    graph: &Graph,
+    passes: &Pipeline,
+    pack: bool,
+    options: &Options,
+    target: &HostTarget,
+    meta: Meta,
+) -> Result<Plan, String> {
+    let after = manager::run(graph, passes, options).map_err(|e| format!("passes: {e}"))?.graph;
+    let cut = CutOptions { supported: &supported, pack };
     let s = fuse_kernels::schedule(&after, &cut).map_err(|e| format!("fuse-kernels: {e}"))?;
     let options = CompileOptions { target: target.clone(), threads: 2, meta };
     let (plan, _) = compile(&s, &options).map_err(|e| format!("codegen: {e}\n{after}"))?;

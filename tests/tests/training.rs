@@ -18,26 +18,14 @@ fn main() -> ExitCode {
                     trials.push(Trial::test(format!("{}/{kind}", case.name), move || Ok(run(&case)?)));
                 };
                 trial("differentiated", |c| interpreted(c, &Pipeline::of(&["differentiate"]), false));
-                trial("passes", |c| interpreted(c, &all_passes(), false));
-                trial("kernels", |c| interpreted(c, &all_passes(), true));
+                trial("passes", |c| interpreted(c, &Pipeline::default(), false));
+                trial("kernels", |c| interpreted(c, &Pipeline::default(), true));
                 #[cfg(feature = "llvm")]
                 trial("compiled", compiled);
             }
         }
     }
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
-}
-
-fn all_passes() -> Pipeline {
-    Pipeline::of(&[
-        "canonicalize",
-        "differentiate",
-        "canonicalize",
-        "rewrite",
-        "fold-params",
-        "canonicalize",
-        "recompute",
-    ])
 }
 
 fn options(o: &Opened) -> Options {
@@ -64,14 +52,16 @@ fn interpreted(case: &TrainCase, passes: &Pipeline, kernels: bool) -> Result<(),
 fn compiled(case: &TrainCase) -> Result<(), String> {
     use pleach_plan::Meta;
     use pleach_tests::compare::Start;
-    use pleach_tests::compiled::{plan_of, session, targets};
+    use pleach_tests::compiled::{plan_with, session, targets};
     let o = case.open()?;
     let graph = o.graph()?;
     let params = o.values(&graph.params)?;
     let start = Start { symbols: Default::default(), params, inputs: Default::default() };
     let (tokens, sequences) = o.capacity();
+    let meta = Meta { vocab: o.checkpoint.config.vocab(), max_positions: 64, ..Meta::default() };
     for target in targets() {
-        let plan = std::sync::Arc::new(plan_of(&graph, &options(&o), &target, Meta::default())?);
+        let plan =
+            std::sync::Arc::new(plan_with(&graph, &Pipeline::default(), false, &options(&o), &target, meta.clone())?);
         let capacities = [("T", tokens), ("L", tokens), ("S", sequences), ("P", 64), ("C", 1)];
         let all =
             capacities.iter().fold(pleach_runtime::Options::default().threads(2), |all, (s, n)| all.capacity(s, *n));

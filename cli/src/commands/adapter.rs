@@ -1,15 +1,17 @@
-//! `pleach adapter`: what an adapter holds, and where one would attach.
+//! `pleach adapter`: what an adapter holds, where one would attach, and one method's form from another's.
 
 use crate::args::{AdapterCommand, AdapterPath};
-use crate::failure::Result;
-use crate::model::Model;
+use crate::failure::{Failure, Result};
+use crate::model::{Model, temporary_beside};
 use crate::report::{self, Table, Ui, count};
-use pleach_frontend::peft::{check_adapter, preview_targets};
-use pleach_frontend::{Checkpoint, ModelConfig, ModuleTable};
+use pleach_frontend::adapter::to_lora;
+use pleach_frontend::peft::{MethodConfig, check_adapter, preview_targets};
+use pleach_frontend::{Adapter, Checkpoint, ModelConfig, ModuleTable};
 use serde_json::json;
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 
-/// Checks an adapter or previews targets.
+/// Checks an adapter, previews targets or converts.
 ///
 /// # Errors
 /// A tensor without its place, a place without its tensor, by name with the nearest candidate.
@@ -17,6 +19,9 @@ pub(crate) fn adapter(ui: &Ui, command: &AdapterCommand) -> Result<()> {
     match command {
         AdapterCommand::Check { model, adapter, json } => check(ui, model, adapter, *json),
         AdapterCommand::Targets { model, spec, r, json } => targets(model, spec, *r, *json),
+        AdapterCommand::Convert { adapter, to: _, out, model, overwrite } => {
+            convert(ui, adapter, out, model.as_deref(), *overwrite)
+        }
     }
 }
 
@@ -91,4 +96,56 @@ fn targets(model: &Path, spec: &str, rank: u64, as_json: bool) -> Result<()> {
     report::print(&t.text());
     report::line(&format!("{} modules, {} parameters at rank {rank}", list.len(), count(total)));
     Ok(())
+}
+
+/// PaCA to LoRA. The new folder is written under a temporary name and renamed.
+fn convert(ui: &Ui, from: &Path, out: &Path, model: Option<&Path>, overwrite: bool) -> Result<()> {
+    let occupied = out.is_dir() && fs::read_dir(out).map_err(Failure::io("read", out))?.next().is_some();
+    if out.is_file() || (occupied && !overwrite) {
+        let what = "exists and is not empty; choose another folder or pass --overwrite";
+        return Err(Failure::new(format!("{}: {what}", out.display())));
+    }
+    if matches!((from.canonicalize(), out.canonicalize()), (Ok(a), Ok(b)) if a == b) {
+        return Err(Failure::usage("--out is the adapter's own folder; choose another one"));
+    }
+    let base = match model {
+        Some(dir) => dir.to_owned(),
+        None => base_of(from)?,
+    };
+    let checkpoint = Checkpoint::open(&base)?;
+    let adapter = Adapter::open(from, None, &checkpoint.modules)?;
+    let temporary = temporary_beside(out)?;
+    fs::create_dir_all(&temporary).map_err(Failure::io("create", &temporary))?;
+    let done = to_lora(&adapter, &checkpoint, &temporary).map_err(Failure::from).and_then(|()| {
+        if occupied {
+            for file in ["adapter_model.safetensors", "adapter_config.json"] {
+                fs::rename(temporary.join(file), out.join(file)).map_err(Failure::io("write", out))?;
+            }
+            return Ok(());
+        }
+        let _ = fs::remove_dir(out);
+        fs::rename(&temporary, out).map_err(Failure::io("write", out))
+    });
+    let _ = fs::remove_dir_all(&temporary);
+    done?;
+    if !ui.quiet {
+        let (sites, parameters) = (adapter.sites.len(), adapter.parameters());
+        report::line(&format!("{}: LoRA, {sites} modules, {} parameters of PaCA", out.display(), count(parameters)));
+    }
+    Ok(())
+}
+
+/// The base model that an adapter's configuration names, as a folder: as it stands, or beside the adapter.
+fn base_of(adapter: &Path) -> Result<PathBuf> {
+    let config = MethodConfig::read(adapter)?;
+    let name = config.raw.get("base_model_name_or_path").and_then(|v| v.as_str()).unwrap_or_default();
+    let places = [PathBuf::from(name), adapter.join(name)];
+    places.into_iter().find(|p| !name.is_empty() && p.join("config.json").is_file()).ok_or_else(|| {
+        let what = if name.is_empty() {
+            "names no base model".into()
+        } else {
+            format!("names `{name}`, which is no folder here")
+        };
+        Failure::new(format!("{}: adapter_config.json {what}; give the model with --model", adapter.display()))
+    })
 }

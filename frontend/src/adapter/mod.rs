@@ -13,6 +13,8 @@ mod lora;
 mod method;
 mod paca;
 mod plan;
+#[cfg(test)]
+mod tests;
 mod value;
 
 use std::collections::BTreeMap;
