@@ -22,6 +22,7 @@ pub(super) fn train(ui: &Ui, args: &BenchTrainArgs) -> Result<()> {
     let weights =
         if args.random_weights { random_weights(&training.ready.plan, 0)? } else { training.ready.weights()? };
     let memory = training.memory(ui, &weights)?;
+    pleach_runtime::give_back();
     let opened = Instant::now();
     let mut session = open(ui, &training, weights)?;
     session.prepare_all()?;
