@@ -6,7 +6,9 @@
 use crate::emit::{self, Emitted};
 use crate::error::CodegenError;
 use crate::mlir::{self, HostTarget};
-use pleach_ir::{BufferKind, Class, Dim, Kernel, Layout, Role, Schedule, Source, Sym, TensorType};
+use pleach_ir::{
+    BufferKind, Class, Dim, Kernel, Layout, Loop, Role, Schedule, ScheduledEntry, Seen, Source, Sym, TensorType,
+};
 use pleach_plan::{self as plan, Expr, Plan};
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -54,7 +56,8 @@ pub fn supported(k: &Kernel) -> Result<(), String> {
     match k.class {
         Class::Row => emit::row::supported(k),
         Class::Contraction => emit::contraction::supported(k),
-        Class::Attention | Class::Scatter => Ok(()),
+        Class::Attention => emit::attention::supported(k),
+        Class::Scatter => Ok(()),
     }
 }
 
@@ -156,6 +159,27 @@ fn shape(dims: &[Dim], symbols: &[Sym]) -> Vec<Expr> {
 
 fn bytes(ty: &TensorType, l: Layout, symbols: &[Sym]) -> Expr {
     layout(l).bytes(dtype(ty.dtype), &shape(&ty.shape, symbols)).unwrap_or(Expr::Const(0))
+}
+
+/// A loop of the plan; what lies inside it shrinks to one window.
+fn windows(e: &ScheduledEntry, l: &Loop, buffers: &mut [plan::Buffer], symbols: &[Sym]) -> plan::Loop {
+    let symbol = symbols.iter().position(|s| *s == l.symbol).unwrap_or(0) as u32;
+    let mut windows = vec![];
+    for (b, seen) in e.seen(l.first, l.last, l.symbol) {
+        let ty = &e.buffers[b.0 as usize].ty;
+        let size = |rows: Expr| {
+            let rest = shape(&ty.shape[1..], symbols);
+            Expr::product(std::iter::once(rows).chain(rest)).mul(dtype(ty.dtype).size())
+        };
+        match seen {
+            Seen::Inside if ty.shape.first() == Some(&Dim::Symbol(l.symbol)) => {
+                buffers[b.0 as usize].bytes = size(Expr::Sym(symbol).min(l.chunk));
+            }
+            Seen::Window => windows.push(plan::Window { buffer: b.0, row_bytes: size(Expr::Const(1)) }),
+            Seen::Inside | Seen::Whole => {}
+        }
+    }
+    plan::Loop { first: l.first as u64, last: l.last as u64, symbol, chunk: l.chunk, windows }
 }
 
 /// The plan without its code.
@@ -271,7 +295,8 @@ fn assemble(s: &Schedule, emitted: &[Emitted], options: &CompileOptions) -> Plan
                 origin: st.origin.clone().unwrap_or_default(),
             })
             .collect();
-        plan.entries.push(plan::Entry { name: e.name.clone(), inputs, outputs, buffers, steps });
+        let loops = e.loops.iter().map(|l| windows(e, l, &mut buffers, &symbols)).collect();
+        plan.entries.push(plan::Entry { name: e.name.clone(), inputs, outputs, buffers, steps, loops });
     }
     plan.settle_residency();
     plan

@@ -7,6 +7,7 @@
 //! This crate prints nothing: what a pass has to say comes back in its [`PassReport`].
 
 pub mod canonicalize;
+pub mod chunk;
 pub mod differentiate;
 pub mod error;
 pub mod fold_params;

@@ -3,7 +3,8 @@
 use crate::error::PlanError;
 use crate::expr::{Expr, ExprError};
 use crate::memory::{self, Placement, Request};
-use crate::types::{BufferKind, Check, Entry, Kernel, Plan, Residency, Source, Symbol};
+use crate::types::{BufferKind, Check, Entry, Kernel, Loop, Plan, Residency, Source, Symbol};
+use std::collections::BTreeSet;
 
 /// Alignment of every buffer in the arena and of every owned parameter, bytes: a cache line and an AVX-512 register.
 pub const ALIGN: u64 = 64;
@@ -19,6 +20,26 @@ pub struct ArenaLayout {
     pub lower_bound: u64,
     /// The planner's requests, as (buffer, request), for checkers and reports.
     pub requests: Vec<(u32, Request)>,
+}
+
+impl Entry {
+    /// The buffers that the steps of a loop share with what is outside of it: those seen window by window, and those
+    /// that other steps use or that are given or returned.
+    pub fn outer_buffers(&self, l: &Loop) -> BTreeSet<u32> {
+        let inside = |i: usize| (l.first..l.last).contains(&(i as u64));
+        let uses = |wanted: bool| {
+            self.steps
+                .iter()
+                .enumerate()
+                .filter(move |(i, _)| inside(*i) == wanted)
+                .flat_map(|(_, s)| &s.buffers)
+                .copied()
+        };
+        let beyond: BTreeSet<u32> = uses(false).collect();
+        let kept = |b: &u32| self.buffers.get(*b as usize).is_none_or(|x| x.kind != BufferKind::Arena);
+        let moved = |b: &u32| l.windows.iter().any(|w| w.buffer == *b);
+        uses(true).filter(|b| beyond.contains(b) || kept(b) || moved(b)).collect()
+    }
 }
 
 impl Plan {
@@ -102,8 +123,8 @@ impl Plan {
         }
     }
 
-    /// The checks of an input of the standard entries `infer` and `generate`, by its name. Indices are bounded by the
-    /// vocabulary, the position tables, the tokens of the run and, for `generate`, the slots of the cache.
+    /// The checks of an input of the standard entries (`infer`, `generate`, `accumulate`, `evaluate`), by its name. Indices
+    /// are bounded by the vocabulary, the position tables, the tokens of the run and, for `generate`, the slots of the cache.
     pub fn standard_checks(&self, entry: &str, input: &str) -> Vec<Check> {
         let tokens = self.sym("T").unwrap_or(Expr::Const(0));
         let keys = if entry == "generate" { self.sym("C").unwrap_or(Expr::Const(0)) } else { tokens.clone() };
@@ -117,6 +138,8 @@ impl Plan {
             "kv_start" => vec![Check::Range(keys.add(1))],
             "kv_len" => vec![Check::Span { start: "kv_start".into(), total: keys }, Check::Covers("q_segments".into())],
             "slots" => vec![Check::Range(keys), Check::Distinct],
+            "rows" => vec![Check::Range(tokens), Check::Distinct],
+            "labels" if self.meta.vocab > 0 => vec![Check::Range(Expr::Const(self.meta.vocab))],
             "last" => vec![Check::Range(tokens)],
             _ => vec![],
         }
@@ -132,10 +155,15 @@ pub fn waves(entry: &Entry, kernels: &[Kernel]) -> Vec<u32> {
     let (mut read, mut written): (Vec<u32>, Vec<u32>) = (vec![], vec![]);
     let (mut wave, mut size) = (0, 0);
     let mut out = vec![];
-    for s in &entry.steps {
+    let edge: Vec<u64> = entry.loops.iter().flat_map(|l| [l.first, l.last]).collect();
+    for (i, s) in entry.steps.iter().enumerate() {
         let operands = kernels.get(s.kernel as usize).map_or(0, |k| k.operands.len()).min(s.buffers.len());
         let (r, w) = s.buffers.split_at(operands);
-        let waits = r.iter().any(|b| written.contains(b)) || w.iter().any(|b| written.contains(b) || read.contains(b));
+        // A loop is made of waves of its own.
+        let border = i > 0 && edge.contains(&(i as u64));
+        let waits = border
+            || r.iter().any(|b| written.contains(b))
+            || w.iter().any(|b| written.contains(b) || read.contains(b));
         if waits || size == WAVE {
             wave += 1;
             size = 0;
@@ -161,6 +189,19 @@ pub fn lifetimes(entry: &Entry, kernels: &[Kernel]) -> Vec<(u32, u64, u64)> {
             if let Some(l) = life.get_mut(*b as usize) {
                 let i = u64::from(*w);
                 *l = Some(l.map_or((i, i + 1), |(f, _)| (f, i + 1)));
+            }
+        }
+    }
+    // What a loop uses from outside, every window uses again.
+    for l in &entry.loops {
+        let (first, last) = (l.first as usize, (l.last as usize).min(entry.steps.len()));
+        if first >= last {
+            continue;
+        }
+        let span = (u64::from(waves[first]), u64::from(waves[last - 1]) + 1);
+        for b in entry.outer_buffers(l) {
+            if let Some(Some(x)) = life.get_mut(b as usize) {
+                *x = (x.0.min(span.0), x.1.max(span.1));
             }
         }
     }

@@ -325,6 +325,34 @@ pub struct Entry {
     pub buffers: Vec<Buffer>,
     /// Launches in order.
     pub steps: Vec<Step>,
+    /// Loops over windows of rows, in the order of their steps.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub loops: Vec<Loop>,
+}
+
+/// A buffer that a loop moves through.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Window {
+    /// Buffer of the entry.
+    pub buffer: u32,
+    /// Bytes of a row: a window that starts at row `i` is seen from `i * row_bytes` on.
+    pub row_bytes: Expr,
+}
+
+/// Steps that run once for every window of rows. In a window the symbol stands for the rows of the window: `chunk`, in the
+/// last one the rest. What lies between its steps holds one window.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Loop {
+    /// First step.
+    pub first: u64,
+    /// One past the last step.
+    pub last: u64,
+    /// Index of the symbol that is cut into windows.
+    pub symbol: u32,
+    /// Rows of a window.
+    pub chunk: u64,
+    /// Buffers seen at the rows of the window; all others are seen from their start.
+    pub windows: Vec<Window>,
 }
 
 impl Entry {

@@ -6,7 +6,7 @@
 
 use crate::error::PlanError;
 use crate::expr::Expr;
-use crate::types::{BlobKind, BufferKind, Check, DType, Entry, Layout, Plan, Residency, Source};
+use crate::types::{BlobKind, BufferKind, Check, DType, Entry, Layout, Loop, Plan, Residency, Source};
 use std::collections::BTreeSet;
 
 /// Symbols a plan may have.
@@ -158,6 +158,7 @@ fn kernels(plan: &Plan, envs: &[Vec<u64>], f: &mut Faults) {
 fn entry(plan: &Plan, e: &Entry, envs: &[Vec<u64>], f: &mut Faults) {
     let at = &e.name;
     inputs(e, envs, f);
+    loops(plan, e, envs, f);
     if let Some(slot) = e.prepares() {
         f.check(e.inputs.is_empty(), || format!("{at}: a preparation takes no inputs"));
         f.check(slot.is_none_or(|s| plan.slots().contains(&s)), || format!("{at}: no parameter belongs to that slot"));
@@ -212,9 +213,13 @@ fn entry(plan: &Plan, e: &Entry, envs: &[Vec<u64>], f: &mut Faults) {
                 continue;
             };
             let need = if j < n { &k.operands[j] } else { &k.results[j - n] };
-            let fits = values(need, envs)
-                .zip(values(&buffer.bytes, envs))
-                .is_some_and(|(x, y)| x.iter().zip(&y).all(|(x, y)| x <= y));
+            let inside = e.loops.iter().find(|l| (l.first..l.last).contains(&(i as u64)));
+            let fits = match inside {
+                Some(l) => fits_window(l, *b, need, &buffer.bytes, envs),
+                None => values(need, envs)
+                    .zip(values(&buffer.bytes, envs))
+                    .is_some_and(|(x, y)| x.iter().zip(&y).all(|(x, y)| x <= y)),
+            };
             f.check(fits, || {
                 format!("{at}: step {i}: buffer {b} ({}) is smaller than {} needs", buffer.name, k.symbol)
             });
@@ -253,6 +258,59 @@ fn entry(plan: &Plan, e: &Entry, envs: &[Vec<u64>], f: &mut Faults) {
                 && matches!(b.kind, BufferKind::Output | BufferKind::Param(_))
         });
         f.check(ok, || format!("{at}: output `{}` is no buffer that is written and kept, of its size", o.name));
+    }
+}
+
+/// The rows of windows at which sizes are compared.
+fn rows_of(l: &Loop, all: u64) -> impl Iterator<Item = u64> {
+    let most = l.chunk.min(all);
+    [1, 2, 3, 5, 17, most / 2, most.saturating_sub(1), most].into_iter().filter(move |n| *n >= 1 && *n <= most)
+}
+
+/// Whether what a kernel needs in a window lies within the buffer (or, for one that moves, within the window's rows).
+fn fits_window(l: &Loop, b: u32, need: &Expr, bytes: &Expr, envs: &[Vec<u64>]) -> bool {
+    let moved = l.windows.iter().find(|w| w.buffer == b);
+    envs.iter().all(|env| {
+        let all = env.get(l.symbol as usize).copied().unwrap_or(0);
+        rows_of(l, all).all(|n| {
+            let mut window = env.clone();
+            if let Some(x) = window.get_mut(l.symbol as usize) {
+                *x = n;
+            }
+            let have = match moved {
+                Some(w) => w.row_bytes.eval(env).ok().and_then(|r| r.checked_mul(n)),
+                None => bytes.eval(env).ok(),
+            };
+            need.eval(&window).ok().zip(have).is_some_and(|(need, have)| need <= have)
+        })
+    })
+}
+
+fn loops(plan: &Plan, e: &Entry, envs: &[Vec<u64>], f: &mut Faults) {
+    let at = &e.name;
+    f.check(e.loops.is_empty() || e.prepares().is_none(), || format!("{at}: a preparation has no loops"));
+    let mut end = 0;
+    for (i, l) in e.loops.iter().enumerate() {
+        f.check(l.first >= end && l.first < l.last && l.last <= e.steps.len() as u64 && l.chunk > 0, || {
+            format!("{at}: loop {i} over steps {}..{} by {} is none", l.first, l.last, l.chunk)
+        });
+        end = end.max(l.last);
+        let free = plan.symbols.get(l.symbol as usize).is_some_and(|s| s.value.is_none());
+        let alone = plan.symbols.iter().all(|s| s.value.as_ref().is_none_or(|v| !v.symbols().contains(&l.symbol)));
+        f.check(free && alone, || format!("{at}: loop {i} cuts a symbol that others depend on"));
+        let sized = plan.params.iter().any(|p| p.bytes.symbols().contains(&l.symbol));
+        f.check(!sized, || format!("{at}: loop {i} cuts a symbol that a parameter has as its size"));
+        let mut seen = BTreeSet::new();
+        for w in &l.windows {
+            let rows = Expr::Sym(l.symbol).mul(w.row_bytes.clone());
+            let ok = seen.insert(w.buffer)
+                && !w.row_bytes.symbols().contains(&l.symbol)
+                && e.buffers.get(w.buffer as usize).is_some_and(|b| {
+                    let whole = values(&b.bytes, envs);
+                    whole.is_some() && whole == values(&rows, envs)
+                });
+            f.check(ok, || format!("{at}: loop {i} cannot move through buffer {}", w.buffer));
+        }
     }
 }
 

@@ -80,6 +80,13 @@ fn sample() -> Plan {
                 buffer(BufferKind::Output, &y),
             ],
             steps: vec![step(2, &[3, 0, 1, 3]), step(1, &[0, 2, 4])],
+            loops: vec![Loop {
+                first: 1,
+                last: 2,
+                symbol: p.symbol("T").unwrap(),
+                chunk: 16,
+                windows: vec![Window { buffer: 0, row_bytes: k(32) }, Window { buffer: 4, row_bytes: k(80) }],
+            }],
         },
     ];
     p.settle_residency();
@@ -127,7 +134,7 @@ fn residency_and_lifetimes_follow_use() {
     let r: Vec<Residency> = p.params.iter().map(|p| p.residency).collect();
     assert_eq!(r, [Residency::PrepareOnly, Residency::Owned, Residency::Owned, Residency::Owned]);
     assert_eq!(p.slots(), [0]);
-    assert_eq!(lifetimes(p.entry("generate").unwrap(), &p.kernels), [(4, 0, 1)]);
+    assert_eq!(lifetimes(p.entry("generate").unwrap(), &p.kernels), [(4, 1, 2)]);
     let env = p.env(&|s| Some(if s == "T" { 5 } else { 7 })).unwrap();
     // T, S (put in before S1), C, S1.
     assert_eq!(p.symbols.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), ["T", "C", "S", "S1"]);

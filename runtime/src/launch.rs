@@ -141,8 +141,7 @@ unsafe fn run_loop(
                 *p = from.wrapping_add((start * bytes) as usize);
             }
         }
-        let part =
-            Part { plan, entry, bound, steps: (first, last), pointers: &pointers, tasks: &tasks, env: &window };
+        let part = Part { plan, entry, bound, steps: (first, last), pointers: &pointers, tasks: &tasks, env: &window };
         // SAFETY: every window was held against its buffers; the rest is promised by the caller.
         unsafe { part.run(device, profile) };
         start += rows;

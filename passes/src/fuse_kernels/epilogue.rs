@@ -2,7 +2,7 @@
 
 use super::group::{Kind, Partition};
 use super::reach::Bits;
-use pleach_ir::{Class, Dim, Entry, Op, ValueId};
+use pleach_ir::{BinaryOp, Class, Dim, Entry, Op, ValueId};
 use std::collections::BTreeSet;
 
 /// At most this many products whose results meet elementwise in one epilogue.
@@ -44,13 +44,20 @@ impl Partition {
         true
     }
 
-    /// An epilogue is no place for a value that ends there while what it is made of is stored as well: the kernel that
-    /// reads it can compute it from the same loads.
+    /// An epilogue is no place for a value that ends there while the product it is made of is stored as well, unless it
+    /// has to be in memory anyway: the row kernel that reads it can compute it from the same loads.
     fn saves_a_pass(&self, e: &Entry, v: ValueId) -> bool {
-        let goes_on = |u: &ValueId| e.node(*u).op.is_elementwise();
-        let ends = !self.readers[v.index()].iter().any(goes_on) && !self.readers[v.index()].is_empty();
-        !ends
-            || self.sources(v).iter().all(|m| !self.is_computed(*m) || self.readers[m.index()].iter().all(|u| *u == v))
+        let readers = &self.readers[v.index()];
+        let stored = |u: &ValueId| {
+            let op = &e.node(*u).op;
+            matches!(op, Op::MatMul { .. } | Op::Scatter { .. }) || op.is_attention()
+        };
+        if readers.is_empty() || readers.iter().any(|u| e.node(*u).op.is_elementwise() || stored(u)) {
+            return true;
+        }
+        let product =
+            |m: &ValueId| self.group_of[m.index()].is_some_and(|g| self.groups[g].class == Class::Contraction);
+        self.sources(v).iter().filter(|m| product(m)).all(|m| self.readers[m.index()].iter().all(|u| *u == v))
     }
 
     /// Whether `v` has the shape of the group's results, or of equal slices of them that nobody else reads whole.
@@ -84,17 +91,24 @@ impl Partition {
             .flat_map(|g| self.groups[*g].members.iter().copied())
             .filter(|m| matches!(e.node(*m).op, Op::MatMul { .. }))
             .collect();
-        let summed = |m: &ValueId| {
-            let r = &self.readers[m.index()];
-            r.len() == 1 && e.node(r[0]).op == Op::Add && e.node(r[0]).inputs.contains(m)
+        // The sum that a product is a term of, as it is or scaled by a number.
+        let sum = |m: ValueId| -> Option<ValueId> {
+            let only = |x: ValueId| {
+                let r = &self.readers[x.index()];
+                (r.len() == 1 && e.node(r[0]).inputs.contains(&x) && !self.rooted[x.index()]).then(|| r[0])
+            };
+            let r = only(m)?;
+            let n = e.node(r);
+            let scaled = n.op == Op::Binary(BinaryOp::Mul) && n.inputs.iter().any(|i| e.ty(*i).rank() == 0);
+            let r = if scaled { only(r)? } else { r };
+            (e.node(r).op == Op::Add).then_some(r)
         };
         let same = products.iter().all(|m| e.ty(*m).shape == e.ty(products[0]).shape);
         // Summands of one sum accumulate together; each other product keeps accumulators of its own.
         let mut sums: BTreeSet<ValueId> = BTreeSet::new();
         let mut chains = 0;
         for m in &products {
-            let first = !summed(m) || sums.insert(self.readers[m.index()][0]);
-            chains += usize::from(first);
+            chains += usize::from(sum(*m).is_none_or(|s| sums.insert(s)));
         }
         same && products.len() <= MAX_PRODUCTS && chains <= MAX_CHAINS
     }
