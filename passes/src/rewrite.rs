@@ -393,3 +393,5 @@ fn common_module<'a>(origins: impl Iterator<Item = &'a str>) -> String {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod training_tests;

@@ -87,7 +87,7 @@ pub struct Body {
     pub outputs: Vec<usize>,
     /// Who reads each output.
     pub readers: Vec<Readers>,
-    /// The graph has an entry that trains: weights stay as they lie.
+    /// Something in the graph is trained: weights stay as they lie.
     pub training: bool,
 }
 
@@ -130,7 +130,7 @@ pub struct Regions {
 pub fn find(g: &Graph, e: &Entry, known: &[Known]) -> Regions {
     let live = e.live();
     let halves = Halves::of(e);
-    let training = g.entries.iter().any(|e| Halves::of(e).both);
+    let training = g.params.iter().any(|p| p.role == Role::Train) || g.entries.iter().any(|e| Halves::of(e).both);
     let mut readers = vec![0usize; e.nodes.len()];
     for v in e.values().filter(|v| live[v.index()]) {
         e.node(v).inputs.iter().for_each(|i| readers[i.index()] += 1);

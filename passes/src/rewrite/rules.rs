@@ -3,7 +3,11 @@
 //! Each is a function from the e-graph to pairs (class, equal term); none knows a method or a model. All hold for
 //! transposed operands through the flags of the products. Early rules run to a fixpoint; a late rule fires once on the
 //! settled graph. A rule that does not understand a node leaves it alone: products are looked into only when they are
-//! f32 matrices, sums only where every term has the result's shape.
+//! matrices of f32 or bf16, sums only where they are f32 and every term has the result's shape.
+//!
+//! Precision: a rule may choose, join or scale what is rounded to bf16, each of which rounds every element once as before
+//! (to a part in 256 of itself). Rules that add, multiply out or reorder work on f32 alone, so no sum is ever rounded to a
+//! narrower type than it had, and a small change of a trained value is never lost in a large weight.
 
 mod choose;
 mod linear;
@@ -63,6 +67,7 @@ pub const RULES: &[Rule] = &[
     },
     Rule { name: "concat-cancel", late: false, about: "[z[0..a] z[a..b] …] = z[0..b]", apply: choose::concat_cancel },
     Rule { name: "colscale-mm", late: false, about: "(x·W)·diag g = x·(W·diag g)", apply: linear::colscale },
+    Rule { name: "rowscale-mm", late: false, about: "(diag g·x)·W = diag g·(x·W)", apply: linear::rowscale },
     Rule {
         name: "scatter-merge",
         late: false,
@@ -124,13 +129,23 @@ fn each(w: &World) -> impl Iterator<Item = (Id, &ENode, &Op)> {
     w.eg.classes().flat_map(|c| c.nodes.iter().filter_map(move |n| Some((c.id, n, n.op()?))))
 }
 
-/// An f32 matrix.
+/// A matrix of f32 or bf16.
 fn matrix(w: &World, id: Id) -> bool {
     let t = w.ty(id);
-    t.rank() == 2 && t.dtype == DType::F32
+    t.rank() == 2 && matches!(t.dtype, DType::F32 | DType::BF16)
 }
 
-/// The product that `n` is, if its operands are f32 matrices.
+/// An f32 matrix: what may be added up.
+fn wide(w: &World, id: Id) -> bool {
+    matrix(w, id) && w.ty(id).dtype == DType::F32
+}
+
+/// What the members of a class are roundings of.
+fn rounded(w: &World, id: Id) -> impl Iterator<Item = (Id, &Op)> + '_ {
+    w.nodes(id).iter().filter_map(|n| n.op().filter(|o| matches!(o, Op::Cast(_))).map(|o| (n.ch[0], o)))
+}
+
+/// The product that `n` is, if its operands are matrices.
 fn as_product(w: &World, n: &ENode) -> Option<(View, View)> {
     match n.op()? {
         Op::MatMul { ta, tb } if matrix(w, n.ch[0]) && matrix(w, n.ch[1]) => Some(((n.ch[0], *ta), (n.ch[1], *tb))),
@@ -152,7 +167,7 @@ fn as_scale(w: &World, n: &ENode) -> Option<(Id, Id)> {
 
 /// `(x, g, axis)` if `n` multiplies axis `axis` of the f32 matrix x by the vector g.
 fn as_diag(w: &World, n: &ENode) -> Option<(Id, Id, u8)> {
-    if n.op()? != &Op::Binary(BinaryOp::Mul) || !matrix(w, n.ch[0]) || !matrix(w, n.ch[1]) {
+    if n.op()? != &Op::Binary(BinaryOp::Mul) || !wide(w, n.ch[0]) || !wide(w, n.ch[1]) {
         return None;
     }
     [(0, 1), (1, 0)].into_iter().find_map(|(x, g)| {
@@ -190,9 +205,9 @@ fn size(d: Dim) -> u64 {
     d.known().unwrap_or(1024)
 }
 
-/// A sum whose every term has the result's shape.
+/// An f32 sum whose every term has the result's shape.
 fn is_sum(w: &World, id: Id, n: &ENode) -> bool {
-    n.op() == Some(&Op::Add) && matrix(w, id) && n.ch.iter().all(|&c| w.ty(c).rank() == 2)
+    n.op() == Some(&Op::Add) && wide(w, id) && n.ch.iter().all(|&c| w.ty(c).rank() == 2)
 }
 
 /// Rewrites the terms of a sum that a group takes; the rest stay. A proper part becomes an inner sum first, so that

@@ -225,12 +225,15 @@ fn every_e_node_equals_its_class() {
         }
     }
     let silent: Vec<&str> = (0..RULES.len()).filter(|&k| fired[k] == 0).map(|k| RULES[k].name).collect();
-    assert_eq!(silent, ["rank-epilogue"], "rules that never fired");
+    // rank-epilogue is a price; the others need gradients
+    assert_eq!(silent, ["rowscale-mm", "rank-epilogue"], "rules that never fired");
     assert!(seen > 500, "{seen}");
 }
 
 /// Evaluates the e-graph bottom up, one e-node at a time. Returns the number of e-nodes compared.
-fn check_classes(name: &str, w: &World) -> usize {
+pub(super) fn check_classes(name: &str, w: &World) -> usize {
+    let narrow = w.eg.classes().any(|c| c.data.ty.dtype == DType::BF16);
+    let tolerance = if narrow { 2e-2 } else { 1e-3 };
     let mut value: BTreeMap<Id, Tensor> = BTreeMap::new();
     let mut waiting: Vec<(Id, &ENode)> = w.eg.classes().flat_map(|c| c.nodes.iter().map(move |n| (c.id, n))).collect();
     let mut compared = 0;
@@ -246,7 +249,7 @@ fn check_classes(name: &str, w: &World) -> usize {
                 Some(first) => {
                     let e = t.relative_error(first);
                     let rule = makers.get(n).and_then(|&r| RULES.get(r)).map_or("source", |r| r.name);
-                    assert!(e < 1e-3, "{name}: {n:?} made by {rule} is off by {e}");
+                    assert!(e < tolerance, "{name}: {n:?} made by {rule} is off by {e}");
                     compared += 1;
                 }
             }
@@ -277,7 +280,7 @@ fn evaluate(w: &World, n: &ENode, value: &BTreeMap<Id, Tensor>) -> Option<Tensor
     }
     let v = e.push(&[], op.clone(), &ids).unwrap();
     e.output("y", v);
-    let symbols: Symbols = [(Sym::T, 5), (Sym::S, 2), (Sym::P, 7)].into_iter().collect();
+    let symbols: Symbols = [(Sym::T, 5), (Sym::L, 5), (Sym::S, 2), (Sym::P, 7)].into_iter().collect();
     let r = run_entry_with(&[], &|_| None, &e, &inputs, &symbols).unwrap_or_else(|x| panic!("{op:?}: {x}"));
     r.outputs.into_values().next()
 }

@@ -40,6 +40,17 @@ pub(super) fn choose_through(w: &World, out: &mut Found) {
                     };
                     node(Op::Broadcast { shape, axes: axes.clone() }, vec![x])
                 }
+                // rounding is element by element
+                Op::Cast(_) => node(inner.clone(), vec![pick(k[0], axis)]),
+                Op::Pad { axis: a, lo, .. } if *a == axis => {
+                    let Op::Slice { start, end, .. } = op else { continue };
+                    let Some(n) = w.ty(k[0]).shape.get(axis as usize).and_then(|d| d.known()) else { continue };
+                    if start < lo || *end > lo + n {
+                        continue; // some of it is zeros
+                    }
+                    node(Op::Slice { axis, start: start - lo, end: end - lo }, vec![class(k[0])])
+                }
+                Op::Pad { .. } => node(inner.clone(), vec![pick(k[0], axis)]),
                 Op::Slice { axis: a, start: s, .. } if *a == axis => match op {
                     Op::Slice { start, end, .. } => {
                         node(Op::Slice { axis, start: s + start, end: s + end }, vec![class(k[0])])

@@ -59,6 +59,16 @@ pub(super) fn scale_out(w: &World, out: &mut Found) {
                 ch[k] = class(x);
                 out.push((id, mul(class(s), node(op.clone(), ch))));
             }
+            if !matches!(op, Op::MatMul { .. }) {
+                continue;
+            }
+            for (y, cast) in rounded(w, n.ch[k]) {
+                for (s, x) in w.nodes(y).iter().filter_map(|y| as_scale(w, y)) {
+                    let mut ch: Vec<Term> = n.ch.iter().map(|&i| class(i)).collect();
+                    ch[k] = node(cast.clone(), vec![class(x)]);
+                    out.push((id, mul(class(s), node(op.clone(), ch))));
+                }
+            }
         }
         if matches!(op, Op::Add | Op::Concat { .. }) && w.ty(id).rank() > 0 {
             // every operand scaled by one scalar
@@ -82,6 +92,37 @@ pub(super) fn scale_in(w: &World, out: &mut Found) {
         for (a, b) in products(w, y) {
             if w.is_param(b.0) && !w.mixes(s, b.0) {
                 out.push((id, mm((class(a.0), a.1), (mul(class(s), class(b.0)), b.1))));
+                for (p, cast) in rounded(w, b.0).filter(|p| w.is_param(p.0)) {
+                    let t = node(cast.clone(), vec![mul(class(s), class(p))]);
+                    out.push((id, mm((class(a.0), a.1), (t, b.1))));
+                }
+            }
+        }
+    }
+}
+
+/// (diag g·x)·W = diag g·(x·W), both ways.
+pub(super) fn rowscale(w: &World, out: &mut Found) {
+    for (id, n, _) in each(w) {
+        if let Some((y, g, 0)) = as_diag(w, n) {
+            for (a, b) in products(w, y).filter(|p| wide(w, p.0.0) && !w.mixes(p.0.0, g)) {
+                let x = diag(&w.ty(a.0).shape, u8::from(a.1), class(a.0), g);
+                out.push((id, mm((x, a.1), (class(b.0), b.1))));
+            }
+        }
+        let Some((a, b)) = as_product(w, n) else { continue };
+        for (x, g, axis) in w.nodes(a.0).iter().filter_map(|y| as_diag(w, y)) {
+            if axis == u8::from(a.1) {
+                out.push((id, diag(&w.ty(id).shape, 0, mm((class(x), a.1), (class(b.0), b.1)), g)));
+            }
+        }
+        // the same where the scaled operand is rounded
+        for (y, cast) in rounded(w, a.0) {
+            for (x, g, axis) in w.nodes(y).iter().filter_map(|y| as_diag(w, y)) {
+                if axis == u8::from(a.1) {
+                    let x = node(cast.clone(), vec![class(x)]);
+                    out.push((id, diag(&w.ty(id).shape, 0, mm((x, a.1), (class(b.0), b.1)), g)));
+                }
             }
         }
     }

@@ -19,6 +19,7 @@ fn kind(w: &World, r: Id) -> Option<u8> {
     let slot = u8::from(known == Known::Slot);
     Some(match () {
         () if w.eg[r].data.leaf => slot,
+        () if rounded(w, r).any(|y| w.eg[y.0].data.leaf) => 8 + slot,
         () if has(&|o| matches!(o, Op::Add | Op::Scatter { .. })) => 2 + slot,
         () if has(&|o| matches!(o, Op::Concat { .. })) => 4 + slot,
         () if w.nodes(r).iter().any(|n| as_diag(w, n).is_some()) => 6 + slot,

@@ -16,6 +16,9 @@ pub(super) fn factor(w: &World, out: &mut Found) {
             for (k, ps) in terms.iter().enumerate() {
                 for p in ps {
                     let (key, other) = if left { (p.1, p.2) } else { (p.2, p.1) };
+                    if !wide(w, other.0) {
+                        continue; // a sum is not rounded
+                    }
                     if left && (!w.is_param(other.0) || p.0.is_some_and(|s| !w.is_param(s))) {
                         continue;
                     }
@@ -131,9 +134,12 @@ pub(super) fn ranks_concat(w: &World, out: &mut Found) {
                 if p.1.1 || !thin || built || !known || w.known(p.2.0) == Known::Const {
                     continue;
                 }
-                for (x, a) in products(w, p.1.0).filter(|q| w.is_param(q.1.0)) {
+                let inner = rounded(w, p.1.0).flat_map(|y| products(w, y.0)).chain(products(w, p.1.0));
+                for (x, a) in inner.filter(|q| w.is_param(q.1.0)) {
                     let group = by.entry((x.0, x.1, a.1, p.2.1)).or_default();
-                    let apart = |q: &(usize, Prod, Id)| w.mixes(q.2, a.0) || w.mixes(q.1.2.0, p.2.0);
+                    let apart = |q: &(usize, Prod, Id)| {
+                        w.ty(q.1.1.0).dtype != w.ty(p.1.0).dtype || w.mixes(q.2, a.0) || w.mixes(q.1.2.0, p.2.0)
+                    };
                     if group.last().is_none_or(|z| z.0 != k) && !group.iter().any(apart) {
                         group.push((k, p, a.0));
                     }
@@ -150,7 +156,10 @@ pub(super) fn ranks_concat(w: &World, out: &mut Found) {
             m.sort_by_key(|e| e.2);
             let a = node(Op::Concat { axis: u8::from(!ta) }, m.iter().map(|e| class(e.2)).collect());
             let b = node(Op::Concat { axis: u8::from(tb) }, m.iter().map(|e| with(e.1.0, class(e.1.2.0))).collect());
-            let left = mm((class(x), tx), (a, ta));
+            let mut left = mm((class(x), tx), (a, ta));
+            if !wide(w, m[0].1.1.0) {
+                left = node(Op::Cast(w.ty(m[0].1.1.0).dtype), vec![left]);
+            }
             found.push((m.iter().map(|e| e.0).collect(), mm((left, false), (b, tb))));
         }
         regroup(id, &n.ch, found, out);
@@ -159,14 +168,22 @@ pub(super) fn ranks_concat(w: &World, out: &mut Found) {
 
 /// x·W + s·(x[:,I]·P) = x·(W with s·P added at I).
 pub(super) fn scatter_merge(w: &World, out: &mut Found) {
-    for (id, n, _) in each(w) {
+    for (id, n, op) in each(w) {
+        if *op == (Op::Scatter { axis: 1, mode: ScatterMode::Add }) && wide(w, id) && w.is_param(n.ch[1]) {
+            scattered_columns(w, id, n, out);
+        }
         if !is_sum(w, id, n) || n.ch.len() != 2 {
             continue;
         }
         for (i, j) in [(0, 1), (1, 0)] {
             for (s, a, b) in scaled_products(w, n.ch[j]) {
                 for y in w.nodes(a.0) {
-                    if y.op() != Some(&Op::Gather { axis: 1 }) || a.1 || !w.is_param(b.0) || !w.is_param(y.ch[1]) {
+                    if y.op() != Some(&Op::Gather { axis: 1 })
+                        || !wide(w, b.0)
+                        || a.1
+                        || !w.is_param(b.0)
+                        || !w.is_param(y.ch[1])
+                    {
                         continue;
                     }
                     for (x, v) in products(w, n.ch[i]) {
@@ -183,11 +200,26 @@ pub(super) fn scatter_merge(w: &World, out: &mut Found) {
     }
 }
 
+/// y·V with s·(y·P) added at columns I = y·(V with s·P added at columns I).
+fn scattered_columns(w: &World, id: Id, n: &ENode, out: &mut Found) {
+    for (s, x, b) in scaled_products(w, n.ch[2]) {
+        for (y, v) in products(w, n.ch[0]) {
+            let params = w.is_param(v.0) && w.is_param(b.0) && s.is_none_or(|s| w.is_param(s));
+            if x != y || v.1 != b.1 || !params || !wide(w, b.0) || w.mixes(v.0, b.0) {
+                continue;
+            }
+            let op = Op::Scatter { axis: u8::from(!v.1), mode: ScatterMode::Add };
+            let t = node(op, vec![class(v.0), class(n.ch[1]), with(s, class(b.0))]);
+            out.push((id, mm((class(y.0), y.1), (t, v.1))));
+        }
+    }
+}
+
 /// x·(W with P added at I) = x·W + x[:,I]·P where W is base, P a slot, and the two are to stay apart.
 pub(super) fn scatter_unmerge(w: &World, out: &mut Found) {
     for (id, n, _) in each(w) {
         let Some((a, b)) = as_product(w, n) else { continue };
-        if w.merge || a.1 || w.known(b.0) != Known::Slot || w.eg[b.0].data.base == 0 {
+        if w.merge || a.1 || !wide(w, b.0) || w.known(b.0) != Known::Slot || w.eg[b.0].data.base == 0 {
             continue;
         }
         for y in w.nodes(b.0) {
