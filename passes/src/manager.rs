@@ -138,6 +138,7 @@ impl Default for Pipeline {
         Pipeline {
             passes: [
                 "canonicalize",
+                "precision",
                 "differentiate",
                 "canonicalize",
                 "rewrite",
