@@ -2,8 +2,42 @@
 
 use super::Request;
 
-/// Work of one search: visits of a placed neighbour.
+/// Work of the local search: visits of a placed neighbour.
 const BUDGET: u64 = 20_000_000;
+/// Work of the greedy orders beyond the first ones.
+const DRAWS: u64 = 6_000_000;
+
+/// A logarithm to base 2, straight between powers of two: the same on every machine.
+pub(super) fn lg(x: u64) -> f64 {
+    let e = x.max(1).ilog2();
+    f64::from(e) + (x.max(1) as f64 / (1u64 << e) as f64 - 1.0)
+}
+
+/// A fixed sequence of numbers.
+pub(super) struct Draw(u64);
+
+impl Draw {
+    pub(super) fn new() -> Draw {
+        Draw(0x2545_F491_4F6C_DD1D)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 11
+    }
+
+    /// A number below `n`.
+    pub(super) fn below(&mut self, n: usize) -> usize {
+        (self.next() % n.max(1) as u64) as usize
+    }
+
+    /// A number from 0 to 1.
+    pub(super) fn unit(&mut self) -> f64 {
+        self.next() as f64 / (1u64 << 53) as f64
+    }
+}
 
 pub(super) struct Search<'a> {
     requests: &'a [Request],
@@ -35,8 +69,76 @@ impl<'a> Search<'a> {
         Search { requests, near, offsets: vec![0; requests.len()], placed: vec![false; requests.len()], spent: 0 }
     }
 
+    /// The best of several greedy orders, and its total; stops at `bound`.
+    pub(super) fn greedy(&mut self, bound: u64) -> (u64, Vec<u32>) {
+        let mut best = (u64::MAX, vec![]);
+        for order in self.orders() {
+            let total = self.fit(&order, best.0);
+            if total < best.0 || best.1.is_empty() {
+                best = (total, order);
+            }
+            if best.0 <= bound {
+                return best;
+            }
+        }
+        let live: Vec<u32> = best.1.clone();
+        let crowd = self.crowds();
+        let mut draw = Draw::new();
+        let limit = self.spent + DRAWS;
+        while self.spent < limit && best.0 > bound && !live.is_empty() {
+            let alpha = [0.0, 1.0, 100.0][draw.below(3)];
+            let (beta, gamma) = (2.0 * draw.unit(), 1.5 * draw.unit());
+            let noise = [0.0, 0.1, 0.5][draw.below(3)];
+            let mut keys: Vec<(f64, u32)> = live
+                .iter()
+                .map(|i| {
+                    let r = self.requests[*i as usize];
+                    let score = alpha * lg(crowd[*i as usize]) + beta * lg(r.last - r.first) + gamma * lg(r.size);
+                    (score + noise * draw.unit(), *i)
+                })
+                .collect();
+            keys.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+            let order: Vec<u32> = keys.into_iter().map(|k| k.1).collect();
+            let total = self.fit(&order, best.0);
+            if total < best.0 {
+                best = (total, order);
+            }
+        }
+        best
+    }
+
+    /// For each request, the largest sum of sizes alive at one of its times.
+    fn crowds(&self) -> Vec<u64> {
+        let live = |r: &&Request| r.first < r.last && r.size > 0;
+        let mut times: Vec<u64> = self.requests.iter().filter(live).flat_map(|r| [r.first, r.last]).collect();
+        times.sort_unstable();
+        times.dedup();
+        let at = |t: u64| times.partition_point(|x| *x < t);
+        let mut change = vec![0i128; times.len() + 1];
+        for r in self.requests.iter().filter(live) {
+            change[at(r.first)] += i128::from(r.size);
+            change[at(r.last)] -= i128::from(r.size);
+        }
+        let mut sum = 0i128;
+        let load: Vec<u64> = change
+            .iter()
+            .map(|c| {
+                sum += c;
+                u64::try_from(sum).unwrap_or(u64::MAX)
+            })
+            .collect();
+        let most = |r: &Request| load[at(r.first)..at(r.last).max(at(r.first))].iter().copied().max().unwrap_or(0);
+        self.requests.iter().map(|r| if live(&r) { most(r) } else { 0 }).collect()
+    }
+
+    /// The offsets that an order gives.
+    pub(super) fn offsets_of(&mut self, order: &[u32]) -> Vec<u64> {
+        self.fit(order, u64::MAX);
+        self.offsets.clone()
+    }
+
     /// The greedy orders worth trying.
-    pub(super) fn orders(&self) -> Vec<Vec<u32>> {
+    fn orders(&self) -> Vec<Vec<u32>> {
         let r = |i: &u32| self.requests[*i as usize];
         let all: Vec<u32> =
             (0..self.requests.len() as u32).filter(|i| r(i).first < r(i).last && r(i).size > 0).collect();
@@ -101,15 +203,11 @@ impl<'a> Search<'a> {
     pub(super) fn improve(&mut self, total: u64, order: Vec<u32>, bound: u64, effort: u64) -> (u64, Vec<u32>) {
         let (mut best, mut best_order) = (total, order.clone());
         let (mut now, mut current) = (total, order);
-        let mut random = 0x9E37_79B9_7F4A_7C15u64;
-        let mut next = move |n: usize| {
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            (random % n.max(1) as u64) as usize
-        };
+        let mut draw = Draw::new();
+        let mut next = move |n: usize| draw.below(n);
+        let limit = self.spent.saturating_add(BUDGET.saturating_mul(effort));
         let mut stale = 0u32;
-        while self.spent < BUDGET.saturating_mul(effort) && best > bound {
+        while self.spent < limit && best > bound {
             self.fit(&current, u64::MAX);
             let mut top: Vec<usize> = vec![];
             for (k, &i) in current.iter().enumerate() {

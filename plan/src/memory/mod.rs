@@ -1,15 +1,17 @@
 //! The memory planner: where buffers with known lifetimes lie in one arena, so that it is as small as possible.
 //!
-//! This is dynamic storage allocation, which is NP-hard. The planner tries several greedy orders, then a local search
-//! near the best one, then a depth-first search that is complete when its budget suffices, and stops as soon as the lower
-//! bound is reached. Effort is bounded by counts, so the result is the same on every machine. [`check`] is independent
-//! of how a placement was found. Nothing here knows what a buffer holds.
+//! This is dynamic storage allocation, which is NP-hard. The planner tries several greedy orders, then a depth-first
+//! search (see [`branch`]) at the lower bound in many orders, then a local search over greedy orders, then the depth-first
+//! search between what is proven and what is reached, and stops as soon as the two meet. Effort is bounded by counts, so
+//! the result is the same on every machine. [`check`] is independent of how a placement was found. Nothing here knows
+//! what a buffer holds.
 
-mod exact;
+mod branch;
 mod greedy;
+mod portfolio;
 
-use exact::{Exact, Found};
 use greedy::Search;
+use portfolio::Portfolio;
 
 /// A buffer: alive at the times `first..last`, `size` bytes long.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -76,16 +78,17 @@ pub fn check(requests: &[Request], offsets: &[u64]) -> Result<u64, (usize, usize
     Ok(total)
 }
 
-/// As [`place_with`], with an effort that takes about a quarter of a second at most.
+/// As [`place_with`], with an effort that takes about half a second at most.
 pub fn place(requests: &[Request], align: u64) -> Placement {
-    place_with(requests, align, 1)
+    place_with(requests, align, None, 1)
 }
 
-/// Places the requests at multiples of `align` (at least 1). Requests of no length or no size lie at 0. `effort`
-/// multiplies the budgets of the searches, which are used up only where the lower bound is not reached.
+/// Places the requests at multiples of `align` (at least 1). Requests of no length or no size lie at 0. A `goal` is a
+/// total that is known to suffice: it is tried when the lower bound is not reached. `effort` multiplies the budgets of
+/// the searches, which are used up only where the lower bound is not reached.
 ///
 /// Sizes are assumed to sum to less than `u64::MAX`; otherwise offsets saturate and [`check`] finds it.
-pub fn place_with(requests: &[Request], align: u64, effort: u64) -> Placement {
+pub fn place_with(requests: &[Request], align: u64, goal: Option<u64>, effort: u64) -> Placement {
     let align = align.max(1);
     let rounded: Vec<Request> = requests
         .iter()
@@ -93,112 +96,24 @@ pub fn place_with(requests: &[Request], align: u64, effort: u64) -> Placement {
         .collect();
     let bound = lower_bound(&rounded);
     let mut search = Search::new(&rounded);
-    let mut best: Option<(u64, Vec<u32>)> = None;
-    for order in search.orders() {
-        let total = search.fit(&order, best.as_ref().map_or(u64::MAX, |b| b.0));
-        if best.as_ref().is_none_or(|b| total < b.0) {
-            best = Some((total, order));
-        }
-        if best.as_ref().is_some_and(|b| b.0 <= bound) {
-            break;
-        }
-    }
-    let (mut total, mut order) = best.unwrap_or((0, vec![]));
-    if total > bound {
-        (total, order) = search.improve(total, order, bound, effort);
-    }
-    search.fit(&order, u64::MAX);
-    let mut offsets = search.offsets;
+    let (mut total, mut order) = search.greedy(bound);
+    let mut offsets = search.offsets_of(&order);
     let mut proven = bound;
     if total > bound {
-        (total, proven) = squeeze(&rounded, &mut offsets, total, bound, effort);
+        let mut portfolio = Portfolio::new(&rounded, effort);
+        if let Some(p) = &mut portfolio {
+            proven = p.grain(bound);
+            p.begin(goal, &mut total, &mut proven, &mut offsets);
+        }
+        if total > proven && goal.is_none_or(|g| total > g) {
+            let (t, o) = search.improve(total, std::mem::take(&mut order), proven, effort);
+            if t < total {
+                (total, offsets) = (t, search.offsets_of(&o));
+            }
+        }
+        if let Some(p) = &mut portfolio {
+            p.squeeze(&mut total, &mut proven, &mut offsets);
+        }
     }
     Placement { offsets, total, lower_bound: bound, optimal: total <= proven }
-}
-
-/// Requests up to which the complete search is tried: its depth is their number.
-const EXACT_UP_TO: usize = 1500;
-/// Visits of one complete search, at effort 1.
-const EXACT_BUDGET: u64 = 1_500_000;
-
-/// Lowers the total by complete searches at smaller capacities. Returns it with the highest proven bound.
-fn squeeze(requests: &[Request], offsets: &mut [u64], mut total: u64, bound: u64, effort: u64) -> (u64, u64) {
-    let live = |i: &usize| requests[*i].first < requests[*i].last && requests[*i].size > 0;
-    let all: Vec<usize> = (0..requests.len()).filter(live).collect();
-    let sum = all.iter().try_fold(0u64, |a, i| a.checked_add(requests[*i].size));
-    if all.len() > EXACT_UP_TO || sum.is_none_or(|s| s > u64::MAX / 4) {
-        return (total, bound);
-    }
-    // Every offset is a sum of sizes, so totals are multiples of their common divisor.
-    let grain = all.iter().fold(0, |g, i| gcd(g, requests[*i].size)).max(1);
-    let mut proven = bound.next_multiple_of(grain);
-    let life = |i: usize| u128::from(requests[i].last - requests[i].first);
-    let area = |i: usize| u128::from(requests[i].size) * life(i);
-    let crowd = crowds(requests, &all);
-    let ranks: [&dyn Fn(usize) -> (u128, u128, u128); 3] =
-        [&|i| (life(i), area(i), crowd[i].into()), &|i| (crowd[i].into(), area(i), life(i)), &|i| {
-            (crowd[i].into(), life(i), area(i))
-        }];
-    let mut searches: Vec<(Exact, Vec<usize>)> = vec![];
-    for rank in ranks {
-        let mut order = all.clone();
-        order.sort_by(|a, b| rank(*b).cmp(&rank(*a)).then(a.cmp(b)));
-        let list: Vec<Request> = order.iter().map(|i| requests[*i]).collect();
-        searches.push((Exact::new(&list), order));
-    }
-    // The bound itself first, then by halves between what failed and what is known to do.
-    let mut target = proven;
-    let mut failed = proven;
-    for _ in 0..12 {
-        let mut found = Found::Unknown;
-        for (exact, order) in &mut searches {
-            let mut budget = EXACT_BUDGET.saturating_mul(effort);
-            found = exact.search(target, &mut budget);
-            if found == Found::Yes {
-                for (k, i) in order.iter().enumerate() {
-                    offsets[*i] = exact.offset[k];
-                }
-                total = order.iter().map(|i| offsets[*i] + requests[*i].size).max().unwrap_or(0);
-            }
-            if found != Found::Unknown {
-                break;
-            }
-        }
-        if found == Found::No {
-            proven = proven.max(target + grain);
-        }
-        if found != Found::Yes {
-            failed = failed.max(target);
-        }
-        if total <= proven || total - failed <= grain {
-            break;
-        }
-        target = failed + (total - failed) / 2 / grain * grain;
-        if target <= failed || total - failed < total / 2000 {
-            break;
-        }
-    }
-    (total, proven)
-}
-
-/// For each request, the largest sum of sizes alive at one of its times.
-fn crowds(requests: &[Request], live: &[usize]) -> Vec<u64> {
-    let mut times: Vec<u64> = live.iter().flat_map(|i| [requests[*i].first, requests[*i].last]).collect();
-    times.sort_unstable();
-    times.dedup();
-    let at = |t: u64| times.partition_point(|x| *x < t);
-    let mut load = vec![0u64; times.len()];
-    for i in live {
-        let r = &requests[*i];
-        load[at(r.first)..at(r.last)].iter_mut().for_each(|x| *x = x.saturating_add(r.size));
-    }
-    let mut out = vec![0; requests.len()];
-    for i in live {
-        out[*i] = load[at(requests[*i].first)..at(requests[*i].last)].iter().copied().max().unwrap_or(0);
-    }
-    out
-}
-
-fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a } else { gcd(b, a % b) }
 }
