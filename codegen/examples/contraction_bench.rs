@@ -1,6 +1,6 @@
 //! Speed of contraction kernels against this machine's own peak and bandwidth, measured in the same run.
 //!
-//! `cargo run --release -p pleach-codegen --example contraction_bench [threads] [avx512|avx2] [filter]`
+//! `cargo run --release -p pleach-codegen --example contraction_bench [threads] [avx512-bf16|avx512|avx2] [filter] [f32|bf16]`
 //!
 //! Each line: best time of many, GFLOP/s or GB/s, percent of the peak measured on the same threads. A matrix-vector
 //! product is compared with a plain read of as many bytes.
@@ -69,7 +69,19 @@ struct Launch<'a> {
 // SAFETY: tasks of a launch write disjoint parts of the buffers, and each thread has its own scratch.
 unsafe impl Sync for Launch<'_> {}
 
-/// Best time of a launch: tasks are handed out through one counter, as the runtime does it.
+unsafe extern "C" {
+    fn clock_gettime(clock: i32, time: *mut [i64; 2]) -> i32;
+}
+
+/// Seconds that this thread has run: what one thread needs on a machine that others use too.
+fn thread_time() -> f64 {
+    let mut t = [0i64; 2];
+    // SAFETY: the structure is two 64-bit numbers; 3 is CLOCK_THREAD_CPUTIME_ID.
+    unsafe { clock_gettime(3, &mut t) };
+    t[0] as f64 + t[1] as f64 * 1e-9
+}
+
+/// Best time of a launch (of one thread: time on the processor): tasks are handed out through one counter, as the runtime does it.
 fn best(l: &Launch, threads: usize, budget_ms: f64) -> f64 {
     let (turn, next, done, stop) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
     let work = |id: usize| loop {
@@ -103,7 +115,7 @@ fn best(l: &Launch, threads: usize, budget_ms: f64) -> f64 {
         let clock = Instant::now();
         let mut n = 0;
         while n < 20 || clock.elapsed().as_secs_f64() * 1e3 < budget_ms {
-            let start = Instant::now();
+            let (start, busy) = (Instant::now(), thread_time());
             next.store(0, Ordering::Relaxed);
             done.store(0, Ordering::Relaxed);
             turn.fetch_add(1, Ordering::Release);
@@ -111,7 +123,8 @@ fn best(l: &Launch, threads: usize, budget_ms: f64) -> f64 {
             while done.load(Ordering::Acquire) < threads as u64 - 1 {
                 std::hint::spin_loop();
             }
-            low = low.min(start.elapsed().as_secs_f64());
+            let wall = start.elapsed().as_secs_f64();
+            low = low.min(if threads == 1 { thread_time() - busy } else { wall });
             n += 1;
         }
         stop.store(true, Ordering::Relaxed);
@@ -119,8 +132,8 @@ fn best(l: &Launch, threads: usize, budget_ms: f64) -> f64 {
     low
 }
 
-/// 24 independent chains of multiply-adds; `dims[0]` turns per task.
-fn peak_text(isa: HostIsa) -> String {
+/// 24 independent chains of multiply-adds, or of dot products of pairs; `dims[0]` turns per task.
+fn peak_text(isa: HostIsa, pairs: bool) -> String {
     let mut f = Func::host_kernel("peak");
     let lanes = isa.lanes();
     let chains = if isa == HostIsa::Avx512 { 24 } else { 12 };
@@ -131,6 +144,16 @@ fn peak_text(isa: HostIsa) -> String {
         let inits: Vec<_> = (0..chains).map(|i| (f.f32(i as f32, lanes), v.clone())).collect();
         let (a, b) = (f.f32(0.5, lanes), f.f32(0.25, lanes));
         let r = f.for_(&zero, &n, 1, &inits, |f, _, acc| {
+            if pairs {
+                let p = f.konst("dense<0.5> : vector<32xbf16>");
+                let one = |x: &_| {
+                    format!(
+                        "llvm.call_intrinsic \"llvm.x86.avx512bf16.dpbf16ps.512\"({x}, {p}, {p}) : \
+                         (vector<16xf32>, vector<32xbf16>, vector<32xbf16>) -> vector<16xf32>"
+                    )
+                };
+                return acc.iter().map(|x| f.op(one(x))).collect();
+            }
             acc.iter().map(|x| f.op(format!("math.fma {x}, {a}, {b} : {v}"))).collect()
         });
         let mut s = r[0].clone();
@@ -189,15 +212,21 @@ enum Tail {
     Slices,
     /// The right operand row-major `[K, N]`.
     Rows,
+    /// The right operand row-major `[N, K]`.
+    RowsT,
+    /// Two of those, summed: `x1 W1 + x2 W2`, right operands `[K, N]`.
+    TwoRows,
+    /// `grad += aᵀ b` over `T` tokens, `[K, N]`; `K` is the rows of the result.
+    Grad,
 }
 
-fn contraction(n: u64, k: u64, isa: HostIsa, tail: Tail) -> Kernel {
+fn contraction(n: u64, k: u64, isa: HostIsa, tail: Tail, dtype: DType) -> Kernel {
     let t = Dim::Symbol(Sym::T);
     let (mut body, mut operands) = (Entry::new("k"), vec![]);
     let mut push = |op: Op, x: &[ValueId]| body.push(&[], op, x).unwrap();
     let mut input = |push: &mut dyn FnMut(Op, &[ValueId]) -> ValueId, shape: &[Dim], layout: Layout| {
         operands.push(layout);
-        push(Op::Input { name: format!("a{}", operands.len() - 1), dtype: DType::F32, shape: shape.to_vec() }, &[])
+        push(Op::Input { name: format!("a{}", operands.len() - 1), dtype, shape: shape.to_vec() }, &[])
     };
     let wide = if tail == Tail::Slices { 2 * n } else { n };
     let packed = Layout::Panels { nr: choose_panel(n, &[], isa), transposed: true };
@@ -209,6 +238,10 @@ fn contraction(n: u64, k: u64, isa: HostIsa, tail: Tail) -> Kernel {
         if tail == Tail::Rows {
             let w = input(push, &[Dim::Known(k), Dim::Known(n)], Layout::RowMajor);
             return push(Op::MatMul { ta: false, tb: false }, &[x, w]);
+        }
+        if tail == Tail::RowsT {
+            let w = input(push, &[Dim::Known(n), Dim::Known(k)], Layout::RowMajor);
+            return push(mm.clone(), &[x, w]);
         }
         let w = input(push, &[Dim::Known(wide), Dim::Known(k)], packed);
         let y = push(mm.clone(), &[x, w]);
@@ -226,7 +259,24 @@ fn contraction(n: u64, k: u64, isa: HostIsa, tail: Tail) -> Kernel {
         push(Op::Binary(BinaryOp::Mul), &[s, u])
     };
     let y = match tail {
-        Tail::Plain | Tail::Rows => product(&mut push, &mut input, false),
+        Tail::TwoRows => {
+            let w = input(&mut push, &[Dim::Known(k), Dim::Known(n)], Layout::RowMajor);
+            let p = push(Op::MatMul { ta: false, tb: false }, &[x, w]);
+            let x = input(&mut push, &[t, Dim::Known(k)], Layout::RowMajor);
+            let w = input(&mut push, &[Dim::Known(k), Dim::Known(n)], Layout::RowMajor);
+            let q = push(Op::MatMul { ta: false, tb: false }, &[x, w]);
+            push(Op::Add, &[p, q])
+        }
+        Tail::Grad => {
+            let dy = input(&mut push, &[t, Dim::Known(n)], Layout::RowMajor);
+            let old = push(
+                Op::Input { name: "a2".into(), dtype: DType::F32, shape: vec![Dim::Known(k), Dim::Known(n)] },
+                &[],
+            );
+            let g = push(Op::MatMul { ta: true, tb: false }, &[x, dy]);
+            push(Op::Add, &[old, g])
+        }
+        Tail::Plain | Tail::Rows | Tail::RowsT => product(&mut push, &mut input, false),
         Tail::Lora => product(&mut push, &mut input, true),
         Tail::Add => {
             let y = product(&mut push, &mut input, false);
@@ -247,6 +297,10 @@ fn contraction(n: u64, k: u64, isa: HostIsa, tail: Tail) -> Kernel {
             silu(&mut push, g, u)
         }
     };
+    let y = if dtype == DType::BF16 && tail != Tail::Grad { push(Op::Cast(dtype), &[y]) } else { y };
+    if tail == Tail::Grad {
+        operands.push(Layout::RowMajor);
+    }
     body.output("r0", y);
     Kernel {
         name: "k".into(),
@@ -254,7 +308,7 @@ fn contraction(n: u64, k: u64, isa: HostIsa, tail: Tail) -> Kernel {
         body,
         operands,
         results: vec![Layout::RowMajor],
-        aliases: vec![None],
+        aliases: vec![(tail == Tail::Grad).then_some(2)],
     }
 }
 
@@ -264,7 +318,10 @@ fn main() {
     let target =
         HostTarget::from_name(&args.next().unwrap_or("native".into())).expect("a target: avx512, avx2, native");
     let filter = args.next().unwrap_or_default();
-    let (_peak_lib, peak, _) = load(&peak_text(target.isa), "peak", &target);
+    let budget = 120.0;
+    let dtype = if args.next().as_deref() == Some("bf16") { DType::BF16 } else { DType::F32 };
+    let pairs = dtype == DType::BF16 && target.bf16;
+    let (_peak_lib, peak, _) = load(&peak_text(target.isa, pairs), "peak", &target);
     let (_read_lib, read, _) = load(&read_text(), "read", &target);
     let scratch: Vec<Memory> = (0..threads).map(|_| Memory::new(8 << 20, 0.0)).collect();
     let sink = Memory::new(1 << 16, 0.0);
@@ -272,7 +329,7 @@ fn main() {
         let turns = 20_000i64;
         let l = Launch { f: peak, buffers: &[sink.ptr()], dims: &[turns], tasks: threads as u64, scratch: &scratch };
         let chains = if target.isa == HostIsa::Avx512 { 24 } else { 12 };
-        let flop = (chains * target.isa.lanes() * 2) as f64 * turns as f64 * threads as f64;
+        let flop = (chains * target.isa.lanes() * if pairs { 4 } else { 2 }) as f64 * turns as f64 * threads as f64;
         flop / best(&l, threads, 60.0) / 1e9
     };
     let read_rate = |bytes: u64| {
@@ -294,7 +351,26 @@ fn main() {
         (576, 1536, Tail::Add, "down bias+res"),
         (576, 576, Tail::Add, "o bias+res"),
         (576, 576, Tail::Lora, "o lora"),
-        (576, 576, Tail::Rows, "o row-major"),
+        (576, 576, Tail::Rows, "dx o rows"),
+        (576, 192, Tail::Rows, "dx kv rows"),
+        (576, 1536, Tail::TwoRows, "dx gate+up rows"),
+        (1536, 576, Tail::Rows, "dx down rows"),
+        (576, 49152, Tail::Rows, "dx head rows"),
+        (576, 576, Tail::RowsT, "o rows t"),
+        (192, 576, Tail::RowsT, "kv rows t"),
+        (1536, 576, Tail::RowsT, "gate rows t"),
+        (576, 1536, Tail::RowsT, "down rows t"),
+        (49152, 576, Tail::RowsT, "head rows t"),
+        (16, 576, Tail::RowsT, "lora a rows t"),
+        (576, 16, Tail::RowsT, "lora b rows t"),
+        (16, 576, Tail::Rows, "dh rows"),
+        (576, 16, Tail::Rows, "dx lora rows"),
+        (576, 16, Tail::Grad, "dA grad"),
+        (1536, 16, Tail::Grad, "dA wide grad"),
+        (16, 576, Tail::Grad, "dB grad"),
+        (16, 1536, Tail::Grad, "dB wide grad"),
+        (576, 576, Tail::Grad, "dW grad"),
+        (576, 1536, Tail::Grad, "dW down grad"),
         (16, 576, Tail::Plain, "lora a"),
         (576, 16, Tail::Plain, "lora b"),
         (384, 384, Tail::Plain, "bert"),
@@ -302,11 +378,12 @@ fn main() {
         (49152, 576, Tail::Plain, "head"),
     ];
     for &(n, k, tail, name) in shapes.iter().filter(|s| s.3.contains(&filter)) {
-        let kernel = contraction(n, k, target.isa, tail);
+        let kernel = contraction(n, k, target.isa, tail, dtype);
         let e = emit(&kernel, &[Sym::T], &target).unwrap_or_else(|e| panic!("{e}"));
         let (_lib, f, ms) = load(&e.text, "k", &target);
-        for m in [512u64, 1, 4, 16, 128] {
-            if n * k > 1 << 24 && m == 128 {
+        let sizes = if tail == Tail::Grad { vec![512, 2048] } else { vec![512u64, 1, 4, 16, 128] };
+        for m in sizes {
+            if n * k > 1 << 24 && m == 512 && tail != Tail::Plain {
                 continue;
             }
             let env = |_: Sym| Some(m);
@@ -314,11 +391,14 @@ fn main() {
             for (ty, l) in kernel.operand_types().iter().zip(&kernel.operands) {
                 memory.push(Memory::new(l.elements(ty, &env).unwrap() as usize, 0.01));
             }
-            memory.push(Memory::new((m * n) as usize, 0.0));
-            let buffers: Vec<*mut u8> = memory.iter().map(Memory::ptr).collect();
+            memory.push(Memory::new((if tail == Tail::Grad { k } else { m } * n) as usize, 0.0));
+            let mut buffers: Vec<*mut u8> = memory.iter().map(Memory::ptr).collect();
+            if tail == Tail::Grad {
+                buffers[3] = buffers[2];
+            }
             let tasks = e.tasks.eval(&[m]).unwrap();
             let l = Launch { f, buffers: &buffers, dims: &[m as i64], tasks, scratch: &scratch };
-            let s = best(&l, threads, 200.0);
+            let s = best(&l, threads, budget);
             let flop = e.flops.eval(&[m]).unwrap() as f64;
             let bytes = e.bytes.eval(&[m]).unwrap();
             let head = format!("{name:>16} M={m:<4} N={n:<6} K={k:<5} tasks {tasks:<5} {:>9.1} us", s * 1e6);

@@ -74,7 +74,7 @@ pub fn emit(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted,
     };
     let mut scratch = Expr::Const(4 * partial_elements(&an, &bl));
     for p in &bl.packs {
-        scratch = scratch.add(dim(p.depth)?.ceil_div(DEPTH_STEP).mul(DEPTH_STEP).mul(p.width_bytes));
+        scratch = scratch.add(dim(p.depth)?.add(p.slack).ceil_div(DEPTH_STEP).mul(DEPTH_STEP).mul(p.width_bytes));
     }
     let mut flops = Expr::Const(0);
     for (p, _) in an.groups.iter().flat_map(|g| &g.products) {

@@ -4,6 +4,7 @@
 //! last axis are pushed through the elementwise operators down to the products, so that a tile of `silu(z[:, :F]) *
 //! z[:, F:]` holds two groups of the same product. Decides nothing about tiles.
 
+use super::blocking::WHOLE_K;
 use super::view::{Stride, View, view};
 use pleach_ir::{BinaryOp, Class, DType, Dim, Entry, Kernel, Layout, Op, ValueId};
 use std::collections::BTreeMap;
@@ -29,26 +30,17 @@ pub(super) struct Product {
     pub(super) n: Dim,
     /// Type of both operands: f32 or bf16.
     pub(super) dtype: DType,
+    /// The left operand is packed into scratch memory: pairs that do not lie side by side.
+    pub(super) packs_left: bool,
+    /// The right operand is packed into scratch memory: pairs that are not in panels, what has no unit step along the
+    /// columns, and long sums that many rows read.
+    pub(super) packs_right: bool,
 }
 
 impl Product {
     /// bf16: a step of the sum is a pair of elements.
     pub(super) fn pairs(&self) -> bool {
         self.dtype == DType::BF16
-    }
-
-    /// The right operand is packed into scratch memory by the task that needs it.
-    pub(super) fn packs_right(&self) -> bool {
-        match self.right {
-            Right::Panels { .. } => false,
-            Right::Rows(_) => self.pairs(),
-            Right::Strided(_) => true,
-        }
-    }
-
-    /// The left operand is packed into scratch memory: pairs that do not lie side by side.
-    pub(super) fn packs_left(&self) -> bool {
-        self.pairs() && self.left.strides.last().and_then(Stride::known) != Some(1)
     }
 }
 
@@ -306,7 +298,16 @@ impl Analysis {
                 if w.strides[inner].known() == Some(1) { Right::Rows(w) } else { Right::Strided(w) }
             }
         };
-        let p = Product { left, right, k: dim, n: *n, dtype };
+        let pairs = dtype == DType::BF16;
+        let many = |limit: u64| m.known().is_none_or(|m| m > limit);
+        let step = |s: &Stride| s.known() == Some(1);
+        let packs_left = pairs && !step(&left.strides[inner]);
+        let packs_right = match right {
+            Right::Panels { .. } => false,
+            Right::Rows(_) => pairs || (many(64) && dim.known().is_some_and(|k| k > WHOLE_K)),
+            Right::Strided(_) => true,
+        };
+        let p = Product { left, right, k: dim, n: *n, dtype, packs_left, packs_right };
         Ok(match self.products.iter().position(|q| *q == p) {
             Some(i) => i,
             None => {

@@ -1,6 +1,7 @@
 //! Tile shapes and task sizes. All follow from shapes and the vector set, never from a thread count.
 
 use super::analyze::{Analysis, Product, Right};
+use super::view::Stride;
 use crate::emit::HostIsa;
 use pleach_ir::{Dim, Layout};
 
@@ -9,9 +10,13 @@ pub(super) const LANES: usize = 16;
 /// Bytes of right operand that a task works on at a time: half of a 1 MiB second-level cache.
 const BLOCK_BYTES: u64 = 512 << 10;
 /// The longest sum that runs in registers from end to end.
-const WHOLE_K: u64 = 2048;
+pub(super) const WHOLE_K: u64 = 2048;
 /// Length of a part of a longer sum.
 const PART_K: u64 = 1024;
+/// The same in bytes where operands are packed, or read at one line a step: a tile's lines stay in the first cache.
+const PART_BYTES: u64 = 2048;
+/// A sum so long that its right operand comes from memory: tasks take wider pieces of its rows.
+const STREAMED_K: u64 = 8192;
 /// Rows of a task, about.
 const TASK_ROWS: u64 = 64;
 /// The same where the task packs its left operand: the packed block and the right operand share a cache.
@@ -30,6 +35,8 @@ pub(super) struct Blocking {
     pub(super) vectors: usize,
     /// Registers that one vector takes.
     pub(super) registers: usize,
+    /// Rows of a packed left operand that lie together; tiles never cross a block.
+    pub(super) left_block: u64,
     /// Rows of the tiles, largest first; the last is 1.
     pub(super) rows: Vec<u64>,
     /// Rows of a task where rows are split.
@@ -51,7 +58,7 @@ pub(super) struct Blocking {
 /// Which operand of a product is packed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Side {
-    /// Rows of the task, `[steps][rows]`, for a group.
+    /// Rows of the task, `[blocks][steps][rows of a block]`, for a group.
     Left(usize),
     /// Columns of the tiles at work, `[tile][steps][width]`, for a group.
     Right(usize),
@@ -64,6 +71,8 @@ pub(super) struct Pack {
     pub(super) product: usize,
     /// Elements along the sum that are packed at a time.
     pub(super) depth: Dim,
+    /// Elements more, for whole stores at the end.
+    pub(super) slack: u64,
     /// Bytes for every element of the depth.
     pub(super) width_bytes: u64,
 }
@@ -102,21 +111,25 @@ impl Blocking {
             (HostIsa::Avx512, _, true) => vec![6, 2, 1],
         };
         let longest = a.products.iter().map(|p| p.k.known()).try_fold(0, |n, k| Some(n.max(k?)));
+        let left = a.products.iter().any(|p| p.packs_left);
+        let packs = left || a.products.iter().any(|p| p.packs_right);
+        let size = a.products.iter().map(|p| p.dtype.size()).max().unwrap_or(4);
+        let across = |p: &Product| p.left.strides.last().and_then(Stride::known) != Some(1);
+        let part_k = if packs || a.products.iter().any(across) { PART_BYTES / size } else { PART_K };
         let part = match longest {
             Some(k) if k <= WHOLE_K => None,
-            Some(k) => Some(k.div_ceil(k.div_ceil(PART_K)).next_multiple_of(DEPTH_STEP)),
-            None => Some(PART_K),
+            Some(k) => Some(k.div_ceil(k.div_ceil(part_k)).next_multiple_of(DEPTH_STEP)),
+            None => Some(part_k),
         };
-        let depth = |p: &Product| p.k.known().unwrap_or(PART_K).min(part.unwrap_or(u64::MAX)).max(1) * p.dtype.size();
+        let depth = |p: &Product| p.k.known().unwrap_or(part_k).min(part.unwrap_or(u64::MAX)).max(1) * p.dtype.size();
         let tile_bytes: u64 =
             a.groups.iter().flat_map(|g| &g.products).map(|p| depth(&a.products[p.0]) * width).sum::<u64>().max(1);
         let count = a.n.known().map(|n| n.div_ceil(width));
         let most = (BLOCK_BYTES / tile_bytes).clamp(1, 8).min(count.unwrap_or(8).max(1));
-        let left = a.products.iter().any(Product::packs_left);
-        let packs = left || a.products.iter().any(Product::packs_right);
         let task_rows = match (left, packs) {
             (true, _) => TASK_ROWS_LEFT,
-            (_, true) => TASK_ROWS_RIGHT,
+            // Few columns give few tasks unless rows are split too.
+            (_, true) => (TASK_ROWS_RIGHT / 8 * count.unwrap_or(8)).clamp(TASK_ROWS_LEFT, TASK_ROWS_RIGHT),
             _ => TASK_ROWS,
         };
         // Blocks of equal height.
@@ -124,9 +137,11 @@ impl Blocking {
             Dim::Known(m) if packs && m > task_rows => m.div_ceil(m.div_ceil(task_rows)),
             _ => task_rows,
         };
-        let task_rows = task_rows.next_multiple_of(rows[0]);
+        let left_block = if LANES as u64 % rows[0] == 0 { LANES as u64 } else { rows[0] };
+        let task_rows = task_rows.next_multiple_of(if left { left_block } else { rows[0] });
         let (narrow_tiles, narrow_chunk, task_tiles) = if packs {
-            let n = count.unwrap_or(COLUMN_TASKS).div_ceil(COLUMN_TASKS).clamp(1, most);
+            let tasks = if longest.is_some_and(|k| k > STREAMED_K) { COLUMN_TASKS / 4 } else { COLUMN_TASKS };
+            let n = count.unwrap_or(tasks).div_ceil(tasks).clamp(1, most);
             let blocks = a.m.known().unwrap_or(1).div_ceil(task_rows).max(1);
             let wide = count.unwrap_or(COLUMN_TASKS).div_ceil(COLUMN_TASKS.div_ceil(blocks)).clamp(1, most);
             (n, n, wide)
@@ -137,6 +152,7 @@ impl Blocking {
             width,
             vectors,
             registers: LANES / isa.lanes(),
+            left_block,
             task_rows,
             rows,
             task_tiles: task_tiles.max(narrow_chunk),
@@ -151,8 +167,8 @@ impl Blocking {
     }
 
     /// Rows of a packed left operand.
-    pub(super) fn left_width(&self, m: Dim) -> u64 {
-        m.known().unwrap_or(u64::MAX).min(self.task_rows).max(1).next_multiple_of(LANES as u64)
+    fn left_width(&self, m: Dim) -> u64 {
+        m.known().unwrap_or(u64::MAX).min(self.task_rows).max(1).next_multiple_of(self.left_block)
     }
 
     fn packed(&self, a: &Analysis) -> Vec<Pack> {
@@ -166,13 +182,13 @@ impl Blocking {
                     (Some(part), _) if long => Dim::Known(part),
                     (_, k) => k,
                 };
-                if product.packs_right() {
+                if product.packs_right {
                     let width_bytes = self.task_tiles * self.width * product.dtype.size();
-                    packs.push(Pack { side: Side::Right(g), product: *p, depth, width_bytes });
+                    packs.push(Pack { side: Side::Right(g), product: *p, depth, slack: 0, width_bytes });
                 }
-                if product.packs_left() {
+                if product.packs_left {
                     let width_bytes = self.left_width(a.m) * product.dtype.size();
-                    packs.push(Pack { side: Side::Left(g), product: *p, depth, width_bytes });
+                    packs.push(Pack { side: Side::Left(g), product: *p, depth, slack: 8, width_bytes });
                 }
             }
         }

@@ -1,8 +1,8 @@
 //! Operands that cannot be read in place, copied into scratch memory by the task that needs them.
 //!
-//! A right operand becomes panels, `[tile][steps][width]`; a left one `[steps][rows]`. A step is one element of f32 or a
-//! pair of bf16, `(k, k + 1)` side by side; a missing second half is zero. Lanes past the last column or row are
-//! undefined, and so are the results they lead to, which nobody stores.
+//! A right operand becomes panels, `[tile][steps][width]`; a left one blocks of rows, `[block][steps][rows]`. A step is
+//! one element of f32 or a pair of bf16, `(k, k + 1)` side by side; a missing second half is zero. Lanes past the last
+//! column or row are undefined, and so are the results they lead to, which nobody stores.
 //!
 //! Three ways: rows along the lanes are copied or interleaved; rows along the sum are transposed in registers, 16 by 16
 //! steps; anything else goes element by element.
@@ -13,7 +13,7 @@ use super::context::Context;
 use super::{Span, partial_elements};
 use crate::emit::elementwise::memory_elem;
 use crate::emit::func::{Func, Val, vty};
-use pleach_ir::{DType, Dim};
+use pleach_ir::DType;
 
 /// Bytes of a pack: its depth, rounded up, times its width.
 fn bytes(f: &mut Func, cx: &Context, p: &Pack) -> Val {
@@ -24,6 +24,7 @@ fn bytes(f: &mut Func, cx: &Context, p: &Pack) -> Val {
 /// Elements along the sum that a pack has room for.
 fn depth(f: &mut Func, cx: &Context, p: &Pack) -> Val {
     let d = cx.dim(f, p.depth);
+    let d = f.addc(&d, p.slack as i64);
     let d = f.ceil_divc(&d, DEPTH_STEP as i64);
     f.mulc(&d, DEPTH_STEP as i64)
 }
@@ -50,9 +51,10 @@ pub(super) fn panel(f: &mut Func, cx: &Context, group: usize, product: usize, sl
     f.gep(&base, &at, memory_elem(cx.an.products[product].dtype))
 }
 
-/// Address of the packed left operand of a task.
-pub(super) fn left(f: &mut Func, cx: &Context, group: usize, product: usize) -> Val {
-    place(f, cx, Side::Left(group), product).0
+/// Address of the packed left operand of a task, and elements between its blocks.
+pub(super) fn left(f: &mut Func, cx: &Context, group: usize, product: usize) -> (Val, Val) {
+    let (base, depth) = place(f, cx, Side::Left(group), product);
+    (base, f.mulc(&depth, cx.bl.left_block as i64))
 }
 
 /// What is copied: elements `(k, c)` at `base + k·along + c·across`.
@@ -66,8 +68,16 @@ struct Block<'a> {
     /// Columns (or rows) that exist.
     real: Val,
     to: Val,
-    /// Columns of a step in scratch memory.
-    width: i64,
+    /// Columns of a line, up to 16.
+    columns: i64,
+    /// Elements between lines in scratch memory.
+    line: Val,
+    /// Elements between steps in scratch memory.
+    step: i64,
+    /// Lines, where that many always exist in full.
+    full: Option<i64>,
+    /// Steps by which memory is fetched ahead.
+    ahead: i64,
 }
 
 /// Packs steps `k0..k1` of a product of a group, for the tiles `first..last` and the rows of a task.
@@ -83,7 +93,7 @@ pub(super) fn pack(
     let p = &cx.an.products[product];
     let elem = memory_elem(p.dtype);
     let depth = f.sub(k1, k0);
-    if p.packs_left() {
+    if p.packs_left {
         let rank = p.left.strides.len();
         let (across, along) = (cx.stride(f, &p.left.strides[rank - 2]), cx.stride(f, &p.left.strides[rank - 1]));
         let base = cx.base(f, &p.left, p.dtype, batch);
@@ -92,16 +102,17 @@ pub(super) fn pack(
         let at = f.add(&low, &skip);
         let base = f.gep(&base, &at, elem);
         let real = f.sub(&span.rows.1, &span.rows.0);
-        let to = left(f, cx, group, product);
-        let width = cx.bl.left_width(cx.an.m) as i64;
-        copy(
-            f,
-            cx,
-            &Block { dtype: p.dtype, base, along, across, depth: &depth, real, to, width },
-            known_columns(cx.an.m),
-        );
+        let (to, line) = left(f, cx, group, product);
+        let columns = cx.bl.left_block as i64;
+        let step = columns * if p.pairs() { 2 } else { 1 };
+        let whole = cx.an.m.known().is_some_and(|m| m % columns as u64 == 0);
+        let full = cx.an.m.known().filter(|m| whole && *m <= cx.bl.task_rows).map(|m| m as i64 / columns);
+        let full = full.filter(|n| *n <= 4);
+        let b =
+            Block { dtype: p.dtype, base, along, across, depth: &depth, real, to, columns, line, step, full, ahead: 8 };
+        copy(f, cx, &b, whole);
     }
-    if !p.packs_right() {
+    if !p.packs_right {
         return;
     }
     let (Right::Rows(v) | Right::Strided(v)) = &p.right else { return };
@@ -113,6 +124,10 @@ pub(super) fn pack(
     let n = cx.dim(f, cx.an.n);
     let offset = cx.an.groups[group].offset as i64;
     let width = cx.bl.width as i64;
+    let (lanes, pair) = (LANES as i64, if p.pairs() { 2 } else { 1 });
+    let whole = cx.an.n.known().is_some_and(|n| n.is_multiple_of(LANES as u64));
+    let full = cx.an.n.known().filter(|n| n.is_multiple_of(width as u64)).map(|_| width / lanes);
+    let line = f.i64(lanes * pair);
     f.loop_(first, last, 1, |f, tile| {
         let slot = f.sub(tile, first);
         let to = panel(f, cx, group, product, &slot);
@@ -123,21 +138,15 @@ pub(super) fn pack(
         let at = f.addc(&column, offset);
         let at = f.mul(&at, &across);
         let base = f.gep(&base, &at, elem);
-        let (along, across) = (along.clone(), across.clone());
-        copy(
-            f,
-            cx,
-            &Block { dtype: p.dtype, base, along, across, depth: &depth, real, to, width },
-            known_columns(cx.an.n),
-        );
+        let (along, across, line) = (along.clone(), across.clone(), line.clone());
+        let (depth, step) = (&depth, width * pair);
+        let b =
+            Block { dtype: p.dtype, base, along, across, depth, real, to, columns: lanes, line, step, full, ahead: 32 };
+        copy(f, cx, &b, whole);
     });
 }
 
-/// Whether blocks of 16 columns are always whole.
-fn known_columns(d: Dim) -> bool {
-    d.known().is_some_and(|n| n.is_multiple_of(LANES as u64))
-}
-
+/// `whole`: lines are never partly filled.
 fn copy(f: &mut Func, cx: &Context, b: &Block, whole: bool) {
     // Masked loads of 16-bit elements are slow where vectors have no masks of their own.
     let masks = cx.bl.registers == 1 || b.dtype == DType::F32;
@@ -145,21 +154,7 @@ fn copy(f: &mut Func, cx: &Context, b: &Block, whole: bool) {
     let transposed = b.along.known() == Some(1) && (masks || (whole && deep));
     let (zero, lanes) = (f.i64(0), LANES as i64);
     if b.across.known() == Some(1) && (masks || whole) {
-        let end = if whole {
-            b.real.clone()
-        } else {
-            let n = f.divc(&b.real, lanes);
-            f.mulc(&n, lanes)
-        };
-        f.loop_(&zero, &end, lanes, |f, c| interleave(f, cx, b, c, None));
-        if !whole {
-            let rest = f.sub(&b.real, &end);
-            let some = f.cmp("sgt", &rest, &zero);
-            f.if_(&some, |f| {
-                let mask = f.lane_mask(&rest, LANES);
-                interleave(f, cx, b, &end, Some(&mask));
-            });
-        }
+        interleave(f, cx, b, whole);
     } else if transposed {
         let end = if whole {
             b.real.clone()
@@ -187,9 +182,12 @@ fn per_step(b: &Block) -> i64 {
 fn spot(f: &mut Func, b: &Block, k: &Val, c: &Val) -> Val {
     let n = per_step(b);
     let (q, r) = (f.divc(k, n), f.remc(k, n));
-    let q = f.mulc(&q, n * b.width);
-    let c = f.mulc(c, n);
-    let at = f.add(&q, &c);
+    let q = f.mulc(&q, b.step);
+    let (line, c) = (f.divc(c, b.columns), f.remc(c, b.columns));
+    let line = f.mul(&line, &b.line);
+    let c = f.mulc(&c, n);
+    let at = f.add(&q, &line);
+    let at = f.add(&at, &c);
     f.add(&at, &r)
 }
 
@@ -217,61 +215,88 @@ fn elements(f: &mut Func, b: &Block) {
     });
 }
 
-/// 16 columns of all steps; neighbouring columns lie side by side in memory.
-fn interleave(f: &mut Func, cx: &Context, b: &Block, c: &Val, mask: Option<&Val>) {
+/// All columns step by step; neighbouring columns lie side by side in memory. `whole`: lines are.
+fn interleave(f: &mut Func, cx: &Context, b: &Block, whole: bool) {
+    let zero = f.i64(0);
+    let lines = f.divc(&b.real, b.columns);
+    let done = f.mulc(&lines, b.columns);
+    let rest = f.sub(&b.real, &done);
+    // A line of fewer than 16 columns is stored whole; the next step, or the slack, lies under its end.
+    let part = f.i64(b.columns);
+    let short = (b.columns < LANES as i64).then(|| f.lane_mask(&part, LANES));
+    let mask = (!whole).then(|| f.lane_mask(&rest, LANES));
+    let pair = per_step(b);
+    let each = |f: &mut Func, s: &Val, half: bool| {
+        f.loop_(&zero, &lines, 1, |f, l| one_line(f, cx, b, (s, half), l, short.as_ref()));
+        if let Some(mask) = &mask {
+            let some = f.cmp("sgt", &rest, &zero);
+            f.if_(&some, |f| one_line(f, cx, b, (s, half), &lines, Some(mask)));
+        }
+    };
+    let steps = f.divc(b.depth, pair);
+    f.loop_(&zero, &steps, 1, |f, s| match b.full {
+        Some(n) => {
+            for l in 0..n {
+                let l = f.i64(l);
+                one_line(f, cx, b, (s, false), &l, short.as_ref());
+            }
+        }
+        None => each(f, s, false),
+    });
+    if pair == 2 && b.depth.known().is_none_or(|d| d % 2 == 1) {
+        // The last element of an odd depth has zero for its partner.
+        let up = f.ceil_divc(b.depth, 2);
+        f.loop_(&steps, &up, 1, |f, s| each(f, s, true));
+    }
+}
+
+/// A line of a step; `half`: the second element of the pair does not exist.
+fn one_line(f: &mut Func, cx: &Context, b: &Block, (s, half): (&Val, bool), l: &Val, mask: Option<&Val>) {
     let elem = memory_elem(b.dtype);
-    let from = f.gep(&b.base, c, elem);
+    let pair = per_step(b);
+    let c = f.mulc(l, b.columns);
     let load = |f: &mut Func, k: &Val| {
         let at = f.mul(k, &b.along);
-        let p = f.gep(&from, &at, elem);
+        let p = f.gep(&b.base, &at, elem);
+        let p = f.gep(&p, &c, elem);
         match mask {
             None => f.load(&p, &vty(LANES, elem)),
             Some(m) => f.masked_load(&p, m, elem, LANES),
         }
     };
-    let zero = f.i64(0);
-    if b.dtype != DType::BF16 {
-        f.loop_(&zero, b.depth, 1, |f, k| {
-            let x = load(f, k);
-            let d = spot(f, b, k, c);
-            f.store_at(&x, &b.to, &d, elem, LANES);
-        });
-        return;
+    let k = f.mulc(s, pair);
+    for i in 0..pair {
+        let next = f.addc(&k, b.ahead * pair + i);
+        let at = f.mul(&next, &b.along);
+        let p = f.gep(&b.base, &at, elem);
+        let p = f.gep(&p, &c, elem);
+        f.prefetch(&p);
     }
-    let c2 = f.mulc(c, 2);
-    let to = f.gep(&b.to, &c2, elem);
-    let step = 2 * b.width;
-    let pairs = f.divc(b.depth, 2);
-    f.loop_(&zero, &pairs, 1, |f, q| {
-        let k = f.mulc(q, 2);
-        let next = f.addc(&k, 1);
-        let (x, y) = (load(f, &k), load(f, &next));
-        let d = f.mulc(q, step);
-        let z = if cx.bl.registers == 1 {
-            let order = (0..LANES).map(|i| format!("{i}, {}", i + LANES)).collect::<Vec<_>>().join(", ");
-            f.op(format!("vector.shuffle {x}, {y} [{order}] : vector<16xi16>, vector<16xi16>"))
-        } else {
-            let (x, y) = (widen(f, &x), widen(f, &y));
-            let sixteen = f.i32(16, LANES);
-            let y = f.op(format!("arith.shli {y}, {sixteen} : vector<16xi32>"));
-            let z = f.op(format!("arith.ori {x}, {y} : vector<16xi32>"));
-            f.op(format!("llvm.bitcast {z} : vector<16xi32> to vector<32xi16>"))
-        };
-        f.store_at(&z, &to, &d, elem, 2 * LANES);
-    });
-    if b.depth.known().is_some_and(|d| d % 2 == 0) {
-        return;
+    let x = load(f, &k);
+    let row = f.mulc(s, b.step);
+    let to = f.gep(&b.to, &row, elem);
+    let line = f.mul(l, &b.line);
+    let to = f.gep(&to, &line, elem);
+    if pair == 1 {
+        return f.store(&x, &to, &vty(LANES, elem));
     }
-    // The last element of an odd depth has zero for its partner.
-    let up = f.ceil_divc(b.depth, 2);
-    f.loop_(&pairs, &up, 1, |f, q| {
-        let k = f.mulc(q, 2);
-        let x = load(f, &k);
+    if half {
         let x = widen(f, &x);
-        let d = f.mulc(q, step);
-        let p = f.gep(&to, &d, elem);
-        f.store(&x, &p, "vector<16xi32>");
-    });
+        return f.store(&x, &to, "vector<16xi32>");
+    }
+    let next = f.addc(&k, 1);
+    let y = load(f, &next);
+    let z = if cx.bl.registers == 1 {
+        let order = (0..LANES).map(|i| format!("{i}, {}", i + LANES)).collect::<Vec<_>>().join(", ");
+        f.op(format!("vector.shuffle {x}, {y} [{order}] : vector<16xi16>, vector<16xi16>"))
+    } else {
+        let (x, y) = (widen(f, &x), widen(f, &y));
+        let sixteen = f.i32(16, LANES);
+        let y = f.op(format!("arith.shli {y}, {sixteen} : vector<16xi32>"));
+        let z = f.op(format!("arith.ori {x}, {y} : vector<16xi32>"));
+        f.op(format!("llvm.bitcast {z} : vector<16xi32> to vector<32xi16>"))
+    };
+    f.store(&z, &to, &vty(2 * LANES, elem));
 }
 
 fn widen(f: &mut Func, x: &Val) -> Val {
@@ -292,6 +317,10 @@ fn square(f: &mut Func, b: &Block, c: &Val, rest: Option<&Val>) {
         let zero = f.i64(0);
         let mut rows = vec![];
         for i in 0..LANES as i64 {
+            // The same steps of the next 16 columns are needed soon.
+            let d = f.mulc(&b.across, i + LANES as i64);
+            let p = f.gep(&from, &d, elem);
+            f.prefetch(&p);
             let d = f.mulc(&b.across, i);
             let p = f.gep(&from, &d, elem);
             let x = if rest.is_none() && left.is_none() {
@@ -309,10 +338,10 @@ fn square(f: &mut Func, b: &Block, c: &Val, rest: Option<&Val>) {
             rows.push(f.op(format!("llvm.bitcast {x} : {} to vector<16xi32>", vty(deep as usize, elem))));
         }
         let rows = transposed(f, rows);
-        let d = f.mulc(k, b.width);
+        let d = f.mulc(k, b.step / per_step(b));
         let to = f.gep(&to, &d, elem);
         for (i, x) in rows.iter().enumerate() {
-            let d = f.i64(i as i64 * per_step(b) * b.width);
+            let d = f.i64(i as i64 * b.step);
             let p = f.gep(&to, &d, elem);
             f.store(x, &p, "vector<16xi32>");
         }

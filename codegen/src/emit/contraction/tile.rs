@@ -66,7 +66,7 @@ fn right_of(f: &mut Func, cx: &Context, group: usize, product: usize, at: &Place
             let base = f.gep(&cx.buffers[*arg], &start, elem);
             RightAt { base, step: f.i64(pair * *nr as i64), masked: false }
         }
-        Right::Rows(v) if !p.packs_right() => {
+        Right::Rows(v) if !p.packs_right => {
             let base = cx.base(f, v, p.dtype, &at.batch);
             let column = f.addc(&at.column, g.offset as i64);
             let step = cx.stride(f, &v.strides[v.strides.len() - 2]);
@@ -84,16 +84,20 @@ fn right_of(f: &mut Func, cx: &Context, group: usize, product: usize, at: &Place
 fn left_of(f: &mut Func, cx: &Context, group: usize, product: usize, at: &Place, rows: u64, from: &Val) -> LeftAt {
     let p = &cx.an.products[product];
     let elem = memory_elem(p.dtype);
-    if p.packs_left() {
-        let width = cx.bl.left_width(cx.an.m) as i64;
-        let base = pack::left(f, cx, group, product);
-        let back = f.mulc(from, -width);
+    if p.packs_left {
+        let block = cx.bl.left_block as i64;
+        let pair = if p.pairs() { 2 } else { 1 };
+        let (base, next) = pack::left(f, cx, group, product);
+        let back = f.mulc(from, -block);
         let row = f.sub(&at.row, &at.row0);
-        let row = f.mulc(&row, 2);
-        let start = f.add(&back, &row);
+        let (b, inside) = (f.divc(&row, block), f.remc(&row, block));
+        let b = f.mul(&b, &next);
+        let inside = f.mulc(&inside, pair);
+        let start = f.add(&back, &b);
+        let start = f.add(&start, &inside);
         let base = f.gep(&base, &start, elem);
-        let rows = (0..rows as i64).map(|i| (base.clone(), 2 * i)).collect();
-        return LeftAt { rows, step: f.i64(2 * width), in_place: false };
+        let rows = (0..rows as i64).map(|i| (base.clone(), pair * i)).collect();
+        return LeftAt { rows, step: f.i64(pair * block), in_place: false };
     }
     let rank = p.left.strides.len();
     let (down, along) = (cx.stride(f, &p.left.strides[rank - 2]), cx.stride(f, &p.left.strides[rank - 1]));
