@@ -331,6 +331,13 @@ pub(crate) fn lower(graph: &Graph, request: &Request, meta: Meta) -> Result<(Pla
         ..Row::stage("fuse-kernels", ms(clock), format!("{} kernels, {launches} launches", s.kernels.len()))
     });
     let clock = Instant::now();
+    let loops = chunk::run(&mut s, &request.options())?;
+    rows.push(Row {
+        nodes_after: Some(s.kernels.len()),
+        changed: Some(loops > 0),
+        ..Row::stage("chunk", ms(clock), format!("{loops} loops over windows of {} rows", chunk::ROWS))
+    });
+    let clock = Instant::now();
     let ordered = fuse_kernels::order(&mut s)?;
     let note = format!("{ordered} of {} entries reordered", s.entries.len());
     rows.push(Row {

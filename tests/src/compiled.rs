@@ -41,7 +41,10 @@ pub fn plan_with(
 ) -> Result<Plan, String> {
     let after = manager::run(graph, passes, options).map_err(|e| format!("passes: {e}"))?.graph;
     let cut = CutOptions { supported: &supported, pack };
-    let s = fuse_kernels::schedule(&after, &cut).map_err(|e| format!("fuse-kernels: {e}"))?;
+    let fail = |e: pleach_passes::PassError| format!("fuse-kernels: {e}");
+    let mut s = fuse_kernels::cut(&after, &cut).map_err(fail)?;
+    pleach_passes::chunk::run(&mut s, options).map_err(fail)?;
+    fuse_kernels::order(&mut s).map_err(fail)?;
     let options = CompileOptions { target: target.clone(), threads: 2, meta };
     let (plan, _) = compile(&s, &options).map_err(|e| format!("codegen: {e}\n{after}"))?;
     // What is run is what a file gives back.

@@ -27,7 +27,7 @@ use pleach_ir::interp::{Symbols, Tensor};
 use pleach_ir::text::{parse, print, print_schedule};
 use pleach_ir::{DType, Graph, Sym, verify};
 use pleach_passes::fuse_kernels::CutOptions;
-use pleach_passes::{Options, Report, find, fuse_kernels};
+use pleach_passes::{Options, Report, chunk, find, fuse_kernels};
 use similar::TextDiff;
 use std::path::Path;
 
@@ -49,6 +49,7 @@ struct Golden<'a> {
     test: Test,
     options: Options,
     pack: bool,
+    chunk: bool,
     symbols: Symbols,
     above: &'a str,
     below: Option<&'a str>,
@@ -81,6 +82,7 @@ fn read(text: &str) -> Result<Golden<'_>, String> {
         test: Test::Parse,
         options: Options::default(),
         pack: false,
+        chunk: false,
         symbols: values::symbols(),
         above: "",
         below: None,
@@ -122,6 +124,7 @@ fn option(g: &mut Golden, word: &str) -> Result<(), String> {
     match word.split_once('=') {
         None if word == "merge" => g.options.merge = true,
         None if word == "pack" => g.pack = true,
+        None if word == "chunk" => g.chunk = true,
         None if word == "bf16" => g.options.dtype = DType::BF16,
         Some(("no", rule)) => g.options.disabled_rules.push(rule.into()),
         Some((key, n)) => {
@@ -219,7 +222,10 @@ fn pass(name: &str, graph: &Graph, g: &Golden) -> Result<Graph, String> {
 
 fn schedule(graph: &Graph, g: &Golden) -> Result<String, String> {
     let options = CutOptions { supported: &|_| Ok(()), pack: g.pack };
-    let s = fuse_kernels::schedule(graph, &options).map_err(|e| e.to_string())?;
+    let mut s = fuse_kernels::schedule(graph, &options).map_err(|e| e.to_string())?;
+    if g.chunk {
+        chunk::run_with(&mut s, &|_| 16, 256, 4).map_err(|e| e.to_string())?;
+    }
     let start = Start::seeded(graph, g.symbols.clone(), 1);
     let want = run_graph(graph, &start).map_err(|e| e.to_string())?;
     let text = print_schedule(&s);

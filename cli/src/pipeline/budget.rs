@@ -45,6 +45,7 @@ pub(super) fn passes(
     };
     let total = |graph: &Graph| -> Result<u64> {
         let mut s = fuse_kernels::cut(graph, &host_cut(graph))?;
+        pleach_passes::chunk::run(&mut s, &request.options())?;
         fuse_kernels::order(&mut s)?;
         let options = CompileOptions { target: request.host()?, threads: 1, meta: meta.clone() };
         let plan = compile::without_code(&s, &options)?;
