@@ -128,6 +128,24 @@ impl Opened {
         import.graph().map_err(|e| e.to_string())
     }
 
+    /// The graph with the entry `infer`, and inputs for it: the first two rows.
+    ///
+    /// # Errors
+    /// What the frontend refuses.
+    pub fn inference(&self) -> Result<(Graph, BTreeMap<String, Tensor>), String> {
+        let graph = pleach_frontend::import(&self.checkpoint, &self.adapters, &["infer"]).map_err(|e| e.to_string())?;
+        let b = self.rows.pack(0..2);
+        let list = [
+            ("input_ids", b.input_ids),
+            ("positions", b.positions),
+            ("q_segments", b.q_segments),
+            ("kv_start", b.kv_start),
+            ("kv_len", b.kv_len),
+        ];
+        let tensor = |(name, v): (&str, Vec<i32>)| (name.to_string(), Tensor::i32([v.len() as u64], v));
+        Ok((graph, list.into_iter().map(tensor).collect()))
+    }
+
     /// Most tokens and sequences of a micro-batch.
     pub fn capacity(&self) -> (u64, u64) {
         (self.settings.batch * self.rows.report().longest, self.settings.batch)
@@ -192,6 +210,28 @@ impl Opened {
                 return Err(faults.join("\n"));
             }
         }
+        let error = self.distance(machine)?;
+        if error <= change { Ok(()) } else { Err(format!("the adapter is {error:.1e} of its change off")) }
+    }
+
+    /// Trains without comparing steps: the root mean square of the losses' relative differences, and how far the adapter ends
+    /// from the reference, as a part of its change.
+    ///
+    /// # Errors
+    /// What the machine refuses.
+    pub fn drift(&self, machine: &mut dyn Machine) -> Result<(f64, f64), String> {
+        let mut order = Order::new(self.rows.len(), None);
+        let mut squares = 0.0;
+        for i in 0..self.settings.steps {
+            let s = step(machine, &self.rows, &mut order, &self.settings, i).map_err(|e| e.to_string())?;
+            let want = self.expected["losses"][i as usize].as_f64().unwrap_or(f64::NAN);
+            squares += (s.loss / want - 1.0).powi(2);
+        }
+        Ok(((squares / self.settings.steps as f64).sqrt(), self.distance(machine)?))
+    }
+
+    /// |ours − reference| / |reference − start| over everything that is trained.
+    fn distance(&self, machine: &dyn Machine) -> Result<f64, String> {
         let (mut off, mut moved) = (0.0, 0.0);
         for (name, (before, after)) in &self.moves {
             let got = machine.read(name).map_err(|e| e.to_string())?;
@@ -202,8 +242,7 @@ impl Opened {
                 moved += f64::from(after - before).powi(2);
             }
         }
-        let error = (off / moved).sqrt();
-        if error <= change { Ok(()) } else { Err(format!("the adapter is {error:.1e} of its change off")) }
+        Ok((off / moved).sqrt())
     }
 }
 
@@ -250,7 +289,11 @@ impl Interpreted {
         Ok(machine)
     }
 
-    fn entry(&mut self, entry: &str, inputs: &BTreeMap<String, Tensor>) -> Result<RunResult, String> {
+    /// Runs an entry; what it assigns is kept.
+    ///
+    /// # Errors
+    /// What the interpreter refuses.
+    pub fn entry(&mut self, entry: &str, inputs: &BTreeMap<String, Tensor>) -> Result<RunResult, String> {
         let value = |p: pleach_ir::ParamId| self.values.get(&self.params[p.index()].name);
         let result = match &self.program {
             Program::Graph(g) => {

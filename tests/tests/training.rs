@@ -1,7 +1,9 @@
 //! Twenty optimizer steps of every method, against PyTorch and PEFT: by the interpreter on the differentiated graph, after all
-//! passes, as kernels, and compiled.
+//! passes, as kernels, and compiled; and every method merged.
 
 use libtest_mimic::{Arguments, Trial};
+use pleach_ir::interp::Tensor;
+use pleach_ir::{Graph, Op};
 use pleach_passes::fuse_kernels::{self, CutOptions};
 use pleach_passes::{Options, Pipeline, manager};
 use pleach_tests::training::{CHANGE, Interpreted, LOSS, Opened, Program, TrainCase, cases};
@@ -20,6 +22,7 @@ fn main() -> ExitCode {
                 trial("differentiated", |c| interpreted(c, &Pipeline::of(&["differentiate"]), false));
                 trial("passes", |c| interpreted(c, &Pipeline::default(), false));
                 trial("kernels", |c| interpreted(c, &Pipeline::default(), true));
+                trial("merged", merged);
                 #[cfg(feature = "llvm")]
                 trial("compiled", compiled);
             }
@@ -46,6 +49,37 @@ fn interpreted(case: &TrainCase, passes: &Pipeline, kernels: bool) -> Result<(),
     };
     let mut machine = Interpreted::new(program, &o)?;
     o.train(&mut machine, LOSS, CHANGE)
+}
+
+/// For inference every method merges: the layers that it changes become one product each, with the same results.
+fn merged(case: &TrainCase) -> Result<(), String> {
+    let o = case.open()?;
+    let (graph, inputs) = o.inference()?;
+    let options = Options { merge: true, ..options(&o) };
+    let after = manager::run(&graph, &Pipeline::default(), &options).map_err(|e| e.to_string())?.graph;
+    let left = |g: &Graph| {
+        let infer = g.entry("infer").map(|e| e.nodes.iter()).into_iter().flatten();
+        let products = infer.clone().filter(|n| matches!(n.op, Op::MatMul { .. })).count();
+        let reads = infer.filter_map(|n| match n.op {
+            Op::Param(p) => Some(&g.params[p.index()]),
+            _ => None,
+        });
+        let factors = reads.filter(|p| [".lora_", ".paca_", ".scale"].iter().any(|part| p.name.contains(part))).count();
+        (products, factors)
+    };
+    // An embedding's branch stays: its table is looked up, not multiplied.
+    let branches = o.adapters[0].sites.iter().filter(|s| s.embedding).count();
+    let layers = 7 * 2 + 1;
+    let (products, factors) = left(&after);
+    if products > layers + branches || (branches == 0 && factors > 0) {
+        return Err(format!("{products} products and {factors} tensors of the adapter are left after merging"));
+    }
+    let run = |g: &Graph| -> Result<Tensor, String> {
+        let mut machine = Interpreted::new(Program::Graph(g.clone()), &o)?;
+        machine.entry("infer", &inputs)?.outputs.remove("logits").ok_or_else(|| "no logits".to_string())
+    };
+    let error = run(&after)?.relative_error(&run(&graph)?);
+    if error <= 2e-5 { Ok(()) } else { Err(format!("merged and unmerged differ by {error:.1e}")) }
 }
 
 #[cfg(feature = "llvm")]
