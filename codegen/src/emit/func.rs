@@ -302,10 +302,24 @@ impl Func {
     /// Stores the lanes where `mask` is set.
     pub fn masked_store(&mut self, x: &Val, ptr: &Val, mask: &Val, elem: &str, lanes: usize) {
         let ty = vty(lanes, elem);
+        // LLVM 22 makes a single 16-bit lane a store of 32 bits.
+        if let Some(lane) = self.single_lane(mask) {
+            let x = self.op(format!("vector.extract {x}[{lane}] : {elem} from {ty}"));
+            let lane = self.i64(lane as i64);
+            return self.store_at(&x, ptr, &lane, elem, 1);
+        }
         self.stmt(&format!(
             "llvm.intr.masked.store {x}, {ptr}, {mask} {{alignment = {} : i32}} : {ty}, vector<{lanes}xi1> into !llvm.ptr",
             align_of(elem)
         ));
+    }
+
+    /// The lane that is on in a constant mask, if it is the only one.
+    fn single_lane(&self, mask: &Val) -> Option<usize> {
+        let text = self.order.get(mask.name.strip_prefix("%c")?.parse::<usize>().ok()?)?;
+        let list = text.strip_prefix("dense<[")?.split(']').next()?;
+        let mut on = list.split(", ").enumerate().filter(|x| x.1 == "true");
+        on.next().filter(|_| on.next().is_none()).map(|x| x.0)
     }
 
     /// Mask of the first `n` lanes (i64, may be out of range) of `lanes`.

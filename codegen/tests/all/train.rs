@@ -67,6 +67,17 @@ fn sums_and_the_optimizer() {
     agree(&adamw(&[k(7)]), &[0], 1, 1e-5);
 }
 
+/// A last vector of one lane, in two bytes: nothing beside it is written.
+#[test]
+fn single_lanes_of_16_bits() {
+    for d in [1, 17] {
+        let mut b = crate::bodies::B::new();
+        let x = b.arg(DType::BF16, &[T, k(64)]);
+        let y = b.slice(1, 0, d, x);
+        agree(&b.kernel("narrow", &[y]), &[1, 3], 1, 0.0);
+    }
+}
+
 #[test]
 fn columns_are_picked() {
     agree(&columns_of(T, 70, 16, DType::F32), &[1, 5], 70, 0.0);

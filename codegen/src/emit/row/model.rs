@@ -122,6 +122,7 @@ impl Model {
         {
             return Err("layouts or aliases do not match operands and results".into());
         }
+        m.sink_reshapes();
         for (i, n) in m.nodes.iter().enumerate() {
             let packed = m.operand[i].is_some_and(|o| matches!(m.layouts[o as usize], Layout::Panels { .. }));
             if packed && (n.shape.len() != 2 || n.shape.iter().any(|d| d.known().is_none())) {
@@ -129,6 +130,51 @@ impl Model {
             }
         }
         Ok(m)
+    }
+
+    /// Elementwise operators on rows that were joined (`[T, 9, 64]` as `[T, 576]`) work on the rows as they were, and
+    /// the result is joined: loops then follow the structure inside of rows, such as the halves of a head.
+    fn sink_reshapes(&mut self) {
+        for i in 0..self.nodes.len() {
+            if !self.live[i] || !self.nodes[i].op.is_elementwise() {
+                continue;
+            }
+            let n = self.nodes[i].clone();
+            let joined = |x: &usize| match &self.nodes[*x] {
+                Node { op: Op::Reshape(_), inputs, shape, .. } if *shape == n.shape => {
+                    let inner = &self.nodes[inputs[0]].shape;
+                    (inner.len() > shape.len() && inner.first() == shape.first()).then(|| inner.clone())
+                }
+                _ => None,
+            };
+            let Some(inner) = n.inputs.iter().find_map(joined) else { continue };
+            let inputs = n.inputs.iter().map(|x| self.divided(*x, &inner)).collect();
+            let work = self.add(Node { inputs, shape: inner, ..n }, i);
+            self.nodes[i].op = Op::Reshape(vec![]);
+            self.nodes[i].inputs = vec![work];
+        }
+    }
+
+    /// A value in this shape, which holds the same elements; scalars stay.
+    fn divided(&mut self, x: usize, shape: &[Poly]) -> usize {
+        let n = &self.nodes[x];
+        match n.op {
+            _ if n.shape.is_empty() => x,
+            Op::Reshape(_) if self.nodes[n.inputs[0]].shape == shape => n.inputs[0],
+            _ => {
+                let dtype = n.dtype;
+                self.add(Node { op: Op::Reshape(vec![]), inputs: vec![x], dtype, shape: shape.to_vec() }, x)
+            }
+        }
+    }
+
+    /// Another node, computed when node `like` is.
+    fn add(&mut self, n: Node, like: usize) -> usize {
+        self.nodes.push(n);
+        self.live.push(true);
+        self.level.push(self.level[like]);
+        self.operand.push(None);
+        self.nodes.len() - 1
     }
 
     /// Decides how the work is divided, as far as shapes tell; `Rows` for rank-1 results that are reduced along
