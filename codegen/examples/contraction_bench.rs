@@ -1,8 +1,8 @@
 //! Speed of contraction kernels against this machine's own peak and bandwidth, measured in the same run.
 //!
-//! `cargo run --release -p pleach-codegen --example contraction_bench [threads] [avx512-bf16|avx512|avx2] [filter] [f32|bf16]`
+//! `cargo run --release -p pleach-codegen --example contraction_bench [threads] [avx512-bf16|avx512|avx2] [filter] [f32|bf16] [cold]`
 //!
-//! Each line: best time of many, GFLOP/s or GB/s, percent of the peak measured on the same threads. A matrix-vector
+//! `cold`: every launch reads other operands, so that they come from memory as in a step of training. Each line: best time of many, GFLOP/s or GB/s, percent of the peak measured on the same threads. A matrix-vector
 //! product is compared with a plain read of as many bytes.
 #![allow(
     unsafe_code,
@@ -61,7 +61,8 @@ fn load(text: &str, name: &str, target: &HostTarget) -> (libloading::Library, Ke
 
 struct Launch<'a> {
     f: KernelFn,
-    buffers: &'a [*mut u8],
+    /// One set of buffers, or several that take turns.
+    buffers: &'a [Vec<*mut u8>],
     dims: &'a [i64],
     tasks: u64,
     scratch: &'a [Memory],
@@ -84,13 +85,13 @@ fn thread_time() -> f64 {
 /// Best time of a launch (of one thread: time on the processor): tasks are handed out through one counter, as the runtime does it.
 fn best(l: &Launch, threads: usize, budget_ms: f64) -> f64 {
     let (turn, next, done, stop) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
-    let work = |id: usize| loop {
+    let work = |id: usize, set: usize| loop {
         let t = next.fetch_add(1, Ordering::Relaxed);
         if t >= l.tasks {
             break;
         }
         // SAFETY: the buffers are as large as the kernel's types say, and the scratch as it asked for.
-        unsafe { (l.f)(l.buffers.as_ptr(), l.dims.as_ptr(), t as i64, t as i64 + 1, l.scratch[id].ptr()) };
+        unsafe { (l.f)(l.buffers[set].as_ptr(), l.dims.as_ptr(), t as i64, t as i64 + 1, l.scratch[id].ptr()) };
     };
     let mut low = f64::MAX;
     std::thread::scope(|s| {
@@ -105,7 +106,7 @@ fn best(l: &Launch, threads: usize, budget_ms: f64) -> f64 {
                     }
                     if now != seen {
                         seen = now;
-                        work(id);
+                        work(id, now as usize % l.buffers.len());
                         done.fetch_add(1, Ordering::Release);
                     }
                     std::hint::spin_loop();
@@ -118,8 +119,8 @@ fn best(l: &Launch, threads: usize, budget_ms: f64) -> f64 {
             let (start, busy) = (Instant::now(), thread_time());
             next.store(0, Ordering::Relaxed);
             done.store(0, Ordering::Relaxed);
-            turn.fetch_add(1, Ordering::Release);
-            work(0);
+            let now = turn.fetch_add(1, Ordering::Release) + 1;
+            work(0, now as usize % l.buffers.len());
             while done.load(Ordering::Acquire) < threads as u64 - 1 {
                 std::hint::spin_loop();
             }
@@ -319,7 +320,9 @@ fn main() {
         HostTarget::from_name(&args.next().unwrap_or("native".into())).expect("a target: avx512, avx2, native");
     let filter = args.next().unwrap_or_default();
     let budget = 120.0;
+    const COLD_BYTES: u64 = 128 << 20;
     let dtype = if args.next().as_deref() == Some("bf16") { DType::BF16 } else { DType::F32 };
+    let cold = args.next().as_deref() == Some("cold");
     let pairs = dtype == DType::BF16 && target.bf16;
     let (_peak_lib, peak, _) = load(&peak_text(target.isa, pairs), "peak", &target);
     let (_read_lib, read, _) = load(&read_text(), "read", &target);
@@ -327,7 +330,8 @@ fn main() {
     let sink = Memory::new(1 << 16, 0.0);
     let peak_rate = || {
         let turns = 20_000i64;
-        let l = Launch { f: peak, buffers: &[sink.ptr()], dims: &[turns], tasks: threads as u64, scratch: &scratch };
+        let l =
+            Launch { f: peak, buffers: &[vec![sink.ptr()]], dims: &[turns], tasks: threads as u64, scratch: &scratch };
         let chains = if target.isa == HostIsa::Avx512 { 24 } else { 12 };
         let flop = (chains * target.isa.lanes() * if pairs { 4 } else { 2 }) as f64 * turns as f64 * threads as f64;
         flop / best(&l, threads, 60.0) / 1e9
@@ -336,7 +340,7 @@ fn main() {
         let tasks = (bytes / (128 << 10)).clamp(threads as u64, 1024);
         let n = bytes / 4 / tasks / 128 * 128;
         let x = Memory::new((n * tasks) as usize, 1.0);
-        let l = Launch { f: read, buffers: &[x.ptr(), sink.ptr()], dims: &[n as i64], tasks, scratch: &scratch };
+        let l = Launch { f: read, buffers: &[vec![x.ptr(), sink.ptr()]], dims: &[n as i64], tasks, scratch: &scratch };
         (n * tasks * 4) as f64 / best(&l, threads, 150.0) / 1e9
     };
     println!("{threads} threads, {:?}; peak {:.0} GFLOP/s", target.isa, peak_rate());
@@ -387,14 +391,20 @@ fn main() {
                 continue;
             }
             let env = |_: Sym| Some(m);
-            let mut memory = vec![];
-            for (ty, l) in kernel.operand_types().iter().zip(&kernel.operands) {
-                memory.push(Memory::new(l.elements(ty, &env).unwrap() as usize, 0.01));
+            let mut sets: Vec<Vec<Memory>> = vec![];
+            let mut size = 0;
+            while sets.is_empty() || (cold && size < COLD_BYTES) {
+                let mut memory = vec![];
+                for (ty, l) in kernel.operand_types().iter().zip(&kernel.operands) {
+                    memory.push(l.elements(ty, &env).unwrap() * ty.dtype.size());
+                }
+                memory.push(if tail == Tail::Grad { k } else { m } * n * 4);
+                size += memory.iter().sum::<u64>();
+                sets.push(memory.iter().map(|n| Memory::new(n.div_ceil(4) as usize, 0.01)).collect());
             }
-            memory.push(Memory::new((if tail == Tail::Grad { k } else { m } * n) as usize, 0.0));
-            let mut buffers: Vec<*mut u8> = memory.iter().map(Memory::ptr).collect();
+            let mut buffers: Vec<Vec<*mut u8>> = sets.iter().map(|s| s.iter().map(Memory::ptr).collect()).collect();
             if tail == Tail::Grad {
-                buffers[3] = buffers[2];
+                buffers.iter_mut().for_each(|b| b[3] = b[2]);
             }
             let tasks = e.tasks.eval(&[m]).unwrap();
             let l = Launch { f, buffers: &buffers, dims: &[m as i64], tasks, scratch: &scratch };

@@ -26,8 +26,8 @@ use crate::emit::{Emitted, HostIsa, bytes_expr, dim_expr, unsupported};
 use crate::error::CodegenError;
 use crate::mlir::HostTarget;
 use analyze::Analysis;
-pub use blocking::choose_panel;
 use blocking::{Blocking, DEPTH_STEP, LANES};
+pub use blocking::{choose_panel, panel_widths};
 use cells::Cells;
 use context::{Context, Place};
 use pleach_ir::{Dim, Kernel, Op, Sym, ValueId};
@@ -72,7 +72,7 @@ pub fn emit(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted,
         Dim::Known(_) => wide,
         Dim::Symbol(_) => narrow.max(wide),
     };
-    let mut scratch = Expr::Const(4 * partial_elements(&an, &bl));
+    let mut scratch = Expr::Const(4 * (partial_elements(&an, &bl) + spare_elements(&an, &bl)));
     for p in &bl.packs {
         scratch = scratch.add(dim(p.depth)?.add(p.slack).ceil_div(DEPTH_STEP).mul(DEPTH_STEP).mul(p.width_bytes));
     }
@@ -95,6 +95,12 @@ fn partial_elements(an: &Analysis, bl: &Blocking) -> u64 {
         (false, None) => groups * bl.rows[0] * bl.width,
         (false, Some(_)) => groups * bl.task_rows * bl.task_tiles * bl.width,
     }
+}
+
+/// f32 elements of scratch that hold the sum of a tile while a scaled product is made.
+fn spare_elements(an: &Analysis, bl: &Blocking) -> u64 {
+    let scaled = an.groups.iter().any(|g| g.products.len() > 1 && g.products.iter().any(|p| p.1.is_some()));
+    if scaled { bl.rows[0] * bl.width } else { 0 }
 }
 
 /// A rank-0 value that depends on no product, in every lane.

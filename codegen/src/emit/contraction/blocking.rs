@@ -90,7 +90,7 @@ impl Blocking {
                 }
             })
         };
-        let widths = tile_widths(isa);
+        let widths = panel_widths(isa);
         let width = if panels().next().is_some() {
             let fits = |w: &&u64| panels().all(|(nr, offset)| nr % **w == 0 && offset % **w == 0);
             *widths.iter().find(fits).ok_or("packed operands are sliced at columns that no tile divides")?
@@ -196,7 +196,8 @@ impl Blocking {
     }
 }
 
-fn tile_widths(isa: HostIsa) -> &'static [u64] {
+/// Widths of panels that suit a vector set, widest first.
+pub fn panel_widths(isa: HostIsa) -> &'static [u64] {
     match isa {
         HostIsa::Avx512 => &[48, 32, 16],
         HostIsa::Avx2 => &[16],
@@ -207,5 +208,5 @@ fn tile_widths(isa: HostIsa) -> &'static [u64] {
 /// width with the least padding, then the widest. Every cut but the last must be a multiple of the width chosen; where
 /// 16 does not divide one, 16 is returned and such a kernel is refused.
 pub fn choose_panel(n: u64, cuts: &[u64], isa: HostIsa) -> u32 {
-    Layout::panel_width(n, cuts, tile_widths(isa))
+    Layout::panel_width(n, cuts, panel_widths(isa))
 }

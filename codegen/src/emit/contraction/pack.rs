@@ -10,7 +10,7 @@
 use super::analyze::Right;
 use super::blocking::{DEPTH_STEP, LANES, Pack, Side};
 use super::context::Context;
-use super::{Span, partial_elements};
+use super::{Span, partial_elements, spare_elements};
 use crate::emit::elementwise::memory_elem;
 use crate::emit::func::{Func, Val, vty};
 use pleach_ir::DType;
@@ -31,7 +31,7 @@ fn depth(f: &mut Func, cx: &Context, p: &Pack) -> Val {
 
 /// Address of the packed operand of a product of a group.
 fn place(f: &mut Func, cx: &Context, side: Side, product: usize) -> (Val, Val) {
-    let mut sum = f.i64(4 * partial_elements(cx.an, cx.bl) as i64);
+    let mut sum = f.i64(4 * (partial_elements(cx.an, cx.bl) + spare_elements(cx.an, cx.bl)) as i64);
     for p in &cx.bl.packs {
         if p.side == side && p.product == product {
             let d = depth(f, cx, p);

@@ -310,13 +310,29 @@ pub(super) fn chain(
             (Some(a), None) => a.clone(),
             _ => zeros(f, cx, rows),
         };
+        // Two tiles do not fit the registers: the sum waits in memory, not among the values of the loop.
+        let spare = f.i64(super::partial_elements(cx.an, cx.bl) as i64);
+        let spare = f.gep(&cx.scratch, &spare, "f32");
+        let spot = |f: &mut Func, i: usize| f.i64((i * LANES) as i64);
+        if let (Some(a), Some(_)) = (&sum, scale) {
+            for (i, x) in a.iter().enumerate() {
+                let d = spot(f, i);
+                f.store_at(x, &spare, &d, "f32", LANES);
+            }
+        }
         let x = multiply(f, cx, group, *p, at, masks, rows, start, (&k0, &k1));
         sum = Some(match (sum, scale) {
             (_, None) => x,
             (None, Some(s)) => scaled(f, cx, *s, x)?,
-            (Some(a), Some(s)) => {
+            (Some(_), Some(s)) => {
                 let s = super::scalar(f, cx, *s)?;
-                x.iter().zip(&a).map(|(x, a)| f.op(format!("math.fma {x}, {s}, {a} : {}", vector()))).collect()
+                let mut out = vec![];
+                for (i, x) in x.iter().enumerate() {
+                    let d = spot(f, i);
+                    let a = f.load_at(&spare, &d, "f32", LANES);
+                    out.push(f.op(format!("math.fma {x}, {s}, {a} : {}", vector())));
+                }
+                out
             }
         });
     }
