@@ -137,7 +137,7 @@ impl Blocking {
             Dim::Known(m) if packs && m > task_rows => m.div_ceil(m.div_ceil(task_rows)),
             _ => task_rows,
         };
-        let left_block = if LANES as u64 % rows[0] == 0 { LANES as u64 } else { rows[0] };
+        let left_block = if (LANES as u64).is_multiple_of(rows[0]) { LANES as u64 } else { rows[0] };
         let task_rows = task_rows.next_multiple_of(if left { left_block } else { rows[0] });
         let (narrow_tiles, narrow_chunk, task_tiles) = if packs {
             let tasks = if longest.is_some_and(|k| k > STREAMED_K) { COLUMN_TASKS / 4 } else { COLUMN_TASKS };

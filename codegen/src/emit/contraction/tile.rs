@@ -293,6 +293,7 @@ pub(super) fn multiply(
 }
 
 /// Adds whole products to the accumulators (`None`: zeros).
+#[allow(clippy::too_many_arguments, reason = "the tile's frame")]
 pub(super) fn chain(
     f: &mut Func,
     cx: &Context,
