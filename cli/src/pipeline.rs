@@ -16,7 +16,7 @@ use pleach_frontend::{Adapter, Import, ModelConfig, eos_ids};
 use pleach_ir::{Graph, Schedule};
 use pleach_passes::fuse_kernels::{self, CutOptions};
 use pleach_passes::recompute::Saved;
-use pleach_passes::{Options, Outcome, PassReport, Pipeline};
+use pleach_passes::{Options, Outcome, PassReport, Pipeline, chunk};
 use pleach_plan::{Meta, Plan};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
