@@ -77,7 +77,8 @@ pub fn session(
             Source::Derived | Source::Zeros => None,
         };
         if let Some((to, name)) = to {
-            to.insert(name.clone(), DType::F32, &t.shape, t.to_bytes());
+            let dtype = if t.dtype() == pleach_ir::DType::I32 { DType::I32 } else { DType::F32 };
+            to.insert(name.clone(), dtype, &t.shape, t.to_bytes());
         }
     }
     let mut s = Session::open(plan, Arc::new(base), options).map_err(|e| e.to_string())?;
