@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+"""Measures how far PEFT in bf16 (weights and activations bf16, adapters f32) is from the reference of the training fixtures, and
+writes it to `tests/fixtures/train/bf16.json`: what our own bf16 is held against.
+
+Only cases whose trained tensors PEFT keeps in f32 are measured: low-rank adapters, and PaCA by the module of our own.
+
+    python scripts/make_bf16_expectations.py
+"""
+
+import json
+import math
+import warnings
+from pathlib import Path
+
+import make_train_fixtures as fixtures
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent / "tests/fixtures/train"
+
+
+class Floats(torch.nn.Module):
+    """The model with logits in f32, as a trainer takes them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        out = self.model(**inputs)
+        out.logits = out.logits.float()
+        return out
+
+
+class Paca(fixtures.Paca):
+    """Columns are summed in f32 and rounded once, as the weight is stored."""
+
+    def forward(self, x):
+        w = self.base.weight
+        columns = w[:, self.paca_indices].float() + self.scale * self.paca_delta
+        return torch.nn.functional.linear(x, w.index_copy(1, self.paca_indices, columns.to(w.dtype)), self.base.bias)
+
+
+def adapted(folder, source, config):
+    model = fixtures.base(folder, torch.bfloat16)
+    tensors = load_file(source / "adapter_model.safetensors")
+    if config["peft_type"] == "PACA":
+        fixtures.with_paca(model, config, tensors)
+        for m in [m for m in model.modules() if isinstance(m, fixtures.Paca)]:
+            m.__class__ = Paca
+            m.paca_delta.data = m.paca_delta.data.float()
+        return model
+    keys = {k: v for k, v in config.items() if k != "peft_type"}
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **keys))
+    set_peft_model_state_dict(model, tensors)
+    return model
+
+
+def main():
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    rows = [json.loads(line) for line in (ROOT / "rows.jsonl").read_text().splitlines()]
+    found = {}
+    for name, (family, config, run, _) in fixtures.CASES.items():
+        if config.get("modules_to_save") or config.get("bias", "none") != "none":
+            continue
+        source = ROOT / name / "start"
+        model = adapted(ROOT / "models" / family, source, config)
+        assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad), name
+        log = fixtures.train(Floats(model), rows, fixtures.DEFAULTS | run)
+        want = json.loads((ROOT / name / "case.json").read_text())["losses"]
+        rms = math.sqrt(sum(((a - b) / b) ** 2 for a, b in zip(log["losses"], want)) / len(want))
+        before, after = load_file(source / "adapter_model.safetensors"), load_file(ROOT / name / "final.safetensors")
+        got = fixtures.state(model)
+        off = sum(((got[k].float() - after[k]) ** 2).sum() for k in after).sqrt().item()
+        moved = sum(((before[k] - after[k]) ** 2).sum() for k in after).sqrt().item()
+        found[name] = {"first": abs(log["losses"][0] / want[0] - 1), "losses": rms, "change": off / moved}
+        print(f"{name:20} losses {rms:.1e}, change {off / moved:.1e}")
+    (ROOT / "bf16.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
