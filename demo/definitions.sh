@@ -17,7 +17,7 @@ train() {
     local name=$1
     shift
     local command=(train models/smollm2 "$@" --target-modules all-linear --data $data/train.jsonl --eval $data/heldout.jsonl
-        --max-steps 40 --batch 16 --max-length 64 --dtype bf16 --schedule cosine --warmup 4 --max-grad-norm 1 --out $out/"$name" --overwrite)
+        --max-steps 40 --batch 16 --max-length 48 --dtype bf16 --schedule cosine --warmup 4 --max-grad-norm 1 --out $out/"$name" --overwrite)
     printf '\n$ pleach'
     printf ' %q' "${command[@]}"
     printf '\n'
