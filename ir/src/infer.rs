@@ -66,7 +66,7 @@ fn i32_rank1(t: &TensorType, what: &str) -> Result<(), String> {
 
 /// What every attention operator asks of q, of k (and v) and of the segment bounds.
 fn heads(a: &AttentionAttrs, q: &TensorType, kv: &[&TensorType], bounds: &[&TensorType]) -> Result<(), String> {
-    need(a.kv_heads > 0 && a.heads % a.kv_heads == 0 && a.head_dim > 0, "kv_heads must divide heads")?;
+    need(a.kv_heads > 0 && a.heads.is_multiple_of(a.kv_heads) && a.head_dim > 0, "kv_heads must divide heads")?;
     let (h, w) = (u64::from(a.heads) * u64::from(a.head_dim), u64::from(a.kv_heads) * u64::from(a.head_dim));
     need(q.dtype.is_float() && kv.iter().all(|t| t.dtype == q.dtype), "q, k, v: floats of one type")?;
     need(q.rank() == 2 && q.shape[1] == Dim::Known(h), "q must be [T, heads*head_dim]")?;
