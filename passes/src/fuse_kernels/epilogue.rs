@@ -1,6 +1,6 @@
 //! Which elementwise operators join the epilogue of the products they read.
 
-use super::group::{Kind, Partition};
+use super::group::{Kind, Partition, keeps_rows};
 use super::reach::Bits;
 use pleach_ir::{BinaryOp, Class, Dim, Entry, Op, ValueId};
 use std::collections::BTreeSet;
@@ -13,7 +13,7 @@ const MAX_PRODUCTS: usize = 6;
 impl Partition {
     /// Joins the epilogue of the products that `v` reads.
     pub(super) fn join_products(&mut self, e: &Entry, v: ValueId, before: &Bits) -> bool {
-        if !self.saves_a_pass(e, v) {
+        if !self.saves_a_pass(e, v, before) {
             return false;
         }
         let mut found: BTreeSet<usize> = BTreeSet::new();
@@ -46,7 +46,7 @@ impl Partition {
 
     /// An epilogue is no place for a value that ends there while the product it is made of is stored as well, unless it
     /// has to be in memory anyway: the row kernel that reads it can compute it from the same loads.
-    fn saves_a_pass(&self, e: &Entry, v: ValueId) -> bool {
+    fn saves_a_pass(&self, e: &Entry, v: ValueId, before: &Bits) -> bool {
         let readers = &self.readers[v.index()];
         let stored = |u: &ValueId| {
             let op = &e.node(*u).op;
@@ -55,8 +55,10 @@ impl Partition {
         if readers.is_empty() || readers.iter().any(|u| e.node(*u).op.is_elementwise() || stored(u)) {
             return true;
         }
-        let product =
-            |m: &ValueId| self.group_of[m.index()].is_some_and(|g| self.groups[g].class == Class::Contraction);
+        let product = |m: &ValueId| {
+            self.group_of[m.index()]
+                .is_some_and(|g| self.groups[g].class == Class::Contraction && !self.reach.cycle(&[g].into(), before))
+        };
         self.sources(v).iter().filter(|m| product(m)).all(|m| self.readers[m.index()].iter().all(|u| *u == v))
     }
 
@@ -141,5 +143,52 @@ impl Partition {
             },
             Kind::Dead => false,
         }
+    }
+
+    /// Moves ends of epilogues into the row kernel that alone reads them, where what they are made of is stored anyway:
+    /// one tensor fewer goes through memory.
+    pub(super) fn sink(&mut self, e: &Entry) {
+        for v in e.values().rev() {
+            let Some(g) = self.group_of[v.index()] else { continue };
+            let Some(r) = self.readers[v.index()].first().and_then(|u| self.group_of[u.index()]) else { continue };
+            let inside = |x: &ValueId| self.group_of[x.index()] == Some(g);
+            let ends = self.groups[g].class == Class::Contraction
+                && e.node(v).op.is_elementwise()
+                && self.readers[v.index()].iter().all(|u| self.group_of[u.index()] == Some(r))
+                && !self.roots_show(e, v);
+            let stored = |x: &ValueId| self.readers[x.index()].iter().any(|u| !inside(u)) || self.roots_show(e, *x);
+            let free = self.sources(v).iter().filter(|x| inside(x)).all(stored);
+            let to = &self.groups[r];
+            let takes = r != g
+                && to.class == Class::Row
+                && !to.closed
+                && to.row == e.ty(v).shape.first().copied()
+                && !to.apart.contains(&v)
+                && self.sources(v).iter().all(|x| self.group_of[x.index()] != Some(r));
+            if !(ends && free && takes) {
+                continue;
+            }
+            let apart: Vec<ValueId> = e.node(v).inputs.iter().filter_map(|i| self.leaves_row(e, *i, v)).collect();
+            self.groups[g].members.retain(|m| *m != v);
+            self.group_of[v.index()] = Some(r);
+            self.groups[r].members.push(v);
+            self.groups[r].members.sort_unstable();
+            self.groups[r].apart.extend(apart);
+        }
+    }
+
+    fn roots_show(&self, e: &Entry, v: ValueId) -> bool {
+        self.rooted[v.index()] || e.roots.iter().any(|r| self.alias_base(e, r.value) == v)
+    }
+
+    /// The value behind an operand of `v`, if it is read at other rows than `v`'s own.
+    fn leaves_row(&self, e: &Entry, mut x: ValueId, v: ValueId) -> Option<ValueId> {
+        let row = e.ty(v).shape.first();
+        let mut aligned = e.ty(x).rank() > 0;
+        while self.is_view(x) {
+            aligned &= keeps_rows(e, x);
+            x = e.node(x).inputs[0];
+        }
+        (!aligned || e.ty(x).shape.first() != row).then_some(x)
     }
 }

@@ -115,6 +115,7 @@ impl Partition {
                 p.place(e, v);
             }
         }
+        p.sink(e);
         p.join_fills(e);
         p
     }

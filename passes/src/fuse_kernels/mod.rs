@@ -17,12 +17,12 @@ mod reach;
 mod sums;
 
 use crate::PassError;
+use body::{Region, Signature};
 use pleach_ir::schedule::same_elements;
 use pleach_ir::{
     Buffer, BufferId, BufferKind, Class, Entry, Graph, IrError, Kernel, KernelId, Layout, Op, ParamId, RootKind,
     Schedule, ScheduledEntry, Step, ValueId,
 };
-use body::{Region, Signature};
 use std::collections::{BTreeMap, HashMap};
 
 /// What the cut has to know about the target.
@@ -77,6 +77,7 @@ pub fn cut(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, PassErro
         if let Some(new) = sums::into_scatters(&graph.params, e).map_err(fault)? {
             *e = new;
         }
+        sums::own_fills(&graph.params, e).map_err(fault)?;
     }
     let mut out =
         Schedule { params: graph.params.iter().cloned().zip(layouts).collect(), kernels: vec![], entries: vec![] };
@@ -198,7 +199,13 @@ impl<'a> EntryCut<'a> {
         let mut b = Builder {
             cut: &self,
             table,
-            out: ScheduledEntry { name: self.entry.name.clone(), buffers: vec![], steps: vec![], loops: vec![], outputs: vec![] },
+            out: ScheduledEntry {
+                name: self.entry.name.clone(),
+                buffers: vec![],
+                steps: vec![],
+                loops: vec![],
+                outputs: vec![],
+            },
             of_value: BTreeMap::new(),
             of_param: BTreeMap::new(),
             homes: BTreeMap::new(),

@@ -1,7 +1,11 @@
+//! What is put into another form before an entry is cut.
+//!
 //! A sum with a scatter into zeros is a scatter into the rest of the sum: `a + scatter_add(0, i, u)` becomes
-//! `scatter_add(a, i, u)`, which touches only what the indices select.
+//! `scatter_add(a, i, u)`, which touches only what the indices select. A constant that several parameters are set to is
+//! built for each of them, so that each can be written by the kernel that uses the parameter last.
 
-use pleach_ir::{Entry, IrError, Op, Param, Root, ScatterMode, ValueId};
+use pleach_ir::{Entry, IrError, Op, Param, Root, RootKind, ScatterMode, ValueId};
+use std::collections::BTreeSet;
 
 /// The entry with such sums replaced; `None` where there is none.
 ///
@@ -54,4 +58,31 @@ pub(super) fn into_scatters(params: &[Param], e: &Entry) -> Result<Option<Entry>
     }
     out.roots = e.roots.iter().map(|r| Root { kind: r.kind.clone(), value: map[r.value.index()] }).collect();
     Ok(Some(out))
+}
+
+/// Gives every parameter that is set to a constant a value of its own.
+///
+/// # Errors
+/// As [`into_scatters`].
+pub(super) fn own_fills(params: &[Param], e: &mut Entry) -> Result<(), IrError> {
+    let mut taken: BTreeSet<ValueId> = BTreeSet::new();
+    for i in 0..e.roots.len() {
+        let v = e.roots[i].value;
+        if matches!(e.roots[i].kind, RootKind::Assign(_)) && constant(e, v) && !taken.insert(v) {
+            e.roots[i].value = again(params, e, v)?;
+        }
+    }
+    Ok(())
+}
+
+fn constant(e: &Entry, v: ValueId) -> bool {
+    let n = e.node(v);
+    matches!(n.op, Op::Const { .. } | Op::Broadcast { .. } | Op::Reshape(_)) && n.inputs.iter().all(|x| constant(e, *x))
+}
+
+/// A second `v`.
+fn again(params: &[Param], e: &mut Entry, v: ValueId) -> Result<ValueId, IrError> {
+    let n = e.node(v).clone();
+    let inputs = n.inputs.iter().map(|x| again(params, e, *x)).collect::<Result<Vec<_>, _>>()?;
+    e.push_from(params, n.op, &inputs, n.origin)
 }
