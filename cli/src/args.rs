@@ -78,9 +78,20 @@ pub(crate) enum Command {
     #[cfg(feature = "compiler")]
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Where buffers of known lifetimes lie in one arena, as small as possible
+    #[command(after_help = "Example:\n  pleach plan-memory tests/data/memory/A.1048576.csv --out placed")]
+    PlanMemory(PlanMemoryArgs),
+    /// The cheapest choice of nodes in an e-graph, each counted once
+    #[cfg(feature = "compiler")]
+    #[command(after_help = "Example:\n  pleach extract tests/data/extraction/bert.json.gz --out chosen")]
+    Extract(ExtractArgs),
     /// What this machine and this build have: one page to paste into a report
     #[command(after_help = "Example:\n  pleach doctor")]
     Doctor(DoctorArgs),
+    /// Measures gradients for `train`; started by it
+    #[cfg(feature = "models")]
+    #[command(name = "measure-here", hide = true)]
+    MeasureHere(Box<TrainArgs>),
     /// Compiles in this process; started by the other commands
     #[cfg(feature = "compiler")]
     #[command(name = "compile-here", hide = true)]
@@ -497,6 +508,41 @@ pub(crate) struct BenchArgs {
     #[arg(long)]
     pub profile: bool,
     /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `pleach plan-memory`.
+#[derive(Debug, Args)]
+pub(crate) struct PlanMemoryArgs {
+    /// Files with the columns id,lower,upper,size; upper is exclusive
+    #[arg(required = true, value_name = "F.csv")]
+    pub files: Vec<PathBuf>,
+    /// Write the files with a column `offset` added, under the same names
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Replace what the folder holds
+    #[arg(long)]
+    pub overwrite: bool,
+    /// A list of JSON objects
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `pleach extract`.
+#[cfg(feature = "compiler")]
+#[derive(Debug, Args)]
+pub(crate) struct ExtractArgs {
+    /// E-graphs as extraction-gym JSON
+    #[arg(required = true, value_name = "F.json[.gz]")]
+    pub files: Vec<PathBuf>,
+    /// Write the chosen node of each class the roots reach, under the same names
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Replace what the folder holds
+    #[arg(long)]
+    pub overwrite: bool,
+    /// A list of JSON objects
     #[arg(long)]
     pub json: bool,
 }

@@ -34,6 +34,11 @@ pub(crate) fn json(value: &serde_json::Value) {
     line(&value.to_string());
 }
 
+/// A value of a line of comma-separated ones, quoted where it must be.
+pub(crate) fn cell(text: &str) -> String {
+    if text.contains([',', '"', '\n']) { format!("\"{}\"", text.replace('"', "\"\"")) } else { text.to_string() }
+}
+
 /// The error that ends the program.
 pub(crate) fn error(message: &str) {
     let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());

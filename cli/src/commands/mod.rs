@@ -7,16 +7,21 @@ mod bench;
 #[cfg(feature = "compiler")]
 mod compile;
 mod doctor;
+#[cfg(feature = "compiler")]
+mod extract;
 mod generate;
 #[cfg(feature = "models")]
 mod import;
 mod inspect;
+#[cfg(feature = "models")]
+mod measure;
 #[cfg(feature = "models")]
 mod merge;
 #[cfg(feature = "compiler")]
 mod opt;
 #[cfg(feature = "compiler")]
 mod plan;
+mod plan_memory;
 mod run;
 #[cfg(feature = "models")]
 mod train;
@@ -51,7 +56,12 @@ pub(crate) fn dispatch(cli: Cli) -> Result<()> {
         Command::Import(a) => import::import(&ui, &a),
         #[cfg(feature = "compiler")]
         Command::Bench(a) => bench::bench(&ui, &a),
+        Command::PlanMemory(a) => plan_memory::plan_memory(&ui, &a),
+        #[cfg(feature = "compiler")]
+        Command::Extract(a) => extract::extract(&a),
         Command::Doctor(a) => doctor::doctor(&a),
+        #[cfg(feature = "models")]
+        Command::MeasureHere(a) => measure::serve(&ui, &a),
         #[cfg(feature = "compiler")]
         Command::CompileHere => crate::child::serve(),
     }

@@ -7,9 +7,7 @@ use crate::rows;
 use crate::tensorboard::{self, Events};
 use crate::training::{Training, within_budget};
 use indicatif::{ProgressBar, ProgressStyle};
-use pleach_runtime::train::{
-    self, Event, Job, Measured, Metrics, Resume, Rows, Schedule, Settings, Summary, checkpoint,
-};
+use pleach_runtime::train::{self, Event, Job, Metrics, Resume, Rows, Schedule, Settings, Summary, checkpoint};
 use pleach_runtime::{Session, give_back};
 use serde_json::json;
 use std::ops::ControlFlow;
@@ -38,7 +36,12 @@ pub(crate) fn train(ui: &Ui, args: &TrainArgs) -> Result<()> {
     let memory = training.memory(ui, &weights)?;
     let budget = args.shape.budget.map(|b| b.0);
     within_budget(memory.total(), memory.total(), budget)?;
-    let measured = Measured::new();
+    let goes_on = match &resume {
+        Resume::No => false,
+        Resume::Latest => !checkpoint::list(&args.out)?.is_empty(),
+        Resume::At(_) => true,
+    };
+    let measured = super::measure::measured(ui, &training.adapter, goes_on)?;
     let mut session = training.session(ui, weights, args.seed, &measured)?;
     ui.note(&format!(
         "{} trained values; planned {} for weights, adapter, optimizer and activations",

@@ -6,3 +6,4 @@ mod commands;
 mod damaged;
 mod kit;
 mod real;
+mod train;

@@ -1,0 +1,232 @@
+//! `pleach train` and `pleach plan` on the tiny model: the same numbers for any number of threads, after kills and from a
+//! plan file; rows of every form; what is refused.
+
+use crate::kit::{Folder, Pleach, fixture, relative, tensors};
+use serde_json::Value;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// Rows of ids that are the same everywhere.
+fn write_rows(path: &Path) {
+    let mut text = String::new();
+    let mut x = 7u64;
+    for i in 0..11 {
+        let ids: Vec<String> = (0..4 + i % 9)
+            .map(|_| {
+                x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                ((x >> 33) % 128).to_string()
+            })
+            .collect();
+        text += &format!("{{\"input_ids\":[{}]}}\n", ids.join(","));
+    }
+    std::fs::write(path, text).unwrap();
+}
+
+struct Case {
+    folder: Folder,
+    pleach: Pleach,
+    model: String,
+    data: String,
+}
+
+impl Case {
+    fn new(name: &str) -> Case {
+        let folder = Folder::new(name);
+        let data = folder.join("rows.jsonl");
+        write_rows(&data);
+        let pleach = Pleach::new(&folder);
+        let model = fixture("llama-tiny").display().to_string();
+        Case { pleach, model, data: data.display().to_string(), folder }
+    }
+
+    fn out(&self, name: &str) -> String {
+        self.folder.join(name).display().to_string()
+    }
+
+    /// Arguments of a short run into a folder.
+    fn args<'a>(&'a self, out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+        let base = ["train", &self.model, "--data", &self.data, "--out", out, "--batch", "2", "--max-length", "16"];
+        [&base[..], &["--max-steps", "8", "--save-every", "3"], more].concat()
+    }
+
+    fn train(&self, out: &str, more: &[&str]) -> String {
+        self.pleach.ok(&self.args(out, more))
+    }
+}
+
+const LORA: [&str; 8] = ["--method", "lora", "--r", "4", "--target-modules", "all-linear", "--quiet", "--json"];
+
+/// Loss, rate, norm and tokens of every step, and the adapter's bytes.
+fn results(out: &str) -> (Vec<String>, Vec<u8>) {
+    let text = std::fs::read_to_string(Path::new(out).join("metrics.jsonl")).unwrap();
+    let line = |l: &str| {
+        let v: Value = serde_json::from_str(l).unwrap();
+        ["step", "loss", "lr", "grad_norm", "tokens"].map(|k| v[k].to_string()).join(" ")
+    };
+    (text.lines().map(line).collect(), std::fs::read(Path::new(out).join("adapter_model.safetensors")).unwrap())
+}
+
+#[test]
+fn threads_kills_and_plan_files_change_no_bit() {
+    let c = Case::new("train-bits");
+    let options =
+        [&LORA[..], &["--accum", "2", "--max-grad-norm", "0.5", "--schedule", "cosine", "--warmup", "2"]].concat();
+    let one = c.out("one");
+    let said: Value = serde_json::from_str(&c.train(&one, &[&options[..], &["--threads", "1"]].concat())).unwrap();
+    assert_eq!((said["steps"].as_u64(), said["steps_now"].as_u64()), (Some(8), Some(8)));
+    let want = results(&one);
+    assert_eq!(want.0.len(), 8);
+    let metrics = std::fs::read_to_string(Path::new(&one).join("metrics.jsonl")).unwrap();
+    let first: Value = serde_json::from_str(metrics.lines().next().unwrap()).unwrap();
+    for key in ["step_ms", "tokens_per_s", "planned_peak_bytes", "peak_rss_bytes"] {
+        assert!(first[key].as_f64().unwrap() > 0.0, "{key}: {first}");
+    }
+    for n in [3, 6, 8] {
+        assert!(Path::new(&one).join(format!("checkpoint-{n}/optimizer.safetensors")).is_file());
+    }
+    let three = c.out("three");
+    c.train(&three, &[&options[..], &["--threads", "3"]].concat());
+    assert_eq!(results(&three), want);
+    // Killed at several moments, each time resumed with another number of threads.
+    let killed = c.out("killed");
+    for (i, ms) in [30, 60, 90, 130, 180].into_iter().enumerate() {
+        let threads = (i % 3 + 1).to_string();
+        let more = [&options[..], &["--resume", "latest", "--threads", &threads]].concat();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_pleach"))
+            .args(c.args(&killed, &more))
+            .env("PLEACH_CACHE_DIR", c.folder.join("cache"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(ms));
+        let _ = child.kill();
+        child.wait().unwrap();
+    }
+    let resume = [&options[..], &["--resume", "latest"]].concat();
+    c.train(&killed, &resume);
+    assert_eq!(results(&killed), want);
+    let before = std::fs::read(Path::new(&killed).join("metrics.jsonl")).unwrap();
+    let said: Value = serde_json::from_str(&c.train(&killed, &resume)).unwrap();
+    assert_eq!(said["steps_now"], 0);
+    assert_eq!(std::fs::read(Path::new(&killed).join("metrics.jsonl")).unwrap(), before);
+    assert_eq!(results(&killed), want);
+    // A compiled plan.
+    let plan = c.out("t.pleach");
+    let shape = ["--entry", "train", "--batch", "2", "--max-length", "16", "-o", &plan];
+    c.pleach.ok(&[&["compile", &c.model], &LORA[..6], &shape[..]].concat());
+    let from_plan = c.out("from-plan");
+    let mut args = c.args(&from_plan, &options[6..]);
+    args[1] = &plan;
+    args.extend(["--weights", &c.model]);
+    c.pleach.ok(&args);
+    assert_eq!(results(&from_plan), want);
+    // What was trained loads, and changes the model.
+    c.pleach.ok(&["adapter", "check", &c.model, &one]);
+    let logits = |adapter: &[&str], name: &str| {
+        let file = c.out(name);
+        c.pleach.ok(&[&["run", &c.model, "--ids", "5,6,7,8", "--out", &file, "--quiet"], adapter].concat());
+        tensors(Path::new(&file))["logits"].1.clone()
+    };
+    let change = relative(&logits(&["--adapter", &one], "a.safetensors"), &logits(&[], "b.safetensors"));
+    assert!(change > 1e-5, "{change}");
+}
+
+#[test]
+fn refusals_say_what_to_do() {
+    let c = Case::new("train-refused");
+    let out = c.out("run");
+    c.train(&out, &[&LORA[..], &["--log", "jsonl,tensorboard", "--eval", &c.data]].concat());
+    let events = std::fs::read_dir(Path::new(&out).join("tensorboard")).unwrap().flatten().count();
+    assert_eq!(events, 1);
+    let evals = std::fs::read_to_string(Path::new(&out).join("eval.jsonl")).unwrap();
+    assert_eq!(evals.lines().count(), 2);
+    let fails = |code: i32, more: &[&str], why: &str| {
+        let e = c.pleach.fails(code, &c.args(&out, &[&LORA[..6], more].concat()));
+        assert!(e.contains(why), "{more:?}: {e}");
+    };
+    fails(2, &[], "--overwrite");
+    fails(1, &["--resume", "checkpoint-77"], "there is no such checkpoint");
+    fails(1, &["--resume", "latest", "--seed", "9"], "seed was 0, is 9");
+    fails(1, &["--overwrite", "--budget", "1000B"], "are needed");
+    fails(1, &["--overwrite", "--data", "/nonexistent.jsonl"], "nonexistent");
+    let other = c.out("other");
+    let fails = |code: i32, args: &[&str], why: &str| {
+        let base = ["train", &c.model, "--data", &c.data, "--out", &other, "--batch", "2", "--max-length", "16"];
+        let e = c.pleach.fails(code, &[&base[..], &["--max-steps", "1"], args].concat());
+        assert!(e.contains(why), "{args:?}: {e}");
+    };
+    fails(2, &[], "--method");
+    fails(1, &["--method", "lorax"], "known are");
+    fails(1, &["--method", "lora", "--lora-dropout", "0.1"], "dropout");
+    fails(1, &["--method", "lora", "--target-modules", "no_such"], "no_such");
+    fails(2, &["--adapter", &out, "--r", "7"], "contradicts");
+    fails(2, &["--method", "lora", "--warmup", "9"], "warm-up");
+    fails(2, &["--method", "lora", "--warmup", "x"], "no warm-up");
+}
+
+#[test]
+fn an_adapter_trains_on_and_rows_of_every_form_are_read() {
+    let c = Case::new("train-forms");
+    let rows = c.out("forms.jsonl");
+    let text = r#"{"text":"a hedge is a fence"}
+{"prompt":"what is a hedge?","completion":" a fence"}
+{"messages":[{"role":"user","content":"one"},{"role":"assistant","content":"two"}]}
+{"input_ids":[1,2,3,4],"labels":[-100,-100,3,4]}
+{"input_ids":[1,2],"labels":[-100,-100]}
+"#;
+    std::fs::write(&rows, text).unwrap();
+    let first = c.out("first");
+    let run = |out: &str, more: &[&str]| {
+        let base = ["train", &c.model, "--data", &rows, "--out", out, "--batch", "2", "--max-length", "64"];
+        let said =
+            c.pleach.call(&[&base[..], &["--max-steps", "4", "--lr", "1e-2", "--schedule", "constant"], more].concat());
+        assert_eq!(said.code, Some(0), "{}", said.err);
+        said.err
+    };
+    let said = run(&first, &["--method", "lora", "--r", "4", "--target-modules", "q_proj,v_proj"]);
+    assert!(said.contains("5 rows") && said.contains("1 rows have no counted target"), "{said}");
+    let second = c.out("second");
+    run(&second, &["--adapter", &first, "--max-length", "64"]);
+    let loss = |out: &str, i: usize| {
+        let text = std::fs::read_to_string(Path::new(out).join("metrics.jsonl")).unwrap();
+        serde_json::from_str::<Value>(text.lines().nth(i).unwrap()).unwrap()["loss"].as_f64().unwrap()
+    };
+    // The second run begins where the first one ended, not where it began.
+    assert!(loss(&second, 0) < loss(&first, 0));
+    let config = std::fs::read_to_string(Path::new(&second).join("adapter_config.json")).unwrap();
+    let config: Value = serde_json::from_str(&config).unwrap();
+    assert_eq!((config["r"].as_u64(), config["peft_type"].as_str()), (Some(4), Some("LORA")));
+    assert_eq!(config["base_model_name_or_path"].as_str(), Some(c.model.as_str()));
+}
+
+#[test]
+fn the_memory_foretold_is_the_memory_planned() {
+    let c = Case::new("train-plan");
+    let shape = ["--batch", "2", "--max-length", "16"];
+    let ask = |more: &[&str]| -> Value {
+        let text = c.pleach.ok(&[&["plan", &c.model], &LORA[..6], &shape[..], &["--json"], more].concat());
+        serde_json::from_str(&text).unwrap()
+    };
+    let plan = ask(&[]);
+    let n = |v: &Value, k: &str| v[k].as_u64().unwrap_or_else(|| panic!("{k}: {v}"));
+    let (total, least) = (n(&plan, "total_bytes"), n(&plan, "minimum_bytes"));
+    assert!(n(&plan, "arena_bytes") < total && least <= total && least > 0);
+    let saved = plan["saved"].as_array().unwrap();
+    assert!(!saved.is_empty());
+    for s in saved {
+        assert!(s["name"].is_string() && s["reason"].is_string() && s["bytes"].as_u64().is_some(), "{s}");
+    }
+    let out = c.out("run");
+    c.train(&out, &LORA);
+    let text = std::fs::read_to_string(Path::new(&out).join("metrics.jsonl")).unwrap();
+    let first: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    assert_eq!(n(&first, "planned_peak_bytes"), total);
+    // At the budget of the smallest plan it fits, a byte below it does not, and the message says what is needed.
+    let tight = format!("{least}B");
+    assert!(n(&ask(&["--budget", &tight]), "total_bytes") <= least);
+    let low = format!("{}B", least - 1);
+    let e = c.pleach.fails(1, &[&["plan", &c.model], &LORA[..6], &shape[..], &["--budget", &low]].concat());
+    assert!(e.contains(&least.to_string()), "{e}");
+}
