@@ -31,7 +31,7 @@ fn agree(kernel: &Kernel, counts: &[u64], most: i32, tolerance: f64) {
     assert_eq!(row::supported(kernel), Ok(()), "{}", kernel.name);
     for n in counts {
         let symbols = [(Sym::L, *n), (Sym::T, *n)];
-        check(|k, s, t| row::emit(k, s, t), kernel, &operands(kernel, &symbols, most), &symbols, tolerance);
+        check(row::emit, kernel, &operands(kernel, &symbols, most), &symbols, tolerance);
     }
 }
 
