@@ -27,8 +27,9 @@ use crate::canonicalize::Builder;
 use crate::error::PassError;
 use crate::manager::{Report, RuleCount};
 use crate::options::Options;
-use cost::{Kind, Part, Setting};
+use cost::{Extraction, Kind, Part, Setting};
 use egg::{Id, Language};
+use extract::Choice;
 use halves::Halves;
 use lang::{ENode, Known, Label, SOURCE, Stage, World};
 use pleach_ir::{BinaryOp, Entry, Graph, IrError, Op, Root, ValueId};
@@ -176,8 +177,19 @@ pub fn load(b: &Body, merge: bool) -> Option<(World, Vec<Id>)> {
     Some((w, at))
 }
 
-/// The new form of a body at these token counts; `None` if it has none or stays as it is.
-pub fn solve(b: &Body, tokens: &[u64], opts: &Options) -> Option<Solution> {
+/// A body after saturation, and the problem of choosing from it.
+struct Priced {
+    w: World,
+    /// The class of every node of the body.
+    at: Vec<Id>,
+    x: Extraction,
+    /// The region as it came.
+    start: Choice,
+    saturation: Saturation,
+}
+
+/// Saturates a body and prices what came of it.
+fn price(b: &Body, tokens: &[u64], opts: &Options) -> Option<Priced> {
     let (mut w, at) = load(b, opts.merge)?;
     let came: Vec<ENode> = w.made.iter().map(|m| m.0.clone()).collect();
     let limits = Limits { rounds: opts.round_limit, nodes: opts.node_limit, disabled: opts.disabled_rules.clone() };
@@ -196,6 +208,12 @@ pub fn solve(b: &Body, tokens: &[u64], opts: &Options) -> Option<Solution> {
     let setting = Setting { target: &opts.target, tokens, epilogue, training: b.training, saved_byte_us };
     let x = cost::problem(&w, &roots, &setting, &source);
     let start = cost::source_choice(&w, &x, &source);
+    Some(Priced { w, at, x, start, saturation })
+}
+
+/// The new form of a body at these token counts; `None` if it has none or stays as it is.
+pub fn solve(b: &Body, tokens: &[u64], opts: &Options) -> Option<Solution> {
+    let Priced { w, at, x, start, saturation } = price(b, tokens, opts)?;
     let before = x.problem.cost(&start).unwrap_or(f64::INFINITY);
     let (choice, after) = x.problem.solve(Some(&start))?;
     let order = x.problem.walk(&choice)?;

@@ -13,14 +13,14 @@
 //! Where a region has two halves, a class of the forward half has a second life too: as the backward half reads it. It is
 //! kept, at a price per byte unless something outside keeps it anyway, or computed again from what is kept. So a term is
 //! chosen with an eye on the bytes it makes others keep. Values over trained parameters cost what they take, once per
-//! step; a scatter into a weight is done in place, so the weight as it was need not stay.
+//! step; what is set in a weight is set in place, so the weight as it was need not stay.
 
 use super::extract::{Choice, NONE, Problem};
 use super::lang::{ENode, Known, Label, Stage, World};
 use super::region::Readers;
 use crate::options::Target;
 use egg::Id;
-use pleach_ir::{BinaryOp, Dim, Op, Sym};
+use pleach_ir::{BinaryOp, Dim, Op, ScatterMode, Sym};
 use std::collections::BTreeMap;
 
 /// A slot's copy of base weights although slots are to stay apart: dearer than any sum of honest nodes.
@@ -306,7 +306,8 @@ fn parameters(w: &World, x: &mut Extraction, k: usize, s: &Setting, m: &Meter) {
         if e.ch.iter().any(|&c| !w.is_param(c)) {
             continue; // cannot be computed as early as the class
         }
-        let in_place = matches!(e.op(), Some(Op::Scatter { .. }));
+        // what is set again needs nothing of what was there; what is added to does
+        let in_place = matches!(e.op(), Some(Op::Scatter { mode: ScatterMode::Set, .. }));
         let from = |i: usize| {
             let c = e.ch[i];
             // what is known earlier is read where it stays

@@ -2,13 +2,15 @@
 
 use super::*;
 
-/// (p·q)·z = p·(q·z), both ways. The new operand is made of parameters, or no bigger than what is there already.
+/// (p·q)·z = p·(q·z), both ways. The new operand is made of parameters, or no bigger than what is there already: the
+/// result, the smaller operand, or the gradient of a whole weight that it replaces.
 pub(super) fn assoc(w: &World, out: &mut Found) {
     let area = |v: View| size(dims(w, v).0).saturating_mul(size(dims(w, v).1));
     let flip = |v: (View, View), t: bool| if t { ((v.1.0, !v.1.1), (v.0.0, !v.0.1)) } else { v };
     for (id, n, _) in each(w) {
         let Some((l, r)) = as_product(w, n) else { continue };
-        let ok = |a: View, b: View| {
+        // `old`: size of a product of two run-time values that the new operand replaces, a weight's whole gradient
+        let ok = |a: View, b: View, old: u64| {
             let new = size(dims(w, a).0).saturating_mul(size(dims(w, b).1));
             if w.is_param(a.0) && w.is_param(b.0) {
                 // where slots stay apart, a slot's factors are not multiplied out
@@ -18,18 +20,19 @@ pub(super) fn assoc(w: &World, out: &mut Found) {
                 // a small product of base weights and a slot is not a slot's copy of the base weights
                 return !w.mixes(a.0, b.0) || new.saturating_mul(2) < area(a).max(area(b));
             }
-            new <= area((id, false)).max(area(l).min(area(r)))
+            new <= area((id, false)).max(area(l).min(area(r))).max(old)
         };
+        let gradient = |p: View, q: View, old: View| if w.is_param(p.0) || w.is_param(q.0) { 0 } else { area(old) };
         let product = |a: View, b: View| Term::Product(Box::new((class(a.0), a.1)), Box::new((class(b.0), b.1)));
         for v in products(w, l.0) {
             let (p, q) = flip(v, l.1);
-            if ok(q, r) {
+            if ok(q, r, gradient(p, q, l)) {
                 out.push((id, mm((class(p.0), p.1), (product(q, r), false))));
             }
         }
         for v in products(w, r.0) {
             let (p, q) = flip(v, r.1);
-            if ok(l, p) {
+            if ok(l, p, gradient(p, q, r)) {
                 out.push((id, mm((product(l, p), false), (class(q.0), q.1))));
             }
         }
