@@ -192,7 +192,11 @@ fn bench(target: &HostTarget, dtype: DType, pass: Pass) {
         let mut memory: Vec<Vec<f32>> = vec![];
         for (i, t) in types.iter().enumerate() {
             let copies = if i == 1 || i == 2 { caches } else { 1 };
-            memory.push((0..size(t) * copies).map(|i| ((i * 7919) % 2003) as f32 / 1000.0 - 1.0).collect());
+            let word = |i: usize| {
+                let x = (((i * 7919) % 2003) as f32 / 1000.0 - 1.0).to_bits();
+                f32::from_bits(if t.dtype == DType::BF16 { x & 0xffff_0000 | x >> 16 } else { x })
+            };
+            memory.push((0..size(t) * copies).map(word).collect());
         }
         let n = memory.len();
         let bits = |v: Vec<usize>| v.into_iter().map(|x| f32::from_bits(x as u32)).collect::<Vec<f32>>();
