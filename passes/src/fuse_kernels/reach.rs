@@ -143,7 +143,7 @@ mod tests {
         assert!(r.cycle(&[0].into(), &r.closure([1].into_iter())));
         r.merge(&[1, 3].into(), 1, &none);
         assert!(r.is_before(0, 2) && r.is_before(1, 2) && !r.is_before(3, 2));
-        r.wait(2, 0 + 3);
+        r.wait(2, 3);
         assert!(r.is_before(0, 3));
     }
 }
