@@ -6,4 +6,5 @@ mod commands;
 mod damaged;
 mod kit;
 mod real;
+mod solvers;
 mod train;

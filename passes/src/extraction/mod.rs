@@ -8,6 +8,8 @@
 
 mod local;
 mod start;
+#[cfg(test)]
+mod tests;
 
 use local::Local;
 

@@ -1,0 +1,119 @@
+//! The memory planner on the public hard sets, on hard sets made here, and on what training makes of a decoder.
+
+use pleach_plan::memory::{Placement, Request, check, lower_bound, place, place_with};
+use std::path::Path;
+
+fn read(name: &str) -> Vec<Request> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/memory").join(name);
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let mut lines = text.lines();
+    assert_eq!(lines.next(), Some("id,lower,upper,size"));
+    lines
+        .map(|l| {
+            let v: Vec<u64> = l.split(',').map(|x| x.parse().unwrap()).collect();
+            Request { first: v[1], last: v[2], size: v[3] }
+        })
+        .collect()
+}
+
+fn checked(list: &[Request], goal: Option<u64>) -> Placement {
+    let p = place_with(list, 1, goal, 1);
+    let total = check(list, &p.offsets).unwrap_or_else(|(a, b)| panic!("{:?} and {:?} share bytes", list[a], list[b]));
+    assert_eq!((total, p.lower_bound), (p.total, lower_bound(list)));
+    assert!(!p.optimal || p.total >= p.lower_bound);
+    p
+}
+
+/// Numbers that are the same on every machine.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 24) % n.max(1)
+    }
+}
+
+/// A rectangle of `height` bytes cut into `n` pieces: alive at every time are exactly `height` bytes.
+fn cut(n: usize, time: u64, height: u64, seed: u64) -> Vec<Request> {
+    let mut random = Random(seed * 2 + 1);
+    let mut pieces = vec![(0, time, height)];
+    while pieces.len() < n {
+        pieces.sort_by_key(|(a, b, h)| (b - a) * h);
+        let k = pieces.len() - 1 - (random.below(4) as usize).min(pieces.len() - 1);
+        let (a, b, h) = pieces.remove(k);
+        if random.below(2) == 0 && b - a >= 2 || h < 2 {
+            let m = a + 1 + random.below(b - a - 1);
+            pieces.extend([(a, m, h), (m, b, h)]);
+        } else {
+            let m = 1 + random.below(h - 1);
+            pieces.extend([(a, b, m), (a, b, h - m)]);
+        }
+    }
+    for i in (1..n).rev() {
+        pieces.swap(i, random.below(i as u64 + 1) as usize);
+    }
+    pieces.into_iter().map(|(first, last, size)| Request { first, last, size }).collect()
+}
+
+#[test]
+fn hard_sets_meet_their_capacity() {
+    for name in ["A", "B", "C", "D", "E", "F"] {
+        let list = read(&format!("{name}.1048576.csv"));
+        let p = checked(&list, Some(1_048_576));
+        assert!(p.total <= 1_048_576, "{name}: {} bytes", p.total);
+    }
+}
+
+#[test]
+fn sets_without_a_capacity_reach_the_bound() {
+    for name in ["resnet50.csv", "G_1.csv"] {
+        let p = checked(&read(name), None);
+        assert!(p.optimal && p.total == p.lower_bound, "{name}: {} over {}", p.total, p.lower_bound);
+    }
+}
+
+#[test]
+fn cut_rectangles_are_put_together_again() {
+    for seed in 0..6 {
+        for n in [20, 60, 120] {
+            let list = cut(n, 400, 1 << 20, seed);
+            let p = checked(&list, None);
+            assert_eq!((p.total, p.optimal), (1 << 20, true), "{n} pieces, seed {seed}");
+        }
+    }
+}
+
+/// Forward, then backward: values are kept until their gradient is made.
+fn training(layers: u64, tokens: u64) -> Vec<Request> {
+    let (d, f) = (576, 1536);
+    let steps = 10;
+    let end = 2 * layers * steps + 2;
+    let mut list = vec![];
+    for l in 0..layers {
+        for (k, (width, kept)) in
+            [(d, true), (960, true), (d, false), (d, true), (d, true), (d, false), (2 * f, true), (f, false), (f, true)]
+                .into_iter()
+                .enumerate()
+        {
+            let at = l * steps + k as u64;
+            let last = if kept { end - at } else { at + 2 };
+            list.push(Request { first: at, last, size: tokens * width * 4 });
+            list.push(Request { first: end - at, last: end - at + 2, size: tokens * width * 4 });
+        }
+        list.push(Request { first: end - l * steps, last: end + 4, size: 16 * (d + f) * 4 });
+    }
+    list
+}
+
+#[test]
+fn training_graphs_are_planned_optimally() {
+    for (layers, tokens) in [(4, 512), (30, 512), (30, 100), (48, 2048)] {
+        let list = training(layers, tokens);
+        let p = place(&list, 64);
+        assert!(check(&list, &p.offsets).is_ok());
+        assert!(p.optimal, "{layers} layers: {} over {}", p.total, p.lower_bound);
+    }
+}
