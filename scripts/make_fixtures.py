@@ -276,12 +276,16 @@ ADAPTERS = {
     ),
     "bert-qv": ("bert-tiny", dict(r=4, lora_alpha=8, target_modules=["query", "value"])),
     "bert-all": ("bert-tiny", dict(r=3, lora_alpha=5, target_modules="all-linear")),
+    "dora": ("llama-tiny-v4", dict(r=3, lora_alpha=4, use_dora=True, target_modules="all-linear")),
+    "bias": ("llama-tiny-v4", dict(r=2, lora_alpha=3, target_modules=["q_proj", "up_proj"], bias="all")),
+    "save": ("llama-tiny", dict(r=2, lora_alpha=3, target_modules=["v_proj"], modules_to_save=["lm_head", "model.norm"])),
+    "paca": ("llama-tiny", dict(peft_type="PACA", r=6, paca_alpha=9, target_modules="all-linear")),
 }
 
 # model -> lists of adapters active together
 CASES = {
-    "llama-tiny": [[], ["lora-r4"], ["lora-all"], ["lora-pattern"], ["lora-layers"], ["lora-exclude"], ["lora-r4", "lora-all"], ["lora-pattern", "lora-layers"]],
-    "llama-tiny-v4": [[], ["lora-r4"], ["lora-all"], ["lora-pattern"], ["lora-r4", "lora-pattern"]],
+    "llama-tiny": [[], ["lora-r4"], ["lora-all"], ["lora-pattern"], ["lora-layers"], ["lora-exclude"], ["lora-r4", "lora-all"], ["lora-pattern", "lora-layers"], ["save"], ["paca"]],
+    "llama-tiny-v4": [[], ["lora-r4"], ["lora-all"], ["lora-pattern"], ["lora-r4", "lora-pattern"], ["dora"], ["bias"], ["paca"]],
     "llama-odd": [[], ["lora-odd"]],
     "bert-tiny": [[], ["bert-qv"], ["bert-all"], ["bert-qv", "bert-all"]],
 }
@@ -292,12 +296,31 @@ def load(out, name):
     return auto.from_pretrained(out / name, dtype=torch.float32).eval()
 
 
+def make_paca(out, index, name, model_name, options):
+    """A folder as PEFT 0.22 writes it: PEFT 0.21 has no PaCA."""
+    g = torch.Generator().manual_seed(100 + index)
+    tensors, r = {}, options["r"]
+    for key, m in load(out, model_name).named_modules():
+        if isinstance(m, torch.nn.Linear) and key != "lm_head":
+            prefix = f"base_model.model.{key}."
+            tensors[prefix + "paca_delta"] = 2 * ADAPTER_STD * torch.randn(m.out_features, r, generator=g)
+            tensors[prefix + "paca_indices"] = torch.randperm(m.in_features, generator=g)[:r].sort().values
+    folder = out / "adapters" / name
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    write_json(folder / "adapter_config.json", options | {"base_model_name_or_path": model_name, "task_type": None})
+
+
 def make_adapter(out, index, name, model_name, options):
+    if options.get("peft_type") == "PACA":
+        return make_paca(out, index, name, model_name, options)
     model = get_peft_model(load(out, model_name), LoraConfig(**options))
     g = torch.Generator().manual_seed(100 + index)
     with torch.no_grad():
         for key, p in sorted(model.named_parameters()):
-            if "lora_" in key:  # B too: an adapter with B = 0 tests nothing
+            if "magnitude" in key or (p.requires_grad and "lora_" not in key):
+                p.add_(ADAPTER_STD * torch.randn(p.shape, generator=g))
+            elif "lora_" in key:  # B too: an adapter with B = 0 tests nothing
                 p.copy_(ADAPTER_STD * torch.randn(p.shape, generator=g))
     folder = out / "adapters" / name
     model.save_pretrained(folder)
@@ -312,6 +335,17 @@ def make_adapter(out, index, name, model_name, options):
 
 def attach(base, out, names):
     if not names:
+        return base
+    config = json.loads((out / "adapters" / names[0] / "adapter_config.json").read_text())
+    if config["peft_type"] == "PACA":
+        # The definition itself: the chosen columns plus the scaled differences.
+        scale = config["paca_alpha"] / config["r"]
+        tensors = load_file(out / "adapters" / names[0] / "adapter_model.safetensors")
+        with torch.no_grad():
+            for key, delta in tensors.items():
+                if key.endswith(".paca_delta"):
+                    weight = base.get_submodule(key.removeprefix("base_model.model.").removesuffix(".paca_delta")).weight
+                    weight[:, tensors[key.replace("paca_delta", "paca_indices")]] += scale * delta
         return base
     model = PeftModel.from_pretrained(base, out / "adapters" / names[0], adapter_name=names[0])
     for name in names[1:]:
@@ -345,7 +379,7 @@ def expect(out, name, adapters):
     print(f"  {name:14} {'+'.join(adapters) or 'base':28} seed {seed}, f32 against f64 {noise:.1e}")
     assert noise < TOLERANCE / 4, f"{name} {adapters}: too little room for another order of sums"
     if adapters:
-        merged = model.merge_and_unload()
+        merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
         tensors[f"merged_{key}"] = forward(merged, ids, segments)
         assert relative(tensors[f"merged_{key}"], tensors[key]) < TOLERANCE / 2
     file = out / "expected" / name / ("+".join(adapters) or "base")

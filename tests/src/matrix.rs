@@ -1,4 +1,4 @@
-//! The README's table of what is checked against PEFT, made from the fixtures.
+//! The README's table of what is checked against PEFT (PaCA against its definition in PyTorch), made from the fixtures.
 //!
 //! A row is a feature that some fixture's adapter uses; every case with that feature is run by the tests `fixtures` and
 //! `models`, beside the weights and merged, so a row says what has to pass, not what is hoped for.
@@ -27,11 +27,15 @@ fn filled(v: &Value) -> bool {
     }
 }
 
-const FEATURES: [(&str, Has); 8] = [
-    ("LoRA", |c| c["peft_type"] == "LORA" && !filled(&c["use_rslora"])),
+const FEATURES: [(&str, Has); 12] = [
+    ("LoRA", |c| c["peft_type"] == "LORA" && !filled(&c["use_rslora"]) && !filled(&c["use_dora"])),
     ("rsLoRA", |c| filled(&c["use_rslora"])),
+    ("DoRA", |c| filled(&c["use_dora"])),
+    ("PaCA", |c| c["peft_type"] == "PACA"),
+    ("`modules_to_save`", |c| filled(&c["modules_to_save"])),
+    ("trained biases", |c| c["bias"].as_str().is_some_and(|b| b != "none")),
     ("`target_modules` as a list", |c| c["target_modules"].is_array()),
-    ("`target_modules` as a regex", |c| c["target_modules"].is_string()),
+    ("`target_modules` as a regex", |c| c["target_modules"].as_str().is_some_and(|s| s != "all-linear")),
     ("`rank_pattern`", |c| filled(&c["rank_pattern"])),
     ("`alpha_pattern`", |c| filled(&c["alpha_pattern"])),
     ("`layers_to_transform`", |c| filled(&c["layers_to_transform"])),
