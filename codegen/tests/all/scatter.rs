@@ -140,6 +140,7 @@ fn other_axes() {
         dtype: DType::F32,
     };
     check(&columns(None, ScatterMode::Set), 33, 0, true);
+    check(&Case { dtype: DType::BF16, ..columns(None, ScatterMode::Set) }, 33, 0, true);
     check(&columns(None, ScatterMode::Add), 33, 0, true);
     check(&columns(Some((1, 3, 20)), ScatterMode::Set), 5, 0, false);
     let inner = Case {
