@@ -74,6 +74,14 @@ impl ModelConfig {
         }
     }
 
+    /// The longest sequence that the model was made for.
+    pub fn max_positions(&self) -> u64 {
+        match self {
+            ModelConfig::Llama(c) => c.max_positions,
+            ModelConfig::Bert(c) => c.max_positions,
+        }
+    }
+
     /// Whether the model continues text (has a KV cache and logits) rather than encodes it.
     pub fn is_decoder(&self) -> bool {
         matches!(self, ModelConfig::Llama(_))
