@@ -1,6 +1,6 @@
 //! Commands beside run and generate, and the manners of all: help, exit codes, JSON, quiet.
 
-use crate::kit::{Folder, Pleach, copy, fixture};
+use crate::kit::{Folder, Pleach, copy, fixture, relative, tensors};
 use serde_json::Value;
 
 fn json(text: &str) -> Value {
@@ -16,7 +16,7 @@ fn setup(name: &str) -> (Folder, Pleach, String) {
 #[test]
 fn every_command_has_help_with_an_example() {
     let (_folder, pleach, _) = setup("help");
-    let list = "run,generate,compile,inspect,opt,merge,adapter check,adapter targets,import,bench run,bench generate,bench \
+    let list = "run,generate,compile,inspect,opt,merge,adapter check,adapter targets,adapter convert,import,bench run,bench generate,bench \
                 kernels,doctor";
     for command in list.split(',') {
         let words: Vec<&str> = command.split(' ').chain(["--help"]).collect();
@@ -185,4 +185,30 @@ fn one_tied_tensor_parts_when_only_the_head_changes() {
     let config = json(&std::fs::read_to_string(merged.join("config.json")).unwrap());
     assert_eq!(config["tie_word_embeddings"], false);
     copy(&merged, &folder.join("copy"));
+}
+
+#[test]
+fn paca_becomes_an_equal_lora() {
+    let (folder, pleach, model) = setup("convert");
+    let paca = fixture("adapters/paca").display().to_string();
+    let lora = folder.join("lora").display().to_string();
+    let said = pleach.fails(1, &["adapter", "convert", &paca, "--to", "lora", "--out", &lora]);
+    assert!(said.contains("--model"), "{said}");
+    let convert = ["adapter", "convert", &paca, "--to", "lora", "--out", &lora, "--model", &model];
+    pleach.ok(&convert);
+    assert!(pleach.fails(1, &convert).contains("--overwrite"));
+    pleach.ok(&[&convert[..], &["--overwrite"]].concat());
+    let logits = |adapter: &str, more: &[&str]| {
+        let out = folder.join("o.safetensors");
+        let to = out.display().to_string();
+        let run = ["run", &model, "--ids", "5,9,33,40", "--adapter", adapter, "--out", &to, "--quiet"];
+        pleach.ok(&[&run[..], more].concat());
+        tensors(&out)["logits"].1.clone()
+    };
+    let want = logits(&paca, &[]);
+    assert!(relative(&logits(&lora, &[]), &want) < 1e-5);
+    assert!(relative(&logits(&lora, &["--merge"]), &want) < 1e-5);
+    let r = json(&pleach.ok(&["adapter", "check", &model, &paca, "--json"]));
+    assert_eq!((r["method"].as_str(), r["sites"].as_array().map(Vec::len)), (Some("paca"), Some(14)));
+    assert!(pleach.fails(2, &["adapter", "convert", &paca, "--to", "dora", "--out", &lora]).contains("lora"));
 }
