@@ -62,7 +62,8 @@ pub(super) fn pack(graph: &Graph) -> Result<(Graph, Vec<Layout>), IrError> {
             let right = e.node(v).inputs[1];
             let Op::Param(p) = e.node(right).op else { continue };
             let ty = &g.params[p.index()].ty;
-            let known = ty.rank() == 2 && ty.static_elements().is_some() && ty.dtype == DType::F32;
+            let known =
+                ty.rank() == 2 && ty.static_elements().is_some() && matches!(ty.dtype, DType::F32 | DType::BF16);
             if !live[v.index()] || !known || g.params[p.index()].role == Role::State {
                 continue;
             }
