@@ -23,6 +23,8 @@ const TASK_ROWS: u64 = 64;
 const TASK_ROWS_LEFT: u64 = 128;
 /// The same where the task packs its right operand only: packing must be little beside the products.
 const TASK_ROWS_RIGHT: u64 = 512;
+/// Tasks that rows are split into, at least, where columns give one or two.
+const ROW_TASKS: u64 = 8;
 /// Tasks that columns are split into, about, where few rows are left to split.
 const COLUMN_TASKS: u64 = 16;
 
@@ -134,6 +136,8 @@ impl Blocking {
         };
         // Blocks of equal height.
         let task_rows = match a.m {
+            // Rows alone make the tasks where there are hardly any columns.
+            Dim::Known(m) if count.is_some_and(|c| c <= 2) => task_rows.min(m.div_ceil(ROW_TASKS)),
             Dim::Known(m) if packs && m > task_rows => m.div_ceil(m.div_ceil(task_rows)),
             _ => task_rows,
         };
