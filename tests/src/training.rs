@@ -199,7 +199,7 @@ impl Opened {
             let told = [("losses", s.loss, loss), ("grad_norms", s.grad_norm, 10.0 * loss), ("lrs", s.lr, 1e-9)];
             for (key, got, tolerance) in told {
                 let (want, error) = (want(key), (got - want(key)).abs() / want(key).abs().max(1e-12));
-                if !(error <= tolerance) {
+                if error.is_nan() || error > tolerance {
                     faults.push(format!("step {}: {key} {got:.8} instead of {want:.8}, {error:.1e}", i + 1));
                 }
             }
