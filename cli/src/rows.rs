@@ -179,7 +179,9 @@ impl Reader<'_> {
                     self.conversation(&all, p.len()..p.len() + c.len(), out)?
                 }
                 _ => {
-                    return Err(Failure::new("`prompt` and `completion` must both be texts, or both lists of messages"));
+                    return Err(Failure::new(
+                        "`prompt` and `completion` must both be texts, or both lists of messages",
+                    ));
                 }
             }
         } else if let Some(t) = map.get("text") {
@@ -233,7 +235,7 @@ impl Reader<'_> {
         let all = text.encode(&format!("{prompt}{}", text.ended(completion)), true)?;
         out.uneven += u64::from(!all.starts_with(&before));
         let end = all.len();
-        Ok((all, vec![before.len()..end]))
+        Ok((all, std::iter::once(before.len()..end).collect()))
     }
 
     /// A conversation, with the assistant's turns among `turns` counted.

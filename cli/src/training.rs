@@ -1,9 +1,11 @@
 //! What `train`, `plan` and `bench train` share: a training plan for a model and a method, its memory, its session.
 
-use crate::args::{self, MethodArgs, ModelArgs, ShapeArgs};
+use crate::args::{self, MethodArgs, ModelArgs, ShapeArgs, Size};
 use crate::failure::{Failure, Result};
 use crate::ready::{self, Ready};
 use crate::report::{Ui, bytes};
+#[cfg(feature = "compiler")]
+use pleach_frontend::ModelConfig;
 use pleach_runtime::train::{AdapterPlan, Measured, initial_values};
 use pleach_runtime::{Memory, Options, Session, Weights, plan_memory};
 
@@ -20,6 +22,9 @@ pub(crate) struct Training {
     /// Whether the adapter is new; else it is the model's first one.
     pub fresh: bool,
 }
+
+/// Tokens of a row when nothing is said.
+const LENGTH: u64 = 512;
 
 /// Entries that a training plan must have.
 const ENTRIES: [&str; 3] = ["accumulate", "update", "evaluate"];
@@ -45,13 +50,14 @@ impl Training {
         };
         let adapter = AdapterPlan::of(&ready.plan)?;
         let limit = ready.plan.meta.max_positions;
-        if limit > 0 && shape.max_length > limit {
+        let max_length = length(shape, limit);
+        if limit > 0 && max_length > limit {
             return Err(Failure::usage(format!(
                 "--max-length {} is more than the {limit} positions the model was made for",
-                shape.max_length
+                max_length
             )));
         }
-        Ok(Training { ready, adapter, batch: shape.batch, max_length: shape.max_length, fresh: start.is_none() })
+        Ok(Training { ready, adapter, batch: shape.batch, max_length, fresh: start.is_none() })
     }
 
     /// What a session is opened with.
@@ -96,18 +102,42 @@ impl MethodArgs {
     }
 }
 
-/// Refuses a plan that does not fit into a budget.
+/// Tokens of a row: as asked for, else what is usual and the model can take. 0 positions mean any number.
+fn length(shape: &ShapeArgs, positions: u64) -> u64 {
+    let most = if positions == 0 { u64::MAX } else { positions };
+    shape.max_length.unwrap_or(LENGTH.min(most))
+}
+
+/// The smallest total of the plans there are for a model, a method and a shape: as it comes, and with as little kept as
+/// possible. A compiled plan is what it is.
 ///
 /// # Errors
-/// What it needs at least.
-pub(crate) fn within_budget(total: u64, minimum: u64, budget: Option<u64>) -> Result<()> {
+/// As [`Training::open`].
+pub(crate) fn minimum(ui: &Ui, model: &ModelArgs, method: &MethodArgs, shape: &ShapeArgs) -> Result<u64> {
+    let quiet = Ui { quiet: true, ..*ui };
+    let mut least = u64::MAX;
+    for budget in [None, Some(Size(0))] {
+        let t = Training::open(&quiet, model, method, &ShapeArgs { budget, ..shape.clone() })?;
+        least = least.min(t.memory(ui, &t.ready.weights()?)?.total());
+    }
+    Ok(least)
+}
+
+/// Refuses a plan that does not fit into the budget of `shape`.
+///
+/// # Errors
+/// What is needed at least.
+pub(crate) fn within_budget(total: u64, budget: Option<Size>, minimum: impl FnOnce() -> Result<u64>) -> Result<()> {
     match budget {
-        Some(b) if total > b => Err(Failure::new(format!(
-            "a budget of {} ({b} bytes) is too small: at least {} ({minimum} bytes) are needed; lower --batch, \
-             --max-length or --r, or raise --budget",
-            bytes(b),
-            bytes(minimum)
-        ))),
+        Some(Size(b)) if total > b => {
+            let minimum = minimum()?.min(total);
+            Err(Failure::new(format!(
+                "a budget of {} ({b} bytes) is too small: at least {} ({minimum} bytes) are needed; lower --batch, \
+                 --max-length or --r, or raise --budget",
+                bytes(b),
+                bytes(minimum)
+            )))
+        }
         _ => Ok(()),
     }
 }
@@ -148,11 +178,16 @@ pub(crate) fn request(model: &ModelArgs, method: &MethodArgs, shape: &ShapeArgs)
             serde_json::Map::new()
         }
     };
+    let limit = match pleach_frontend::Checkpoint::open(&model.model)?.config {
+        ModelConfig::Llama(c) => c.max_positions,
+        ModelConfig::Bert(c) => c.max_positions,
+    };
+    let positions = length(shape, limit);
     Ok(crate::pipeline::TrainPart {
         config,
-        tokens: shape.batch.saturating_mul(shape.max_length),
+        tokens: shape.batch.saturating_mul(positions),
         sequences: shape.batch,
-        positions: shape.max_length,
+        positions,
         budget: shape.budget.map(|b| b.0),
     })
 }

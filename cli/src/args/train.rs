@@ -103,9 +103,9 @@ pub(crate) struct ShapeArgs {
     /// Rows of a micro-batch
     #[arg(long, value_name = "B", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..1 << 20))]
     pub batch: u64,
-    /// Tokens at which rows are cut
-    #[arg(long, value_name = "L", default_value_t = 512, value_parser = clap::value_parser!(u64).range(2..1 << 24))]
-    pub max_length: u64,
+    /// Tokens at which rows are cut [default: 512, or what the model was made for]
+    #[arg(long, value_name = "L", value_parser = clap::value_parser!(u64).range(2..1 << 24))]
+    pub max_length: Option<u64>,
     /// Memory for weights, adapter, optimizer and everything between: 8GiB, 500MB, …
     #[arg(long, value_name = "SIZE")]
     pub budget: Option<Size>,

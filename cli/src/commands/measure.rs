@@ -67,7 +67,7 @@ pub(crate) fn serve(ui: &Ui, args: &TrainArgs) -> Result<()> {
     let method =
         MethodArgs { method: Some("full".into()), target_modules: Some(modules.join(",")), ..MethodArgs::default() };
     let training = Training::open(ui, &model, &method, &args.shape)?;
-    let data = rows::read(&args.data, &folder, training.ready.plan.meta.vocab, args.shape.max_length)?.rows;
+    let data = rows::read(&args.data, &folder, training.ready.plan.meta.vocab, training.max_length)?.rows;
     let mut session = training.session(ui, training.ready.weights()?, args.seed, &Measured::new())?;
     let mut order = Order::new(data.len(), (!args.no_shuffle).then_some(args.seed));
     let mut out = Measured::new();

@@ -3,7 +3,7 @@
 use crate::args::{MethodArgs, PlanArgs, Search, ShapeArgs, Size};
 use crate::failure::{Failure, Result};
 use crate::report::{self, Table, Ui, bytes};
-use crate::training::{Training, within_budget};
+use crate::training::{Training, minimum, within_budget};
 use pleach_runtime::Memory;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -21,23 +21,14 @@ pub(crate) fn plan(ui: &Ui, args: &PlanArgs) -> Result<()> {
         }
     };
     let asked = Planned::new(ui, args, &method, &shape)?;
-    let minimum = minimum(ui, args, &method, &shape, asked.memory.total())?;
-    within_budget(asked.memory.total(), minimum, shape.budget.map(|b| b.0))?;
+    let minimum = minimum(ui, &args.model, &method, &shape)?.min(asked.memory.total());
+    within_budget(asked.memory.total(), shape.budget, || Ok(minimum))?;
     if args.json {
         report::json(&asked.json(minimum, found.as_ref())?);
     } else {
         report::print(&asked.text(minimum, found.as_ref())?);
     }
     Ok(())
-}
-
-/// What the plan takes when as little as possible is kept.
-fn minimum(ui: &Ui, args: &PlanArgs, method: &MethodArgs, shape: &ShapeArgs, total: u64) -> Result<u64> {
-    if crate::ready::looks_like_a_plan(&args.model.model) {
-        return Ok(total);
-    }
-    let least = ShapeArgs { budget: Some(Size(0)), ..shape.clone() };
-    Ok(Planned::new(ui, args, method, &least)?.memory.total().min(total))
 }
 
 /// The largest number for which the plan fits into the budget.
@@ -49,7 +40,7 @@ fn search(ui: &Ui, args: &PlanArgs, what: Search) -> Result<(MethodArgs, ShapeAr
         let (mut method, mut shape) = (args.method.clone(), args.shape.clone());
         match what {
             Search::Batch => shape.batch = n,
-            Search::Length => shape.max_length = n,
+            Search::Length => shape.max_length = Some(n),
             Search::Rank => method.r = Some(n),
         }
         (method, shape)
@@ -66,8 +57,7 @@ fn search(ui: &Ui, args: &PlanArgs, what: Search) -> Result<(MethodArgs, ShapeAr
     if !fits(low)? {
         let (method, shape) = with(low);
         let total = Planned::new(ui, args, &method, &shape)?.memory.total();
-        let least = minimum(ui, args, &method, &shape, total)?;
-        within_budget(total, least, Some(budget))?;
+        within_budget(total, args.shape.budget, || minimum(ui, &args.model, &method, &shape))?;
     }
     // Doubled until it no longer fits, then halved.
     let (mut good, mut bad) = (low, limit + 1);

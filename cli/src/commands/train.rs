@@ -5,7 +5,7 @@ use crate::failure::{Failure, Result};
 use crate::report::{self, Ui, bytes, count};
 use crate::rows;
 use crate::tensorboard::{self, Events};
-use crate::training::{Training, within_budget};
+use crate::training::{Training, minimum, within_budget};
 use indicatif::{ProgressBar, ProgressStyle};
 use pleach_runtime::train::{self, Event, Job, Metrics, Resume, Rows, Schedule, Settings, Summary, checkpoint};
 use pleach_runtime::{Session, give_back};
@@ -23,19 +23,19 @@ pub(crate) fn train(ui: &Ui, args: &TrainArgs) -> Result<()> {
     let training = Training::open(ui, &args.model, &args.method, &args.shape)?;
     let vocab = training.ready.plan.meta.vocab;
     let folder = args.model.folder();
-    let data = rows::read(&args.data, folder, vocab, args.shape.max_length)?;
+    let data = rows::read(&args.data, folder, vocab, training.max_length)?;
     data.notes().iter().for_each(|n| ui.note(n));
-    let eval = args.eval.as_ref().map(|p| rows::read(p, folder, vocab, args.shape.max_length)).transpose()?;
+    let eval = args.eval.as_ref().map(|p| rows::read(p, folder, vocab, training.max_length)).transpose()?;
     if let Some(e) = &eval {
         e.notes().iter().for_each(|n| ui.note(&format!("evaluation: {n}")));
     }
     // Tokenizers are gone; what they took must not count beside the session.
     give_back();
-    let settings = settings(args, &data.rows)?;
+    let settings = settings(args, &data.rows, training.max_length)?;
     let weights = training.ready.weights()?;
     let memory = training.memory(ui, &weights)?;
-    let budget = args.shape.budget.map(|b| b.0);
-    within_budget(memory.total(), memory.total(), budget)?;
+    let least = || minimum(ui, &args.model, &args.method, &args.shape);
+    within_budget(memory.total(), args.shape.budget, least)?;
     let goes_on = match &resume {
         Resume::No => false,
         Resume::Latest => !checkpoint::list(&args.out)?.is_empty(),
@@ -43,6 +43,11 @@ pub(crate) fn train(ui: &Ui, args: &TrainArgs) -> Result<()> {
     };
     let measured = super::measure::measured(ui, &training.adapter, goes_on)?;
     let mut session = training.session(ui, weights, args.seed, &measured)?;
+    // Nothing old goes before everything that can be refused was looked at, nor before the adapter was read.
+    if args.overwrite {
+        train::remove_results(&args.out)?;
+        let _ = std::fs::remove_dir_all(args.out.join(tensorboard::FOLDER));
+    }
     ui.note(&format!(
         "{} trained values; planned {} for weights, adapter, optimizer and activations",
         count(training.adapter.trained()),
@@ -68,7 +73,7 @@ pub(crate) fn train(ui: &Ui, args: &TrainArgs) -> Result<()> {
     Ok(())
 }
 
-/// Where the run begins, after what stands in its way was refused or removed.
+/// Where the run begins. A folder with results is refused unless they are to go or to be gone on from.
 fn prepare_folder(args: &TrainArgs) -> Result<Resume> {
     let out = &args.out;
     if out.exists() && !out.is_dir() {
@@ -87,21 +92,17 @@ fn prepare_folder(args: &TrainArgs) -> Result<Resume> {
             Resume::At(path)
         }
     };
-    if resume == Resume::No && train::holds_results(out) {
-        if !args.overwrite {
-            return Err(Failure::usage(format!(
-                "{}: holds results of a run; go on with --resume, replace them with --overwrite, or name another folder",
-                out.display()
-            )));
-        }
-        train::remove_results(out)?;
-        let _ = std::fs::remove_dir_all(out.join(tensorboard::FOLDER));
+    if resume == Resume::No && !args.overwrite && train::holds_results(out) {
+        return Err(Failure::usage(format!(
+            "{}: holds results of a run; go on with --resume, replace them with --overwrite, or name another folder",
+            out.display()
+        )));
     }
     Ok(resume)
 }
 
 /// What decides the numbers.
-fn settings(args: &TrainArgs, rows: &Rows) -> Result<Settings> {
+fn settings(args: &TrainArgs, rows: &Rows, max_length: u64) -> Result<Settings> {
     let (batch, accum) = (args.shape.batch, args.accum);
     let epochs = args.epochs.unwrap_or(1.0);
     if !(epochs.is_finite() && epochs > 0.0) {
@@ -111,7 +112,7 @@ fn settings(args: &TrainArgs, rows: &Rows) -> Result<Settings> {
         batch,
         accum,
         steps: args.max_steps.unwrap_or_else(|| Settings::steps_of(epochs, rows.len(), batch, accum)),
-        max_length: args.shape.max_length,
+        max_length,
         seed: args.seed,
         shuffle: !args.no_shuffle,
         lr: args.lr,

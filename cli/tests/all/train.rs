@@ -150,7 +150,9 @@ fn refusals_say_what_to_do() {
     fails(1, &["--resume", "checkpoint-77"], "there is no such checkpoint");
     fails(1, &["--resume", "latest", "--seed", "9"], "seed was 0, is 9");
     fails(1, &["--overwrite", "--budget", "1000B"], "are needed");
-    fails(1, &["--overwrite", "--data", "/nonexistent.jsonl"], "nonexistent");
+    let nothing = ["train", &c.model, "--data", "/nonexistent.jsonl", "--out", &c.out("none")];
+    let e = c.pleach.fails(1, &[&nothing[..], &LORA[..6]].concat());
+    assert!(e.contains("nonexistent"), "{e}");
     let other = c.out("other");
     let fails = |code: i32, args: &[&str], why: &str| {
         let base = ["train", &c.model, "--data", &c.data, "--out", &other, "--batch", "2", "--max-length", "16"];
@@ -188,7 +190,7 @@ fn an_adapter_trains_on_and_rows_of_every_form_are_read() {
     let said = run(&first, &["--method", "lora", "--r", "4", "--target-modules", "q_proj,v_proj"]);
     assert!(said.contains("5 rows") && said.contains("1 rows have no counted target"), "{said}");
     let second = c.out("second");
-    run(&second, &["--adapter", &first, "--max-length", "64"]);
+    run(&second, &["--adapter", &first]);
     let loss = |out: &str, i: usize| {
         let text = std::fs::read_to_string(Path::new(out).join("metrics.jsonl")).unwrap();
         serde_json::from_str::<Value>(text.lines().nth(i).unwrap()).unwrap()["loss"].as_f64().unwrap()

@@ -32,7 +32,7 @@ pub(super) fn train(ui: &Ui, args: &BenchTrainArgs) -> Result<()> {
         batch: args.shape.batch,
         accum: args.accum,
         steps: args.steps + 1,
-        max_length: args.shape.max_length,
+        max_length: training.max_length,
         shuffle: false,
         ..Settings::default()
     };
@@ -60,13 +60,13 @@ pub(super) fn train(ui: &Ui, args: &BenchTrainArgs) -> Result<()> {
     let mut gauge = Gauge::flops(ui)?;
     gauge.measure()?;
     let peak = gauge.measure()?;
-    let tokens = args.shape.batch * args.shape.max_length * args.accum;
+    let tokens = args.shape.batch * training.max_length * args.accum;
     let flops = flops(&training, args.accum)?;
     let mut out = Map::new();
     let mut put = |k: &str, v: Value| drop(out.insert(k.into(), v));
     put("method", args.method.method.clone().into());
     put("batch", args.shape.batch.into());
-    put("max_length", args.shape.max_length.into());
+    put("max_length", training.max_length.into());
     put("accum", args.accum.into());
     put("threads", session.threads().into());
     put("step_ms", json!({"median": median_ms, "min": times[0]}));
