@@ -29,13 +29,13 @@ pub use device::{Address, Cpu, Device, check_target};
 pub use error::{Result, RuntimeError};
 pub use generate::{GenerateParams, Generated, Stats, generate};
 pub use memory::{Memory, give_back, peak_rss, plan_memory};
+pub use params::ParamValues;
 pub use pool::{KernelFn, Launch, Pool};
 pub use profile::KernelTime;
 pub use random::Philox;
 pub use region::Region;
 pub use run::{Output, Outputs, Values};
 pub use sample::{Sampling, pick};
-pub use params::ParamValues;
 pub use session::{Options, Session};
 pub use weights::{Files, InMemory, Tensor, TensorSource, Weights, open_weights, random_weights};
 
