@@ -137,7 +137,10 @@ impl FromStr for Count {
         let (symbol, value) = s.split_once('=').ok_or("expected SYMBOL=NUMBER, such as T=512")?;
         let value = value.parse::<u64>().ok().filter(|v| *v > 0).ok_or("the number must be at least 1")?;
         if !["T", "S", "C", "P", "L"].contains(&symbol) {
-            return Err("the symbols are T (tokens), S (sequences), L (counted targets), C (cache slots) and P (positions)".into());
+            return Err(
+                "the symbols are T (tokens), S (sequences), L (counted targets), C (cache slots) and P (positions)"
+                    .into(),
+            );
         }
         Ok(Count { symbol: symbol.into(), value })
     }
@@ -264,6 +267,7 @@ pub(crate) struct GenerateArgs {
 }
 
 /// `pleach compile`.
+#[cfg(feature = "compiler")]
 #[derive(Debug, Args)]
 pub(crate) struct CompileArgs {
     #[command(flatten)]
@@ -466,6 +470,7 @@ pub(crate) struct ImportArgs {
 }
 
 /// `pleach bench …`.
+#[cfg(feature = "compiler")]
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
     /// One forward pass of N tokens

@@ -11,7 +11,7 @@ mod child;
 mod commands;
 mod failure;
 mod inputs;
-#[cfg(feature = "models")]
+#[cfg(feature = "compiler")]
 mod method;
 #[cfg(feature = "models")]
 mod model;
