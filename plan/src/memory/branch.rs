@@ -376,7 +376,7 @@ impl Branch {
         self.rest[self.span[n].clone()].iter_mut().for_each(|x| *x -= size);
         self.most = self.most.max(self.area);
         let top = self.offset[n] + self.size[n];
-        let mut dirty = usize::MAX..0;
+        let mut dirty = Range { start: usize::MAX, end: 0 };
         for k in 0..self.near[n].len() {
             let j = self.near[n][k] as usize;
             if !self.placed[j] && self.offset[j] < top {

@@ -39,6 +39,28 @@ impl Draw {
     }
 }
 
+/// Pairs of requests alive at one time, up to which lists of them are kept.
+const PAIRS: u64 = 8_000_000;
+
+/// Whether too many requests are alive at one time for what looks at each pair.
+pub(super) fn crowded(requests: &[Request]) -> bool {
+    let mut events: Vec<(u64, bool)> = vec![];
+    for r in requests.iter().filter(|r| r.first < r.last && r.size > 0) {
+        events.extend([(r.first, true), (r.last, false)]);
+    }
+    events.sort_unstable();
+    let (mut live, mut pairs) = (0u64, 0u64);
+    for (_, begins) in events {
+        if begins {
+            pairs += live;
+            live += 1;
+        } else {
+            live -= 1;
+        }
+    }
+    pairs > PAIRS
+}
+
 pub(super) struct Search<'a> {
     requests: &'a [Request],
     /// Indices of the requests alive at some time of each request.

@@ -9,6 +9,7 @@
 mod branch;
 mod greedy;
 mod portfolio;
+mod stack;
 
 use greedy::Search;
 use portfolio::Portfolio;
@@ -95,20 +96,25 @@ pub fn place_with(requests: &[Request], align: u64, goal: Option<u64>, effort: u
         .map(|r| Request { size: r.size.checked_next_multiple_of(align).unwrap_or(u64::MAX), ..*r })
         .collect();
     let bound = lower_bound(&rounded);
-    let mut search = Search::new(&rounded);
-    let (mut total, mut order) = search.greedy(bound);
-    let mut offsets = search.offsets_of(&order);
     let mut proven = bound;
-    if total > bound {
-        let mut portfolio = Portfolio::new(&rounded, effort);
+    let (mut total, mut offsets) = stack::stack(&rounded, bound);
+    if total > bound && !greedy::crowded(&rounded) {
+        let mut search = Search::new(&rounded);
+        let (t, mut order) = search.greedy(bound);
+        if t < total {
+            (total, offsets) = (t, search.offsets_of(&order));
+        }
+        let mut portfolio = if total > bound { Portfolio::new(&rounded, effort) } else { None };
         if let Some(p) = &mut portfolio {
             proven = p.grain(bound);
             p.begin(goal, &mut total, &mut proven, &mut offsets);
         }
         if total > proven && goal.is_none_or(|g| total > g) {
-            let (t, o) = search.improve(total, std::mem::take(&mut order), proven, effort);
+            (_, order) = search.improve(t, order, proven, effort);
+            let improved = search.offsets_of(&order);
+            let t = check(&rounded, &improved).unwrap_or(u64::MAX);
             if t < total {
-                (total, offsets) = (t, search.offsets_of(&o));
+                (total, offsets) = (t, improved);
             }
         }
         if let Some(p) = &mut portfolio {

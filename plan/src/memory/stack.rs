@@ -1,0 +1,149 @@
+//! Placements for many requests: each at the top of what lies in its time, gaps below are not filled.
+//!
+//! What is alive within another's time is stacked without loss when the longer one goes first, which is what training
+//! makes of a model. A tree over the sections of time keeps the heights, so an order costs `n log n`, however many
+//! requests are alive at once.
+
+use super::Request;
+use super::branch::sections;
+use super::greedy::lg;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::ops::Range;
+
+/// Looks at waiting requests of all skylines at most.
+const LOOKS: u64 = 5_000_000;
+/// So many requests are not tried further once they are within a thousandth of the bound.
+const MANY: usize = 5000;
+
+/// Heights over sections: the largest of a range, and one height for a range.
+struct Heights {
+    leaves: usize,
+    most: Vec<u64>,
+    /// The height of all below a node, or `u64::MAX` where they differ.
+    all: Vec<u64>,
+}
+
+impl Heights {
+    fn new(sections: usize) -> Heights {
+        let leaves = sections.next_power_of_two();
+        Heights { leaves, most: vec![0; 2 * leaves], all: vec![0; 2 * leaves] }
+    }
+
+    fn most(&self, v: usize, at: Range<usize>, of: &Range<usize>) -> u64 {
+        if of.start <= at.start && at.end <= of.end {
+            return self.most[v];
+        }
+        if self.all[v] != u64::MAX {
+            return self.all[v];
+        }
+        let m = at.start.midpoint(at.end);
+        let left = if of.start < m { self.most(2 * v, at.start..m, of) } else { 0 };
+        let right = if of.end > m { self.most(2 * v + 1, m..at.end, of) } else { 0 };
+        left.max(right)
+    }
+
+    fn set(&mut self, v: usize, at: Range<usize>, of: &Range<usize>, height: u64) {
+        if of.start <= at.start && at.end <= of.end {
+            (self.most[v], self.all[v]) = (height, height);
+            return;
+        }
+        if self.all[v] != u64::MAX {
+            for c in [2 * v, 2 * v + 1] {
+                (self.most[c], self.all[c]) = (self.all[v], self.all[v]);
+            }
+            self.all[v] = u64::MAX;
+        }
+        let m = at.start.midpoint(at.end);
+        if of.start < m {
+            self.set(2 * v, at.start..m, of, height);
+        }
+        if of.end > m {
+            self.set(2 * v + 1, m..at.end, of, height);
+        }
+        self.most[v] = self.most[2 * v].max(self.most[2 * v + 1]);
+    }
+}
+
+/// The best of several stackings and skylines: total and offsets. Stops at `bound`.
+pub(super) fn stack(requests: &[Request], bound: u64) -> (u64, Vec<u64>) {
+    let live: Vec<u32> = (0..requests.len() as u32)
+        .filter(|i| {
+            let r = &requests[*i as usize];
+            r.first < r.last && r.size > 0
+        })
+        .collect();
+    let list: Vec<Request> = live.iter().map(|i| requests[*i as usize]).collect();
+    let (span, count) = sections(&list);
+    if count == 0 {
+        return (0, vec![0; requests.len()]);
+    }
+    let life = |r: &Request| r.last - r.first;
+    let area = |r: &Request| u128::from(r.size) * u128::from(life(r));
+    type Key<'k> = &'k dyn Fn(&Request) -> u128;
+    let keys: [Key<'_>; 4] = [&|r| u128::from(life(r)), &area, &|r| u128::from(r.size), &|r| {
+        ((lg(r.size) + 2.0 * lg(life(r))) * 1e6) as u128
+    }];
+    let mut looks = 0;
+    let mut best = (u64::MAX, vec![]);
+    for skyline in [false, true] {
+        for key in keys {
+            let mut order: Vec<u32> = (0..list.len() as u32).collect();
+            order.sort_by_key(|i| (Reverse(key(&list[*i as usize])), list[*i as usize].first, *i));
+            let offsets = if skyline {
+                lowest(&list, &span, count, &order, &mut looks)
+            } else {
+                pile(&list, &span, count, &order)
+            };
+            let total = offsets.iter().zip(&list).map(|(o, r)| o.saturating_add(r.size)).max().unwrap_or(0);
+            if total < best.0 {
+                best = (total, offsets);
+            }
+            if total <= bound {
+                break;
+            }
+        }
+        if best.0 <= bound || list.len() > MANY && best.0 - bound <= bound / 1000 {
+            break;
+        }
+    }
+    let mut offsets = vec![0; requests.len()];
+    for (i, o) in live.iter().zip(best.1) {
+        offsets[*i as usize] = o;
+    }
+    (best.0, offsets)
+}
+
+/// Each in turn on top of what is there.
+fn pile(list: &[Request], span: &[Range<usize>], count: usize, order: &[u32]) -> Vec<u64> {
+    let mut heights = Heights::new(count);
+    let all = 0..heights.leaves;
+    let mut offsets = vec![0; list.len()];
+    for &i in order {
+        let i = i as usize;
+        offsets[i] = heights.most(1, all.clone(), &span[i]);
+        heights.set(1, all.clone(), &span[i], offsets[i].saturating_add(list[i].size));
+    }
+    offsets
+}
+
+/// Always the one that can lie lowest; in turn where several can.
+fn lowest(list: &[Request], span: &[Range<usize>], count: usize, order: &[u32], looks: &mut u64) -> Vec<u64> {
+    let mut heights = Heights::new(count);
+    let all = 0..heights.leaves;
+    let mut offsets = vec![0; list.len()];
+    let mut waiting: BinaryHeap<Reverse<(u64, u32)>> = (0..order.len() as u32).map(|k| Reverse((0, k))).collect();
+    while let Some(Reverse((at, k))) = waiting.pop() {
+        let i = order[k as usize] as usize;
+        let offset = heights.most(1, all.clone(), &span[i]);
+        *looks += 1;
+        // When too many wait too long, the rest goes where it can at once.
+        if offset > at && *looks < LOOKS {
+            waiting.push(Reverse((offset, k)));
+            continue;
+        }
+        offsets[i] = offset;
+        heights.set(1, all.clone(), &span[i], offset.saturating_add(list[i].size));
+    }
+    offsets
+}
