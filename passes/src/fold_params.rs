@@ -133,12 +133,13 @@ impl Forms {
                 }
                 let param = &g.params[p.index()];
                 trained = param.role == Role::Train;
-                if !matches!(param.role, Role::Frozen | Role::Index) && !(trained && self.renewed) {
+                let read = matches!(param.role, Role::Frozen | Role::Index) || trained && self.renewed;
+                if !read {
                     return None;
                 }
                 known = match param.source {
-                    Source::Zeros if trained => Known::Base,
                     Source::Checkpoint(_) => Known::Base,
+                    Source::Zeros if trained => Known::Base,
                     Source::Adapter { slot, .. } => {
                         slots.insert(slot);
                         Known::Slot
@@ -189,6 +190,14 @@ impl Forms {
     fn view(&self, f: usize) -> bool {
         matches!(self.list[f].op, Op::Reshape(_) | Op::Slice { .. } | Op::Broadcast { .. })
     }
+
+    /// A parameter in a wider type: a copy would take more memory than the reader's conversion takes time.
+    fn widened(&self, f: usize) -> bool {
+        let form = &self.list[f];
+        let from = |i: usize| &self.list[i];
+        let wider = |i: usize| form.ty.dtype.size() > from(i).ty.dtype.size();
+        matches!(form.op, Op::Cast(_)) && form.inputs.iter().all(|i| matches!(from(*i).op, Op::Param(_)) && wider(*i))
+    }
 }
 
 /// An entry that reads derived parameters in place of what they hold.
@@ -205,7 +214,7 @@ fn rewire(g: &mut Graph, e: &Entry, of: &[Option<usize>], forms: &mut Forms) -> 
         None => true,
         Some(f) => {
             let part = matches!(e.node(v).op, Op::Slice { .. }) && factor[v.index()];
-            !part && (forms.trivial(f) || forms.view(f))
+            !part && (forms.trivial(f) || forms.view(f) || forms.widened(f))
         }
     };
     let mut wanted: Vec<bool> = vec![false; e.nodes.len()];

@@ -1,8 +1,8 @@
 //! Passes of a plan that trains, within a memory budget.
 //!
-//! Keeping everything that is dear to build again is tried first. If the session would be too large, the price of a kept
-//! byte is bisected between the cheapest plan and the smallest one; between the two prices that are left, the first part
-//! of the forward half takes the higher one. Every trial is cut into kernels, ordered and placed, so the size compared is
+//! Keeping everything that is dear to build again is tried first. If the session would be too large, rising prices of a
+//! kept byte are tried until it fits, and the price is bisected; between the two prices that are left, the first part of
+//! the forward half takes the higher one. Every trial is cut into kernels, ordered and placed, so the size compared is
 //! the size a session will have.
 
 use super::{Request, TrainPart, host_cut};
@@ -14,16 +14,17 @@ use pleach_passes::{Options, PassReport, Pipeline, fuse_kernels};
 use pleach_plan::Meta;
 use pleach_runtime::{TensorSource, plan_memory};
 
-/// The price at which whatever can be built again is.
-const HIGHEST: f64 = 10.0;
+/// Prices that are tried in turn, in multiples of what keeping a byte costs in time; at the last one, whatever can be built
+/// again is.
+const PRICES: [f64; 6] = [2.0, 4.0, 8.0, 16.0, 64.0, 1e5];
 
 /// Trials of the price, and of the share of the forward half.
-const TRIALS: usize = 5;
+const TRIALS: usize = 3;
 
 /// The graph after all passes, and their reports.
 ///
 /// # Errors
-/// The error of a pass. A budget that cannot be met gives the smallest plan; whoever opens it compares.
+/// The error of a pass. A budget that cannot be met gives the smallest plan seen; whoever opens it compares.
 pub(super) fn passes(
     graph: &Graph,
     request: &Request,
@@ -53,12 +54,22 @@ pub(super) fn passes(
     };
     let floor = Price::floor(opts.target.bytes_per_s).byte_us;
     let mut best = finish(None)?;
-    if let Some(budget) = train.budget.filter(|_| !disable.iter().any(|d| d == "recompute"))
-        && (budget == 0 || total(&best.0)? > budget)
-    {
-        best = finish(Some(Price::flat(HIGHEST)))?;
-        if budget > 0 && total(&best.0)? <= budget {
-            let (mut low, mut high) = (floor, HIGHEST);
+    if let Some(budget) = train.budget.filter(|_| !disable.iter().any(|d| d == "recompute")) {
+        let mut least = total(&best.0)?;
+        let (mut low, mut high) = (floor, None);
+        for price in if least > budget { PRICES.map(|p| p * floor).to_vec() } else { vec![] } {
+            let next = finish(Some(Price::flat(price)))?;
+            let size = total(&next.0)?;
+            if size < least {
+                (least, best) = (size, next);
+            }
+            if size <= budget {
+                high = Some(price);
+                break;
+            }
+            low = price;
+        }
+        if let Some(mut high) = high {
             for _ in 0..TRIALS {
                 let price = (low * high).sqrt();
                 let next = finish(Some(Price::flat(price)))?;
