@@ -90,7 +90,7 @@ fn adapters() {
     assert!(check(&a).contains("rank 8"));
     let a = s.fresh("adapters/lora-r4", "a");
     edit(&a.join("adapter_config.json"), |v| v["use_dora"] = true.into());
-    assert!(check(&a).contains("use_dora"));
+    assert!(check(&a).contains("lora_magnitude_vector"));
     let a = s.fresh("adapters/lora-r4", "a");
     edit(&a.join("adapter_config.json"), |v| v["peft_type"] = "IA3".into());
     assert!(check(&a).contains("peft_type"));
