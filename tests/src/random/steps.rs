@@ -288,7 +288,7 @@ fn scatter(b: &mut Builder, p: &mut Picks) -> Option<ValueId> {
     let name = format!("cache.{}", b.graph.params.len());
     let c = b.graph.add_param(Param { name, ty, role: Role::State, source: Source::Zeros });
     let old = b.leaf(Op::Param(c), 1.0)?;
-    let i = b.input("rows", DType::I32, vec![Dim::Symbol(Sym::T)])?;
+    let i = b.input("at", DType::I32, vec![Dim::Symbol(Sym::T)])?;
     let n = b.bound(u);
     let (mode, bound) = match p.below(2) {
         0 => (ScatterMode::Set, Bound { size: n.size.max(1.0), error: n.error }),
