@@ -233,6 +233,7 @@ fn assemble(s: &Schedule, emitted: &[Emitted], options: &CompileOptions) -> Plan
             aliases: k.aliases.clone(),
             flops: e.flops.clone(),
             bytes: e.bytes.clone(),
+            launches: vec![],
         })
         .collect();
     let mut plan = Plan {

@@ -17,7 +17,7 @@ pub use error::PlanError;
 pub use expr::{Expr, ExprError, MAX_DEPTH};
 pub use query::{ALIGN, ArenaLayout, arena, lifetimes, waves};
 pub use types::{
-    Blob, BlobKind, Buffer, BufferKind, Check, DType, Entry, Input, Kernel, Layout, Loop, Meta, Output, Param, Plan,
-    Residency, Role, Source, Step, Symbol, Target, Window,
+    Blob, BlobKind, Buffer, BufferKind, Check, DType, Entry, Input, Kernel, Launch, LaunchParam, Layout, Loop, Meta,
+    Output, Param, Plan, Residency, Role, Source, Step, Symbol, Target, TensorMap, Window,
 };
 pub use validate::validate;

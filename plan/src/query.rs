@@ -263,6 +263,7 @@ mod tests {
             aliases: vec![None],
             flops: Expr::Const(0),
             bytes: Expr::Const(0),
+            launches: vec![],
         };
         let step = |r, w| Step { kernel: 0, buffers: vec![r, w], origin: String::new() };
         // Two readers of 0; then a read of what one of them wrote; then an overwrite of what that step reads.

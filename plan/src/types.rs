@@ -224,6 +224,64 @@ pub struct Kernel {
     pub flops: Expr,
     /// Bytes moved at least, for reports.
     pub bytes: Expr,
+    /// For a GPU: the launches that are one run of the kernel, in order on one stream. Empty for host code.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub launches: Vec<Launch>,
+}
+
+/// One launch of a GPU kernel. In a GPU plan a [`Kernel`]'s `tasks` are the blocks of all its launches, and `scratch_bytes` is
+/// needed once for a run.
+///
+/// The grid may be evaluated at larger counts than those behind [`LaunchParam::Dims`]: blocks past the end leave early.
+/// Buffers start at multiples of 256 bytes.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Launch {
+    /// Entry of the PTX text.
+    pub function: String,
+    /// Blocks in x, y, z; each at least 1.
+    pub grid: [Expr; 3],
+    /// Threads of a block, in x: a multiple of 32, at most 1024.
+    pub block: u32,
+    /// Dynamic shared memory of a block, bytes.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub shared_bytes: u32,
+    /// What each parameter of the entry is.
+    pub params: Vec<LaunchParam>,
+}
+
+fn is_zero(n: &u32) -> bool {
+    *n == 0
+}
+
+/// A parameter of a GPU entry.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LaunchParam {
+    /// Pointer to the buffer of that number: operands, then results.
+    Buffer(u32),
+    /// Pointer to the kernel's scratch memory, whose contents last from launch to launch of one run.
+    Scratch,
+    /// Pointer to the i64 values of all the plan's symbols.
+    Dims,
+    /// A tensor map (`CUtensorMap`) by value: 128 bytes, aligned to 64.
+    TensorMap(TensorMap),
+}
+
+/// How a GPU copies tiles of a buffer: no interleaving, unit element strides, zeros outside.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct TensorMap {
+    /// Buffer of the kernel where element 0 lies.
+    pub buffer: u32,
+    /// Element type.
+    pub dtype: DType,
+    /// Elements of each dimension, innermost first.
+    pub sizes: Vec<Expr>,
+    /// Bytes from one element to the next of every dimension but the innermost.
+    pub strides: Vec<Expr>,
+    /// Elements of the tile, innermost first.
+    pub boxes: Vec<u32>,
+    /// Swizzle of the tile in shared memory, bytes: 0, 32, 64 or 128.
+    pub swizzle: u32,
 }
 
 /// What the values of an integer input must satisfy, so that no index leaves its table.

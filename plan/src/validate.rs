@@ -6,7 +6,9 @@
 
 use crate::error::PlanError;
 use crate::expr::Expr;
-use crate::types::{BlobKind, BufferKind, Check, DType, Entry, Layout, Loop, Plan, Residency, Source};
+use crate::types::{
+    BlobKind, BufferKind, Check, DType, Entry, Kernel, LaunchParam, Layout, Loop, Plan, Residency, Source,
+};
 use std::collections::BTreeSet;
 
 /// Symbols a plan may have.
@@ -141,6 +143,7 @@ fn kernels(plan: &Plan, envs: &[Vec<u64>], f: &mut Faults) {
         for e in all {
             f.check(values(e, envs).is_some(), || format!("kernel {s}: an expression has no value"));
         }
+        launches(plan, k, envs, f);
         f.check(k.aliases.len() == k.results.len(), || format!("kernel {s} does not say which results are in place"));
         for (i, a) in k.aliases.iter().enumerate() {
             if let Some(a) = a {
@@ -151,6 +154,38 @@ fn kernels(plan: &Plan, envs: &[Vec<u64>], f: &mut Faults) {
                     .is_some_and(|(o, r)| values(o, envs) == values(r, envs));
                 f.check(ok, || format!("kernel {s}: result {i} cannot be in place of operand {a}"));
             }
+        }
+    }
+}
+
+/// PTX needs launches, host code has none.
+fn launches(plan: &Plan, k: &Kernel, envs: &[Vec<u64>], f: &mut Faults) {
+    let s = &k.symbol;
+    let ptx = plan.blobs.get(k.blob as usize).is_some_and(|b| b.kind == BlobKind::Ptx);
+    f.check(ptx != k.launches.is_empty(), || format!("kernel {s}: launches go with PTX, and PTX with launches"));
+    let buffers = (k.operands.len() + k.results.len()) as u32;
+    for l in &k.launches {
+        let ok = !l.function.is_empty() && l.block > 0 && l.block <= 1024 && l.block % 32 == 0;
+        f.check(ok, || format!("kernel {s}: a launch of {} threads of `{}`", l.block, l.function));
+        let positive = |e: &Expr| values(e, envs).is_some_and(|v| v.iter().all(|n| *n > 0));
+        f.check(l.grid.iter().all(positive), || format!("kernel {s}: a launch without blocks"));
+        f.check(l.params.len() <= 256, || format!("kernel {s}: {} parameters", l.params.len()));
+        for p in &l.params {
+            let ok = match p {
+                LaunchParam::Buffer(b) => *b < buffers,
+                LaunchParam::Scratch | LaunchParam::Dims => true,
+                LaunchParam::TensorMap(m) => {
+                    let rank = m.sizes.len();
+                    m.buffer < buffers
+                        && (1..=5).contains(&rank)
+                        && m.strides.len() + 1 == rank
+                        && m.boxes.len() == rank
+                        && m.boxes.iter().all(|b| (1..=256).contains(b))
+                        && [0, 32, 64, 128].contains(&m.swizzle)
+                        && m.sizes.iter().chain(&m.strides).all(positive)
+                }
+            };
+            f.check(ok, || format!("kernel {s}: a parameter of `{}` makes no sense", l.function));
         }
     }
 }

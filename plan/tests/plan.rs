@@ -44,6 +44,7 @@ fn sample() -> Plan {
         results,
         flops: k(1),
         bytes: k(1),
+        launches: vec![],
     };
     let (x, y, packed, cache) = (t.clone().mul(32), t.clone().mul(80), k(32 * 8 * 4), c.mul(32));
     p.kernels = vec![

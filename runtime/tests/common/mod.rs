@@ -65,6 +65,7 @@ impl Builder {
             operands,
             results,
             aliases,
+            launches: vec![],
         });
         self.plan.kernels.len() as u32 - 1
     }

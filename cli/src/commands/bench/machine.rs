@@ -115,6 +115,7 @@ fn kernel(symbol: &str, tasks: u64, operands: Vec<u64>, results: Vec<u64>) -> Ke
         results: results.into_iter().map(Expr::Const).collect(),
         flops: Expr::Const(0),
         bytes: Expr::Const(0),
+        launches: vec![],
     }
 }
 
