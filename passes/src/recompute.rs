@@ -16,6 +16,7 @@ mod tests;
 
 pub use saved::{Saved, saved};
 
+use crate::canonicalize::compact;
 use crate::error::PassError;
 use crate::manager::Report;
 use crate::options::Options;
@@ -143,7 +144,7 @@ fn apply(params: &[Param], e: &Entry, rebuilt: &[bool]) -> Result<Entry, IrError
     }
     out.roots = e.roots.clone();
     out.roots.iter_mut().for_each(|r| r.value = map[r.value.index()]);
-    without_dead(params, &out)
+    compact(params, &out)
 }
 
 /// For every value to build again: the first gradient that needs its clone, directly or through other clones.
@@ -158,20 +159,4 @@ fn first_uses(e: &Entry, gradient: &[bool], rebuilt: &[bool]) -> Vec<Option<Valu
         }
     }
     first
-}
-
-fn without_dead(params: &[Param], e: &Entry) -> Result<Entry, IrError> {
-    let live = e.live();
-    let mut out = Entry::new(e.name.clone());
-    let mut map = vec![ValueId(0); e.nodes.len()];
-    for v in e.values() {
-        let n = e.node(v);
-        if live[v.index()] || matches!(n.op, Op::Input { .. }) {
-            let inputs: Vec<ValueId> = n.inputs.iter().map(|i| map[i.index()]).collect();
-            map[v.index()] = out.push_from(params, n.op.clone(), &inputs, n.origin.clone())?;
-        }
-    }
-    out.roots = e.roots.clone();
-    out.roots.iter_mut().for_each(|r| r.value = map[r.value.index()]);
-    Ok(out)
 }

@@ -15,23 +15,12 @@ const BAR: f64 = 1.25;
 /// The same for one fixture: one run is one draw of roundings, and some trajectories are steep.
 const WORST: f64 = 5.0;
 
-const PASSES: [&str; 8] = [
-    "canonicalize",
-    "precision",
-    "differentiate",
-    "canonicalize",
-    "rewrite",
-    "fold-params",
-    "canonicalize",
-    "recompute",
-];
-
 fn drift(case: &TrainCase) -> Result<(f64, f64), String> {
     let o = case.open()?;
     let (tokens, _) = o.capacity();
     let hint = ["train", "accumulate", "evaluate"].map(|e| (e.to_string(), tokens));
     let options = Options { dtype: DType::BF16, tokens_hint: hint.into_iter().collect(), ..Options::default() };
-    let graph = manager::run(&o.graph()?, &Pipeline::of(&PASSES), &options).map_err(|e| e.to_string())?.graph;
+    let graph = manager::run(&o.graph()?, &Pipeline::default(), &options).map_err(|e| e.to_string())?.graph;
     let cut = CutOptions { supported: &|_| Ok(()), pack: false };
     let schedule = fuse_kernels::schedule(&graph, &cut).map_err(|e| e.to_string())?;
     o.drift(&mut Interpreted::new(Program::Schedule(schedule), &o)?)

@@ -148,15 +148,7 @@ impl Grad {
         let next = f.addc(s, 1);
         let (begin, end) = (load_i32(f, &segments, s), load_i32(f, &segments, &next));
         let (start, len) = (load_i32(f, &start, s), load_i32(f, &len, s));
-        let rows = |f: &mut Func, x: &RowView| {
-            let base = f.buffer(x.operand);
-            let row = f.mulc(&start, x.stride);
-            let col = f.mulc(kv, c.d);
-            let at = f.add(&row, &col);
-            let at = f.addc(&at, x.offset);
-            f.gep(&base, &at, c.elem())
-        };
-        let (key, value) = (rows(f, &c.k), rows(f, &c.v));
+        let [key, value] = [&c.k, &c.v].map(|x| c.head(f, x, &start, kv));
         let scratch = f.arg("scratch");
         let mut used = 0;
         let mut area = |f: &mut Func, n: i64| {

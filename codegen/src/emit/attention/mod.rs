@@ -249,6 +249,16 @@ impl Config {
     fn elem(&self) -> &'static str {
         memory_elem(self.dtype)
     }
+
+    /// The address of key/value head `kv` of row `row` of keys or values.
+    fn head(&self, f: &mut Func, x: &RowView, row: &Val, kv: &Val) -> Val {
+        let base = f.buffer(x.operand);
+        let row = f.mulc(row, x.stride);
+        let col = f.mulc(kv, self.d);
+        let at = f.add(&row, &col);
+        let at = f.addc(&at, x.offset);
+        f.gep(&base, &at, self.elem())
+    }
 }
 
 /// `base[index]` of an i32 array, as i64.
@@ -345,15 +355,7 @@ fn write_task(f: &mut Func, c: &Config, s: &Val, rows: [&Val; 4], head: &Val) {
         }
         None => zero.clone(),
     };
-    let source = |f: &mut Func, x: &RowView| {
-        let base = f.buffer(x.operand);
-        let row = f.mulc(&start, x.stride);
-        let col = f.mulc(&kv, c.d);
-        let at = f.add(&row, &col);
-        let at = f.addc(&at, x.offset);
-        f.gep(&base, &at, c.elem())
-    };
-    let (key, value) = (source(f, &c.k), source(f, &c.v));
+    let [key, value] = [&c.k, &c.v].map(|x| c.head(f, x, &start, &kv));
     let scratch = f.arg("scratch");
     let mut used = 0;
     let mut area = |f: &mut Func, n: i64| {

@@ -12,7 +12,7 @@ use super::blocking::{DEPTH_STEP, LANES, Pack, Side};
 use super::context::Context;
 use super::{Span, partial_elements, spare_elements};
 use crate::emit::elementwise::memory_elem;
-use crate::emit::func::{Func, Val, vty};
+use crate::emit::func::{Func, Val, transpose, vty};
 use pleach_ir::DType;
 
 /// Bytes of a pack: its depth, rounded up, times its width.
@@ -337,7 +337,7 @@ fn square(f: &mut Func, b: &Block, c: &Val, rest: Option<&Val>) {
             };
             rows.push(f.op(format!("llvm.bitcast {x} : {} to vector<16xi32>", vty(deep as usize, elem))));
         }
-        let rows = transposed(f, rows);
+        let rows = transpose(f, rows, "i32");
         let d = f.mulc(k, b.step / per_step(b));
         let to = f.gep(&to, &d, elem);
         for (i, x) in rows.iter().enumerate() {
@@ -356,23 +356,4 @@ fn square(f: &mut Func, b: &Block, c: &Val, rest: Option<&Val>) {
     let left = f.sub(b.depth, &end);
     let some = f.cmp("sgt", &left, &zero);
     f.if_(&some, |f| turn(f, &end, Some(&left)));
-}
-
-/// The rows of a 16 by 16 block of 32-bit values, transposed: four rounds of two-operand shuffles.
-fn transposed(f: &mut Func, mut rows: Vec<Val>) -> Vec<Val> {
-    let w = rows.len();
-    let mut h = w / 2;
-    while h > 0 {
-        for i in (0..w).filter(|i| i & h == 0) {
-            let (a, b) = (rows[i].clone(), rows[i + h].clone());
-            let pick = |upper: usize| {
-                let one = |x: usize| if x & h == 0 { x + upper } else { w + x - h + upper };
-                (0..w).map(|x| one(x).to_string()).collect::<Vec<_>>().join(", ")
-            };
-            rows[i] = f.op(format!("vector.shuffle {a}, {b} [{}] : vector<16xi32>, vector<16xi32>", pick(0)));
-            rows[i + h] = f.op(format!("vector.shuffle {a}, {b} [{}] : vector<16xi32>, vector<16xi32>", pick(h)));
-        }
-        h /= 2;
-    }
-    rows
 }

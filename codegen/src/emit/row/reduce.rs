@@ -69,22 +69,3 @@ pub(super) fn across(f: &mut Func, op: ReduceOp, kind: Kind, lanes: usize, v: &V
     }
     v
 }
-
-/// The transposed of a square of `lanes` vectors, by swapping ever smaller blocks.
-pub(super) fn transpose(f: &mut Func, mut rows: Vec<Val>, elem: &str, lanes: usize) -> Vec<Val> {
-    let t = vty(lanes, elem);
-    let mut d = lanes / 2;
-    while d > 0 {
-        for i in (0..lanes).filter(|i| i & d == 0) {
-            let (a, b) = (rows[i].clone(), rows[i + d].clone());
-            let pick = |high: usize| {
-                let at = |l: usize| if l & d == 0 { l + high } else { lanes + l - d + high };
-                (0..lanes).map(|l| at(l).to_string()).collect::<Vec<_>>().join(", ")
-            };
-            rows[i] = f.op(format!("vector.shuffle {a}, {b} [{}] : {t}, {t}", pick(0)));
-            rows[i + d] = f.op(format!("vector.shuffle {a}, {b} [{}] : {t}, {t}", pick(d)));
-        }
-        d /= 2;
-    }
-    rows
-}

@@ -3,7 +3,7 @@
 use super::plan::Planned;
 use super::stmt::Stmt;
 use crate::emit::expr::{Buf, Ex, Kind};
-use crate::emit::func::{Func, Val, vty};
+use crate::emit::func::{Func, Val, transpose, vty};
 use crate::emit::index::{Atom, AtomId, ExId, Mask, Poly};
 use pleach_ir::{DType, ReduceOp};
 use std::collections::HashMap;
@@ -295,7 +295,7 @@ impl<'p> Text<'p> {
                 } else {
                     (narrow, stored(*dtype))
                 };
-                let columns = super::reduce::transpose(f, rows, elem, self.lanes);
+                let columns = transpose(f, rows, elem);
                 for (k, c) in columns.iter().take(*count as usize).enumerate() {
                     let p = self.pointer(f, *buf, &addr.plus(k as i64 * stride));
                     f.store(c, &p, &vty(self.lanes, elem));
