@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares pleach with PyTorch + transformers + PEFT on SmolLM2-135M and MiniLM, float32, CPU, in one run.
+"""Compares pleach with PyTorch + transformers + PEFT on SmolLM2-135M (f32, bf16) and MiniLM (f32), CPU, in one run.
 
 Correctness comes first: a time is printed only beside outputs that agree. Times are taken in interleaved rounds (rival,
 pleach, rival, ...), so that a busy machine slows both; the table shows the median over the rounds and the best. Writes
@@ -109,22 +109,34 @@ def model_variants(adapter):
         "base": ([], {}),
         "LoRA r16 unmerged": (["--adapter", adapter], dict(adapter=adapter)),
         "LoRA r16 merged": (["--adapter", adapter, "--merge"], dict(adapter=adapter, merge=True)),
+        "base bf16": (["--dtype", "bf16"], dict(dtype=torch.bfloat16)),
+        "LoRA r16 unmerged bf16": (["--adapter", adapter, "--dtype", "bf16"], dict(adapter=adapter, dtype=torch.bfloat16)),
     }
+
+
+def is_bf16(name):
+    return name.endswith("bf16")
 
 
 def correctness(table, pleach, folder, minilm, variants, decoders):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids, segments = pack([tokenizer(text).input_ids for text in TEXTS])
-    wants = {}
+    wants = {name: decoders[name].logits(ids, segments) for name in variants}
     for name, (options, _) in variants.items():
-        want = wants[name] = decoders[name].logits(ids, segments)
-        if pleach:
+        want = wants[name]
+        if pleach and is_bf16(name):
+            exact = wants[name.removesuffix(" bf16")].double()
+            ours, theirs = ((x.double() - exact).norm() / exact.norm() for x in (pleach.output(folder, ids, segments, *options), want))
+            table.add(f"logits' distance to f32, {name}", ours.item(), theirs.item(), (ours / theirs).item(), "<= 1.25", bool(ours <= 1.25 * theirs))
+        elif pleach:
             error = relative(pleach.output(folder, ids, segments, *options), want)
             table.add(f"logits, {name}", error, None, None, f"<= {TOLERANCE:g}", error <= TOLERANCE)
     moved = relative(wants["LoRA r16 unmerged"], wants["base"])
     assert moved > 100 * TOLERANCE, f"the adapter moves the logits by {moved:.1e} only"
     prompt = ids[segments[2] :]
     for name, (options, _) in variants.items():
+        if is_bf16(name):
+            continue  # one rounding changes a choice, and with it all that follow
         want = decoders[name].greedy(prompt, 64).tolist()
         if pleach:
             got = pleach.greedy(folder, prompt, 64, *options)
@@ -139,11 +151,12 @@ def correctness(table, pleach, folder, minilm, variants, decoders):
 
 
 def measure(options, pleach, folder, variants, decoders):
-    """Rounds of times: {(what, name): {"rival": [ms], "pleach": [ms], "report": last JSON}}."""
+    """Rounds of times: {(what, name): {"rival": [ms], "pleach": [ms], "report": last JSON}}. Every other round goes backwards, so
+    that what drifts over a round favours none of the variants that are compared with each other."""
     times = {}
     for number in range(options.rounds):
         for what in ("prefill", "decode"):
-            for name, (flags, _) in variants.items():
+            for name, (flags, _) in list(variants.items())[:: 1 - 2 * (number % 2)]:
                 print(f"round {number + 1}: {what}, {name}", file=sys.stderr)
                 slot = times.setdefault((what, name), {"rival": [], "pleach": [], "report": None})
                 if what == "prefill":
@@ -163,7 +176,7 @@ def middle(values):
 
 
 def timing_rows(table, options, times):
-    bars = {("prefill", "LoRA r16 unmerged"): 1.7, ("decode", "base"): 4.0, ("decode", "LoRA r16 unmerged"): 4.0}
+    bars = {("prefill", "LoRA r16 unmerged"): 1.7, ("decode", "base"): 4.0, ("decode", "LoRA r16 unmerged"): 4.0, ("prefill", "LoRA r16 unmerged bf16"): 2.5, ("decode", "base bf16"): 6.0}
     for (what, name), slot in times.items():
         ours, theirs = middle(slot["pleach"]), middle(slot["rival"])
         ratio = theirs / ours if ours else None
@@ -258,7 +271,7 @@ def facts(options):
         "threads": options.threads,
         "load_before": os.getloadavg()[0],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
-        "model": "SmolLM2-135M-Instruct, f32",
+        "model": "SmolLM2-135M-Instruct",
         "tokens": options.tokens,
         "adapter": "LoRA r16, all-linear",
     }
@@ -296,7 +309,7 @@ def main():
     if pleach:
         compile_rows(table, pleach, options.model)
     print(f"{head['cpu']}, {head['cores']} cores, {options.threads} threads, commit {head['commit']}{' + changes' if head['changed'] else ''}")
-    print(f"rival: torch {torch.__version__}, transformers {transformers.__version__}, PEFT {peft.__version__}; f32; median of {options.rounds} interleaved rounds\n")
+    print(f"rival: torch {torch.__version__}, transformers {transformers.__version__}, PEFT {peft.__version__}; f32 unless named; median of {options.rounds} interleaved rounds\n")
     table.show()
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(head | {"rows": table.rows}, indent=1) + "\n")

@@ -39,10 +39,10 @@ def make_adapter(model_folder: Path, out: Path, rank: int = 16):
 
 
 class Decoder:
-    """A causal language model, plain or with an adapter, unmerged or merged."""
+    """A causal language model, plain or with an adapter, unmerged or merged. In bf16, adapters stay f32, as PEFT loads them."""
 
-    def __init__(self, folder: Path, adapter: Path | None = None, merge: bool = False):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    def __init__(self, folder: Path, adapter: Path | None = None, merge: bool = False, dtype: torch.dtype = torch.float32):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         if adapter:
             model = PeftModel.from_pretrained(model, adapter)
             if merge:
