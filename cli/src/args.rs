@@ -88,6 +88,12 @@ pub(crate) enum Command {
     /// What this machine and this build have: one page to paste into a report
     #[command(after_help = "Example:\n  pleach doctor")]
     Doctor(DoctorArgs),
+    /// Completions for a shell, on stdout
+    #[command(after_help = "Example:\n  pleach completions bash > /etc/bash_completion.d/pleach")]
+    Completions(CompletionsArgs),
+    /// Manual pages, one per command
+    #[command(after_help = "Example:\n  pleach man --out /usr/local/share/man/man1")]
+    Man(ManArgs),
     /// Measures gradients for `train`; started by it
     #[cfg(feature = "models")]
     #[command(name = "measure-here", hide = true)]
@@ -346,7 +352,11 @@ pub(crate) struct InspectArgs {
 #[derive(Debug, Args)]
 pub(crate) struct OptArgs {
     /// Text of a graph; `-` reads stdin
-    pub file: PathBuf,
+    #[arg(required_unless_present = "diff")]
+    pub file: Option<PathBuf>,
+    /// Compare the entries and parameters of two texts; exit code 1 if they differ
+    #[arg(long, num_args = 2, value_names = ["A.ir", "B.ir"], conflicts_with = "file")]
+    pub diff: Option<Vec<PathBuf>>,
     /// Passes in order, comma separated; the default pipeline without it
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     pub passes: Option<Vec<String>>,
@@ -362,6 +372,15 @@ pub(crate) struct OptArgs {
     /// Print the graph after every pass that changed it
     #[arg(long)]
     pub print_ir_after_change: bool,
+    /// Write the graph as it came in and after every pass to this folder, as NN-PASS.ir
+    #[arg(long, value_name = "DIR")]
+    pub dump_dir: Option<PathBuf>,
+    /// Verify the graph after every pass; false: after the last one only
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = true, default_missing_value = "true", action = clap::ArgAction::Set)]
+    pub verify_each: bool,
+    /// Where the graph goes that a pass failed on, with the command that repeats the failure
+    #[arg(long, value_name = "FILE", default_value = "pleach-reproducer.ir")]
+    pub reproducer: PathBuf,
     /// The table of passes on stderr
     #[arg(long)]
     pub timing: bool,
@@ -371,6 +390,12 @@ pub(crate) struct OptArgs {
     /// Run the result in the reference interpreter: inputs and parameters by name
     #[arg(long, value_name = "FILE")]
     pub interpret: Option<PathBuf>,
+    /// With --interpret: run before and after every pass and name the first one that moves an output
+    #[arg(long, requires = "interpret")]
+    pub check_each: bool,
+    /// With --check-each: the largest difference, relative to the largest value of the output
+    #[arg(long, value_name = "X", default_value_t = 1e-5)]
+    pub tolerance: f64,
     /// With --interpret: the entry to run; the first one without it
     #[arg(long, value_name = "NAME")]
     pub entry: Option<String>,
@@ -558,6 +583,21 @@ pub(crate) struct DoctorArgs {
     /// One JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+/// `pleach completions`.
+#[derive(Debug, Args)]
+pub(crate) struct CompletionsArgs {
+    /// bash, elvish, fish, powershell or zsh
+    pub shell: clap_complete::Shell,
+}
+
+/// `pleach man`.
+#[derive(Debug, Args)]
+pub(crate) struct ManArgs {
+    /// Folder to write the pages to
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
 }
 
 #[cfg(test)]

@@ -25,5 +25,7 @@ pub mod rewrite;
 mod testing;
 
 pub use error::PassError;
-pub use manager::{Outcome, Pass, PassFn, PassReport, Pipeline, Report, RuleCount, find, names, passes, run};
+pub use manager::{
+    Outcome, Pass, PassFn, PassReport, Pipeline, Report, RuleCount, find, names, passes, run, run_watched,
+};
 pub use options::{Options, Target};

@@ -131,6 +131,8 @@ pub struct Pipeline {
     pub stop_after: Option<usize>,
     /// Keep the text of the graph after every pass that changed it.
     pub print_ir_after_change: bool,
+    /// Verify the graph after every pass; without it only the last one.
+    pub verify_each: bool,
 }
 
 impl Default for Pipeline {
@@ -151,6 +153,7 @@ impl Default for Pipeline {
             disable: vec![],
             stop_after: None,
             print_ir_after_change: false,
+            verify_each: true,
         }
     }
 }
@@ -184,22 +187,37 @@ pub fn node_count(g: &Graph) -> usize {
 /// [`PassError::UnknownPass`] before anything runs; [`PassError::Input`] when `g` itself does not verify; else the
 /// error of the pass that failed, or [`PassError::Verify`] naming the pass whose result does not verify.
 pub fn run(g: &Graph, pipeline: &Pipeline, opts: &Options) -> Result<Outcome, PassError> {
+    run_watched(g, pipeline, opts, &mut |_, _| {})
+}
+
+/// Runs the pipeline; `before` sees the name of each pass and the graph that it is about to get.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_watched(
+    g: &Graph,
+    pipeline: &Pipeline,
+    opts: &Options,
+    before: &mut dyn FnMut(&str, &Graph),
+) -> Result<Outcome, PassError> {
     for name in pipeline.disable.iter().chain(&pipeline.passes) {
         find(name)?;
     }
     rewrite::check_rule_names(&opts.disabled_rules)?;
     verify(g).map_err(PassError::Input)?;
     let mut out = Outcome { graph: g.clone(), reports: vec![], dumps: vec![] };
-    for name in pipeline.passes.iter().filter(|n| !pipeline.disable.contains(n)) {
-        if pipeline.stop_after.is_some_and(|n| out.reports.len() >= n) {
-            break;
-        }
+    let mut passes: Vec<&String> = pipeline.passes.iter().filter(|n| !pipeline.disable.contains(n)).collect();
+    passes.truncate(pipeline.stop_after.unwrap_or(passes.len()));
+    for (i, name) in passes.iter().enumerate() {
         let pass = find(name)?;
+        before(pass.name, &out.graph);
         let mut report = Report::default();
         let start = Instant::now();
         let next = (pass.run)(&out.graph, opts, &mut report)?;
         let ms = start.elapsed().as_secs_f64() * 1e3;
-        verify(&next).map_err(|source| PassError::Verify { pass: pass.name.into(), source })?;
+        if pipeline.verify_each || i + 1 == passes.len() {
+            verify(&next).map_err(|source| PassError::Verify { pass: pass.name.into(), source })?;
+        }
         let changed = next != out.graph;
         out.reports.push(PassReport {
             name: pass.name,

@@ -23,6 +23,7 @@ mod opt;
 mod plan;
 mod plan_memory;
 mod run;
+mod shell;
 #[cfg(feature = "models")]
 mod train;
 
@@ -60,6 +61,8 @@ pub(crate) fn dispatch(cli: Cli) -> Result<()> {
         #[cfg(feature = "compiler")]
         Command::Extract(a) => extract::extract(&a),
         Command::Doctor(a) => doctor::doctor(&a),
+        Command::Completions(a) => shell::completions(&a),
+        Command::Man(a) => shell::man(&ui, &a),
         #[cfg(feature = "models")]
         Command::MeasureHere(a) => measure::serve(&ui, &a),
         #[cfg(feature = "compiler")]

@@ -1,14 +1,16 @@
 //! `pleach opt`: passes on the textual IR. The result goes to stdout, everything about it to stderr.
+//!
+//! A pass that fails, or panics, leaves a reproducer: the graph it was given and the command that repeats the failure.
+
+mod diff;
+mod interpret;
 
 use crate::args::OptArgs;
 use crate::failure::{Failure, Result};
-use crate::inputs::write_tensors;
 use crate::report::{self, Table, Ui};
-use pleach_ir::interp::{self, Symbols, Tensor};
-use pleach_ir::{DType, Graph, IrError, ParamId, Sym, text};
-use pleach_passes::{Options, Pipeline};
-use safetensors::SafeTensors;
-use std::collections::BTreeMap;
+use pleach_ir::{Graph, IrError, text};
+use pleach_passes::{Options, Outcome, Pipeline, run_watched};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 /// Runs passes, and the result if asked to.
@@ -16,23 +18,21 @@ use std::path::Path;
 /// # Errors
 /// A text that does not parse or verify, a pass that does not exist, the error of a pass, inputs that do not fit.
 pub(crate) fn opt(ui: &Ui, args: &OptArgs) -> Result<()> {
-    let name = args.file.display().to_string();
-    let source = match name.as_str() {
-        "-" => {
-            std::io::read_to_string(std::io::stdin()).map_err(|e| Failure::new(format!("cannot read stdin: {e}")))?
-        }
-        _ => std::fs::read_to_string(&args.file).map_err(Failure::io("read", &args.file))?,
-    };
-    let graph = text::parse(&source).map_err(|e| show(&name, &source, &e))?;
+    if let Some([a, b]) = args.diff.as_deref() {
+        return diff::diff(&read_graph(a)?, &read_graph(b)?);
+    }
+    let file = args.file.as_deref().ok_or_else(|| Failure::usage("name the text of a graph"))?;
+    let graph = read_graph(file)?;
     let default = Pipeline::default();
     let pipeline = Pipeline {
         passes: args.passes.clone().unwrap_or(default.passes),
         disable: args.disable.clone(),
         stop_after: args.stop_after,
         print_ir_after_change: args.print_ir_after_change,
+        verify_each: args.verify_each,
     };
     let options = Options { merge: args.merge, disabled_rules: args.disable_rule.clone(), ..Options::default() };
-    let out = pleach_passes::run(&graph, &pipeline, &options)?;
+    let (stages, out) = run(args, &graph, &pipeline, &options)?;
     if args.timing {
         let mut t = Table::new(&["pass", "<nodes", "<changed", "ms", "<"]);
         for r in &out.reports {
@@ -45,16 +45,85 @@ pub(crate) fn opt(ui: &Ui, args: &OptArgs) -> Result<()> {
     for (stage, ir) in &out.dumps {
         report::print(&format!("// {stage}\n{}\n", ir.trim_end()));
     }
-    match &args.interpret {
-        Some(file) => interpret(ui, args, &out.graph, file),
-        None => {
-            if args.print_ir_after_change {
-                report::line("// result");
-            }
-            report::print(&text::print(&out.graph));
-            Ok(())
-        }
+    if args.check_each {
+        return interpret::check_each(ui, args, &stages);
     }
+    if args.interpret.is_some() {
+        return interpret::interpret(ui, args, &out.graph);
+    }
+    if args.print_ir_after_change {
+        report::line("// result");
+    }
+    report::print(&text::print(&out.graph));
+    Ok(())
+}
+
+/// Runs the passes; gives every graph on the way, `(name of the pass that made it, graph)`, where they are wanted.
+fn run(
+    args: &OptArgs,
+    graph: &Graph,
+    pipeline: &Pipeline,
+    options: &Options,
+) -> Result<(Vec<(String, Graph)>, Outcome)> {
+    let keep = args.dump_dir.is_some() || args.check_each;
+    let mut stages: Vec<(String, Graph)> = vec![];
+    let mut made_by = "input".to_string();
+    let mut given: Option<(String, Graph)> = None;
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        run_watched(graph, pipeline, options, &mut |pass, g| {
+            if keep {
+                stages.push((std::mem::replace(&mut made_by, pass.to_string()), g.clone()));
+            }
+            given = Some((pass.to_string(), g.clone()));
+        })
+    }));
+    let failed = match result {
+        Ok(Ok(out)) => {
+            if keep {
+                stages.push((made_by, out.graph.clone()));
+                if let Some(dir) = &args.dump_dir {
+                    dump(dir, &stages)?;
+                }
+            }
+            return Ok((stages, out));
+        }
+        Ok(Err(e)) => Failure::from(e),
+        Err(_) => Failure::new("a pass panicked; this is a defect of pleach, the message is above"),
+    };
+    if let Some(dir) = &args.dump_dir {
+        dump(dir, &stages)?;
+    }
+    let Some((pass, g)) = given else { return Err(failed) };
+    let mut command = format!("pleach opt {} --passes {pass}", args.reproducer.display());
+    args.disable_rule.iter().for_each(|r| command += &format!(" --disable-rule {r}"));
+    if args.merge {
+        command += " --merge";
+    }
+    std::fs::write(&args.reproducer, format!("// {command}\n{}", text::print(&g)))
+        .map_err(Failure::io("write", &args.reproducer))?;
+    Err(Failure::new(format!("pass {pass}: {}\nto repeat only this: {command}", failed.message)))
+}
+
+/// Writes every stage as `NN-<pass>.ir`.
+fn dump(dir: &Path, stages: &[(String, Graph)]) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(Failure::io("create", dir))?;
+    for (i, (name, g)) in stages.iter().enumerate() {
+        let path = dir.join(format!("{i:02}-{name}.ir"));
+        std::fs::write(&path, text::print(g)).map_err(Failure::io("write", &path))?;
+    }
+    Ok(())
+}
+
+/// The graph of a file, or of stdin for `-`.
+fn read_graph(file: &Path) -> Result<Graph> {
+    let name = file.display().to_string();
+    let source = match name.as_str() {
+        "-" => {
+            std::io::read_to_string(std::io::stdin()).map_err(|e| Failure::new(format!("cannot read stdin: {e}")))?
+        }
+        _ => std::fs::read_to_string(file).map_err(Failure::io("read", file))?,
+    };
+    text::parse(&source).map_err(|e| show(&name, &source, &e))
 }
 
 /// A parse error with its line and a mark under its column.
@@ -64,84 +133,4 @@ fn show(name: &str, source: &str, e: &IrError) -> Failure {
     // The mark stands under its character: tabs before it are kept.
     let pad: String = text.chars().take(column.saturating_sub(1)).map(|c| if c == '\t' { '\t' } else { ' ' }).collect();
     Failure::new(format!("{name}:{line}:{column}: {why}\n  {text}\n  {pad}^"))
-}
-
-/// Runs one entry in the reference interpreter, after the `prepare` entries that the file leaves open.
-fn interpret(ui: &Ui, args: &OptArgs, g: &Graph, file: &Path) -> Result<()> {
-    let given = read_tensors(file)?;
-    let mut symbols = Symbols::new();
-    for c in &args.capacity {
-        symbols.extend(Sym::new(&c.symbol).map(|s| (s, c.value)));
-    }
-    let mut values: BTreeMap<u32, Tensor> = BTreeMap::new();
-    for (i, p) in g.params.iter().enumerate() {
-        values.extend(given.get(&p.name).map(|t| (i as u32, t.clone())));
-    }
-    for e in g.entries.iter().filter(|e| e.name.starts_with("prepare(")) {
-        let known = values.clone();
-        let result = interp::run_entry_with(&g.params, &|p: ParamId| known.get(&p.0), e, &given, &symbols)
-            .map_err(|x| Failure::from(x).within(&e.name))?;
-        values.extend(result.assigns.into_iter().map(|(p, t)| (p.0, t)));
-    }
-    let entry = match &args.entry {
-        Some(name) => g.entry(name),
-        None => g.entries.iter().find(|e| !e.name.starts_with("prepare(")),
-    };
-    let names = || g.entries.iter().map(|e| e.name.as_str()).collect::<Vec<_>>().join(", ");
-    let entry = entry.ok_or_else(|| Failure::usage(format!("no such entry; the graph has: {}", names())))?;
-    let result = interp::run_entry_with(&g.params, &|p: ParamId| values.get(&p.0), entry, &given, &symbols)
-        .map_err(|x| Failure::from(x).within(&entry.name))?;
-    let mut t = Table::new(&["output", "<type", "smallest", "largest", "mean", "<first values"]);
-    for (name, x) in &result.outputs {
-        let v = x.floats();
-        let n = v.len().max(1) as f64;
-        let mean = v.iter().map(|x| f64::from(*x)).sum::<f64>() / n;
-        let (lo, hi) = v.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(a, b), x| (a.min(*x), b.max(*x)));
-        let first: Vec<String> = v.iter().take(6).map(|x| format!("{x:.6}")).collect();
-        let ty = format!("{}{:?}", x.dtype().name(), x.shape);
-        t.row([name.clone(), ty, format!("{lo:.6}"), format!("{hi:.6}"), format!("{mean:.6}"), first.join(" ")]);
-    }
-    report::print(&t.text());
-    if let Some(path) = &args.out {
-        let bytes: Vec<(&str, Vec<u64>, Vec<u8>)> = result
-            .outputs
-            .iter()
-            .map(|(n, x)| (n.as_str(), x.shape.clone(), x.floats().iter().flat_map(|v| v.to_le_bytes()).collect()))
-            .collect();
-        let views: Vec<(&str, Vec<u64>, &[u8])> = bytes.iter().map(|(n, s, b)| (*n, s.clone(), b.as_slice())).collect();
-        write_tensors(path, &views)?;
-        ui.note(&format!("{} outputs written to {}", views.len(), path.display()));
-    }
-    Ok(())
-}
-
-/// All tensors of a safetensors file; 64-bit integers become i32.
-fn read_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
-    use safetensors::Dtype as D;
-    let bytes = std::fs::read(path).map_err(Failure::io("read", path))?;
-    let bad = |why: String| Failure::new(format!("{}: {why}", path.display()));
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| bad(format!("is no usable safetensors file ({e})")))?;
-    let mut out = BTreeMap::new();
-    for (name, t) in file.tensors() {
-        let shape: Vec<u64> = t.shape().iter().map(|d| *d as u64).collect();
-        let dtype = match t.dtype() {
-            D::F32 => DType::F32,
-            D::BF16 => DType::BF16,
-            D::F16 => DType::F16,
-            D::I32 => DType::I32,
-            D::BOOL => DType::Bool,
-            D::I64 => {
-                let narrow = |c: &[u8]| {
-                    let x = i64::from_le_bytes(c.try_into().unwrap_or_default());
-                    i32::try_from(x).map_err(|_| bad(format!("tensor `{name}` holds {x}, which no i32 holds")))
-                };
-                let values = t.data().chunks_exact(8).map(narrow).collect::<Result<Vec<i32>>>()?;
-                out.insert(name, Tensor::i32(shape, values));
-                continue;
-            }
-            other => return Err(bad(format!("tensor `{name}` is {other:?}; give f32, f16, bf16, i32, i64 or bool"))),
-        };
-        out.insert(name, Tensor::from_bytes(dtype, shape, t.data())?);
-    }
-    Ok(out)
 }

@@ -212,3 +212,62 @@ fn paca_becomes_an_equal_lora() {
     assert_eq!((r["method"].as_str(), r["sites"].as_array().map(Vec::len)), (Some("paca"), Some(14)));
     assert!(pleach.fails(2, &["adapter", "convert", &paca, "--to", "dora", "--out", &lora]).contains("lora"));
 }
+
+#[test]
+fn opt_finds_what_a_pass_changes() {
+    let (folder, pleach, model) = setup("opt-diff");
+    let at = |name: &str| folder.join(name).display().to_string();
+    std::fs::write(at("g.ir"), pleach.ok(&["inspect", &model, "--ir", "--stage", "imported"])).unwrap();
+    let dump = at("dump");
+    std::fs::write(at("a.ir"), pleach.ok(&["opt", &at("g.ir"), "--dump-dir", &dump])).unwrap();
+    let mut stages: Vec<String> =
+        std::fs::read_dir(&dump).unwrap().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
+    stages.sort();
+    assert_eq!(stages[..2], ["00-input.ir", "01-canonicalize.ir"]);
+    let last = folder.join("dump").join(stages.last().unwrap()).display().to_string();
+    assert_eq!(pleach.ok(&["opt", "--diff", &at("a.ir"), &last]), "");
+    // One more node moves the numbers of all behind it, and is one line.
+    let head = "graph imported\nentry \"f\" {\n  %0 = input \"x\" : f32[T,2]\n";
+    std::fs::write(at("b.ir"), format!("{head}  %1 = exp(%0) : f32[T,2]\n  output \"y\" %1\n}}\n")).unwrap();
+    std::fs::write(
+        at("c.ir"),
+        format!("{head}  %1 = neg(%0) : f32[T,2]\n  %2 = exp(%0) : f32[T,2]\n  output \"y\" %2\n}}\n"),
+    )
+    .unwrap();
+    let said = pleach.call(&["opt", "--diff", &at("b.ir"), &at("c.ir")]);
+    let changed: Vec<&str> = said.out.lines().filter(|l| l.starts_with(['+', '-'])).collect();
+    assert_eq!(changed, ["+ %1 = neg(%0) : f32[T,2]"], "{}", said.out);
+    assert!(said.err.contains("0 lines only in the first, 1 only in the second"), "{}", said.err);
+    // Every stage in the interpreter.
+    let values: Vec<u8> = [0.0f32, 1.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![1, 2], &values).unwrap();
+    safetensors::serialize_to_file([("x", view)], None, &folder.join("x.safetensors")).unwrap();
+    let said = pleach.ok(&["opt", &at("c.ir"), "--interpret", &at("x.safetensors"), "--check-each"]);
+    assert!(said.contains("stages give the same outputs"), "{said}");
+}
+
+#[test]
+fn opt_leaves_a_reproducer() {
+    let (folder, pleach, _) = setup("opt-reproducer");
+    let at = |name: &str| folder.join(name).display().to_string();
+    // An entry to be trained needs one output called loss.
+    let text = "graph core\nparam @0 \"w\" f32[2,2] train checkpoint(\"w\")\nentry \"train\" {\n  %0 = input \"x\" : f32[T,2]\n  %1 = param @0 : f32[2,2]\n  %2 = matmul(%0, %1) : f32[T,2]\n  output \"y\" %2\n}\n";
+    std::fs::write(at("g.ir"), text).unwrap();
+    let said = pleach.fails(1, &["opt", &at("g.ir"), "--reproducer", &at("r.ir")]);
+    assert!(said.contains("pass differentiate") && said.contains("--passes differentiate"), "{said}");
+    let again = pleach.fails(1, &["opt", &at("r.ir"), "--passes", "differentiate", "--reproducer", &at("s.ir")]);
+    assert_eq!(said.lines().next(), again.lines().next());
+}
+
+#[test]
+fn completions_and_manual_pages_name_the_commands() {
+    let (folder, pleach, _) = setup("shell");
+    for shell in ["bash", "zsh", "fish"] {
+        let text = pleach.ok(&["completions", shell]);
+        assert!(text.contains("plan-memory") && text.contains("target-modules"), "{shell}");
+    }
+    let pages = folder.join("man").display().to_string();
+    pleach.ok(&["man", "--out", &pages, "--quiet"]);
+    let page = std::fs::read_to_string(folder.join("man/pleach-train.1")).unwrap();
+    assert!(page.contains("max\\-steps"), "{page}");
+}
