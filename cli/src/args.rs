@@ -170,6 +170,12 @@ pub(crate) enum Target {
     Avx2,
     /// Any x86-64 with AVX-512 F, BW, CD, DQ, VL.
     Avx512,
+    /// NVIDIA GPUs of compute capability 8.0 and later.
+    #[value(name = "sm_80")]
+    Sm80,
+    /// NVIDIA GPUs of compute capability 9.0.
+    #[value(name = "sm_90a")]
+    Sm90a,
 }
 
 /// A model with its adapters.

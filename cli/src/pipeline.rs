@@ -9,6 +9,7 @@ use crate::failure::{Failure, Result};
 use crate::model::Model;
 use crate::report::{Table, Ui, bytes};
 use pleach_codegen::HostTarget;
+use pleach_codegen::emit::gpu::GpuChip;
 use pleach_codegen::compile::{self, CompileOptions};
 use pleach_frontend::adapter::AdapterPlan;
 use pleach_frontend::peft::MethodConfig;
@@ -35,7 +36,7 @@ pub(crate) struct Request {
     pub entries: Vec<String>,
     /// Fold the adapters into the weights.
     pub merge: bool,
-    /// Processor class: `native`, `avx2`, `avx512`.
+    /// Processor class: `native`, `avx2`, `avx512`; or a GPU: `sm_80`, `sm_90a`.
     pub target: String,
     /// Token counts that entries are tuned for.
     pub tokens: Vec<(String, u64)>,
@@ -152,6 +153,8 @@ impl Request {
                 Target::Cpu => "native",
                 Target::Avx2 => "avx2",
                 Target::Avx512 => "avx512",
+                Target::Sm80 => "sm_80",
+                Target::Sm90a => "sm_90a",
             }
             .into(),
             tokens: tokens.to_vec(),
@@ -186,6 +189,11 @@ impl Request {
         Ok(if self.train.is_some() { import.train(0).graph()? } else { import.graph()? })
     }
 
+    /// The GPU, if it is for one.
+    pub(crate) fn gpu(&self) -> Option<GpuChip> {
+        GpuChip::from_name(&self.target)
+    }
+
     /// The processor class.
     ///
     /// # Errors
@@ -201,13 +209,16 @@ impl Request {
     /// # Errors
     /// As [`Request::host`].
     pub(crate) fn key(&self, model: &Model, graph: &Graph) -> Result<String> {
-        let host = self.host()?;
+        let machine = match self.gpu() {
+            Some(chip) => chip.name().to_string(),
+            None => format!("{:?}", self.host()?),
+        };
         let options =
             Request { model: PathBuf::new(), adapters: vec![], threads: 0, out: PathBuf::new(), ..self.clone() };
         Ok(cache::key(&[
             "plan",
             &cache::program(),
-            &format!("{host:?}"),
+            &machine,
             &serde_json::to_string(&options)?,
             &serde_json::to_string(&self.meta(model)?)?,
             &pleach_ir::text::print(graph),
@@ -226,6 +237,7 @@ impl Request {
             tokens_hint,
             dtype: if self.dtype == "bf16" { pleach_ir::DType::BF16 } else { pleach_ir::DType::F32 },
             disabled_rules: self.disable_rules.clone(),
+            target: if self.gpu().is_some() { pleach_passes::Target::GPU } else { pleach_passes::Target::CPU },
             ..Options::default()
         }
     }
@@ -276,6 +288,14 @@ fn host_cut(graph: &Graph) -> CutOptions<'static> {
     CutOptions { supported: &compile::supported, pack: !trains }
 }
 
+/// How a request cuts a graph. On a GPU nothing is packed.
+fn cut_of(request: &Request, graph: &Graph) -> CutOptions<'static> {
+    match request.gpu() {
+        Some(_) => CutOptions { supported: &compile::supported_gpu, pack: false },
+        None => host_cut(graph),
+    }
+}
+
 /// Compiles in this process and writes the plan.
 ///
 /// # Errors
@@ -323,7 +343,7 @@ fn saved(s: &Saved) -> serde_json::Value {
 pub(crate) fn lower(graph: &Graph, request: &Request, meta: Meta) -> Result<(Plan, Vec<Row>)> {
     let mut rows = vec![];
     let clock = Instant::now();
-    let mut s = fuse_kernels::cut(graph, &host_cut(graph))?;
+    let mut s = fuse_kernels::cut(graph, &cut_of(request, graph))?;
     let launches: usize = s.entries.iter().map(|e| e.steps.len()).sum();
     rows.push(Row {
         nodes_before: Some(pleach_passes::manager::node_count(graph)),
@@ -345,8 +365,13 @@ pub(crate) fn lower(graph: &Graph, request: &Request, meta: Meta) -> Result<(Pla
         changed: Some(ordered > 0),
         ..Row::stage("order", ms(clock), note)
     });
-    let options = CompileOptions { target: request.host()?, threads: request.threads, meta };
-    let (plan, times) = compile::compile(&s, &options)?;
+    let (plan, times) = match request.gpu() {
+        Some(chip) => compile::compile_gpu(&s, chip, request.threads, meta)?,
+        None => {
+            let options = CompileOptions { target: request.host()?, threads: request.threads, meta };
+            compile::compile(&s, &options)?
+        }
+    };
     let code: usize = plan.blobs.iter().map(|b| b.bytes.len()).sum();
     let clock = Instant::now();
     let note = arenas(&plan, &request.options())?;

@@ -3,6 +3,7 @@
 //! Assumes a checked schedule. Same schedule, target and options give the same plan bytes: kernels are emitted in the
 //! order of the schedule, and nothing here looks at a clock but the report.
 
+use crate::emit::gpu::{GpuChip, GpuEmitted};
 use crate::emit::{self, Emitted};
 use crate::error::CodegenError;
 use crate::mlir::{self, HostTarget};
@@ -61,6 +62,17 @@ pub fn supported(k: &Kernel) -> Result<(), String> {
     }
 }
 
+/// Whether a region can be one kernel on a GPU.
+///
+/// # Errors
+/// The reason why not.
+pub fn supported_gpu(k: &Kernel) -> Result<(), String> {
+    let mut symbols: Vec<Sym> = k.body.nodes.iter().flat_map(|n| n.ty.symbols()).collect();
+    symbols.sort_unstable();
+    symbols.dedup();
+    emit::gpu::emit(k, &symbols, GpuChip::Sm80).map(|_| ()).map_err(|e| e.to_string())
+}
+
 /// The symbols of a schedule in the order of the plan.
 pub fn plan_symbols(s: &Schedule) -> Vec<plan::Symbol> {
     let types =
@@ -105,10 +117,80 @@ pub fn compile(s: &Schedule, options: &CompileOptions) -> Result<(Plan, CompileT
     let object = crate::link::link(&objects)?;
     times.link = start.elapsed().as_secs_f64() * 1e3;
 
-    let mut plan = assemble(s, &emitted, options);
+    let mut plan = assemble(s, host_code(&emitted), host_target(options), options.meta.clone());
     plan.blobs.push(plan::Blob { name: "kernels".into(), kind: plan::BlobKind::HostObject, bytes: object });
     plan::validate(&plan).map_err(|e| CodegenError::Plan(e.to_string()))?;
     Ok((plan, times))
+}
+
+/// Compiles a schedule for a GPU: one PTX text per group of kernels.
+///
+/// # Errors
+/// [`CodegenError`] when a kernel is refused or the toolchain fails.
+pub fn compile_gpu(
+    s: &Schedule,
+    chip: GpuChip,
+    threads: usize,
+    meta: plan::Meta,
+) -> Result<(Plan, CompileTimes), CodegenError> {
+    let mut times = CompileTimes::default();
+    let start = Instant::now();
+    let symbols = syms(&plan_symbols(s));
+    let emitted = s.kernels.iter().map(|k| emit::gpu::emit(k, &symbols, chip)).collect::<Result<Vec<_>, _>>()?;
+    times.emit = start.elapsed().as_secs_f64() * 1e3;
+
+    let start = Instant::now();
+    let groups: Vec<&[GpuEmitted]> = emitted.chunks(PTX_GROUP).collect();
+    let texts: Vec<String> = groups.iter().map(|g| emit::gpu::module(g.iter().map(|e| e.text.as_str()))).collect();
+    let ptx = mlir::compile_ptx_parallel(&texts, chip.name(), threads);
+    let ptx = ptx.into_iter().collect::<Result<Vec<_>, _>>()?;
+    times.lower = start.elapsed().as_secs_f64() * 1e3;
+
+    let kernels = emitted.iter().enumerate().map(|(i, e)| {
+        let blocks = e.launches.iter().map(|l| Expr::product(l.grid.iter().cloned()));
+        let tasks = blocks.fold(Expr::Const(0), |a, b| a.add(b));
+        let (scratch_bytes, flops, bytes) = (e.scratch_bytes.clone(), e.flops.clone(), e.bytes.clone());
+        Code { blob: (i / PTX_GROUP) as u32, tasks, scratch_bytes, flops, bytes, launches: e.launches.clone() }
+    });
+    let target = plan::Target { arch: chip.name().into(), features: vec![] };
+    let mut plan = assemble(s, kernels.collect(), target, meta);
+    for (i, text) in ptx.into_iter().enumerate() {
+        let bytes = text.into_bytes();
+        plan.blobs.push(plan::Blob { name: format!("kernels{i}"), kind: plan::BlobKind::Ptx, bytes });
+    }
+    plan::validate(&plan).map_err(|e| CodegenError::Plan(e.to_string()))?;
+    Ok((plan, times))
+}
+
+/// Kernels of one PTX text.
+const PTX_GROUP: usize = 16;
+
+/// What a plan says of a kernel's code.
+struct Code {
+    blob: u32,
+    tasks: Expr,
+    scratch_bytes: Expr,
+    flops: Expr,
+    bytes: Expr,
+    launches: Vec<plan::Launch>,
+}
+
+/// Host code of all kernels, in one blob.
+fn host_code(emitted: &[Emitted]) -> Vec<Code> {
+    let code = |e: &Emitted| Code {
+        blob: 0,
+        tasks: e.tasks.clone(),
+        scratch_bytes: e.scratch_bytes.clone(),
+        flops: e.flops.clone(),
+        bytes: e.bytes.clone(),
+        launches: vec![],
+    };
+    emitted.iter().map(code).collect()
+}
+
+fn host_target(options: &CompileOptions) -> plan::Target {
+    let features = options.target.required_features().iter().map(|f| f.to_string()).collect();
+    plan::Target { arch: "x86_64".into(), features }
 }
 
 /// The plan of a schedule without its code: everything that sizes depend on.
@@ -116,7 +198,8 @@ pub fn compile(s: &Schedule, options: &CompileOptions) -> Result<(Plan, CompileT
 /// # Errors
 /// [`CodegenError`] when a kernel is refused.
 pub fn without_code(s: &Schedule, options: &CompileOptions) -> Result<Plan, CodegenError> {
-    Ok(assemble(s, &emit_all(s, &options.target)?, options))
+    let code = host_code(&emit_all(s, &options.target)?);
+    Ok(assemble(s, code, host_target(options), options.meta.clone()))
 }
 
 fn dtype(d: pleach_ir::DType) -> plan::DType {
@@ -183,7 +266,7 @@ fn windows(e: &ScheduledEntry, l: &Loop, buffers: &mut [plan::Buffer], symbols: 
 }
 
 /// The plan without its code.
-fn assemble(s: &Schedule, emitted: &[Emitted], options: &CompileOptions) -> Plan {
+fn assemble(s: &Schedule, code: Vec<Code>, target: plan::Target, meta: plan::Meta) -> Plan {
     let symbols_list = plan_symbols(s);
     let symbols = syms(&symbols_list);
     // Parameters that no launch touches take no memory.
@@ -221,33 +304,22 @@ fn assemble(s: &Schedule, emitted: &[Emitted], options: &CompileOptions) -> Plan
     let kernels = s
         .kernels
         .iter()
-        .zip(emitted)
-        .map(|(k, e)| plan::Kernel {
+        .zip(code)
+        .map(|(k, c)| plan::Kernel {
             symbol: k.name.clone(),
-            blob: 0,
+            blob: c.blob,
             class: format!("{:?}", k.class).to_lowercase(),
-            tasks: e.tasks.clone(),
-            scratch_bytes: e.scratch_bytes.clone(),
+            tasks: c.tasks,
+            scratch_bytes: c.scratch_bytes,
             operands: k.operand_types().iter().zip(&k.operands).map(|(t, l)| bytes(t, *l, &symbols)).collect(),
             results: k.result_types().iter().zip(&k.results).map(|(t, l)| bytes(t, *l, &symbols)).collect(),
             aliases: k.aliases.clone(),
-            flops: e.flops.clone(),
-            bytes: e.bytes.clone(),
-            launches: vec![],
+            flops: c.flops,
+            bytes: c.bytes,
+            launches: c.launches,
         })
         .collect();
-    let mut plan = Plan {
-        target: plan::Target {
-            arch: "x86_64".into(),
-            features: options.target.required_features().iter().map(|f| f.to_string()).collect(),
-        },
-        symbols: symbols_list,
-        params,
-        kernels,
-        entries: vec![],
-        meta: options.meta.clone(),
-        blobs: vec![],
-    };
+    let mut plan = Plan { target, symbols: symbols_list, params, kernels, entries: vec![], meta, blobs: vec![] };
     for e in &s.entries {
         let mut inputs: Vec<plan::Input> = vec![];
         let mut outputs = vec![];

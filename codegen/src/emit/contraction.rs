@@ -12,13 +12,13 @@
 //! * A cheap remainder (bias, residual) runs on the registers of the tile; others, several groups of columns, or long
 //!   sums that run in parts go through scratch memory that stays in the first-level cache.
 
-mod analyze;
+pub(crate) mod analyze;
 mod blocking;
 mod cells;
 mod context;
 mod pack;
 mod tile;
-mod view;
+pub(crate) mod view;
 
 use crate::emit::elementwise::apply;
 use crate::emit::func::{Func, Val, vty};

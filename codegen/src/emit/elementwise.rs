@@ -35,6 +35,23 @@ pub(crate) fn load(f: &mut Func, d: DType, ptr: &Val, mask: Option<&Val>, lanes:
         Some(m) => f.masked_load(ptr, m, elem, lanes),
         None => f.load(ptr, &vty(lanes, elem)),
     };
+    widen(f, d, x, lanes)
+}
+
+/// Loads one element from an address that is a multiple of `align` bytes.
+pub(crate) fn load_aligned(f: &mut Func, d: DType, ptr: &Val, align: i64) -> Val {
+    let x = f.op(format!("llvm.load {ptr} {{alignment = {align} : i64}} : !llvm.ptr -> {}", memory_elem(d)));
+    widen(f, d, x, 1)
+}
+
+/// Stores one element to an address that is a multiple of `align` bytes.
+pub(crate) fn store_aligned(f: &mut Func, d: DType, x: &Val, ptr: &Val, align: i64) {
+    let x = narrow(f, d, x, 1);
+    f.stmt(&format!("llvm.store {x}, {ptr} {{alignment = {align} : i64}} : {}, !llvm.ptr", memory_elem(d)));
+}
+
+/// The register form of what was loaded.
+pub(crate) fn widen(f: &mut Func, d: DType, x: Val, lanes: usize) -> Val {
     let (t8, t16, t32, tf) = (vty(lanes, "i8"), vty(lanes, "i16"), vty(lanes, "i32"), vty(lanes, "f32"));
     match d {
         DType::F32 | DType::I32 => x,
@@ -58,8 +75,17 @@ pub(crate) fn load(f: &mut Func, d: DType, ptr: &Val, mask: Option<&Val>, lanes:
 
 /// Stores `lanes` consecutive elements, only those of the mask if there is one.
 pub(crate) fn store(f: &mut Func, d: DType, x: &Val, ptr: &Val, mask: Option<&Val>, lanes: usize) {
+    let x = narrow(f, d, x, lanes);
+    match mask {
+        Some(m) => f.masked_store(&x, ptr, m, memory_elem(d), lanes),
+        None => f.store(&x, ptr, &vty(lanes, memory_elem(d))),
+    }
+}
+
+/// The memory form of a register.
+pub(crate) fn narrow(f: &mut Func, d: DType, x: &Val, lanes: usize) -> Val {
     let (t16, t32, tf) = (vty(lanes, "i16"), vty(lanes, "i32"), vty(lanes, "f32"));
-    let x = match d {
+    match d {
         DType::F32 | DType::I32 => x.clone(),
         DType::Bool => f.op(format!("arith.extui {x} : {} to {}", vty(lanes, "i1"), vty(lanes, "i8"))),
         DType::BF16 => {
@@ -74,10 +100,6 @@ pub(crate) fn store(f: &mut Func, d: DType, x: &Val, ptr: &Val, mask: Option<&Va
             let h = f.op(format!("arith.truncf {x} : {tf} to {th}"));
             f.op(format!("arith.bitcast {h} : {th} to {t16}"))
         }
-    };
-    match mask {
-        Some(m) => f.masked_store(&x, ptr, m, memory_elem(d), lanes),
-        None => f.store(&x, ptr, &vty(lanes, memory_elem(d))),
     }
 }
 
@@ -216,6 +238,8 @@ fn unary(f: &mut Func, u: UnaryOp, x: &Val, d: DType, lanes: usize) -> Val {
             let one = m.k(1.0);
             m.bin("divf", &one, x)
         }
+        UnaryOp::Sin if m.f.gpu => m.sin_cos(x, 0),
+        UnaryOp::Cos if m.f.gpu => m.sin_cos(x, 1),
         UnaryOp::Sin => m.f.op(format!("math.sin {x} : {t}")),
         UnaryOp::Cos => m.f.op(format!("math.cos {x} : {t}")),
         UnaryOp::Tanh => m.tanh(x),

@@ -45,6 +45,8 @@ pub struct Func {
     pub name: String,
     /// The target rounds f32 to bf16 in one instruction.
     pub round_bf16: bool,
+    /// A thread of a GPU: one lane, with the approximations of its instruction set.
+    pub gpu: bool,
     args: Vec<(String, String)>,
     body: String,
     consts: BTreeMap<String, Val>,
@@ -59,6 +61,7 @@ impl Func {
         Func {
             name: name.to_string(),
             round_bf16: false,
+            gpu: false,
             args: args.iter().map(|(n, t)| (n.to_string(), t.to_string())).collect(),
             body: String::new(),
             consts: BTreeMap::new(),
@@ -392,6 +395,34 @@ impl Func {
         self.depth -= 1;
         self.stmt("}");
         (0..inits.len()).map(|i| Val::named(&format!("{res}#{i}"))).collect()
+    }
+
+    /// `while cond(values) { values = body(values) }`.
+    pub fn while_(
+        &mut self,
+        inits: &[(Val, String)],
+        cond: impl FnOnce(&mut Func, &[Val]) -> Val,
+        body: impl FnOnce(&mut Func, &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
+        let types = inits.iter().map(|x| x.1.as_str()).collect::<Vec<_>>().join(", ");
+        let (before, after): (Vec<Val>, Vec<Val>) = inits.iter().map(|_| (self.fresh(), self.fresh())).unzip();
+        let list = before.iter().zip(inits).map(|(a, (v, _))| format!("{a} = {v}")).collect::<Vec<_>>().join(", ");
+        let (res, n) = (self.fresh(), inits.len());
+        self.stmt(&format!("{res}:{n} = scf.while ({list}) : ({types}) -> ({types}) {{"));
+        self.depth += 1;
+        let go = cond(self, &before);
+        let names = |v: &[Val]| v.iter().map(|v| v.to_string()).collect::<Vec<_>>().join(", ");
+        self.stmt(&format!("scf.condition({go}) {} : {types}", names(&before)));
+        self.depth -= 1;
+        self.stmt("} do {");
+        let args = after.iter().zip(inits).map(|(a, (_, t))| format!("{a}: {t}")).collect::<Vec<_>>().join(", ");
+        self.stmt(&format!("^bb0({args}):"));
+        self.depth += 1;
+        let out = body(self, &after);
+        self.stmt(&format!("scf.yield {} : {types}", names(&out)));
+        self.depth -= 1;
+        self.stmt("}");
+        (0..n).map(|i| Val::named(&format!("{res}#{i}"))).collect()
     }
 
     /// A loop that carries nothing.

@@ -11,6 +11,10 @@
 
 use super::func::{Func, Val, vty};
 
+const SIN: [f32; 3] = [-0.166_666_55, 0.008_332_161, -0.000_195_152_96];
+const COS: [f32; 3] = [0.041_666_646, -0.001_388_731_6, 2.443_315_7e-5];
+/// π/2 in three parts.
+const HALF_PI: [f32; 3] = [1.570_796_4, -4.371_139e-8, -1.715_124_5e-15];
 const EXP: [f32; 5] = [0.499_999_94, 0.166_665_2, 0.041_668_4, 0.008_368_852, 0.001_381_431_8];
 const LOG: [f32; 8] = [
     0.333_333_32,
@@ -111,6 +115,9 @@ impl Math<'_> {
     }
     /// e^x; saturates outside [-87.34, 88.38].
     pub fn exp(&mut self, x: &Val) -> Val {
+        if self.f.gpu {
+            return self.exp_of_two(x);
+        }
         let (lo, hi) = (self.k(-87.336_54), self.k(88.376_26));
         let x = self.bin("maximumf", x, &lo);
         let x = self.bin("minimumf", &x, &hi);
@@ -130,6 +137,58 @@ impl Math<'_> {
         let s = self.ibin("shli", &ti, &c23);
         let pi = self.as_int(&p);
         let y = self.ibin("addi", &pi, &s);
+        self.as_float(&y)
+    }
+    /// e^x by the GPU's 2^x: the exponent is split into what 2^x takes and what rounding it lost.
+    fn exp_of_two(&mut self, x: &Val) -> Val {
+        let (log2e, ln2) = (self.k(std::f32::consts::LOG2_E), self.k(std::f32::consts::LN_2));
+        let rest = self.k(1.925_963e-8);
+        let t = self.bin("mulf", x, &log2e);
+        let n = self.neg(&t);
+        let lost = self.fma(x, &log2e, &n);
+        let lost = self.fma(x, &rest, &lost);
+        let y = self.f.op(format!("llvm.call_intrinsic \"llvm.nvvm.ex2.approx.ftz.f\"({t}) : (f32) -> f32"));
+        let lost = self.bin("mulf", &lost, &ln2);
+        let fine = self.fma(&y, &lost, &y);
+        // Where 2^x is 0 or infinite there is nothing to mend.
+        let (zero, inf) = (self.k(0.0), self.k(f32::INFINITY));
+        let fine = self.choose("oeq", &y, &inf, &inf, &fine);
+        self.choose("oeq", &y, &zero, &zero, &fine)
+    }
+    /// sin(x), or cos(x) with `quarter` 1: the argument reduced by multiples of π/2, then polynomials. Good to 2 ulp up to
+    /// |x| about 10^5.
+    pub fn sin_cos(&mut self, x: &Val, quarter: i32) -> Val {
+        let t = self.ty();
+        let (two_over_pi, magic) = (self.k(std::f32::consts::FRAC_2_PI), self.k(12_582_912.0));
+        let shifted = self.fma(x, &two_over_pi, &magic);
+        let n = self.bin("subf", &shifted, &magic);
+        let mut r = x.clone();
+        for part in HALF_PI {
+            let part = self.k(-part);
+            r = self.fma(&n, &part, &r);
+        }
+        let u = self.bin("mulf", &r, &r);
+        let p = self.horner(&u, &SIN);
+        let cube = self.bin("mulf", &u, &r);
+        let sin = self.fma(&p, &cube, &r);
+        let p = self.horner(&u, &COS);
+        let square = self.bin("mulf", &u, &u);
+        let (half, one) = (self.k(-0.5), self.k(1.0));
+        let cos = self.fma(&u, &half, &one);
+        let cos = self.fma(&p, &square, &cos);
+        // The low bits of the shifted number are the quarter turns.
+        let bits = self.as_int(&shifted);
+        let quarter = self.f.i32(quarter, self.lanes);
+        let q = self.ibin("addi", &bits, &quarter);
+        let (one, two) = (self.f.i32(1, self.lanes), self.f.i32(2, self.lanes));
+        let (i, c1, c30) = (self.ity(), self.f.i32(0, self.lanes), self.f.i32(30, self.lanes));
+        let odd = self.ibin("andi", &q, &one);
+        let odd = self.f.op(format!("arith.cmpi ne, {odd}, {c1} : {i}"));
+        let y = self.f.op(format!("arith.select {odd}, {cos}, {sin} : {t}"));
+        let sign = self.ibin("andi", &q, &two);
+        let sign = self.ibin("shli", &sign, &c30);
+        let y = self.as_int(&y);
+        let y = self.ibin("xori", &y, &sign);
         self.as_float(&y)
     }
     /// Natural logarithm of a normal x > 0; 0 gives -inf, negative gives NaN.
@@ -168,6 +227,9 @@ impl Math<'_> {
         let e = self.exp(&n);
         let one = self.k(1.0);
         let d = self.bin("addf", &e, &one);
+        if self.f.gpu {
+            return self.f.op(format!("nvvm.rcp.approx.ftz.f {d} : f32"));
+        }
         self.bin("divf", &one, &d)
     }
     /// Hyperbolic tangent.

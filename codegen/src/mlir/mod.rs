@@ -135,9 +135,6 @@ pub fn compile_object_timed(module_text: &str, target: &HostTarget) -> Result<(V
     })
 }
 
-/// Where a thread puts the result of one text.
-type Slot = Mutex<Option<Result<Vec<u8>, CodegenError>>>;
-
 /// Compiles many modules on up to `threads` threads, each with its own context. Results are in the order of `texts`
 /// and do not depend on `threads`. The name of a text is put before its error.
 pub fn compile_parallel(
@@ -145,30 +142,52 @@ pub fn compile_parallel(
     target: &HostTarget,
     threads: usize,
 ) -> Vec<Result<Vec<u8>, CodegenError>> {
-    // The longest texts first, so that no thread is left alone with one at the end.
-    let mut order: Vec<usize> = (0..texts.len()).collect();
-    order.sort_by_key(|i| (std::cmp::Reverse(texts[*i].1.len()), *i));
-    let done: Vec<Slot> = texts.iter().map(|_| Mutex::new(None)).collect();
-    let next = AtomicUsize::new(0);
-    let work = || {
-        while let Some(&i) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
+    in_parallel(
+        texts.len(),
+        |i| texts[i].1.len(),
+        threads,
+        |i| {
             let (name, text) = &texts[i];
-            let r = compile_object(text, target).map_err(|e| match e {
+            compile_object(text, target).map_err(|e| match e {
                 CodegenError::Lowering { stage, why } => {
                     CodegenError::Lowering { stage, why: format!("kernel {name}: {why}") }
                 }
                 other => other,
-            });
+            })
+        },
+    )
+}
+
+/// [`compile_ptx`] of many modules on up to `threads` threads, in the order of `texts`.
+pub fn compile_ptx_parallel(texts: &[String], chip: &str, threads: usize) -> Vec<Result<String, CodegenError>> {
+    in_parallel(texts.len(), |i| texts[i].len(), threads, |i| compile_ptx(&texts[i], chip))
+}
+
+/// `work` of `0..n` on up to `threads` threads, largest `size` first, so that no thread is left alone with a long one at
+/// the end.
+fn in_parallel<T: Send>(
+    n: usize,
+    size: impl Fn(usize) -> usize,
+    threads: usize,
+    work: impl Fn(usize) -> Result<T, CodegenError> + Sync,
+) -> Vec<Result<T, CodegenError>> {
+    let mut order: Vec<usize> = (0..n).collect();
+    order.sort_by_key(|i| (std::cmp::Reverse(size(*i)), *i));
+    let done: Vec<Mutex<Option<Result<T, CodegenError>>>> = (0..n).map(|_| Mutex::new(None)).collect();
+    let next = AtomicUsize::new(0);
+    let run = || {
+        while let Some(&i) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let r = work(i);
             if let Ok(mut slot) = done[i].lock() {
                 *slot = Some(r);
             }
         }
     };
     std::thread::scope(|s| {
-        for _ in 1..threads.min(texts.len()) {
-            s.spawn(work);
+        for _ in 1..threads.min(n) {
+            s.spawn(run);
         }
-        work();
+        run();
     });
     let lost = || CodegenError::Lowering { stage: "emission", why: "a compiling thread stopped".into() };
     done.into_iter().map(|m| m.into_inner().ok().flatten().unwrap_or_else(|| Err(lost()))).collect()

@@ -1,6 +1,6 @@
 //! Kernels of the host, unchanged, as PTX: emitted for sm_80, and assembled by `ptxas` where it is at hand.
 
-use pleach_codegen::emit::gpu::{self, GpuEmitted};
+use pleach_codegen::emit::gpu::{self, GpuChip, GpuEmitted};
 use pleach_codegen::{HostTarget, emit, mlir};
 use pleach_ir::{Class, DType, Dim, Entry, Kernel, Layout, Op, ReduceOp, Sym, UnaryOp, ValueId};
 use std::path::PathBuf;
@@ -44,7 +44,7 @@ fn rms_norm(columns: u64) -> Kernel {
     kernel("rms_norm", Class::Row, e)
 }
 
-/// y = silu(x · Wᵀ + s * h · Bᵀ + bias) + residual, with W in panels.
+/// y = silu(x · Wᵀ + s * h · Bᵀ + bias) + residual, with W row by row.
 fn linear(depth: u64, columns: u64, rank: u64) -> Kernel {
     let mut e = Entry::new("kernel");
     let t = Dim::Symbol(Sym::T);
@@ -65,9 +65,7 @@ fn linear(depth: u64, columns: u64, rank: u64) -> Kernel {
     let y = push(&mut e, Op::Binary(pleach_ir::BinaryOp::Mul), &[sum, gate]);
     let y = push(&mut e, Op::Add, &[y, residual]);
     e.output("r0", y);
-    let mut k = kernel("linear", Class::Contraction, e);
-    k.operands[1] = Layout::Panels { nr: 48, transposed: true };
-    k
+    kernel("linear", Class::Contraction, e)
 }
 
 /// `PLEACH_PTXAS`, or the one of the Python package in `.venv`.
@@ -106,40 +104,53 @@ fn assemble(name: &str, ptx: &str) {
     );
 }
 
-/// The same kernel for the host and for the GPU.
-fn both(k: &Kernel, gpu: impl Fn(&Kernel, &[Sym]) -> GpuEmitted, host: impl Fn(&Kernel) -> String) -> String {
-    mlir::compile_object(&host(k), &HostTarget::avx2()).unwrap();
-    let e = gpu(k, &SYMBOLS);
-    assert!(e.shared_bytes < 48 << 10);
-    let ptx = mlir::compile_ptx(&e.text, "sm_80").unwrap();
+fn on_gpu(k: &Kernel, symbols: &[Sym]) -> GpuEmitted {
+    gpu::emit(k, symbols, GpuChip::Sm80).unwrap()
+}
+
+/// The PTX of a kernel, assembled where that can be done.
+fn ptx(k: &Kernel) -> String {
+    let e = on_gpu(k, &SYMBOLS);
+    let ptx = mlir::compile_ptx(&gpu::module([e.text.as_str()]), "sm_80").unwrap();
     if let Some(dir) = std::env::var_os("PLEACH_PTX_DIR") {
         std::fs::write(PathBuf::from(dir).join(format!("{}.ptx", k.name)), &ptx).unwrap();
     }
-    assert!(ptx.contains(&format!(".visible .entry {}(", k.name)), "{ptx}");
-    assert!(ptx.contains(".target sm_80") && ptx.contains(".maxntid 256, 1, 1"), "{ptx}");
-    assert!(!ptx.contains("call"), "calls a library:\n{ptx}");
+    for l in &e.launches {
+        assert!(ptx.contains(&format!(".visible .entry {}(", l.function)), "{ptx}");
+        assert!(ptx.contains(&format!(".maxntid {}, 1, 1", l.block)), "{ptx}");
+    }
+    assert!(ptx.contains(".target sm_80") && !ptx.contains("call"), "{ptx}");
     assemble(&k.name, &ptx);
     ptx
+}
+
+/// The same kernel for the host and for the GPU.
+fn both(k: &Kernel, host: impl Fn(&Kernel) -> String) -> String {
+    mlir::compile_object(&host(k), &HostTarget::avx2()).unwrap();
+    ptx(k)
 }
 
 #[test]
 fn a_contraction_kernel() {
     let k = linear(576, 960, 16);
-    let host = |k: &Kernel| emit::contraction::emit(k, &SYMBOLS, &HostTarget::avx2()).unwrap().text;
-    let ptx = both(&k, |k, s| gpu::contraction::emit(k, s).unwrap(), host);
-    assert!(ptx.contains("fma.rn.f32") && ptx.contains("ld.shared.v4.b32") && ptx.contains("st.global"), "{ptx}");
-    let e = gpu::contraction::emit(&k, &SYMBOLS).unwrap();
-    assert_eq!(e.grid.map(|x| x.eval(&[130]).unwrap()), [15, 3, 1]);
+    let text = both(&k, |k| emit::contraction::emit(k, &SYMBOLS, &HostTarget::avx2()).unwrap().text);
+    assert!(text.contains("fma.rn.f32") && text.contains("ld.shared.v4.b32"), "{text}");
+    assert!(text.contains("st.global.v4.b32") && text.contains("ld.global.nc.v4.b32"), "{text}");
+    let e = on_gpu(&k, &SYMBOLS);
+    assert_eq!(e.launches[0].grid.clone().map(|x| x.eval(&[130]).unwrap()), [15, 3, 1]);
 }
 
 #[test]
 fn a_row_kernel() {
     let k = rms_norm(576);
-    let host = |k: &Kernel| emit::row::emit(k, &SYMBOLS, &HostTarget::avx2()).unwrap().text;
-    let ptx = both(&k, |k, s| gpu::row::emit(k, s).unwrap(), host);
-    assert!(ptx.contains("shfl.sync.bfly") && ptx.contains("bar.sync") && ptx.contains("ld.global.nc"), "{ptx}");
-    let e = gpu::row::emit(&k, &SYMBOLS).unwrap();
-    assert_eq!(e.grid.map(|x| x.eval(&[130]).unwrap()), [130, 1, 1]);
+    let text = both(&k, |k| emit::row::emit(k, &SYMBOLS, &HostTarget::avx2()).unwrap().text);
+    // A warp to a row: nothing is shared by a block. Neighbours go together, 16 bytes each.
+    assert!(text.contains("shfl.sync.bfly") && !text.contains("bar.sync"), "{text}");
+    assert!(text.contains("ld.global.nc.v4.b32") && text.contains("st.global.v4.b32"), "{text}");
+    let e = on_gpu(&k, &SYMBOLS);
+    assert_eq!(e.launches[0].grid.clone().map(|x| x.eval(&[130]).unwrap()), [17, 1, 1]);
+    let long = ptx(&rms_norm(4096));
+    assert_eq!(long.matches("bar.sync").count(), 1);
 }
 
 #[test]
@@ -160,26 +171,29 @@ fn two_reductions_and_movement_in_a_row() {
     let y = push(&mut e, Op::Reshape(vec![t, 10.into(), 10.into()]), &[y]);
     e.output("r0", y);
     e.output("r1", top);
-    let k = kernel("softmax", Class::Row, e);
-    let ptx = mlir::compile_ptx(&gpu::row::emit(&k, &SYMBOLS).unwrap().text, "sm_80").unwrap();
-    assert_eq!(ptx.matches("bar.sync").count(), 2);
-    assemble("softmax", &ptx);
-    if let Some(dir) = std::env::var_os("PLEACH_PTX_DIR") {
-        std::fs::write(PathBuf::from(dir).join("softmax.ptx"), &ptx).unwrap();
-    }
+    let text = ptx(&kernel("softmax", Class::Row, e));
+    assert!(text.contains("ex2.approx.ftz.f32"), "{text}");
 }
 
 #[test]
-fn refuses_what_would_abort() {
+fn sine_needs_no_library() {
     let mut e = Entry::new("kernel");
     let x = input(&mut e, &[Dim::Symbol(Sym::T), 8.into()]);
     let y = push(&mut e, Op::Unary(UnaryOp::Sin), &[x]);
     e.output("r0", y);
-    let why = gpu::row::emit(&kernel("table", Class::Row, e), &SYMBOLS).unwrap_err().to_string();
-    assert!(why.contains("table") && why.contains("sin has no GPU code"), "{why}");
-    let why = gpu::row::emit(&rms_norm(8), &[]).unwrap_err().to_string();
+    ptx(&kernel("table", Class::Row, e));
+}
+
+#[test]
+fn refuses_what_would_abort() {
+    let refused = |k: &Kernel, symbols: &[Sym]| gpu::emit(k, symbols, GpuChip::Sm80).unwrap_err().to_string();
+    let why = refused(&rms_norm(8), &[]);
     assert!(why.contains("symbol T"), "{why}");
     let mut k = rms_norm(8);
     k.class = Class::Contraction;
-    assert!(gpu::contraction::emit(&k, &SYMBOLS).is_err());
+    refused(&k, &SYMBOLS);
+    let mut k = rms_norm(8);
+    k.operands[0] = Layout::Panels { nr: 16, transposed: false };
+    let why = refused(&k, &SYMBOLS);
+    assert!(why.contains("panels"), "{why}");
 }

@@ -115,25 +115,17 @@ fn code(args: &InspectArgs, s: &Stages) -> Result<()> {
     Ok(())
 }
 
-/// The kernels as PTX; weights are row-major there. A kernel without GPU code says why.
+/// The kernels as PTX; weights are row-major there.
 fn ptx(args: &InspectArgs, s: &Stages) -> Result<()> {
-    let cut = CutOptions { supported: &compile::supported, pack: false };
+    let chip = s.request.gpu().unwrap_or(gpu::GpuChip::Sm80);
+    let cut = CutOptions { supported: &compile::supported_gpu, pack: false };
     let schedule = fuse_kernels::schedule(&s.outcome.graph, &cut)?;
     let symbols: Vec<Sym> = compile::plan_symbols(&schedule).iter().filter_map(|x| Sym::new(&x.name)).collect();
     let only = args.kernel.as_deref().unwrap_or_default();
     for k in schedule.kernels.iter().filter(|k| k.name.contains(only)) {
-        let emitted = match k.class {
-            Class::Row => gpu::row::emit(k, &symbols),
-            Class::Contraction => gpu::contraction::emit(k, &symbols),
-            Class::Attention | Class::Scatter => Err(CodegenError::Unsupported {
-                kernel: k.name.clone(),
-                why: "attention and scatter have no GPU code yet".into(),
-            }),
-        };
-        match emitted {
-            Ok(e) => report::print(&format!("// {}\n{}\n", k.name, mlir::compile_ptx(&e.text, "sm_80")?.trim_end())),
-            Err(e) => report::print(&format!("// {e}\n")),
-        }
+        let e = gpu::emit(k, &symbols, chip)?;
+        let text = mlir::compile_ptx(&gpu::module([e.text.as_str()]), chip.name())?;
+        report::print(&format!("// {}\n{}\n", k.name, text.trim_end()));
     }
     Ok(())
 }

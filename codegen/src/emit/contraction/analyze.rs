@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 
 /// The right operand of a product. Panels of bf16 lie in pairs along the sum ([`Layout::Panels`]).
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Right {
+pub(crate) enum Right {
     /// Packed panels of `nr` columns.
     Panels { arg: usize, nr: u64 },
     /// Strides of `(batch…, k, n)`, unit step along `n`. f32 is read in place, bf16 is packed into pairs.
@@ -22,62 +22,62 @@ pub(super) enum Right {
 
 /// One `matmul`.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Product {
+pub(crate) struct Product {
     /// Strides of `(batch…, m, k)`.
-    pub(super) left: View,
-    pub(super) right: Right,
-    pub(super) k: Dim,
-    pub(super) n: Dim,
+    pub(crate) left: View,
+    pub(crate) right: Right,
+    pub(crate) k: Dim,
+    pub(crate) n: Dim,
     /// Type of both operands: f32 or bf16.
-    pub(super) dtype: DType,
+    pub(crate) dtype: DType,
     /// The left operand is packed into scratch memory: pairs that do not lie side by side.
-    pub(super) packs_left: bool,
+    pub(crate) packs_left: bool,
     /// The right operand is packed into scratch memory: pairs that are not in panels, what has no unit step along the
     /// columns, and long sums that many rows read.
-    pub(super) packs_right: bool,
+    pub(crate) packs_right: bool,
 }
 
 impl Product {
     /// bf16: a step of the sum is a pair of elements.
-    pub(super) fn pairs(&self) -> bool {
+    pub(crate) fn pairs(&self) -> bool {
         self.dtype == DType::BF16
     }
 }
 
 /// A product and the rank-0 value that multiplies it.
-pub(super) type Term = (usize, Option<ValueId>);
+pub(crate) type Term = (usize, Option<ValueId>);
 
 /// Accumulators of a tile: a sum of scaled products from column `offset` on.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Group {
+pub(crate) struct Group {
     /// In the order they are summed; the longest last.
-    pub(super) products: Vec<Term>,
-    pub(super) offset: u64,
+    pub(crate) products: Vec<Term>,
+    pub(crate) offset: u64,
 }
 
 /// The terms of an `Add`: a group and what is added to it.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Sum {
-    pub(super) group: usize,
-    pub(super) rest: Vec<ValueId>,
+pub(crate) struct Sum {
+    pub(crate) group: usize,
+    pub(crate) rest: Vec<ValueId>,
 }
 
 /// A kernel taken apart.
-pub(super) struct Analysis {
-    pub(super) batch: Vec<Dim>,
-    pub(super) m: Dim,
+pub(crate) struct Analysis {
+    pub(crate) batch: Vec<Dim>,
+    pub(crate) m: Dim,
     /// Columns of the results.
-    pub(super) n: Dim,
-    pub(super) products: Vec<Product>,
-    pub(super) groups: Vec<Group>,
+    pub(crate) n: Dim,
+    pub(crate) products: Vec<Product>,
+    pub(crate) groups: Vec<Group>,
     /// Groups of `matmul` and `Add` nodes, by node and column offset.
-    pub(super) sums: BTreeMap<(ValueId, u64), Sum>,
+    pub(crate) sums: BTreeMap<(ValueId, u64), Sum>,
     /// Which values depend on a product.
-    pub(super) computed: Vec<bool>,
+    pub(crate) computed: Vec<bool>,
     /// Operand number of each input node.
-    pub(super) args: Vec<Option<usize>>,
+    pub(crate) args: Vec<Option<usize>>,
     /// Rough cost of the remainder per element.
-    pub(super) cost: u64,
+    pub(crate) cost: u64,
 }
 
 impl Analysis {
@@ -85,7 +85,7 @@ impl Analysis {
     ///
     /// # Errors
     /// What this class has no code for.
-    pub(super) fn new(k: &Kernel) -> Result<Analysis, String> {
+    pub(crate) fn new(k: &Kernel) -> Result<Analysis, String> {
         if k.class != Class::Contraction {
             return Err("is no contraction".into());
         }

@@ -4,13 +4,13 @@ use pleach_ir::{Dim, Entry, Op, Sym, ValueId};
 
 /// A distance in elements: a number times symbols. 0 repeats.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Stride {
-    pub(super) factor: u64,
-    pub(super) syms: Vec<Sym>,
+pub(crate) struct Stride {
+    pub(crate) factor: u64,
+    pub(crate) syms: Vec<Sym>,
 }
 
 impl Stride {
-    pub(super) const ONE: Stride = Stride { factor: 1, syms: vec![] };
+    pub(crate) const ONE: Stride = Stride { factor: 1, syms: vec![] };
 
     fn times(&self, d: Dim) -> Option<Stride> {
         let mut s = self.clone();
@@ -25,21 +25,21 @@ impl Stride {
     }
 
     /// The number, when no symbol occurs.
-    pub(super) fn known(&self) -> Option<u64> {
+    pub(crate) fn known(&self) -> Option<u64> {
         self.syms.is_empty().then_some(self.factor)
     }
 }
 
 /// Element `(i0, i1, …)` lies at `offset + Σ i·stride` of operand `arg`.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct View {
-    pub(super) arg: usize,
-    pub(super) offset: Vec<(u64, Stride)>,
-    pub(super) strides: Vec<Stride>,
+pub(crate) struct View {
+    pub(crate) arg: usize,
+    pub(crate) offset: Vec<(u64, Stride)>,
+    pub(crate) strides: Vec<Stride>,
 }
 
 /// Strides of a dense row-major tensor.
-pub(super) fn dense(shape: &[Dim]) -> Option<Vec<Stride>> {
+pub(crate) fn dense(shape: &[Dim]) -> Option<Vec<Stride>> {
     let mut out = vec![Stride::ONE; shape.len()];
     for i in (0..shape.len().saturating_sub(1)).rev() {
         out[i] = out[i + 1].times(shape[i + 1])?;
@@ -51,7 +51,7 @@ pub(super) fn dense(shape: &[Dim]) -> Option<Vec<Stride>> {
 ///
 /// # Errors
 /// What stands in the way.
-pub(super) fn view(body: &Entry, args: &[Option<usize>], v: ValueId) -> Result<View, String> {
+pub(crate) fn view(body: &Entry, args: &[Option<usize>], v: ValueId) -> Result<View, String> {
     let node = body.node(v);
     let of = |i: usize| view(body, args, node.inputs[i]);
     let big = || "an address does not fit 64 bits".to_string();

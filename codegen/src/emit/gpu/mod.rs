@@ -1,96 +1,155 @@
-//! The same kernels for NVIDIA GPUs: `llvm.func`s marked `nvvm.kernel` in a `gpu.module`, ready for `mlir::compile_ptx`.
+//! The same kernels for NVIDIA GPUs: `llvm.func`s marked `nvvm.kernel`, ready for `mlir::compile_ptx`.
 //!
-//! A kernel's parameters are plain pointers (operands, then results) and one i64 per symbol, in the order of `symbols`.
-//! Scalar expressions are emitted by the code that the host uses, with one lane to a thread. Memory is global memory;
-//! shared memory is static and below 48 KB. Needs sm_80. Leaves alone: launching, and tuning for a chip.
+//! Parameters of an entry are plain pointers to the kernel's buffers (operands, then results), a pointer to scratch memory
+//! where an entry needs it, and a pointer to the values of the plan's symbols. Counts are read from memory, so a grid may
+//! be larger than they ask for: blocks past the end leave early. Scalar expressions are emitted by the code that the host
+//! uses, with one lane to a thread; there is no mathematics library. Every sum has one order: no float atomics.
+//!
+//! What a chip lacks makes LLVM abort, not fail: [`check`] refuses before.
 
-pub mod contraction;
+mod at;
+mod attention;
+mod contraction;
+mod launch;
 mod pull;
-pub mod row;
+mod reduce;
+mod row;
+mod scatter;
 
 use super::func::{Func, Val};
-use super::unsupported;
+use super::{bytes_expr, dim_expr, unsupported};
 use crate::error::CodegenError;
-use pleach_ir::{Kernel, Op, Sym, UnaryOp};
-use pleach_plan::Expr;
+use pleach_ir::{Class, Dim, Kernel, Layout, Op, Sym};
+use pleach_plan::{Expr, Launch};
+
+/// Buffers that a kernel may have: parameters of an entry take at most 4096 bytes.
+const MAX_BUFFERS: usize = 500;
+
+/// A GPU that code is made for.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum GpuChip {
+    /// Compute capability 8.0 and every later one.
+    Sm80,
+    /// Compute capability 9.0 and no other: warpgroup products and tensor copies.
+    Sm90a,
+}
+
+impl GpuChip {
+    /// Every chip.
+    pub const ALL: [GpuChip; 2] = [GpuChip::Sm80, GpuChip::Sm90a];
+
+    /// The name that `ptxas` knows.
+    pub fn name(self) -> &'static str {
+        match self {
+            GpuChip::Sm80 => "sm_80",
+            GpuChip::Sm90a => "sm_90a",
+        }
+    }
+
+    /// The chip of that name.
+    pub fn from_name(name: &str) -> Option<GpuChip> {
+        GpuChip::ALL.into_iter().find(|c| c.name() == name)
+    }
+}
 
 /// A GPU kernel as text, with its launch data.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct GpuEmitted {
-    /// A module with one `gpu.module`; the kernel has the name of the [`Kernel`].
+    /// Globals and functions of a `gpu.module`.
     pub text: String,
-    /// Blocks in x, y, z.
-    pub grid: [Expr; 3],
-    /// Threads of a block.
-    pub threads: u32,
-    /// Static shared memory of a block, bytes.
-    pub shared_bytes: u64,
+    /// The launches that are one run.
+    pub launches: Vec<Launch>,
+    /// Scratch memory of a run, bytes.
+    pub scratch_bytes: Expr,
+    /// Floating-point operations, for reports.
+    pub flops: Expr,
+    /// Bytes moved at least, for reports.
+    pub bytes: Expr,
 }
 
-/// Refuses what would abort in the code generator or has no code.
+/// A kernel for a GPU. `symbols` are the plan's, in the order of the values that `dims` points to.
+///
+/// # Errors
+/// [`CodegenError::Unsupported`] naming the kernel and the reason.
+pub fn emit(k: &Kernel, symbols: &[Sym], chip: GpuChip) -> Result<GpuEmitted, CodegenError> {
+    check(k)?;
+    let (text, launches, scratch_bytes) = match k.class {
+        Class::Row => row::emit(k, symbols)?,
+        Class::Contraction => contraction::emit(k, symbols, chip)?,
+        Class::Attention => attention::emit(k, symbols, chip)?,
+        Class::Scatter => scatter::emit(k, symbols)?,
+    };
+    Ok(GpuEmitted { text, launches, scratch_bytes, flops: flops(k, symbols)?, bytes: bytes(k, symbols)? })
+}
+
+/// Functions, launches, scratch bytes.
+type Parts = (String, Vec<Launch>, Expr);
+
+/// A module of kernels for `mlir::compile_ptx`.
+pub fn module<'a>(texts: impl IntoIterator<Item = &'a str>) -> String {
+    let body: String = texts.into_iter().collect();
+    // Dynamic shared memory is one variable for all kernels.
+    let dynamic = if body.contains("@smem") {
+        "llvm.mlir.global external @smem() {addr_space = 3 : i32, alignment = 1024 : i64} : !llvm.array<0 x i8>\n"
+    } else {
+        ""
+    };
+    format!("module attributes {{gpu.container_module}} {{\ngpu.module @kernels {{\n{dynamic}{body}}}\n}}\n")
+}
+
+/// Refuses what has no code on any chip.
 fn check(k: &Kernel) -> Result<(), CodegenError> {
-    let live = k.body.live();
-    for (n, _) in k.body.nodes.iter().zip(&live).filter(|x| *x.1) {
-        if matches!(n.op, Op::Unary(UnaryOp::Sin | UnaryOp::Cos)) {
-            return Err(unsupported(k, format!("{} has no GPU code; compute tables on the host", n.op.name())));
-        }
+    if k.operands.iter().chain(&k.results).any(|l| *l != Layout::RowMajor) {
+        return Err(unsupported(k, "panels have no place on a GPU"));
+    }
+    if k.operands.len() + k.results.len() > MAX_BUFFERS {
+        return Err(unsupported(k, format!("more than {MAX_BUFFERS} buffers")));
+    }
+    if k.operands.len() != k.body.inputs().len() || k.results.len() != k.body.roots.len() {
+        return Err(unsupported(k, "layouts do not match operands and results"));
     }
     Ok(())
 }
 
-/// The function of a kernel: pointers `p0…`, symbols `d0…`.
-fn function(k: &Kernel, symbols: &[Sym]) -> Func {
-    let mut args = vec![];
-    let pointers = k.operands.len() + k.results.len();
-    for i in 0..pointers {
-        let aliased =
-            k.aliases.iter().enumerate().any(|(r, a)| a.is_some_and(|a| a as usize == i || r + k.operands.len() == i));
-        let ty = match (aliased, i < k.operands.len()) {
-            (true, _) => "!llvm.ptr",
-            (false, true) => "!llvm.ptr {llvm.noalias, llvm.readonly}",
-            (false, false) => "!llvm.ptr {llvm.noalias}",
+/// Operations that a run takes: those of products and attention, else one for every element computed.
+fn flops(k: &Kernel, symbols: &[Sym]) -> Result<Expr, CodegenError> {
+    let body = &k.body;
+    let live = body.live();
+    let elements = |dims: &[Dim]| -> Result<Expr, CodegenError> {
+        dims.iter().try_fold(Expr::Const(1), |e, d| Ok(e.mul(dim_expr(k, *d, symbols)?)))
+    };
+    let mut sum = Expr::Const(0);
+    for (n, _) in body.nodes.iter().zip(&live).filter(|x| *x.1) {
+        let more = match &n.op {
+            Op::MatMul { ta, .. } => {
+                let left = &body.ty(n.inputs[0]).shape;
+                let depth = left[left.len() - if *ta { 2 } else { 1 }];
+                elements(&n.ty.shape)?.mul(dim_expr(k, depth, symbols)?).mul(2)
+            }
+            Op::Attention(a) | Op::AttentionGrad { attrs: a, .. } => {
+                let keys = dim_expr(k, body.ty(n.inputs[1]).shape[0], symbols)?;
+                let queries = dim_expr(k, body.ty(n.inputs[0]).shape[0], symbols)?;
+                queries.mul(keys).mul(u64::from(a.heads) * u64::from(a.head_dim) * 4)
+            }
+            Op::Reduce { .. } => elements(&body.ty(n.inputs[0]).shape)?,
+            op if op.is_elementwise() && k.class != Class::Attention => elements(&n.ty.shape)?,
+            _ => Expr::Const(0),
         };
-        args.push((format!("p{i}"), ty));
+        sum = sum.add(more);
     }
-    args.extend((0..symbols.len()).map(|i| (format!("d{i}"), "i64")));
-    let args: Vec<(&str, &str)> = args.iter().map(|(n, t)| (n.as_str(), *t)).collect();
-    Func::new(&k.name, &args)
+    Ok(sum)
 }
 
-/// The module around a finished function, with shared memory `@{name}_shared` of so many floats.
-fn module(f: &Func, threads: u32, shared: u64) -> String {
-    let text = f.text().replacen("func.func @", "llvm.func @", 1);
-    let attrs = format!("attributes {{nvvm.kernel, nvvm.maxntid = array<i32: {threads}, 1, 1>}}");
-    let text = text.replacen(") {\n", &format!(") {attrs} {{\n"), 1);
-    let body = text.strip_suffix("  return\n}\n").unwrap_or(&text);
-    let global = if shared == 0 {
-        String::new()
-    } else {
-        format!(
-            "llvm.mlir.global internal @{}_shared() {{addr_space = 3 : i32, alignment = 16 : i64}} : !llvm.array<{shared} x f32>\n",
-            f.name
-        )
-    };
-    format!(
-        "module attributes {{gpu.container_module}} {{\ngpu.module @kernels {{\n{global}{body}  llvm.return\n}}\n}}\n}}\n"
-    )
+/// Bytes of operands and results, each once.
+fn bytes(k: &Kernel, symbols: &[Sym]) -> Result<Expr, CodegenError> {
+    let all = k.operand_types().into_iter().chain(k.result_types());
+    all.into_iter().try_fold(Expr::Const(0), |e, ty| Ok(e.add(bytes_expr(k, &ty, symbols)?)))
 }
 
 /// A special register, as i64.
 fn special(f: &mut Func, name: &str) -> Val {
     let x = f.op(format!("nvvm.read.ptx.sreg.{name} : i32"));
     f.op(format!("arith.extui {x} : i32 to i64"))
-}
-
-/// The base of the shared memory.
-fn shared(f: &mut Func) -> Val {
-    let name = f.name.clone();
-    f.op(format!("llvm.mlir.addressof @{name}_shared : !llvm.ptr<3>"))
-}
-
-/// Address of float `index` of shared memory.
-fn shared_at(f: &mut Func, base: &Val, index: &Val) -> Val {
-    f.op(format!("llvm.getelementptr {base}[{index}] : (!llvm.ptr<3>, i64) -> !llvm.ptr<3>, f32"))
 }
 
 fn barrier(f: &mut Func) {
