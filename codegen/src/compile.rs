@@ -146,20 +146,38 @@ pub fn compile_gpu(
     let ptx = ptx.into_iter().collect::<Result<Vec<_>, _>>()?;
     times.lower = start.elapsed().as_secs_f64() * 1e3;
 
-    let kernels = emitted.iter().enumerate().map(|(i, e)| {
-        let blocks = e.launches.iter().map(|l| Expr::product(l.grid.iter().cloned()));
-        let tasks = blocks.fold(Expr::Const(0), |a, b| a.add(b));
-        let (scratch_bytes, flops, bytes) = (e.scratch_bytes.clone(), e.flops.clone(), e.bytes.clone());
-        Code { blob: (i / PTX_GROUP) as u32, tasks, scratch_bytes, flops, bytes, launches: e.launches.clone() }
-    });
-    let target = plan::Target { arch: chip.name().into(), features: vec![] };
-    let mut plan = assemble(s, kernels.collect(), target, meta);
+    let mut plan = assemble(s, gpu_code(&emitted), gpu_target(chip), meta);
     for (i, text) in ptx.into_iter().enumerate() {
         let bytes = text.into_bytes();
         plan.blobs.push(plan::Blob { name: format!("kernels{i}"), kind: plan::BlobKind::Ptx, bytes });
     }
     plan::validate(&plan).map_err(|e| CodegenError::Plan(e.to_string()))?;
     Ok((plan, times))
+}
+
+/// The plan of [`compile_gpu`] without its code.
+///
+/// # Errors
+/// [`CodegenError`] when a kernel is refused.
+pub fn without_code_gpu(s: &Schedule, chip: GpuChip, meta: plan::Meta) -> Result<Plan, CodegenError> {
+    let symbols = syms(&plan_symbols(s));
+    let emitted = s.kernels.iter().map(|k| emit::gpu::emit(k, &symbols, chip)).collect::<Result<Vec<_>, _>>()?;
+    Ok(assemble(s, gpu_code(&emitted), gpu_target(chip), meta))
+}
+
+fn gpu_target(chip: GpuChip) -> plan::Target {
+    plan::Target { arch: chip.name().into(), features: vec![] }
+}
+
+/// Code of kernels for a GPU, in blobs of [`PTX_GROUP`].
+fn gpu_code(emitted: &[GpuEmitted]) -> Vec<Code> {
+    let code = |(i, e): (usize, &GpuEmitted)| {
+        let blocks = e.launches.iter().map(|l| Expr::product(l.grid.iter().cloned()));
+        let tasks = blocks.fold(Expr::Const(0), |a, b| a.add(b));
+        let (scratch_bytes, flops, bytes) = (e.scratch_bytes.clone(), e.flops.clone(), e.bytes.clone());
+        Code { blob: (i / PTX_GROUP) as u32, tasks, scratch_bytes, flops, bytes, launches: e.launches.clone() }
+    };
+    emitted.iter().enumerate().map(code).collect()
 }
 
 /// Kernels of one PTX text.

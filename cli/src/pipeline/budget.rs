@@ -5,7 +5,7 @@
 //! the forward half takes the higher one. Every trial is cut into kernels, ordered and placed, so the size compared is
 //! the size a session will have.
 
-use super::{Request, TrainPart, host_cut};
+use super::{Request, TrainPart, cut_of};
 use crate::failure::Result;
 use pleach_codegen::compile::{self, CompileOptions};
 use pleach_ir::Graph;
@@ -45,11 +45,16 @@ pub(super) fn passes(
         Ok((out.graph, out.reports))
     };
     let total = |graph: &Graph| -> Result<u64> {
-        let mut s = fuse_kernels::cut(graph, &host_cut(graph))?;
+        let mut s = fuse_kernels::cut(graph, &cut_of(request, graph))?;
         pleach_passes::chunk::run(&mut s, &request.options())?;
         fuse_kernels::order(&mut s)?;
-        let options = CompileOptions { target: request.host()?, threads: 1, meta: meta.clone() };
-        let plan = compile::without_code(&s, &options)?;
+        let plan = match request.gpu() {
+            Some(chip) => compile::without_code_gpu(&s, chip, meta.clone())?,
+            None => {
+                let options = CompileOptions { target: request.host()?, threads: 1, meta: meta.clone() };
+                compile::without_code(&s, &options)?
+            }
+        };
         Ok(plan_memory(&plan, weights, &train.capacities())?.total())
     };
     let floor = Price::floor(opts.target.bytes_per_s).byte_us;

@@ -6,7 +6,7 @@ use crate::failure::{Failure, Result};
 use crate::pipeline::{self, Request, table};
 use crate::report::{self, Table, Ui};
 use pleach_codegen::emit::gpu;
-use pleach_codegen::{CodegenError, compile, mlir};
+use pleach_codegen::{compile, mlir};
 use pleach_ir::{Class, Graph, Schedule, Sym, text};
 use pleach_passes::fuse_kernels::{self, CutOptions};
 use pleach_passes::{Outcome, PassReport};
