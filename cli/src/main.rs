@@ -9,6 +9,8 @@ mod cache;
 #[cfg(feature = "compiler")]
 mod child;
 mod commands;
+#[cfg(feature = "compiler")]
+mod events;
 mod failure;
 mod inputs;
 #[cfg(feature = "compiler")]

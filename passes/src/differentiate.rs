@@ -6,12 +6,14 @@
 //!
 //! `accumulate` has the inputs and roots of `train` and, for every trained parameter `p` that the loss depends on,
 //! assigns `grad.p := grad.p + dL/dp`; runs add up until `update` ([`update`]) steps and clears. New parameters:
-//! `grad.p`, `adam.m.p`, `adam.v.p`, f32, role `State`, zeros at first.
+//! `grad.p`, `adam.m.p`, `adam.v.p`, f32, role `State`, zeros at first. An entry `optimizer` says what a step does beside AdamW
+//! ([`program`]); it becomes part of `update`.
 //!
 //! Assumes that `train` has one output `loss`, f32 of rank 0, and that the indices of a `scatter_set` whose update is
 //! trained are distinct. Leaves alone: every other entry; the whole graph when there is no entry `train` or its loss
 //! depends on no trained parameter. It knows roles only: neither methods nor models.
 
+mod program;
 mod rules;
 mod sum;
 mod tape;
@@ -37,6 +39,8 @@ pub const TRAIN: &str = "train";
 pub const ACCUMULATE: &str = "accumulate";
 /// The entry that steps the trained parameters and clears the gradients.
 pub const UPDATE: &str = "update";
+/// The entry with what `update` does beside AdamW.
+pub const OPTIMIZER: &str = "optimizer";
 
 /// The pass.
 ///
@@ -65,7 +69,9 @@ pub fn run(g: &Graph, _: &Options, report: &mut Report) -> Result<Graph, PassErr
     }
 
     let mut out = g.clone();
-    let states: Vec<update::State> = trained.iter().map(|p| update::declare(&mut out, *p)).collect();
+    let optimizer = g.entry(OPTIMIZER);
+    let moments = |p: ParamId| program::output_type(optimizer?, &format!("grad.{}", g.params[p.index()].name));
+    let states: Vec<update::State> = trained.iter().map(|p| update::declare(&mut out, *p, moments(*p))).collect();
     let fault = |e| PassError::build(NAME, ACCUMULATE)(e);
     let accumulate = backward(&out.params, train, loss, &active, &states).map_err(fault)?;
     report.note = format!(
@@ -75,7 +81,8 @@ pub fn run(g: &Graph, _: &Options, report: &mut Report) -> Result<Graph, PassErr
         accumulate.nodes.len()
     );
     out.entries[at] = accumulate;
-    let update = update::entry(&out.params, &states).map_err(PassError::build(NAME, UPDATE))?;
+    let update = update::entry(&out.params, &states, optimizer).map_err(PassError::build(NAME, UPDATE))?;
+    out.entries.retain(|e| e.name != OPTIMIZER);
     out.entries.push(update);
     Ok(out)
 }

@@ -83,7 +83,15 @@ pub fn run(g: &Graph, _: &Options, report: &mut Report) -> Result<Graph, PassErr
             false => None,
         };
         let source = renewed.as_ref().unwrap_or(e);
-        let of = forms.intern(&out, source);
+        let mut of = forms.intern(&out, source);
+        if renewed.is_some() {
+            // What only `update` computes from trained values is computed there: nothing would renew a buffer for it.
+            for f in
+                of.iter_mut().filter(|f| f.is_some_and(|f| forms.list[f].trained && !forms.derived.contains_key(&f)))
+            {
+                *f = None;
+            }
+        }
         let new = rewire(&mut out, source, &of, &mut forms).map_err(PassError::build(NAME, &e.name))?;
         done.insert(&e.name, new);
     }

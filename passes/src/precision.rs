@@ -15,7 +15,7 @@
 #[cfg(test)]
 mod tests;
 
-use crate::differentiate::ACCUMULATE;
+use crate::differentiate::{ACCUMULATE, OPTIMIZER};
 use crate::error::PassError;
 use crate::manager::Report;
 use crate::options::Options;
@@ -49,6 +49,11 @@ pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, Pass
     }
     let mut rounded = 0;
     for e in &g.entries {
+        if e.name == OPTIMIZER {
+            // what a step of the optimizer computes stays f32
+            out.entries.push(e.clone());
+            continue;
+        }
         let rounds = rounds(e);
         let mut b = Builder { params: &out.params, e: Entry::new(e.name.clone()), narrowed: HashMap::new() };
         let new = b.entry(e, &rounds, &narrow).map_err(PassError::build(NAME, &e.name))?;

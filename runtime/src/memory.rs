@@ -128,6 +128,7 @@ fn in_place(p: &Param, weights: &dyn TensorSource, name: &str) -> bool {
 /// The sum an owned parameter counts for.
 fn kind<'m>(m: &'m mut Memory, p: &Param) -> &'m mut u64 {
     match p.role {
+        Role::Stat => &mut m.optimizer,
         Role::State if p.name.starts_with("adam.") => &mut m.optimizer,
         Role::State if p.name.starts_with("grad.") => &mut m.gradients,
         Role::State => &mut m.state,

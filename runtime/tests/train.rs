@@ -138,7 +138,7 @@ fn rows(salt: i32) -> Rows {
 fn adapter() -> AdapterPlan {
     let t = |key: &str, file: Option<&str>, shape: &[u64], dtype: &str, trained: bool| {
         serde_json::json!({"key": key, "file": file, "shape": shape, "dtype": dtype, "trained": trained,
-                           "init": {"zeros": {}}, "lr_factor": 1.0, "decay": true})
+                           "init": {"zeros": {}}})
     };
     let v = serde_json::json!({"slot": 0, "method": "toy", "config": {"r": 1, "peft_type": "TOY"}, "tensors": [
         t("w", Some("base_model.model.w"), &[D as u64], "F32", true),
@@ -166,6 +166,7 @@ fn job<'d>(rows: &'d Rows, eval: &'d Rows, dir: &'d Path, resume: Resume) -> Job
         eval: Some(eval),
         settings,
         adapter: adapter(),
+        events: None,
         base: Some("toy".into()),
         dir,
         resume,

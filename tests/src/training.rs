@@ -3,12 +3,14 @@
 //! The steps are those of the runtime ([`pleach_runtime::train::step`]); the machine behind them is a session, or the reference interpreter
 //! on any graph ([`Interpreted`]).
 
-use pleach_frontend::adapter::{SlotData, SlotValue, slot_values};
+use pleach_frontend::adapter::{self, Buffers, EventsPlan, SlotData, SlotValue, slot_values};
 use pleach_frontend::{Adapter, Checkpoint, Import, TensorTable};
 use pleach_ir::interp::{Data, RunResult, Symbols, Tensor, run_entry_with, run_schedule_with};
 use pleach_ir::{Graph, Param, Role, Schedule, Source, Sym};
 use pleach_plan::DType;
-use pleach_runtime::train::{IGNORED, Machine, Order, Rows, Schedule as Rate, Settings, Warmup, step};
+use pleach_runtime::train::{
+    Events, IGNORED, Machine, Moment, Order, Rows, Schedule as Rate, Settings, Warmup, step_with,
+};
 use pleach_runtime::{ParamValues, RuntimeError, Values};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -192,8 +194,10 @@ impl Opened {
     pub fn train(&self, machine: &mut dyn Machine, loss: f64, change: f64) -> Result<(), String> {
         let mut order = Order::new(self.rows.len(), None);
         let mut faults = vec![];
+        let events = self.events()?;
+        let events = events.as_ref().map(|e| e as &dyn Events);
         for i in 0..self.settings.steps {
-            let s = step(machine, &self.rows, &mut order, &self.settings, i).map_err(|e| e.to_string())?;
+            let s = step_with(machine, &self.rows, &mut order, &self.settings, i, events).map_err(|e| e.to_string())?;
             let want = |key: &str| self.expected[key][i as usize].as_f64().unwrap_or(f64::NAN);
             // Norms and rates follow from other sums than losses: ten times as much.
             let told = [("losses", s.loss, loss), ("grad_norms", s.grad_norm, 10.0 * loss), ("lrs", s.lr, 1e-9)];
@@ -222,12 +226,23 @@ impl Opened {
     pub fn drift(&self, machine: &mut dyn Machine) -> Result<(f64, f64), String> {
         let mut order = Order::new(self.rows.len(), None);
         let mut squares = 0.0;
+        let events = self.events()?;
+        let events = events.as_ref().map(|e| e as &dyn Events);
         for i in 0..self.settings.steps {
-            let s = step(machine, &self.rows, &mut order, &self.settings, i).map_err(|e| e.to_string())?;
+            let s = step_with(machine, &self.rows, &mut order, &self.settings, i, events).map_err(|e| e.to_string())?;
             let want = self.expected["losses"][i as usize].as_f64().unwrap_or(f64::NAN);
             squares += (s.loss / want - 1.0).powi(2);
         }
         Ok(((squares / self.settings.steps as f64).sqrt(), self.distance(machine)?))
+    }
+
+    /// What the method changes from step to step.
+    ///
+    /// # Errors
+    /// What the frontend refuses.
+    pub fn events(&self) -> Result<Option<MethodEvents>, String> {
+        let Some(plan) = EventsPlan::new(&self.adapters[0], 0) else { return Ok(None) };
+        adapter::Events::from_plan(&plan).map(|e| Some(MethodEvents(e))).map_err(|e| e.to_string())
     }
 
     /// |ours − reference| / |reference − start| over everything that is trained.
@@ -243,6 +258,35 @@ impl Opened {
             }
         }
         Ok((off / moved).sqrt())
+    }
+}
+
+/// A method's events at the moments of a run.
+#[derive(Debug)]
+pub struct MethodEvents(adapter::Events);
+
+impl Events for MethodEvents {
+    fn at(&self, moment: Moment, step: u64, steps: u64, seed: u64, m: &mut dyn Machine) -> pleach_runtime::Result<()> {
+        let moment = match moment {
+            Moment::Before => adapter::Moment::Before,
+            Moment::Gradients => adapter::Moment::Gradients,
+            Moment::After => adapter::Moment::After,
+        };
+        self.0.at(moment, step, steps, seed, &mut OfMachine(m)).map_err(RuntimeError::Values)
+    }
+}
+
+struct OfMachine<'m>(&'m mut dyn Machine);
+
+impl Buffers for OfMachine<'_> {
+    fn read(&self, name: &str) -> Result<Vec<f32>, String> {
+        let v = self.0.read(name).map_err(|e| e.to_string())?;
+        Ok(v.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+    }
+
+    fn write(&mut self, name: &str, values: &[f32]) -> Result<(), String> {
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        self.0.write(name, DType::F32, &bytes).map_err(|e| e.to_string())
     }
 }
 
@@ -282,7 +326,12 @@ impl Interpreted {
             }
         };
         let values = fixture.values(&params)?;
-        let mut machine = Interpreted { program, params, values, bytes: BTreeMap::new() };
+        // What a method may look at before the first step.
+        let of_slot = |p: &&Param| matches!(p.source, Source::Adapter { .. }) || p.role == Role::Stat;
+        let bytes =
+            params.iter().filter(of_slot).filter_map(|p| Some((p.name.clone(), values.get(&p.name)?.to_bytes())));
+        let bytes = bytes.collect();
+        let mut machine = Interpreted { program, params, values, bytes };
         for entry in entries.iter().filter(|e| e.starts_with("prepare")) {
             machine.entry(entry, &BTreeMap::new())?;
         }
@@ -307,9 +356,7 @@ impl Interpreted {
         let mut result = result.map_err(|e| format!("{entry}: {e}"))?;
         for (id, tensor) in std::mem::take(&mut result.assigns) {
             let p = &self.params[id.index()];
-            if p.role == Role::Train {
-                self.bytes.insert(p.name.clone(), tensor.to_bytes());
-            }
+            self.bytes.insert(p.name.clone(), tensor.to_bytes());
             self.values.insert(p.name.clone(), tensor);
         }
         Ok(result)
@@ -359,7 +406,23 @@ impl Machine for Interpreted {
         Ok(ParamValues { dtype: DType::F32, shape, bytes })
     }
 
-    fn write(&mut self, name: &str, _: DType, _: &[u8]) -> pleach_runtime::Result<()> {
-        Err(RuntimeError::Values(format!("`{name}` is not written here")))
+    fn write(&mut self, name: &str, dtype: DType, bytes: &[u8]) -> pleach_runtime::Result<()> {
+        let no = |why: String| RuntimeError::Values(format!("`{name}`: {why}"));
+        let old = self.values.get(name).ok_or_else(|| no("there is no such parameter".into()))?;
+        if dtype != DType::F32 || bytes.len() != old.to_bytes().len() {
+            return Err(no(format!("takes another type or size than {} bytes", bytes.len())));
+        }
+        let new = Tensor::from_bytes(pleach_ir::DType::F32, old.shape.clone(), bytes).map_err(|e| no(e.to_string()))?;
+        self.values.insert(name.to_owned(), new);
+        self.bytes.insert(name.to_owned(), bytes.to_vec());
+        // What is derived from it is made again.
+        let entries: Vec<String> = match &self.program {
+            Program::Graph(g) => g.entries.iter().map(|e| e.name.clone()).collect(),
+            Program::Schedule(s) => s.entries.iter().map(|e| e.name.clone()).collect(),
+        };
+        for entry in entries.iter().filter(|e| e.starts_with("prepare")) {
+            self.entry(entry, &BTreeMap::new()).map_err(RuntimeError::Values)?;
+        }
+        Ok(())
     }
 }

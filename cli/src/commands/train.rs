@@ -53,11 +53,17 @@ pub(crate) fn train(ui: &Ui, args: &TrainArgs) -> Result<()> {
         count(training.adapter.trained()),
         bytes(memory.total())
     ));
+    #[cfg(feature = "compiler")]
+    let events = crate::events::MethodEvents::of(&training.adapter)?;
     let job = Job {
         rows: &data.rows,
         eval: eval.as_ref().map(|e| &e.rows),
         settings,
         adapter: training.adapter.clone(),
+        #[cfg(feature = "compiler")]
+        events: events.as_ref().map(|e| e as &dyn train::Events),
+        #[cfg(not(feature = "compiler"))]
+        events: None,
         base: Some(folder.to_string_lossy().into_owned()),
         dir: &args.out,
         resume,

@@ -32,6 +32,10 @@ impl Method for Full {
         vec![]
     }
 
+    fn whole(&self) -> bool {
+        true
+    }
+
     fn config(&self) -> Vec<(&'static str, Value)> {
         vec![("target_modules", json!(NO_TARGET))]
     }

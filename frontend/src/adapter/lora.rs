@@ -190,3 +190,39 @@ pub(super) fn branch(s: &mut Scope, x: ValueId) -> Result<ValueId> {
     let wide = s.push(Op::MatMul { ta: false, tb: true }, &[narrow, up])?;
     s.mul(scale, wide)
 }
+
+/// What a method that computes what LoRA does takes over from its field `lora`.
+macro_rules! like_lora {
+    () => {
+        like_lora!(except buffers);
+
+        fn buffers(&self, site: &Site) -> Vec<Buffer> {
+            self.lora.buffers(site)
+        }
+    };
+    (except buffers) => {
+        like_lora!(except buffers output);
+
+        fn output(&self, s: &mut Scope, x: ValueId, weight: ValueId, terms: Vec<ValueId>) -> Result<Vec<ValueId>> {
+            self.lora.output(s, x, weight, terms)
+        }
+    };
+    (except buffers output) => {
+        fn peft_type(&self) -> &'static str {
+            self.lora.peft_type()
+        }
+
+        fn scale(&self, rank: u64, alpha: f64) -> f64 {
+            self.lora.scale(rank, alpha)
+        }
+
+        fn check_training(&self) -> std::result::Result<(), (&'static str, String)> {
+            self.lora.check_training()
+        }
+
+        fn config(&self) -> Vec<(&'static str, Value)> {
+            self.lora.config()
+        }
+    };
+}
+pub(super) use like_lora;

@@ -6,10 +6,10 @@
 
 use std::fmt;
 
-use pleach_ir::{BinaryOp, DType, Op, Role, Source, TensorType, ValueId};
+use pleach_ir::{BinaryOp, DType, Op, ParamId, Role, Source, TensorType, ValueId};
 use serde_json::Value;
 
-use super::{Init, Site};
+use super::{Event, Init, Site, Update};
 use crate::error::{Error, Result};
 use crate::lower::Builder;
 use crate::peft::Target;
@@ -54,30 +54,6 @@ pub enum Request {
     },
 }
 
-/// How the optimizer treats one buffer, beside AdamW's own settings.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Optimizer {
-    /// Factor of the learning rate.
-    pub lr_factor: f32,
-    /// Whether weight decay applies.
-    pub decay: bool,
-}
-
-impl Default for Optimizer {
-    fn default() -> Optimizer {
-        Optimizer { lr_factor: 1.0, decay: true }
-    }
-}
-
-/// A change that a method wants at a step.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Edit {
-    /// These parts get new values from these recipes; shapes stay.
-    Buffers(Vec<(&'static str, Init)>),
-    /// The graph itself changes: compile again.
-    Recompile,
-}
-
 /// An adapter method.
 pub trait Method: fmt::Debug + Send + Sync {
     /// The name of the command line.
@@ -97,6 +73,17 @@ pub trait Method: fmt::Debug + Send + Sync {
     /// The factor of the update.
     fn scale(&self, rank: u64, alpha: f64) -> f64 {
         alpha / rank as f64
+    }
+
+    /// Alpha where the configuration gives none.
+    fn default_alpha(&self, rank: u64) -> f64 {
+        let _ = rank;
+        8.0
+    }
+
+    /// Keys of the configuration that only training knows: they are not saved.
+    fn own_keys(&self) -> &'static [&'static str] {
+        &[]
     }
 
     /// Whether it can attach to this module.
@@ -145,16 +132,33 @@ pub trait Method: fmt::Debug + Send + Sync {
         Ok(None)
     }
 
-    /// How the optimizer treats a buffer.
-    fn optimizer(&self, part: &str) -> Optimizer {
-        let _ = part;
-        Optimizer::default()
+    /// What a step of the optimizer does with a trained buffer, beside AdamW. Called for every trained buffer of a site, and for every
+    /// weight that is trained as a whole, whose part is `weight`.
+    ///
+    /// # Errors
+    /// An operator that does not fit.
+    fn update(&self, update: &mut Update) -> Result<()> {
+        let _ = update;
+        Ok(())
     }
 
-    /// What changes before a step.
-    fn on_step(&self, step: u64) -> Vec<Edit> {
-        let _ = step;
-        vec![]
+    /// Whether [`Method::on_step`] does anything.
+    fn has_events(&self) -> bool {
+        false
+    }
+
+    /// What changes at a moment of a run. It must be a function of the step and of the buffers alone.
+    ///
+    /// # Errors
+    /// A buffer that is not there.
+    fn on_step(&self, event: &mut Event) -> Result<()> {
+        let _ = event;
+        Ok(())
+    }
+
+    /// Whether what it targets is trained as a whole, in place of attaching a branch.
+    fn whole(&self) -> bool {
+        false
     }
 
     /// Whether an adapter with this configuration can be trained from the start.
@@ -182,6 +186,11 @@ impl<'s, 'b> Scope<'s, 'b> {
         Scope { b, slot, site, buffers: method.buffers(site) }
     }
 
+    /// A site with these buffers.
+    pub(crate) fn with(b: &'s mut Builder<'b>, slot: u32, site: &'s Site, buffers: Vec<Buffer>) -> Scope<'s, 'b> {
+        Scope { b, slot, site, buffers }
+    }
+
     /// The site.
     pub fn site(&self) -> &'s Site {
         self.site
@@ -192,12 +201,45 @@ impl<'s, 'b> Scope<'s, 'b> {
     /// # Errors
     /// The method has no such buffer.
     pub fn buffer(&mut self, part: &str) -> Result<ValueId> {
-        let buffer = self.buffers.iter().find(|b| b.part == part);
-        let buffer = buffer.ok_or_else(|| Error::Graph(format!("there is no buffer `{part}`")))?;
-        let role = if buffer.role == Role::Train { self.b.trained(self.slot) } else { buffer.role };
+        let id = self.buffer_id(part)?;
+        self.b.read(id)
+    }
+
+    /// The parameter of a buffer. What changes in training stays as it is where the slot is not trained.
+    pub(crate) fn buffer_id(&mut self, part: &str) -> Result<ParamId> {
+        let buffer = self.find(part)?;
+        let role = match buffer.role {
+            Role::Train | Role::Gate | Role::Stat if self.b.trained(self.slot) == Role::Frozen => Role::Frozen,
+            role => role,
+        };
         let ty = TensorType::new(buffer.dtype, buffer.shape.iter().copied());
         let (slot, key) = (self.slot, format!("{}.{part}", self.site.module));
-        self.b.param(format!("slot{slot}.{key}"), ty, role, Source::Adapter { slot, key })
+        Ok(self.b.declare(format!("slot{slot}.{key}"), ty, role, Source::Adapter { slot, key }))
+    }
+
+    fn find(&self, part: &str) -> Result<&Buffer> {
+        let buffer = self.buffers.iter().find(|b| b.part == part);
+        buffer.ok_or_else(|| Error::Graph(format!("there is no buffer `{part}`")))
+    }
+
+    /// The shape of a buffer.
+    pub(crate) fn buffer_shape(&self, part: &str) -> Result<Vec<u64>> {
+        self.find(part).map(|b| b.shape.clone())
+    }
+
+    /// The name of a buffer's parameter.
+    pub(crate) fn param_name(&self, part: &str) -> String {
+        format!("slot{}.{}.{part}", self.slot, self.site.module)
+    }
+
+    /// The value of a parameter, which is declared at its first use.
+    pub(crate) fn param(&mut self, name: String, ty: TensorType, role: Role, source: Source) -> Result<ValueId> {
+        self.b.param(name, ty, role, source)
+    }
+
+    /// Declares a parameter, or finds it again.
+    pub(crate) fn declare(&mut self, name: String, ty: TensorType, role: Role, source: Source) -> ParamId {
+        self.b.declare(name, ty, role, source)
     }
 
     /// Appends an operator.

@@ -4,17 +4,22 @@
 //! can take its place without a new compilation. To add a method: a file with a value that implements [`Method`], and one line in
 //! [`Kind::read`].
 
+mod allora;
 mod convert;
 mod dora;
 mod fold;
 mod full;
 mod init;
 mod lora;
+mod lora_fa;
+mod lora_plus;
 mod method;
 mod paca;
 mod plan;
+mod schedule;
 #[cfg(test)]
 mod tests;
+mod update;
 mod value;
 
 use std::collections::BTreeMap;
@@ -26,15 +31,22 @@ pub(crate) use fold::all_rows;
 pub use fold::merged;
 pub(crate) use full::NO_TARGET;
 pub use init::{Init, Norms};
-pub use method::{Buffer, Edit, Method, Optimizer, Request, Scope};
+pub use method::{Buffer, Method, Request, Scope};
 pub(crate) use paca::{ABSOLUTE, DELTA, INDICES};
 pub use plan::{AdapterPlan, TensorPlan};
+pub use schedule::{Buffers, Event, Events, EventsPlan, Moment};
+pub use update::Update;
 pub use value::{SlotData, SlotTensor, SlotValue};
 
 use crate::error::Result;
 use crate::json::Fields;
 use crate::modules::is_computed;
 use crate::peft::Adapter;
+
+/// The key that says how a LoRA adapter is trained; it is not saved.
+pub(crate) const TRAINING: &str = "training";
+/// Its values, which are names of methods.
+pub(crate) const TRAININGS: [&str; 3] = ["lora-plus", "lora-fa", "allora"];
 
 /// A method with its options, cheap to copy.
 #[derive(Clone)]
@@ -47,12 +59,26 @@ impl Kind {
     /// A `peft_type` that is not known, and what the method refuses.
     pub(crate) fn read(f: &mut Fields) -> Result<Kind> {
         Ok(Kind(match f.text("peft_type")? {
+            Some("LORA") if f.raw(TRAINING).is_some() => return Kind::trained(f),
             Some("LORA") if f.flag("use_dora")? == Some(true) => Arc::new(dora::Dora::read(f)?),
             Some("LORA") => Arc::new(lora::Lora::read(f)?),
             Some("PACA") => Arc::new(paca::Paca::read(f)?),
             Some("FULL") => Arc::new(full::Full),
             Some(other) => return Err(f.fault("peft_type", format!("is `{other}`; LORA and PACA are supported"))),
             None => return Err(f.fault("peft_type", "is missing; this is not the configuration of a PEFT adapter")),
+        }))
+    }
+
+    /// LoRA that is trained in a way of its own.
+    fn trained(f: &mut Fields) -> Result<Kind> {
+        Ok(Kind(match f.text(TRAINING)? {
+            Some("lora-plus") => Arc::new(lora_plus::LoraPlus::read(f)?),
+            Some("lora-fa") => Arc::new(lora_fa::LoraFa::read(f)?),
+            Some("allora") => Arc::new(allora::Allora::read(f)?),
+            other => {
+                let known = TRAININGS.join(", ");
+                return Err(f.fault(TRAINING, format!("is `{}`; known are {known}", other.unwrap_or_default())));
+            }
         }))
     }
 }

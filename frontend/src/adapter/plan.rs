@@ -7,8 +7,8 @@ use pleach_ir::{DType, Role};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::method::{Buffer, Optimizer};
-use super::{Init, Request};
+use super::method::Buffer;
+use super::{EventsPlan, Init, Request};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::modules::is_computed;
@@ -25,6 +25,8 @@ pub struct AdapterPlan {
     pub config: Map<String, Value>,
     /// The parameters of the slot, in module order.
     pub tensors: Vec<TensorPlan>,
+    /// What the method changes from step to step.
+    pub events: Option<EventsPlan>,
 }
 
 /// One parameter of the slot.
@@ -42,10 +44,6 @@ pub struct TensorPlan {
     pub trained: bool,
     /// How it starts; tensors of the base by their names in the checkpoint.
     pub init: Init,
-    /// Factor of the learning rate.
-    pub lr_factor: f32,
-    /// Whether weight decay applies.
-    pub decay: bool,
 }
 
 impl AdapterPlan {
@@ -59,22 +57,20 @@ impl AdapterPlan {
         for site in adapter.sites.iter().filter(|s| is_computed(&s.module)) {
             for b in method.buffers(site) {
                 let file = b.file.map(|end| format!("{PREFIX}{}.{end}", site.module));
-                tensors.push(tensor(format!("{}.{}", site.module, b.part), file, &b, method.optimizer(b.part), base)?);
+                tensors.push(tensor(format!("{}.{}", site.module, b.part), file, &b, base)?);
             }
         }
         for r in adapter.replaced.iter().filter(|r| is_computed(&r.path)) {
-            let b = Buffer {
-                part: "",
-                dtype: DType::F32,
-                shape: r.shape.clone(),
-                role: Role::Train,
-                file: None,
-                init: Init::Base { tensor: r.path.clone() },
-            };
             let file = Some(format!("{PREFIX}{}", r.file));
-            tensors.push(tensor(r.path.clone(), file, &b, Optimizer::default(), base)?);
+            tensors.push(tensor(r.path.clone(), file, &r.buffer(), base)?);
         }
-        Ok(AdapterPlan { method: method.name().into(), slot, config: adapter.config.saved(), tensors })
+        Ok(AdapterPlan {
+            method: method.name().into(),
+            slot,
+            config: adapter.config.saved(),
+            tensors,
+            events: EventsPlan::new(adapter, slot),
+        })
     }
 
     /// As JSON.
@@ -94,7 +90,7 @@ impl Adapter {
     }
 }
 
-fn tensor(key: String, file: Option<String>, b: &Buffer, o: Optimizer, base: &Checkpoint) -> Result<TensorPlan> {
+fn tensor(key: String, file: Option<String>, b: &Buffer, base: &Checkpoint) -> Result<TensorPlan> {
     let rename = |path: &str| base.param(path).map(|t| t.name.clone());
     let init = b.init.renamed(rename).ok_or_else(|| Error::tensor(&base.dir, &key, "is not in the checkpoint"))?;
     Ok(TensorPlan {
@@ -104,7 +100,5 @@ fn tensor(key: String, file: Option<String>, b: &Buffer, o: Optimizer, base: &Ch
         dtype: if b.dtype == DType::I32 { "I64" } else { "F32" }.into(),
         trained: b.role == Role::Train,
         init,
-        lr_factor: o.lr_factor,
-        decay: o.decay,
     })
 }

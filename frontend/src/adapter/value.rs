@@ -31,6 +31,13 @@ pub enum SlotValue {
         /// The scale.
         scale: f64,
     },
+    /// One number everywhere.
+    Filled {
+        /// Row-major shape.
+        shape: Vec<u64>,
+        /// The number.
+        value: f32,
+    },
     /// A new buffer, to be made from its recipe.
     New(Init),
 }
@@ -60,7 +67,7 @@ impl SlotValue {
             SlotValue::Tensor(t) | SlotValue::Indices { tensor: t, .. } | SlotValue::Columns { tensor: t, .. } => {
                 Some(t)
             }
-            SlotValue::New(_) => None,
+            SlotValue::Filled { .. } | SlotValue::New(_) => None,
         }
     }
 
@@ -85,6 +92,10 @@ impl SlotValue {
                     }
                 }
                 Ok(SlotTensor { shape: tensor.shape.clone(), data: SlotData::F32(values) })
+            }
+            SlotValue::Filled { shape, value } => {
+                let n = shape.iter().product::<u64>() as usize;
+                Ok(SlotTensor { shape: shape.clone(), data: SlotData::F32(vec![*value; n]) })
             }
             SlotValue::New(Init::Constant { value }) => {
                 Ok(SlotTensor { shape: vec![], data: SlotData::F32(vec![*value]) })

@@ -7,7 +7,7 @@ use pleach_ir::{
     BinaryOp, DType, Dim, Entry, Graph, Op, Param, ParamId, ReduceOp, Role, Source, TensorType, UnaryOp, ValueId,
 };
 
-use crate::adapter::{Kind, Scope, Site, all_rows};
+use crate::adapter::{Buffer, Kind, Scope, Site, Update, all_rows};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::peft::Adapter;
@@ -22,6 +22,7 @@ pub(crate) struct Builder<'a> {
     /// Parameters of the base that the adapter of a slot replaces, by path.
     replaced: BTreeMap<&'a str, u32>,
     train: Option<u32>,
+    adapters: &'a [Adapter],
     graph: Graph,
     params: BTreeMap<String, ParamId>,
     entry: Entry,
@@ -55,6 +56,7 @@ impl<'a> Builder<'a> {
             attached,
             replaced,
             train,
+            adapters,
             graph: Graph::default(),
             params: BTreeMap::new(),
             entry: Entry::default(),
@@ -92,6 +94,11 @@ impl<'a> Builder<'a> {
     /// The value of a parameter, which is declared at its first use.
     pub(crate) fn param(&mut self, name: String, ty: TensorType, role: Role, source: Source) -> Result<ValueId> {
         let id = self.declare(name, ty, role, source);
+        self.read(id)
+    }
+
+    /// The value of a declared parameter.
+    pub(crate) fn read(&mut self, id: ParamId) -> Result<ValueId> {
         if let Some(&value) = self.reads.get(&id) {
             return Ok(value);
         }
@@ -106,7 +113,7 @@ impl<'a> Builder<'a> {
     }
 
     /// Declares a parameter, or finds it again.
-    pub(super) fn declare(&mut self, name: String, ty: TensorType, role: Role, source: Source) -> ParamId {
+    pub(crate) fn declare(&mut self, name: String, ty: TensorType, role: Role, source: Source) -> ParamId {
         if let Some(&id) = self.params.get(&name) {
             return id;
         }
@@ -282,6 +289,46 @@ impl<'a> Builder<'a> {
             terms.extend(method.aux_loss(&mut Scope::new(self, slot, &**method, site))?);
         }
         if terms.is_empty() { Ok(None) } else { self.sum(&terms).map(Some) }
+    }
+
+    /// The entry `optimizer`: what a step does with what is trained, beside AdamW; left out where there is nothing to say.
+    pub(super) fn optimizer(&mut self) -> Result<()> {
+        let Some((slot, adapter)) = self.train.and_then(|s| Some((s, self.adapters.get(s as usize)?))) else {
+            return Ok(());
+        };
+        let config = &adapter.config;
+        let mut places: Vec<(Site, Vec<Buffer>)> =
+            adapter.sites.iter().map(|s| (s.clone(), config.method.buffers(s))).collect();
+        places.extend(adapter.replaced.iter().filter_map(|r| Some((r.site(config)?, vec![r.buffer()]))));
+        self.start(Entry::new("optimizer"));
+        let (mut outputs, mut assigned, mut inputs) = (vec![], vec![], BTreeMap::new());
+        for (site, buffers) in &places {
+            for b in buffers.iter().filter(|b| b.role == Role::Train) {
+                // What no entry computes is not trained.
+                if !self.params.contains_key(&format!("slot{slot}.{}.{}", site.module, b.part)) {
+                    continue;
+                }
+                self.at(&site.module);
+                let scope = Scope::with(self, slot, site, buffers.clone());
+                let mut update = Update::new(scope, b.part, b.shape.clone(), &mut inputs);
+                config.method.update(&mut update)?;
+                let (more, values) = update.finish();
+                outputs.extend(more);
+                assigned.extend(values);
+            }
+        }
+        for (name, value) in &outputs {
+            self.output(name, *value);
+        }
+        for (param, value) in &assigned {
+            self.assign(*param, *value);
+        }
+        if outputs.is_empty() && assigned.is_empty() {
+            self.start(Entry::default());
+        } else {
+            self.finish();
+        }
+        Ok(())
     }
 
     /// The weight of a site, merged: the layer on the rows of the identity ("x"), turned round again. The base's weight is the

@@ -110,6 +110,9 @@ impl<'a> Import<'a> {
                 }
             }
             builder.finish();
+            if kind == EntryKind::Train {
+                builder.optimizer()?;
+            }
         }
         Ok(builder.into_graph())
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::config::{MethodConfig, Targets};
 use super::replaced::replaced;
 use super::targets::{Target, match_modules, matched};
-use crate::adapter::{ABSOLUTE, Buffer, DELTA, INDICES, Replaced, Site, SlotValue};
+use crate::adapter::{ABSOLUTE, Buffer, DELTA, INDICES, Init, Replaced, Site, SlotValue};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::modules::{ModuleKind, ModuleTable};
@@ -81,7 +81,7 @@ impl Adapter {
     pub fn fresh(config: &MethodConfig, modules: &ModuleTable) -> Result<Adapter> {
         config.check_training()?;
         let mut config = config.clone();
-        if config.method.name() == "full" {
+        if config.method.whole() {
             if config.targets == Targets::Default {
                 config.targets = Targets::AllLinear;
             }
@@ -234,7 +234,11 @@ fn bind(dir: &Path, config: &MethodConfig, tensors: &TensorTable, modules: &Modu
     for s in &mut sites {
         for b in config.method.buffers(s) {
             let value = match b.file {
-                None => SlotValue::New(b.init),
+                None => match b.init {
+                    Init::Zeros {} => SlotValue::Filled { shape: b.shape, value: 0.0 },
+                    Init::Constant { value } => SlotValue::Filled { shape: b.shape, value },
+                    init => SlotValue::New(init),
+                },
                 Some(end) => file.value(s, &b, &name(&s.module, end), &name(&s.module, ABSOLUTE))?,
             };
             s.values.insert(b.part, value);

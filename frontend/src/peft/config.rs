@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::adapter::{Kind, NO_TARGET};
+use crate::adapter::{Kind, NO_TARGET, TRAINING, TRAININGS};
 use crate::error::{Error, Result};
 use crate::json::{Fields, brief, is_off, read_object};
 use crate::modules::ModuleTable;
@@ -95,7 +95,7 @@ const HARMLESS: [&str; 10] = [
 ];
 
 /// Keys of ours that no PEFT knows: they choose how training starts and are not saved.
-const OURS: [&str; 2] = ["selection", "calibration_batches"];
+const OURS: [&str; 3] = ["selection", "calibration_batches", TRAINING];
 
 impl MethodConfig {
     /// Reads `dir/adapter_config.json`.
@@ -123,14 +123,17 @@ impl MethodConfig {
     pub fn named(method: &str, keys: &Map<String, Value>) -> Result<MethodConfig> {
         let path = Path::new("the method's options");
         let name = method.to_ascii_lowercase();
+        let training = TRAININGS.iter().find(|t| **t == name);
         let implied: &[(&str, Value)] = match name.as_str() {
+            _ if training.is_some() => &[("peft_type", json!("LORA")), (TRAINING, json!(training))],
             "lora" => &[("peft_type", json!("LORA"))],
             "rslora" => &[("peft_type", json!("LORA")), ("use_rslora", json!(true))],
             "dora" => &[("peft_type", json!("LORA")), ("use_dora", json!(true))],
             "paca" => &[("peft_type", json!("PACA"))],
             "full" => &[("peft_type", json!("FULL"))],
             _ => {
-                let what = format!("is `{method}`; known are lora, rslora, dora, paca and full");
+                let more = TRAININGS.join(", ");
+                let what = format!("is `{method}`; known are lora, rslora, dora, paca, full, {more}");
                 return Err(Error::key(path, "method", what));
             }
         };
@@ -185,9 +188,10 @@ impl MethodConfig {
             return Err(f.fault("layers_pattern", "needs `layers_to_transform`"));
         }
         let alpha_key = method.alpha_key();
+        let rank = f.count("r", 1 << 24)?.unwrap_or(8);
         let config = MethodConfig {
-            rank: f.count("r", 1 << 24)?.unwrap_or(8),
-            alpha: f.number(alpha_key)?.unwrap_or(8.0),
+            rank,
+            alpha: f.number(alpha_key)?.unwrap_or_else(|| method.default_alpha(rank)),
             targets,
             exclude,
             layers: layers.filter(|l| !l.is_empty()),
@@ -239,7 +243,7 @@ impl MethodConfig {
     /// `adapter_config.json` for an adapter of this configuration, keys sorted, without the base model's name.
     pub fn saved(&self) -> Map<String, Value> {
         let mut map = self.raw.clone();
-        for key in OURS.into_iter().chain(["base_model_name_or_path"]) {
+        for key in OURS.iter().chain(self.method.own_keys()).copied().chain(["base_model_name_or_path"]) {
             map.remove(key);
         }
         let mut put = |key: &str, value: Value| map.insert(key.to_owned(), value);

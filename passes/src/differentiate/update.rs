@@ -3,12 +3,23 @@
 //!
 //! Written in plain operators with the arithmetic of `torch.optim.AdamW` and `clip_grad_norm_`. What changes from step to
 //! step comes in as scalars, so schedules need no recompilation.
+//!
+//! What differs for some parameters stands in the entry `optimizer`, a program that is spliced in here ([`Program`]): it may
+//! give other settings, another gradient (of another shape, in which the moments then are kept) and another new value,
+//! and it may assign statistics.
 
+use super::program::Program;
 use super::tape::Tape;
-use super::{BinaryOp, Entry, Graph, IrError, Op, Param, ParamId, Role, Source, UPDATE, UnaryOp};
+use super::{BinaryOp, Entry, Graph, IrError, Op, Param, ParamId, Role, Source, TensorType, UPDATE, UnaryOp, ValueId};
+use std::collections::BTreeMap;
 
 /// The gradient is scaled by max / (norm + this), as in `clip_grad_norm_`.
 const CLIP_EPS: f32 = 1e-6;
+
+/// The inputs: learning rate, AdamW's settings, and 1 - beta1^t, 1 - beta2^t, both for the step that is made; then the
+/// largest norm (infinity: no clipping).
+pub(super) const INPUTS: [&str; 8] =
+    ["lr", "beta1", "beta2", "eps", "weight_decay", "correction1", "correction2", "max_grad_norm"];
 
 /// A trained parameter and its state.
 #[derive(Clone, Copy, Debug)]
@@ -22,51 +33,195 @@ pub(super) struct State {
     v: ParamId,
 }
 
-/// Adds the state of a trained parameter to the graph, or finds it again.
-pub(super) fn declare(g: &mut Graph, param: ParamId) -> State {
+/// Adds the state of a trained parameter to the graph, or finds it again. The moments have the type `moments`.
+pub(super) fn declare(g: &mut Graph, param: ParamId, moments: Option<&TensorType>) -> State {
     let of = g.params[param.index()].clone();
-    let mut state = |prefix: &str| {
+    let mut state = |prefix: &str, ty: &TensorType| {
         let name = format!("{prefix}.{}", of.name);
         g.find_param(&name)
-            .unwrap_or_else(|| g.add_param(Param { name, ty: of.ty.clone(), role: Role::State, source: Source::Zeros }))
+            .unwrap_or_else(|| g.add_param(Param { name, ty: ty.clone(), role: Role::State, source: Source::Zeros }))
     };
-    State { param, grad: state("grad"), m: state("adam.m"), v: state("adam.v") }
+    let moments = moments.unwrap_or(&of.ty);
+    State { param, grad: state("grad", &of.ty), m: state("adam.m", moments), v: state("adam.v", moments) }
 }
 
-/// The entry. Inputs f32 []: `lr`, `beta1`, `beta2`, `eps`, `weight_decay`, `correction1` = 1 - beta1^t, `correction2` =
-/// 1 - beta2^t, `max_grad_norm` (infinity: no clipping). Output `grad_norm` f32 [], before clipping.
-pub(super) fn entry(params: &[Param], states: &[State]) -> Result<Entry, IrError> {
-    let mut t = Tape::new(params, UPDATE);
-    let (lr, beta1, beta2) = (t.input("lr")?, t.input("beta1")?, t.input("beta2")?);
-    let (eps, decay) = (t.input("eps")?, t.input("weight_decay")?);
-    let (correction1, correction2) = (t.input("correction1")?, t.input("correction2")?);
-    let most = t.input("max_grad_norm")?;
-    let one = t.number(1.0)?;
-    let (rest1, rest2) = (t.sub(one, beta1)?, t.sub(one, beta2)?);
-    let step = t.div(lr, correction1)?;
-    let root2 = t.unary(UnaryOp::Sqrt, correction2)?;
-    let lost = t.mul(lr, decay)?;
-    let kept = t.sub(one, lost)?;
-
-    let mut squares = vec![];
-    let mut gradients = vec![];
-    for s in states {
-        let g = t.push(Op::Param(s.grad), &[])?;
-        let square = t.mul(g, g)?;
-        squares.push(t.sum_to(square, &[])?);
-        gradients.push(g);
-    }
-    let total = if let [only] = squares[..] { only } else { t.push(Op::Add, &squares)? };
-    let norm = t.unary(UnaryOp::Sqrt, total)?;
-    let small = t.number(CLIP_EPS)?;
-    let shifted = t.add(norm, small)?;
-    let clip = t.div(most, shifted)?;
-    let clip = t.binary(BinaryOp::Min, one, clip)?;
-
+/// The entry. Inputs f32 []: [`INPUTS`]. Output `grad_norm` f32 [], before clipping.
+pub(super) fn entry(params: &[Param], states: &[State], program: Option<&Entry>) -> Result<Entry, IrError> {
+    let mut s = Stepper::new(params, states)?;
+    let mut program = program.map(Program::new);
     let mut assigns = vec![];
-    for (s, g) in states.iter().zip(gradients) {
-        let (p, m, v) = (t.push(Op::Param(s.param), &[])?, t.push(Op::Param(s.m), &[])?, t.push(Op::Param(s.v), &[])?);
-        let g = t.mul(g, clip)?;
+    for (at, state) in states.iter().enumerate() {
+        let value = s.value(&mut program, at)?;
+        let (m, v) = s.moments(&mut program, at)?;
+        let clear = s.t.zeros(&params[state.param.index()].ty.shape)?;
+        assigns.extend([(state.param, value), (state.m, m), (state.v, v), (state.grad, clear)]);
+    }
+    if let Some(p) = &mut program {
+        assigns.extend(p.assigns(&mut s)?);
+    }
+    let mut e = s.t.finish();
+    e.output("grad_norm", s.norm);
+    assigns.into_iter().for_each(|(p, v)| e.assign(p, v));
+    Ok(e)
+}
+
+/// What AdamW makes of one parameter.
+#[derive(Clone, Copy)]
+struct Adam {
+    m: ValueId,
+    v: ValueId,
+    /// Learning rate over the first correction, times the direction.
+    change: ValueId,
+}
+
+/// The entry under construction.
+pub(super) struct Stepper<'a> {
+    pub(super) t: Tape<'a>,
+    params: &'a [Param],
+    states: &'a [State],
+    inputs: [ValueId; 8],
+    /// Clipped.
+    gradients: Vec<ValueId>,
+    norm: ValueId,
+    one: ValueId,
+    made: Vec<Option<Adam>>,
+    /// Parameters that are being stepped, for programs that go round in circles.
+    busy: Vec<bool>,
+    /// Scalars made of settings: what, of which.
+    scalars: BTreeMap<(&'static str, ValueId, ValueId), ValueId>,
+}
+
+impl<'a> Stepper<'a> {
+    fn new(params: &'a [Param], states: &'a [State]) -> Result<Stepper<'a>, IrError> {
+        let mut t = Tape::new(params, UPDATE);
+        let mut inputs = [ValueId(0); 8];
+        for (v, name) in inputs.iter_mut().zip(INPUTS) {
+            *v = t.input(name)?;
+        }
+        let one = t.number(1.0)?;
+        let mut s = Stepper {
+            t,
+            params,
+            states,
+            inputs,
+            gradients: vec![],
+            norm: one,
+            one,
+            made: vec![None; states.len()],
+            busy: vec![false; states.len()],
+            scalars: BTreeMap::new(),
+        };
+        let [lr, beta1, beta2, _, decay, correction1, correction2, most] = inputs;
+        s.rest(beta1)?;
+        s.rest(beta2)?;
+        s.rate(lr, correction1)?;
+        s.root(correction2)?;
+        s.kept(lr, decay)?;
+
+        let mut squares = vec![];
+        for state in states {
+            let g = s.t.push(Op::Param(state.grad), &[])?;
+            let square = s.t.mul(g, g)?;
+            squares.push(s.t.sum_to(square, &[])?);
+            s.gradients.push(g);
+        }
+        let total = if let [only] = squares[..] { only } else { s.t.push(Op::Add, &squares)? };
+        s.norm = s.t.unary(UnaryOp::Sqrt, total)?;
+        let small = s.t.number(CLIP_EPS)?;
+        let shifted = s.t.add(s.norm, small)?;
+        let clip = s.t.div(most, shifted)?;
+        let clip = s.t.binary(BinaryOp::Min, one, clip)?;
+        for g in &mut s.gradients {
+            *g = s.t.mul(*g, clip)?;
+        }
+        Ok(s)
+    }
+
+    /// The place of the trained parameter of this name.
+    pub(super) fn find(&self, name: &str) -> Option<usize> {
+        self.states.iter().position(|s| self.params[s.param.index()].name == name)
+    }
+
+    /// An input of the entry.
+    pub(super) fn input(&self, name: &str) -> Option<ValueId> {
+        INPUTS.iter().position(|n| *n == name).map(|i| self.inputs[i])
+    }
+
+    /// The clipped gradient.
+    pub(super) fn gradient(&self, at: usize) -> ValueId {
+        self.gradients[at]
+    }
+
+    /// A setting of a parameter: the program's, else the entry's.
+    fn setting(&mut self, program: &mut Option<Program<'_>>, at: usize, name: &str) -> Result<ValueId, IrError> {
+        let given = self.given(program, at, name)?;
+        Ok(given.or_else(|| self.input(name)).unwrap_or(self.one))
+    }
+
+    /// What the program gives for a parameter.
+    fn given(&mut self, program: &mut Option<Program<'_>>, at: usize, what: &str) -> Result<Option<ValueId>, IrError> {
+        let name = &self.params[self.states[at].param.index()].name;
+        match program {
+            Some(p) => p.output(self, &format!("{what}.{name}")),
+            None => Ok(None),
+        }
+    }
+
+    fn scalar(
+        &mut self,
+        key: (&'static str, ValueId, ValueId),
+        make: impl FnOnce(&mut Tape<'a>) -> Result<ValueId, IrError>,
+    ) -> Result<ValueId, IrError> {
+        if let Some(v) = self.scalars.get(&key) {
+            return Ok(*v);
+        }
+        let v = make(&mut self.t)?;
+        self.scalars.insert(key, v);
+        Ok(v)
+    }
+
+    /// 1 - x.
+    fn rest(&mut self, x: ValueId) -> Result<ValueId, IrError> {
+        let one = self.one;
+        self.scalar(("rest", x, x), |t| t.sub(one, x))
+    }
+
+    /// lr / correction1.
+    fn rate(&mut self, lr: ValueId, correction: ValueId) -> Result<ValueId, IrError> {
+        self.scalar(("rate", lr, correction), |t| t.div(lr, correction))
+    }
+
+    /// √correction2.
+    fn root(&mut self, correction: ValueId) -> Result<ValueId, IrError> {
+        self.scalar(("root", correction, correction), |t| t.unary(UnaryOp::Sqrt, correction))
+    }
+
+    /// 1 - lr · decay.
+    fn kept(&mut self, lr: ValueId, decay: ValueId) -> Result<ValueId, IrError> {
+        let one = self.one;
+        self.scalar(("kept", lr, decay), |t| {
+            let lost = t.mul(lr, decay)?;
+            t.sub(one, lost)
+        })
+    }
+
+    fn adam(&mut self, program: &mut Option<Program<'_>>, at: usize) -> Result<Adam, IrError> {
+        if let Some(a) = self.made[at] {
+            return Ok(a);
+        }
+        let state = self.states[at];
+        if std::mem::replace(&mut self.busy[at], true) {
+            let name = &self.params[state.param.index()].name;
+            return Err(Program::fault(format!("the gradient of {name} depends on its own step")));
+        }
+        let g = self.given(program, at, "grad")?.unwrap_or(self.gradients[at]);
+        let mut setting = |name| self.setting(program, at, name);
+        let (lr, beta1, beta2, eps) = (setting("lr")?, setting("beta1")?, setting("beta2")?, setting("eps")?);
+        let (correction1, correction2) = (setting("correction1")?, setting("correction2")?);
+        let (rest1, rest2) = (self.rest(beta1)?, self.rest(beta2)?);
+        let (step, root2) = (self.rate(lr, correction1)?, self.root(correction2)?);
+        let t = &mut self.t;
+        let (m, v) = (t.push(Op::Param(state.m), &[])?, t.push(Op::Param(state.v), &[])?);
         let (old, new) = (t.mul(m, beta1)?, t.mul(g, rest1)?);
         let m = t.add(old, new)?;
         let square = t.mul(g, g)?;
@@ -77,14 +232,35 @@ pub(super) fn entry(params: &[Param], states: &[State]) -> Result<Entry, IrError
         let denominator = t.add(root, eps)?;
         let direction = t.div(m, denominator)?;
         let change = t.mul(direction, step)?;
-        let p = t.mul(p, kept)?;
-        let p = t.sub(p, change)?;
-        let shape = params[s.param.index()].ty.shape.clone();
-        let clear = t.zeros(&shape)?;
-        assigns.extend([(s.param, p), (s.m, m), (s.v, v), (s.grad, clear)]);
+        let a = Adam { m, v, change };
+        self.made[at] = Some(a);
+        Ok(a)
     }
-    let mut e = t.finish();
-    e.output("grad_norm", norm);
-    assigns.into_iter().for_each(|(p, v)| e.assign(p, v));
-    Ok(e)
+
+    fn moments(&mut self, program: &mut Option<Program<'_>>, at: usize) -> Result<(ValueId, ValueId), IrError> {
+        self.adam(program, at).map(|a| (a.m, a.v))
+    }
+
+    /// What AdamW takes away from a parameter, in the shape of its gradient.
+    pub(super) fn change(&mut self, program: &mut Option<Program<'_>>, at: usize) -> Result<ValueId, IrError> {
+        self.adam(program, at).map(|a| a.change)
+    }
+
+    /// The parameter after AdamW with decay, before what a program makes of it.
+    pub(super) fn stepped(&mut self, program: &mut Option<Program<'_>>, at: usize) -> Result<ValueId, IrError> {
+        let change = self.change(program, at)?;
+        let (lr, decay) = (self.setting(program, at, "lr")?, self.setting(program, at, "weight_decay")?);
+        let kept = self.kept(lr, decay)?;
+        let p = self.t.push(Op::Param(self.states[at].param), &[])?;
+        let p = self.t.mul(p, kept)?;
+        self.t.sub(p, change)
+    }
+
+    /// The new value of a parameter.
+    pub(super) fn value(&mut self, program: &mut Option<Program<'_>>, at: usize) -> Result<ValueId, IrError> {
+        match self.given(program, at, "value")? {
+            Some(v) => Ok(v),
+            None => self.stepped(program, at),
+        }
+    }
 }

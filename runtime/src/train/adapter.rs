@@ -30,6 +30,9 @@ pub struct AdapterPlan {
     pub config: Map<String, Value>,
     /// The tensors of the slot.
     pub tensors: Vec<TensorPlan>,
+    /// What the method changes from step to step, for whoever knows methods.
+    #[serde(default)]
+    pub events: Option<Value>,
 }
 
 /// One tensor of the slot.

@@ -213,12 +213,12 @@ mod tests {
 
     fn tensor(key: &str, shape: &[u64], init: serde_json::Value) -> TensorPlan {
         let v = serde_json::json!({"key": key, "file": null, "shape": shape, "dtype": "F32", "trained": true,
-                                   "init": init, "lr_factor": 1.0, "decay": true});
+                                   "init": init});
         serde_json::from_value(v).unwrap()
     }
 
     fn values(plan: &[TensorPlan], base: &InMemory, seed: u64) -> InMemory {
-        let plan = AdapterPlan { slot: 0, config: serde_json::Map::new(), tensors: plan.to_vec() };
+        let plan = AdapterPlan { slot: 0, config: serde_json::Map::new(), tensors: plan.to_vec(), events: None };
         let measured = Measured::from([("g".into(), vec![1.0, 9.0, 9.0, 4.0])]);
         initial_values(&plan, base, seed, &measured).unwrap()
     }

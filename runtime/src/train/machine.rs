@@ -15,7 +15,7 @@ pub trait Machine {
     /// Inputs that the entry refuses, and an output that is no number `[]`.
     fn run(&mut self, entry: &str, inputs: &[(&str, Values<'_>)], output: &str) -> Result<f32>;
 
-    /// Names of everything that a run changes and a checkpoint must hold: trained tensors, moments.
+    /// Names of everything that a run changes and a checkpoint must hold: trained tensors, moments, statistics.
     fn changing(&self) -> Vec<String>;
 
     /// Names of everything else that belongs to the adapter being trained: scales, indices.
@@ -49,7 +49,8 @@ impl Machine for Session {
     fn changing(&self) -> Vec<String> {
         let kept = |p: &&pleach_plan::Param| {
             // Gradients are zero between steps, and caches are not of training.
-            p.role == Role::Train || (p.role == Role::State && p.name.starts_with("adam."))
+            let statistic = p.role == Role::Stat && p.source == Source::Zeros;
+            p.role == Role::Train || statistic || (p.role == Role::State && p.name.starts_with("adam."))
         };
         self.plan().params.iter().filter(kept).map(|p| p.name.clone()).collect()
     }

@@ -6,6 +6,7 @@
 mod adapter;
 pub mod checkpoint;
 mod data;
+mod events;
 mod initial;
 mod machine;
 mod metrics;
@@ -15,9 +16,10 @@ mod step;
 
 pub use adapter::{AdapterPlan, Init, Norms, TensorPlan};
 pub use data::{IGNORED, MicroBatch, Order, RowReport, Rows};
+pub use events::{Events, Moment};
 pub use initial::{Measured, initial_values};
 pub use machine::Machine;
 pub use metrics::{Lines, Metrics};
 pub use run::{EVALS, Event, Job, METRICS, Resume, Summary, holds_results, remove_results, train};
 pub use schedule::{Schedule, Warmup};
-pub use step::{Settings, Stepped, evaluate, step};
+pub use step::{Settings, Stepped, evaluate, step, step_with};

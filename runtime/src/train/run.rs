@@ -6,9 +6,10 @@
 use super::adapter::{AdapterPlan, CONFIG, TENSORS};
 use super::checkpoint::{self, State, sync_folder};
 use super::data::{Order, Rows};
+use super::events::Events;
 use super::machine::Machine;
 use super::metrics::{Lines, Metrics};
-use super::step::{Settings, evaluate, step};
+use super::step::{Settings, evaluate, step_with};
 use crate::error::{Result, RuntimeError};
 use crate::memory::peak_rss;
 use serde_json::json;
@@ -45,6 +46,8 @@ pub struct Job<'d> {
     pub settings: Settings,
     /// The adapter.
     pub adapter: AdapterPlan,
+    /// What the adapter's method changes from step to step; needed where the plan says that it does.
+    pub events: Option<&'d dyn Events>,
     /// Name of the base model for the adapter's configuration.
     pub base: Option<String>,
     /// The folder for everything that is written.
@@ -111,6 +114,10 @@ pub fn train(
     if job.rows.report().targets == 0 {
         return Err(RuntimeError::Values("no row has a counted target; there is nothing to learn from".into()));
     }
+    if job.adapter.events.is_some() && job.events.is_none() {
+        let why = "the plan's method changes buffers from step to step, which this build cannot; train with one that has the compiler";
+        return Err(RuntimeError::Values(why.into()));
+    }
     fs::create_dir_all(job.dir).map_err(RuntimeError::io(job.dir.display().to_string()))?;
     checkpoint::sweep(job.dir)?;
     let print = job.rows.fingerprint();
@@ -136,7 +143,7 @@ pub fn train(
     let mut flow = ControlFlow::Continue(());
     while sum.steps < s.steps && flow.is_continue() {
         let clock = Instant::now();
-        let stepped = step(machine, job.rows, &mut order, s, sum.steps)?;
+        let stepped = step_with(machine, job.rows, &mut order, s, sum.steps, job.events)?;
         let m = Metrics {
             stepped,
             step_ms: clock.elapsed().as_secs_f64() * 1e3,

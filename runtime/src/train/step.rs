@@ -4,6 +4,7 @@
 //! so each micro-batch is scaled by its inverse. Sums over micro-batches are made here, in order, in f64.
 
 use super::data::{Order, Rows};
+use super::events::{Events, Moment};
 use super::machine::Machine;
 use super::schedule::{Schedule, Warmup};
 use crate::error::{Result, RuntimeError};
@@ -124,6 +125,25 @@ pub fn step(
     settings: &Settings,
     step: u64,
 ) -> Result<Stepped> {
+    step_with(machine, rows, order, settings, step, None)
+}
+
+/// The same with events at its moments.
+///
+/// # Errors
+/// As [`step`], and those of the events.
+pub fn step_with(
+    machine: &mut dyn Machine,
+    rows: &Rows,
+    order: &mut Order,
+    settings: &Settings,
+    step: u64,
+    events: Option<&dyn Events>,
+) -> Result<Stepped> {
+    let at = |moment, machine: &mut dyn Machine| match events {
+        Some(e) => e.at(moment, step, settings.steps, settings.seed, machine),
+        None => Ok(()),
+    };
     let mut batches = Vec::with_capacity(settings.accum as usize);
     for i in 0..settings.accum {
         let first = (step * settings.accum + i) * settings.batch;
@@ -132,6 +152,7 @@ pub fn step(
     let targets: u64 = batches.iter().map(|b| b.labels.len() as u64).sum();
     let tokens = batches.iter().map(|b| b.input_ids.len() as u64).sum();
     let scale = [1.0 / targets.max(1) as f32];
+    at(Moment::Before, machine)?;
     let mut loss = 0.0;
     for b in &batches {
         // Without a target there is neither loss nor gradient.
@@ -147,6 +168,7 @@ pub fn step(
     if !loss.is_finite() {
         return fail("loss", loss);
     }
+    at(Moment::Gradients, machine)?;
     let lr = settings.rate(step);
     let correction = |beta: f64| 1.0 - beta.powf(number as f64);
     let values: [(&str, f64); 8] = [
@@ -165,6 +187,7 @@ pub fn step(
     if !grad_norm.is_finite() {
         return fail("gradient's norm", grad_norm);
     }
+    at(Moment::After, machine)?;
     Ok(Stepped { step: number, loss, lr, grad_norm, tokens, targets })
 }
 
