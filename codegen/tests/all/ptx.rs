@@ -197,3 +197,38 @@ fn refuses_what_would_abort() {
     let why = refused(&k, &SYMBOLS);
     assert!(why.contains("panels"), "{why}");
 }
+
+/// y = x · Wᵀ of bf16, rounded; `a` and `b` say how the operands lie.
+fn half_product(a: [Dim; 2], b: [Dim; 2], ta: bool, tb: bool) -> Kernel {
+    let mut e = Entry::new("kernel");
+    let x = |e: &mut Entry, i: usize, shape: [Dim; 2]| {
+        let op = Op::Input { name: format!("a{i}"), dtype: DType::BF16, shape: shape.to_vec() };
+        e.push(&[], op, &[]).unwrap()
+    };
+    let (x, w) = (x(&mut e, 0, a), x(&mut e, 1, b));
+    let y = push(&mut e, Op::MatMul { ta, tb }, &[x, w]);
+    let y = push(&mut e, Op::Cast(DType::BF16), &[y]);
+    e.output("r0", y);
+    kernel("half", Class::Contraction, e)
+}
+
+#[test]
+fn products_of_halves_take_tensor_cores() {
+    let (t, n, k, r) = (Dim::Symbol(Sym::T), Dim::Known(4096), Dim::Known(14336), Dim::Known(16));
+    let forms = [
+        half_product([t, k], [n, k], false, true),
+        half_product([t, n], [n, k], false, false),
+        half_product([t, n], [t, k], true, false),
+        half_product([t, n], [r, n], false, true),
+        half_product([t, r], [t, n], true, false),
+    ];
+    for k in forms {
+        let text = ptx(&k);
+        assert!(text.contains("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"), "{text}");
+        assert!(text.contains("cp.async.cg.shared.global") && text.contains("ldmatrix.sync.aligned.m8n8.x4"), "{text}");
+        assert!(!text.contains(".local"), "{text}");
+    }
+    // Rows of 7 halves are no whole pieces.
+    let odd = ptx(&half_product([t, 7.into()], [n, 7.into()], false, true));
+    assert!(!odd.contains("mma.sync") && odd.contains("fma.rn.f32"), "{odd}");
+}

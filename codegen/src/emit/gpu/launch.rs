@@ -53,7 +53,7 @@ impl Unit {
     /// Text and launch of the finished entry.
     pub(super) fn finish(self, grid: [Expr; 3], threads: u32, dynamic: u32, min_blocks: u32) -> (String, Launch) {
         let name = &self.f.name;
-        let min = if min_blocks > 1 { format!(", nvvm.minctasm = {min_blocks} : i32") } else { String::new() };
+        let min = format!(", nvvm.minctasm = {min_blocks} : i32");
         let attrs = format!("attributes {{nvvm.kernel, nvvm.maxntid = array<i32: {threads}, 1, 1>{min}}}");
         let text = self.f.text().replacen("func.func @", "llvm.func @", 1);
         let text = text.replacen(") {\n", &format!(") {attrs} {{\n"), 1);

@@ -1,0 +1,358 @@
+//! Products of bf16 through tensor cores (`mma.sync` m16n8k16, f32 accumulators): sm_80 and later.
+//!
+//! A block of 8 warps computes a tile; tiles of the operands go through four stages of shared memory by asynchronous copies
+//! of 16 bytes, with zeros past the ends. An operand may lie along the sum or across it: `ldmatrix` transposes what lies
+//! across. 16-byte pieces are permuted within rows of a tile, so that neither copies nor matrix loads collide in banks.
+//! Products of one sum follow each other on the same accumulators; what is scaled comes first. The epilogue takes two
+//! neighbouring elements at a time straight from the accumulators.
+
+use super::epilogue;
+use super::operand::{Matrix, axes, matrix};
+use crate::emit::contraction::analyze::{Analysis, Product, Right};
+use crate::emit::dim_expr;
+use crate::emit::func::{Func, Val};
+use crate::emit::gpu::at::At;
+use crate::emit::gpu::launch::Unit;
+use crate::emit::gpu::pull::Pull;
+use crate::emit::gpu::{Parts, barrier, special};
+use crate::error::CodegenError;
+use pleach_ir::{DType, Dim, Kernel, Sym};
+use pleach_plan::Expr;
+
+const THREADS: i64 = 256;
+/// Steps of the sum in a stage, and stages.
+const STEP: i64 = 32;
+const STAGES: i64 = 4;
+/// Elements of 16 bytes.
+const PIECE: i64 = 8;
+
+/// How the work is cut: rows and columns of a block, and of its warps.
+#[derive(Clone, Copy)]
+struct Cut {
+    size: [i64; 2],
+    warps: [i64; 2],
+}
+
+impl Cut {
+    /// 16-row and 8-column products of a warp.
+    fn own(&self) -> [i64; 2] {
+        [self.size[0] / self.warps[0] / 16, self.size[1] / self.warps[1] / 8]
+    }
+
+    /// Bytes of a stage.
+    fn stage(&self) -> i64 {
+        (self.size[0] + self.size[1]) * STEP * 2
+    }
+}
+
+/// How a kernel is cut; `None` where tensor cores have no form of it.
+fn cut(a: &Analysis) -> Option<Cut> {
+    let fits = |x: &Product| x.dtype == DType::BF16 && (0..2).all(|side| along(a, x, side).is_some());
+    let offsets = a.groups.iter().all(|g| (g.offset as i64) % PIECE == 0);
+    let two_columns = a.n.known().is_some_and(|n| n % 2 == 0);
+    if !a.products.iter().all(fits) || !offsets || !two_columns {
+        return None;
+    }
+    let short = |d: Dim, n: u64| d.known().is_some_and(|d| d <= n);
+    let sets = sets(a);
+    Some(match sets {
+        1 if short(a.n, 32) => Cut { size: [128, 32], warps: [4, 2] },
+        1 if short(a.m, 32) => Cut { size: [32, 128], warps: [2, 4] },
+        1 => Cut { size: [128, 128], warps: [2, 4] },
+        2..=3 => Cut { size: [64, 128], warps: [2, 4] },
+        _ => return None,
+    })
+}
+
+/// Sets of accumulators that live at once: one for every sum, and one more for a scaled product that is not the first.
+fn sets(a: &Analysis) -> usize {
+    let scaled = |g: &crate::emit::contraction::analyze::Group| g.products.iter().filter(|p| p.1.is_some()).count() > 1;
+    a.groups.len() + usize::from(a.groups.iter().any(scaled))
+}
+
+/// Whether an operand lies along the sum (true) or across it; `None` where its pieces are not whole or not aligned.
+fn along(a: &Analysis, x: &Product, side: usize) -> Option<bool> {
+    let view = match (side, &x.right) {
+        (0, _) => &x.left,
+        (_, Right::Rows(v) | Right::Strided(v)) => v,
+        (_, Right::Panels { .. }) => return None,
+    };
+    let piece = PIECE as u64;
+    let (line, step) = axes(view, side);
+    let batch = &view.strides[..view.strides.len() - 2];
+    let aligned =
+        batch.iter().all(|s| s.factor % piece == 0) && view.offset.iter().all(|(n, s)| n * s.factor % piece == 0);
+    let whole = |d: Dim| d.known().is_some_and(|n| n % piece == 0);
+    let lines = if side == 0 { a.m } else { a.n };
+    match () {
+        () if !aligned => None,
+        () if step.known() == Some(1) && line.factor % piece == 0 && whole(x.k) => Some(true),
+        () if line.known() == Some(1) && step.factor % piece == 0 && whole(lines) => Some(false),
+        () => None,
+    }
+}
+
+/// Where a thread stands.
+struct Place {
+    cut: Cut,
+    tid: Val,
+    lane: Val,
+    /// First row and column of the block; of the warp in the block.
+    block: [Val; 2],
+    warp: [Val; 2],
+    /// Rows and columns of the results.
+    size: [Val; 2],
+    smem: Val,
+}
+
+/// An operand of a product with its place in a stage.
+struct Side {
+    x: Matrix,
+    along: bool,
+    /// Lines of the tile, and where it starts in a stage, bytes.
+    lines: i64,
+    start: i64,
+}
+
+/// Emits the kernel, if it has this form.
+pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<Parts>, CodegenError> {
+    let Some(cut) = cut(a) else { return Ok(None) };
+    let mut unit = Unit::new(k, "", false);
+    let f = &mut unit.f;
+    let mut p = Pull::new(f, k, symbols);
+    let smem = f.op("llvm.mlir.addressof @smem : !llvm.ptr<3>");
+    let tid = special(f, "tid.x");
+    let (warp, lane) = (f.divc(&tid, 32), f.remc(&tid, 32));
+    let block = [("ctaid.y", 0), ("ctaid.x", 1)].map(|(reg, i)| {
+        let x = special(f, reg);
+        f.mulc(&x, cut.size[i])
+    });
+    let (row, column) = (f.divc(&warp, cut.warps[1]), f.remc(&warp, cut.warps[1]));
+    let warp = [f.mulc(&row, cut.size[0] / cut.warps[0]), f.mulc(&column, cut.size[1] / cut.warps[1])];
+    let size = [p.dim(f, a.m), p.dim(f, a.n)];
+    let z = special(f, "ctaid.z");
+    let z = At::of(f, &z, 1);
+    let batch = p.index(f, &a.batch, &z);
+    let batch_values: Vec<Val> = batch.iter().map(|b| b.val(f)).collect();
+    let place = Place { cut, tid, lane, block, warp, size, smem };
+    let outer = f.cmp("slt", &place.block[0], &place.size[0]);
+    f.if_(&outer, |f| {
+        let mut sums = vec![];
+        for g in &a.groups {
+            let mut total: Option<Vec<Val>> = None;
+            for (x, scale) in &g.products {
+                let x = &a.products[*x];
+                let sides = [0, 1].map(|s| Side {
+                    x: matrix(f, &mut p, x, s, &batch_values, g.offset),
+                    along: along(a, x, s) == Some(true),
+                    lines: cut.size[s],
+                    start: if s == 0 { 0 } else { cut.size[0] * STEP * 2 },
+                });
+                let none = f.f32(0.0, 1);
+                let zeros = vec![none; (cut.own()[0] * cut.own()[1] * 4) as usize];
+                let depth = p.dim(f, x.k);
+                total = Some(match (scale, total) {
+                    (None, before) => place.accumulate(f, &sides, &depth, before.unwrap_or(zeros)),
+                    (Some(s), before) => {
+                        let s = p.eval(f, *s, &[]);
+                        let own = place.accumulate(f, &sides, &depth, zeros);
+                        let scaled = own.iter().enumerate().map(|(i, x)| match &before {
+                            Some(b) => f.op(format!("math.fma {x}, {s}, {} : f32", b[i])),
+                            None => f.op(format!("arith.mulf {x}, {s} : f32")),
+                        });
+                        scaled.collect()
+                    }
+                });
+            }
+            sums.push(total.unwrap_or_default());
+        }
+        place.write(f, &mut p, a, &batch, &sums);
+    });
+    p.finish()?;
+    let blocks = |d: Dim, n: i64| -> Result<Expr, CodegenError> { Ok(dim_expr(k, d, symbols)?.ceil_div(n as u64)) };
+    let mut batches = Expr::Const(1);
+    for d in &a.batch {
+        batches = batches.mul(dim_expr(k, *d, symbols)?);
+    }
+    let grid = [blocks(a.n, cut.size[1])?, blocks(a.m, cut.size[0])?, batches];
+    let simple = sets(a) == 1 && k.body.roots.len() == 1;
+    let (text, launch) = unit.finish(grid, THREADS as u32, (STAGES * cut.stage()) as u32, if simple { 2 } else { 1 });
+    Ok(Some((text, vec![launch], Expr::Const(0))))
+}
+
+impl Place {
+    /// Address of byte `at` of shared memory.
+    fn shared(&self, f: &mut Func, at: &Val) -> Val {
+        crate::emit::gpu::launch::shared_at(f, &self.smem, at, "i8")
+    }
+
+    /// Byte of a piece in a tile: row of the tile as it lies, number of the piece in it.
+    fn piece(&self, f: &mut Func, s: &Side, row: &Val, piece: &Val) -> Val {
+        let bytes = if s.along { STEP * 2 } else { s.lines * 2 };
+        // Rows of 64 bytes share a set of banks two by two.
+        let turn = if bytes < 128 {
+            let half = f.divc(row, 2);
+            f.remc(&half, 4)
+        } else {
+            f.remc(row, 8)
+        };
+        let turned = f.op(format!("arith.xori {piece}, {turn} : i64"));
+        let (a, b) = (f.mulc(row, bytes), f.mulc(&turned, 16));
+        f.add(&a, &b)
+    }
+
+    /// Starts the copies of step `k0` of an operand into a stage.
+    fn fill(&self, f: &mut Func, side: usize, s: &Side, stage: &Val, k0: &Val, depth: &Val) {
+        let row_pieces = if s.along { STEP / PIECE } else { s.lines / PIECE };
+        let total = s.lines * STEP / PIECE;
+        let base = f.op(format!("llvm.addrspacecast {} : !llvm.ptr to !llvm.ptr<1>", s.x.base));
+        for i in 0..(total as u64).div_ceil(THREADS as u64) as i64 {
+            let n = f.addc(&self.tid, i * THREADS);
+            let copy = |f: &mut Func| {
+                let (row, piece) = (f.divc(&n, row_pieces), f.remc(&n, row_pieces));
+                let within = f.mulc(&piece, PIECE);
+                let (line, step) = if s.along { (&row, &within) } else { (&within, &row) };
+                let (line, step) = (f.add(&self.block[side], line), f.add(k0, step));
+                let (a, b) = (f.cmp("slt", &line, &self.size[side]), f.cmp("slt", &step, depth));
+                let inside = f.op(format!("arith.andi {a}, {b} : i1"));
+                let (a, b) = (f.mul(&line, &s.x.line), f.mul(&step, &s.x.step));
+                let (at, zero) = (f.add(&a, &b), f.i64(0));
+                let at = f.op(format!("arith.select {inside}, {at}, {zero} : i64"));
+                let from = f.op(format!("llvm.getelementptr {base}[{at}] : (!llvm.ptr<1>, i64) -> !llvm.ptr<1>, i16"));
+                let (all, none) = (f.i32(16, 1), f.i32(0, 1));
+                let bytes = f.op(format!("arith.select {inside}, {all}, {none} : i32"));
+                let to = self.piece(f, s, &row, &piece);
+                let to = f.add(&to, stage);
+                let to = f.addc(&to, s.start);
+                let to = self.shared(f, &to);
+                f.stmt(&format!(
+                    "nvvm.cp.async.shared.global {to}, {from}, 16, cache = cg, {bytes} : !llvm.ptr<3>, !llvm.ptr<1>, i32"
+                ));
+            };
+            if (i + 1) * THREADS <= total {
+                copy(f);
+            } else {
+                let end = f.i64(total);
+                let some = f.cmp("slt", &n, &end);
+                f.if_(&some, copy);
+            }
+        }
+    }
+
+    /// Four 8 by 8 matrices of an operand: 16 lines from `line` on, 16 steps from `step` on. For the left operand in the order
+    /// of its registers; for the right one two columns of products, each with both halves of the steps.
+    fn matrices(&self, f: &mut Func, side: usize, s: &Side, stage: &Val, line: i64, step: i64) -> [Val; 4] {
+        let low = f.remc(&self.lane, 8);
+        let (eighth, half) = (f.divc(&self.lane, 8), f.divc(&self.lane, 16));
+        let odd = f.remc(&eighth, 2);
+        // Matrix i of the left operand: lines i % 2, steps i / 2; of the right one the other way round.
+        let (lines, steps) = if side == 0 { (&odd, &half) } else { (&half, &odd) };
+        let (row, piece) = if s.along {
+            let l = f.mulc(lines, 8);
+            let l = f.add(&l, &low);
+            let l = f.addc(&l, line);
+            (f.add(&self.warp[side], &l), f.addc(steps, step / PIECE))
+        } else {
+            let k = f.mulc(steps, 8);
+            let k = f.add(&k, &low);
+            let first = f.divc(&self.warp[side], PIECE);
+            let first = f.addc(&first, line / PIECE);
+            (f.addc(&k, step), f.add(&first, lines))
+        };
+        let at = self.piece(f, s, &row, &piece);
+        let at = f.add(&at, stage);
+        let at = f.addc(&at, s.start);
+        let at = self.shared(f, &at);
+        let layout = if s.along { "row" } else { "col" };
+        let q = f.op(format!(
+            "nvvm.ldmatrix {at} {{num = 4 : i32, layout = #nvvm.mma_layout<{layout}>, shape = #nvvm.ld_st_matrix_shape<m = 8, \
+             n = 8>, eltType = #nvvm.ld_st_matrix_elt_type<b16>}} : (!llvm.ptr<3>) -> !llvm.struct<(i32, i32, i32, i32)>"
+        ));
+        [0, 1, 2, 3].map(|i| f.op(format!("llvm.extractvalue {q}[{i}] : !llvm.struct<(i32, i32, i32, i32)>")))
+    }
+
+    /// The thread's sums of one product, added to what is there: four for every product of a warp.
+    fn accumulate(&self, f: &mut Func, sides: &[Side; 2], depth: &Val, init: Vec<Val>) -> Vec<Val> {
+        let stage = self.cut.stage();
+        for i in 0..STAGES - 1 {
+            let (at, k0) = (f.i64(i * stage), f.i64(i * STEP));
+            for (side, s) in sides.iter().enumerate() {
+                self.fill(f, side, s, &at, &k0, depth);
+            }
+            f.stmt("nvvm.cp.async.commit.group");
+        }
+        let (zero, steps) = (f.i64(0), f.ceil_divc(depth, STEP));
+        let init: Vec<(Val, String)> = init.into_iter().map(|x| (x, "f32".to_string())).collect();
+        let out = f.for_(&zero, &steps, 1, &init, |f, t, acc| {
+            f.stmt(&format!("nvvm.cp.async.wait.group {}", STAGES - 2));
+            barrier(f);
+            let next = f.addc(t, STAGES - 1);
+            let slot = f.remc(&next, STAGES);
+            let (slot, k0) = (f.mulc(&slot, stage), f.mulc(&next, STEP));
+            for (side, s) in sides.iter().enumerate() {
+                self.fill(f, side, s, &slot, &k0, depth);
+            }
+            f.stmt("nvvm.cp.async.commit.group");
+            let now = f.remc(t, STAGES);
+            let now = f.mulc(&now, stage);
+            let mut acc = acc.to_vec();
+            for step in [0, 16] {
+                self.multiply(f, sides, &now, step, &mut acc);
+            }
+            acc
+        });
+        // Shared memory is free for the next product.
+        f.stmt("nvvm.cp.async.wait.group 0");
+        barrier(f);
+        out
+    }
+
+    fn multiply(&self, f: &mut Func, sides: &[Side; 2], stage: &Val, step: i64, acc: &mut [Val]) {
+        let [rows, columns] = self.cut.own();
+        let a: Vec<[Val; 4]> = (0..rows).map(|i| self.matrices(f, 0, &sides[0], stage, 16 * i, step)).collect();
+        let b: Vec<[Val; 4]> = (0..columns / 2).map(|j| self.matrices(f, 1, &sides[1], stage, 16 * j, step)).collect();
+        for (i, a) in a.iter().enumerate() {
+            for j in 0..columns as usize {
+                let b = &b[j / 2][2 * (j % 2)..];
+                let c = &mut acc[4 * (i * columns as usize + j)..][..4];
+                let d = f.op(format!(
+                    "nvvm.mma.sync A[{}, {}, {}, {}] B[{}, {}] C[{}, {}, {}, {}] {{layoutA = #nvvm.mma_layout<row>, layoutB = \
+                     #nvvm.mma_layout<col>, multiplicandAPtxType = #nvvm.mma_type<bf16>, multiplicandBPtxType = \
+                     #nvvm.mma_type<bf16>, shape = #nvvm.shape<m = 16, n = 8, k = 16>}} : (i32, i32, f32) -> \
+                     !llvm.struct<(f32, f32, f32, f32)>",
+                    a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2], c[3]
+                ));
+                for (e, c) in c.iter_mut().enumerate() {
+                    *c = f.op(format!("llvm.extractvalue {d}[{e}] : !llvm.struct<(f32, f32, f32, f32)>"));
+                }
+            }
+        }
+    }
+
+    fn write(&self, f: &mut Func, p: &mut Pull<'_>, a: &Analysis, batch: &[At], sums: &[Vec<Val>]) {
+        p.together = 2;
+        let [rows, columns] = self.cut.own();
+        let (row, pair) = (f.divc(&self.lane, 4), f.remc(&self.lane, 4));
+        let (m0, n0) = (f.add(&self.block[0], &self.warp[0]), f.add(&self.block[1], &self.warp[1]));
+        let pair = f.mulc(&pair, 2);
+        let (m0, n0) = (f.add(&m0, &row), f.add(&n0, &pair));
+        for i in 0..2 * rows {
+            let m = f.addc(&m0, 8 * i);
+            let in_rows = f.cmp("slt", &m, &self.size[0]);
+            f.if_(&in_rows, |f| {
+                for j in 0..columns {
+                    let n = f.addc(&n0, 8 * j);
+                    let inside = f.cmp("slt", &n, &self.size[1]);
+                    let first = (4 * (i / 2 * columns + j) + 2 * (i % 2)) as usize;
+                    let own: Vec<Vec<Val>> = sums.iter().map(|s| s[first..first + 2].to_vec()).collect();
+                    f.if_(&inside, |f| {
+                        let mut index = batch.to_vec();
+                        index.push(At::of(f, &m, 1));
+                        index.push(At::of(f, &n, 2));
+                        epilogue(f, p, a, &index, &own);
+                    });
+                }
+            });
+        }
+    }
+}
