@@ -464,6 +464,39 @@ pub(crate) enum AdapterCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Make one LoRA adapter of several, as PEFT's add_weighted_adapter does
+    #[command(
+        after_help = "Example:\n  pleach adapter merge runs/a runs/b --weights 0.7,0.3 --combination svd --out runs/both"
+    )]
+    Merge {
+        /// PEFT folders of LoRA adapters
+        #[arg(required = true)]
+        adapters: Vec<PathBuf>,
+        /// One weight per adapter; 1 each without
+        #[arg(long, value_name = "W1,W2", value_delimiter = ',', allow_hyphen_values = true)]
+        weights: Vec<f64>,
+        /// linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune; the last four with _svd too
+        #[arg(long, value_name = "HOW", default_value = "cat")]
+        combination: String,
+        /// Part of the values that is kept, where values are dropped
+        #[arg(long, value_name = "D", default_value_t = 1.0)]
+        density: f64,
+        /// Rank of the result of the forms with svd; the largest of the adapters' without
+        #[arg(long, value_name = "R")]
+        rank: Option<u64>,
+        /// Keys what dare drops
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        seed: u64,
+        /// Folder to write
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Hugging Face folder of their base model; the one that the first adapter names without it
+        #[arg(long, value_name = "MODEL")]
+        model: Option<PathBuf>,
+        /// Replace the adapter that the folder holds
+        #[arg(long)]
+        overwrite: bool,
+    },
     /// Write an equivalent adapter in another method's form, without loss
     #[command(after_help = "Example:\n  pleach adapter convert runs/paca --to lora --out runs/paca-as-lora")]
     Convert {

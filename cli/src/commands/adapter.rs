@@ -4,7 +4,7 @@ use crate::args::{AdapterCommand, AdapterPath};
 use crate::failure::{Failure, Result};
 use crate::model::{Model, temporary_beside};
 use crate::report::{self, Table, Ui, count};
-use pleach_frontend::adapter::to_lora;
+use pleach_frontend::adapter::{Combination, combine, to_lora};
 use pleach_frontend::peft::{MethodConfig, check_adapter, preview_targets};
 use pleach_frontend::{Adapter, Checkpoint, ModelConfig, ModuleTable};
 use serde_json::json;
@@ -21,6 +21,11 @@ pub(crate) fn adapter(ui: &Ui, command: &AdapterCommand) -> Result<()> {
         AdapterCommand::Targets { model, spec, r, json } => targets(model, spec, *r, *json),
         AdapterCommand::Convert { adapter, to: _, out, model, overwrite } => {
             convert(ui, adapter, out, model.as_deref(), *overwrite)
+        }
+        AdapterCommand::Merge { adapters, weights, combination, density, rank, seed, out, model, overwrite } => {
+            let weights = if weights.is_empty() { vec![1.0; adapters.len()] } else { weights.clone() };
+            let how = Combination { kind: combination.clone(), weights, density: *density, rank: *rank, seed: *seed };
+            merge(ui, adapters, &how, out, model.as_deref(), *overwrite)
         }
     }
 }
@@ -98,25 +103,70 @@ fn targets(model: &Path, spec: &str, rank: u64, as_json: bool) -> Result<()> {
     Ok(())
 }
 
-/// PaCA to LoRA. The new folder is written under a temporary name and renamed.
+/// PaCA to LoRA.
 fn convert(ui: &Ui, from: &Path, out: &Path, model: Option<&Path>, overwrite: bool) -> Result<()> {
-    let occupied = out.is_dir() && fs::read_dir(out).map_err(Failure::io("read", out))?.next().is_some();
-    if out.is_file() || (occupied && !overwrite) {
+    may_write(&[from], out, overwrite)?;
+    let base = model.map_or_else(|| base_of(from), |dir| Ok(dir.to_owned()))?;
+    let checkpoint = Checkpoint::open(&base)?;
+    let adapter = Adapter::open(from, None, &checkpoint.modules)?;
+    write_folder(out, |dir| Ok(to_lora(&adapter, &checkpoint, dir)?))?;
+    if !ui.quiet {
+        let (sites, parameters) = (adapter.sites.len(), adapter.parameters());
+        report::line(&format!("{}: LoRA, {sites} modules, {} parameters of PaCA", out.display(), count(parameters)));
+    }
+    Ok(())
+}
+
+/// Several LoRA adapters to one.
+fn merge(
+    ui: &Ui,
+    from: &[PathBuf],
+    how: &Combination,
+    out: &Path,
+    model: Option<&Path>,
+    overwrite: bool,
+) -> Result<()> {
+    let sources: Vec<&Path> = from.iter().map(PathBuf::as_path).collect();
+    may_write(&sources, out, overwrite)?;
+    let base = model.map_or_else(|| base_of(&from[0]), |dir| Ok(dir.to_owned()))?;
+    let checkpoint = Checkpoint::open(&base)?;
+    let open = |dir: &PathBuf| Adapter::open(dir, None, &checkpoint.modules);
+    let adapters = from.iter().map(open).collect::<std::result::Result<Vec<_>, _>>()?;
+    let mut done = (0, 0);
+    write_folder(out, |dir| {
+        done = combine(&adapters, how, &checkpoint, dir)?;
+        Ok(())
+    })?;
+    if !ui.quiet {
+        let ((rank, modules), n) = (done, from.len());
+        report::line(&format!("{}: {} of {n} adapters, {modules} modules of rank {rank}", out.display(), how.kind));
+    }
+    Ok(())
+}
+
+fn occupied(out: &Path) -> Result<bool> {
+    Ok(out.is_dir() && fs::read_dir(out).map_err(Failure::io("read", out))?.next().is_some())
+}
+
+/// Refuses a folder that holds something, or what is read.
+fn may_write(from: &[&Path], out: &Path, overwrite: bool) -> Result<()> {
+    if out.is_file() || (occupied(out)? && !overwrite) {
         let what = "exists and is not empty; choose another folder or pass --overwrite";
         return Err(Failure::new(format!("{}: {what}", out.display())));
     }
-    if matches!((from.canonicalize(), out.canonicalize()), (Ok(a), Ok(b)) if a == b) {
+    let own = |from: &&Path| matches!((from.canonicalize(), out.canonicalize()), (Ok(a), Ok(b)) if a == b);
+    if from.iter().any(own) {
         return Err(Failure::usage("--out is the adapter's own folder; choose another one"));
     }
-    let base = match model {
-        Some(dir) => dir.to_owned(),
-        None => base_of(from)?,
-    };
-    let checkpoint = Checkpoint::open(&base)?;
-    let adapter = Adapter::open(from, None, &checkpoint.modules)?;
+    Ok(())
+}
+
+/// Writes an adapter's folder under a temporary name and renames it.
+fn write_folder(out: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let occupied = occupied(out)?;
     let temporary = temporary_beside(out)?;
     fs::create_dir_all(&temporary).map_err(Failure::io("create", &temporary))?;
-    let done = to_lora(&adapter, &checkpoint, &temporary).map_err(Failure::from).and_then(|()| {
+    let done = write(&temporary).and_then(|()| {
         if occupied {
             for file in ["adapter_model.safetensors", "adapter_config.json"] {
                 fs::rename(temporary.join(file), out.join(file)).map_err(Failure::io("write", out))?;
@@ -127,12 +177,7 @@ fn convert(ui: &Ui, from: &Path, out: &Path, model: Option<&Path>, overwrite: bo
         fs::rename(&temporary, out).map_err(Failure::io("write", out))
     });
     let _ = fs::remove_dir_all(&temporary);
-    done?;
-    if !ui.quiet {
-        let (sites, parameters) = (adapter.sites.len(), adapter.parameters());
-        report::line(&format!("{}: LoRA, {sites} modules, {} parameters of PaCA", out.display(), count(parameters)));
-    }
-    Ok(())
+    done
 }
 
 /// The base model that an adapter's configuration names, as a folder: as it stands, or beside the adapter.

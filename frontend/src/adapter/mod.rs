@@ -5,6 +5,7 @@
 //! [`Kind::read`].
 
 mod allora;
+mod combine;
 mod convert;
 mod dora;
 mod fold;
@@ -17,6 +18,7 @@ mod method;
 mod paca;
 mod plan;
 mod schedule;
+mod svd;
 #[cfg(test)]
 mod tests;
 mod update;
@@ -26,6 +28,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
+pub use combine::{Combination, combine};
 pub use convert::to_lora;
 pub(crate) use fold::all_rows;
 pub use fold::merged;

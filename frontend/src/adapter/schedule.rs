@@ -110,17 +110,21 @@ impl Event<'_> {
 
     /// A number in `[0, 1)` that depends on the seed, a name and the step alone.
     pub fn draw(&self, name: &str) -> f64 {
-        let mut x =
-            name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
-        for word in [self.seed, self.step] {
-            // The finalizer of splitmix64 (Steele et al. 2014).
-            x = (x ^ word).wrapping_add(0x9e37_79b9_7f4a_7c15);
-            x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            x ^= x >> 31;
-        }
-        (x >> 11) as f64 / (1u64 << 53) as f64
+        draw(name, self.seed, self.step)
     }
+}
+
+/// A number in `[0, 1)` that depends on these alone.
+pub(super) fn draw(name: &str, seed: u64, at: u64) -> f64 {
+    let mut x = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    for word in [seed, at] {
+        // The finalizer of splitmix64 (Steele et al. 2014).
+        x = (x ^ word).wrapping_add(0x9e37_79b9_7f4a_7c15);
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^= x >> 31;
+    }
+    (x >> 11) as f64 / (1u64 << 53) as f64
 }
 
 /// The events of an adapter's run. A plan carries it as data.
