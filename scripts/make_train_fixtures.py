@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
+from methods import Hooks
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -139,15 +140,19 @@ def paca_state(model):
 # ---- training -----------------------------------------------------------------------------------------------------
 
 
-def train(model, rows, run):
-    """`STEPS` steps of AdamW; the loss of a step is the mean over all counted tokens of its micro-batches."""
+def train(model, rows, run, hooks=None, looked=None):
+    """Steps of AdamW; the loss of a step is the mean over all counted tokens of its micro-batches. `hooks` (scripts/methods) change
+    what happens between steps, `looked(step)` sees every step's gradients."""
+    hooks = hooks or Hooks()
+    steps = run.get("steps", STEPS)
+    optimizer = hooks.optimizer(hooks.groups(model, run["lr"], run["weight_decay"]), lr=run["lr"])
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=run["lr"], weight_decay=run["weight_decay"])
     scheduler = transformers.get_scheduler(
-        run["schedule"], optimizer, num_warmup_steps=run["warmup"], num_training_steps=STEPS
+        run["schedule"], optimizer, num_warmup_steps=run["warmup"], num_training_steps=steps
     )
     at, log = 0, {"losses": [], "grad_norms": [], "lrs": [], "tokens": []}
-    for _ in range(STEPS):
+    for i in range(steps):
+        hooks.before_step(model, i)
         step = []
         for _ in range(run["batch"] * run["accum"]):
             step.append(rows[at % len(rows)])
@@ -159,13 +164,22 @@ def train(model, rows, run):
             loss = F.cross_entropy(logits, torch.tensor(r["labels"][1:]), reduction="sum") / counted
             loss.backward()
             total += loss.item()
+        more = hooks.loss(model)
+        if more is not None:
+            more.backward()
+            total += more.item()
+        if looked:
+            looked(i)
+        hooks.after_backward(model, i)
         limit = run["max_grad_norm"] or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(trained, limit)
         log["losses"].append(total)
         log["grad_norms"].append(norm.item())
+        # The first group's; others follow by a constant factor.
         log["lrs"].append(scheduler.get_last_lr()[0])
         log["tokens"].append(sum(len(r["input_ids"]) for r in step))
         optimizer.step()
+        hooks.after_step(model, i, scheduler.get_last_lr()[0])
         scheduler.step()
         optimizer.zero_grad()
     return log

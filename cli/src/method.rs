@@ -35,7 +35,7 @@ impl MethodArgs {
             (None, Some(m)) => m,
             (None, None) => {
                 return Err(Failure::usage(
-                    "say what to train: --method lora, rslora, dora, paca or full, --method-config FILE, or --adapter DIR",
+                    "say what to train: --method NAME (`pleach methods` lists them), --method-config FILE, or --adapter DIR",
                 ));
             }
         };
@@ -44,7 +44,7 @@ impl MethodArgs {
             keys.remove(key);
         }
         for (key, value) in self.given(&name)? {
-            keys.insert(key.into(), value);
+            keys.insert(key, value);
         }
         // Refused here, before anything is compiled.
         MethodConfig::named(&name, &keys)?.check_training()?;
@@ -78,7 +78,7 @@ impl MethodArgs {
         }
         let name = config.method.name();
         for (key, value) in self.given(name)? {
-            let is = have.get(key).cloned().unwrap_or(Value::Null);
+            let is = have.get(&key).cloned().unwrap_or(Value::Null);
             let same = match (value.as_f64(), is.as_f64()) {
                 (Some(a), Some(b)) => a == b,
                 _ => sorted(&value) == sorted(&is),
@@ -92,12 +92,13 @@ impl MethodArgs {
     }
 
     /// The keys that flags give.
-    fn given(&self, method: &str) -> Result<Vec<(&'static str, Value)>> {
-        let paca = method == "paca";
-        let alpha = if paca { "paca_alpha" } else { "lora_alpha" };
-        let mut out: Vec<(&'static str, Value)> = vec![];
-        let mut put = |key: &'static str, value: Option<Value>| out.extend(value.map(|v| (key, v)));
-        put("r", self.r.map(Value::from));
+    fn given(&self, method: &str) -> Result<Vec<(String, Value)>> {
+        let plain = MethodConfig::named(method, &Map::new());
+        let (rank, alpha) = plain.map_or((None, None), |c| (c.method.rank_key(), c.method.alpha_key()));
+        let (rank, alpha) = (rank.unwrap_or("r"), alpha.unwrap_or("lora_alpha"));
+        let mut out: Vec<(String, Value)> = vec![];
+        let mut put = |key: &str, value: Option<Value>| out.extend(value.map(|v| (key.to_owned(), v)));
+        put(rank, self.r.map(Value::from));
         put(alpha, self.alpha.map(number));
         put("lora_alpha", self.lora_alpha.map(number));
         put("paca_alpha", self.paca_alpha.map(number));
@@ -120,6 +121,12 @@ impl MethodArgs {
         put("lora_dropout", self.lora_dropout.map(number));
         put("selection", self.selection.clone().map(Value::from));
         put("calibration_batches", self.calibration_batches.map(Value::from));
+        for pair in &self.set {
+            let (key, text) = pair
+                .split_once('=')
+                .ok_or_else(|| Failure::usage(format!("--set: `{pair}` is not written as KEY=VALUE")))?;
+            put(key, Some(serde_json::from_str(text).unwrap_or_else(|_| text.into())));
+        }
         Ok(out)
     }
 }

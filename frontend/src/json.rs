@@ -102,6 +102,12 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// A non-negative integer.
+    pub(crate) fn whole(&mut self, key: &str) -> Result<Option<u64>> {
+        let Some(value) = self.raw(key) else { return Ok(None) };
+        value.as_u64().map(Some).ok_or_else(|| self.fault(key, format!("is {value}; expected an integer from 0")))
+    }
+
     /// Like [`Fields::count`], and the key must be there.
     pub(crate) fn required_count(&mut self, key: &str, max: u64) -> Result<u64> {
         self.count(key, max)?.ok_or_else(|| self.fault(key, "is missing"))

@@ -71,6 +71,7 @@ pub struct ModuleTable {
     /// Whether the paths of this table carry the wrapper's name.
     wrapped: bool,
     default_targets: &'static [&'static str],
+    scaled_targets: &'static [&'static str],
 }
 
 impl Module {
@@ -118,6 +119,11 @@ impl ModuleTable {
         self.default_targets
     }
 
+    /// The same for methods that scale activations.
+    pub fn scaled_targets(&self) -> &'static [&'static str] {
+        self.scaled_targets
+    }
+
     /// The prefix ("model." or "bert.") that other transformers classes of this family add or leave out.
     pub fn wrapper(&self) -> &'static str {
         self.wrapper
@@ -149,7 +155,7 @@ impl ModuleTable {
             modules.push(Module { path, ..module.clone() });
         }
         let (wrapped, wrapper, default_targets) = (!self.wrapped, self.wrapper, self.default_targets);
-        (ModuleTable { modules, wrapper, wrapped, default_targets }, origins)
+        (ModuleTable { modules, wrapper, wrapped, default_targets, scaled_targets: self.scaled_targets }, origins)
     }
 }
 
@@ -201,7 +207,11 @@ fn llama(c: &LlamaConfig) -> ModuleTable {
     let default_targets: &[&str] = match c.family {
         LlamaFamily::Llama | LlamaFamily::Mistral | LlamaFamily::Qwen2 => &["q_proj", "v_proj"],
     };
-    ModuleTable { modules: b.0, wrapper: "model", wrapped: true, default_targets }
+    let scaled_targets: &[&str] = match c.family {
+        LlamaFamily::Llama | LlamaFamily::Mistral => &["k_proj", "v_proj", "down_proj"],
+        LlamaFamily::Qwen2 => &["q_proj", "v_proj", "down_proj"],
+    };
+    ModuleTable { modules: b.0, wrapper: "model", wrapped: true, default_targets, scaled_targets }
 }
 
 fn bert(c: &BertConfig) -> ModuleTable {
@@ -233,5 +243,6 @@ fn bert(c: &BertConfig) -> ModuleTable {
     b.other(&["pooler".into()]);
     b.linear("pooler.dense".into(), d, d, true);
     b.other(&["pooler.activation".into()]);
-    ModuleTable { modules: b.0, wrapper: "bert", wrapped: false, default_targets: &["query", "value"] }
+    let scaled_targets = &["key", "value", "output.dense"];
+    ModuleTable { modules: b.0, wrapper: "bert", wrapped: false, default_targets: &["query", "value"], scaled_targets }
 }

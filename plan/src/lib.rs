@@ -1,7 +1,8 @@
 //! The plan: what a compiled model is, as one file.
 //!
 //! Holds the types ([`Plan`], [`Entry`], [`Kernel`], [`Param`]), size expressions ([`Expr`]), the encoding
-//! ([`Plan::read`], [`Plan::write`]), validation ([`validate`]) and the memory planner ([`memory`]). Depends on no other
+//! ([`Plan::read`], [`Plan::write`]), validation ([`validate`]), the memory planner ([`memory`]) and the generators of random
+//! numbers that recipes in plans name ([`random`]). Depends on no other
 //! crate of the project, and runs nothing.
 
 mod encode;
@@ -9,6 +10,7 @@ mod error;
 mod expr;
 pub mod memory;
 mod query;
+pub mod random;
 mod types;
 mod validate;
 

@@ -1,7 +1,7 @@
 //! From logits to the next id: greedy, or sampled with temperature and nucleus.
 
 use crate::error::{Result, RuntimeError};
-use crate::random::Philox;
+use pleach_plan::random::Philox;
 
 /// How the next id is chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -7,8 +7,8 @@
 
 use crate::cast;
 use crate::error::{Result, RuntimeError};
-use crate::random::Philox;
 use memmap2::{Mmap, UncheckedAdvice};
+use pleach_plan::random::Philox;
 use pleach_plan::{DType, Plan, Source};
 use safetensors::SafeTensors;
 use std::collections::BTreeMap;

@@ -10,6 +10,7 @@ pub mod compiled;
 pub mod fixtures;
 pub mod golden;
 pub mod matrix;
+pub mod methods;
 pub mod random;
 pub mod readers;
 pub mod training;

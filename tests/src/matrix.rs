@@ -86,11 +86,19 @@ pub fn table(cases: &[Fixture]) -> Result<String, String> {
 /// # Errors
 /// The README lacks the marks, or differs.
 pub fn check(cases: &[Fixture]) -> Result<(), String> {
-    let path = crate::root().join("README.md");
-    let text = std::fs::read_to_string(&path).map_err(|e| e.to_string())?;
-    let at = |m: &str| text.find(m).ok_or_else(|| format!("README.md has no line {m}"));
-    let (a, b) = (at(MARKS[0])? + MARKS[0].len(), at(MARKS[1])?);
-    let want = format!("\n{}", table(cases)?);
+    between("README.md", MARKS, &table(cases)?)
+}
+
+/// Compares what lies between two marks of a file with a table; `PLEACH_BLESS=1` writes it.
+///
+/// # Errors
+/// The file lacks the marks, or differs.
+pub fn between(file: &str, marks: [&str; 2], table: &str) -> Result<(), String> {
+    let path = crate::root().join(file);
+    let text = std::fs::read_to_string(&path).map_err(|e| format!("{file}: {e}"))?;
+    let at = |m: &str| text.find(m).ok_or_else(|| format!("{file} has no line {m}"));
+    let (a, b) = (at(marks[0])? + marks[0].len(), at(marks[1])?);
+    let want = format!("\n{table}");
     if text.get(a..b) == Some(want.as_str()) {
         return Ok(());
     }
@@ -98,5 +106,5 @@ pub fn check(cases: &[Fixture]) -> Result<(), String> {
         let new = format!("{}{want}{}", &text[..a], &text[b..]);
         return std::fs::write(&path, new).map_err(|e| e.to_string());
     }
-    Err("README.md's table is not what the fixtures give; run this test with PLEACH_BLESS=1".into())
+    Err(format!("{file}: the table is not what the fixtures give; run this test with PLEACH_BLESS=1"))
 }

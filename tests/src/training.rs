@@ -26,7 +26,8 @@ pub const CHANGE: f64 = 1e-2;
 pub struct TrainCase {
     /// Name of its folder.
     pub name: String,
-    dir: PathBuf,
+    /// The folder.
+    pub dir: PathBuf,
 }
 
 /// A fixture with its files opened.
@@ -40,7 +41,8 @@ pub struct Opened {
     pub rows: Rows,
     /// How it is trained.
     pub settings: Settings,
-    expected: Value,
+    /// `case.json`.
+    pub expected: Value,
     /// Start and end of every trained tensor, by the name of its parameter.
     moves: BTreeMap<String, (Vec<f32>, Vec<f32>)>,
 }
@@ -50,7 +52,15 @@ pub struct Opened {
 /// # Errors
 /// A folder that cannot be read.
 pub fn cases() -> Result<Vec<TrainCase>, String> {
-    let root = crate::root().join("tests/fixtures/train");
+    cases_in("train")
+}
+
+/// Every case of a folder of `tests/fixtures`, sorted.
+///
+/// # Errors
+/// A folder that cannot be read.
+pub fn cases_in(folder: &str) -> Result<Vec<TrainCase>, String> {
+    let root = crate::root().join("tests/fixtures").join(folder);
     let list = std::fs::read_dir(&root).map_err(|e| format!("{}: {e}", root.display()))?;
     let dirs = list.flatten().map(|e| e.path()).filter(|d| d.join("case.json").is_file());
     let name = |d: &PathBuf| d.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
@@ -60,6 +70,11 @@ pub fn cases() -> Result<Vec<TrainCase>, String> {
 }
 
 impl TrainCase {
+    /// Whether the fixture has optimizer steps.
+    pub fn trains(&self, o: &Opened) -> bool {
+        !o.moves.is_empty()
+    }
+
     /// Opens the files.
     ///
     /// # Errors
@@ -68,7 +83,7 @@ impl TrainCase {
         let text = |e: &dyn std::fmt::Display| format!("{}: {e}", self.name);
         let read = |path: PathBuf| std::fs::read_to_string(&path).map_err(|e| text(&e));
         let expected: Value = serde_json::from_str(&read(self.dir.join("case.json"))?).map_err(|e| text(&e))?;
-        let root = self.dir.parent().unwrap_or(&self.dir);
+        let root = crate::root().join("tests/fixtures/train");
         let model = expected["model"].as_str().unwrap_or_default();
         let checkpoint = Checkpoint::open(&root.join("models").join(model)).map_err(|e| text(&e))?;
         let adapter = Adapter::open(&self.dir.join("start"), None, &checkpoint.modules).map_err(|e| text(&e))?;
@@ -92,8 +107,13 @@ impl TrainCase {
             ..Settings::default()
         };
         let rows = rows(&read(root.join("rows.jsonl"))?)?;
-        let after = TensorTable::open_file(&self.dir.join("final.safetensors")).map_err(|e| text(&e))?;
+        let after = self.dir.join("final.safetensors");
         let mut moves = BTreeMap::new();
+        if !after.is_file() {
+            // Nothing is trained.
+            return Ok(Opened { checkpoint, adapters: [adapter], rows, settings, expected, moves });
+        }
+        let after = TensorTable::open_file(&after).map_err(|e| text(&e))?;
         for (key, value) in slot_values(&adapter) {
             let SlotValue::Tensor(before) = value else { continue };
             let Some(tensor) = after.get(&before.name) else { continue };
@@ -158,7 +178,16 @@ impl Opened {
     /// # Errors
     /// Tensors that cannot be read.
     pub fn values(&self, params: &[Param]) -> Result<BTreeMap<String, Tensor>, String> {
-        let slot: BTreeMap<String, SlotValue> = slot_values(&self.adapters[0]).into_iter().collect();
+        self.values_with(params, &self.adapters)
+    }
+
+    /// The same with these adapters in the slots.
+    ///
+    /// # Errors
+    /// Tensors that cannot be read.
+    pub fn values_with(&self, params: &[Param], adapters: &[Adapter]) -> Result<BTreeMap<String, Tensor>, String> {
+        let slots: Vec<BTreeMap<String, SlotValue>> =
+            adapters.iter().map(|a| slot_values(a).into_iter().collect()).collect();
         let mut values = BTreeMap::new();
         for p in params {
             let value = match &p.source {
@@ -167,8 +196,9 @@ impl Opened {
                         self.checkpoint.params().find(|(_, t)| t.name == *name).ok_or(format!("no tensor {name}"))?;
                     Tensor::f32(t.1.shape.clone(), t.1.read_f32().map_err(|e| e.to_string())?)
                 }
-                Source::Adapter { key, .. } => {
-                    let value = slot.get(key).ok_or_else(|| format!("no value for {key}"))?;
+                Source::Adapter { slot, key } => {
+                    let value = slots.get(*slot as usize).and_then(|s| s.get(key));
+                    let value = value.ok_or_else(|| format!("no value for {key}"))?;
                     let t = value.read(&self.checkpoint).map_err(|e| e.to_string())?;
                     match t.data {
                         SlotData::F32(x) => Tensor::f32(t.shape, x),
@@ -308,8 +338,9 @@ pub enum Program {
 pub struct Interpreted {
     program: Program,
     params: Vec<Param>,
+    entries: Vec<String>,
     values: BTreeMap<String, Tensor>,
-    /// Bytes of what is trained, as a machine shows them.
+    /// Bytes of the slots and of what is trained, as a machine shows them.
     bytes: BTreeMap<String, Vec<u8>>,
 }
 
@@ -319,23 +350,52 @@ impl Interpreted {
     /// # Errors
     /// Tensors that cannot be read, and what the interpreter refuses.
     pub fn new(program: Program, fixture: &Opened) -> Result<Interpreted, String> {
+        Interpreted::with(program, fixture, &fixture.adapters)
+    }
+
+    /// The same with these adapters in the slots.
+    ///
+    /// # Errors
+    /// As [`Interpreted::new`].
+    pub fn with(program: Program, fixture: &Opened, adapters: &[Adapter]) -> Result<Interpreted, String> {
         let (params, entries): (Vec<Param>, Vec<String>) = match &program {
             Program::Graph(g) => (g.params.clone(), g.entries.iter().map(|e| e.name.clone()).collect()),
             Program::Schedule(s) => {
                 (s.params.iter().map(|(p, _)| p.clone()).collect(), s.entries.iter().map(|e| e.name.clone()).collect())
             }
         };
-        let values = fixture.values(&params)?;
+        let values = fixture.values_with(&params, adapters)?;
         // What a method may look at before the first step.
         let of_slot = |p: &&Param| matches!(p.source, Source::Adapter { .. }) || p.role == Role::Stat;
         let bytes =
             params.iter().filter(of_slot).filter_map(|p| Some((p.name.clone(), values.get(&p.name)?.to_bytes())));
         let bytes = bytes.collect();
-        let mut machine = Interpreted { program, params, values, bytes };
-        for entry in entries.iter().filter(|e| e.starts_with("prepare")) {
-            machine.entry(entry, &BTreeMap::new())?;
-        }
+        let mut machine = Interpreted { program, params, entries, bytes, values };
+        machine.prepare(|_| true)?;
         Ok(machine)
+    }
+
+    /// Puts other adapters into the slots, as a session does: their values, and what is prepared from them.
+    ///
+    /// # Errors
+    /// As [`Interpreted::new`].
+    pub fn load(&mut self, fixture: &Opened, adapters: &[Adapter]) -> Result<(), String> {
+        let of_slot = |p: &&Param| matches!(p.source, Source::Adapter { .. });
+        let params: Vec<Param> = self.params.iter().filter(of_slot).cloned().collect();
+        self.values.extend(fixture.values_with(&params, adapters)?);
+        self.prepare(|entry| entry.starts_with("prepare(slot"))
+    }
+
+    fn prepare(&mut self, which: impl Fn(&str) -> bool) -> Result<(), String> {
+        for entry in self.entries.clone().iter().filter(|e| e.starts_with("prepare") && which(e)) {
+            self.entry(entry, &BTreeMap::new())?;
+        }
+        Ok(())
+    }
+
+    /// The value of a parameter now.
+    pub fn value(&self, name: &str) -> Option<&Tensor> {
+        self.values.get(name)
     }
 
     /// Runs an entry; what it assigns is kept.
@@ -403,7 +463,11 @@ impl Machine for Interpreted {
     fn read(&self, name: &str) -> pleach_runtime::Result<ParamValues<'_>> {
         let bytes = self.bytes.get(name).ok_or_else(|| RuntimeError::Values(format!("`{name}` was never assigned")))?;
         let shape = self.values.get(name).map(|t| t.shape.clone()).unwrap_or_default();
-        Ok(ParamValues { dtype: DType::F32, shape, bytes })
+        let dtype = match self.values.get(name).map(|t| t.dtype()) {
+            Some(pleach_ir::DType::I32) => DType::I32,
+            _ => DType::F32,
+        };
+        Ok(ParamValues { dtype, shape, bytes })
     }
 
     fn write(&mut self, name: &str, dtype: DType, bytes: &[u8]) -> pleach_runtime::Result<()> {

@@ -13,7 +13,7 @@ const CRATES: [&str; 8] = ["ir", "frontend", "passes", "codegen", "plan", "runti
 const EDGES: [(&str, &[&str]); 6] = [
     ("ir", &[]),
     ("plan", &[]),
-    ("frontend", &["pleach-ir"]),
+    ("frontend", &["pleach-ir", "pleach-plan"]),
     ("passes", &["pleach-ir", "pleach-plan"]),
     ("codegen", &["pleach-ir", "pleach-plan"]),
     ("runtime", &["pleach-plan"]),

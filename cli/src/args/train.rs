@@ -38,7 +38,7 @@ impl FromStr for Size {
 /// An adapter method with its options, by PEFT's names.
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct MethodArgs {
-    /// Adapter method: lora, rslora, dora, paca, full
+    /// Adapter method: lora, dora, paca, … (`pleach methods` lists them)
     #[arg(long, value_name = "NAME", help_heading = "Method")]
     pub method: Option<String>,
     /// A PEFT configuration as a whole; other options go before it
@@ -92,6 +92,9 @@ pub(crate) struct MethodArgs {
     /// How PaCA chooses columns: random, weight_norm, gradient_norm
     #[arg(long, value_name = "HOW", help_heading = "Method")]
     pub selection: Option<String>,
+    /// A key of the method's configuration that has no option of its own; VALUE is JSON or a text
+    #[arg(long, value_name = "KEY=VALUE", help_heading = "Method")]
+    pub set: Vec<String>,
     /// Batches that gradient_norm looks at
     #[arg(long, value_name = "N", help_heading = "Method")]
     pub calibration_batches: Option<u64>,

@@ -4,9 +4,11 @@
 //! The gradient of a row w of A or B, as they are stored, is multiplied by 1 / √(‖w‖ + 1/η²). There is no factor of the update unless
 //! alpha is given. What is saved is a LoRA adapter.
 
+use std::sync::Arc;
+
 use super::lora::{Lora, like_lora};
-use super::method::{Buffer, Method, Scope};
-use super::{Site, Update};
+use super::method::{Buffer, Entry, Key, Method, Scope};
+use super::{Site, TRAINING, Update};
 use crate::error::Result;
 use crate::json::Fields;
 use pleach_ir::{UnaryOp, ValueId};
@@ -14,6 +16,13 @@ use serde_json::Value;
 
 /// The key of η.
 const ETA: &str = "allora_eta";
+
+/// How it is found.
+pub(super) const ENTRY: Entry = Entry {
+    name: "allora",
+    keys: &[("peft_type", Key::Text("LORA")), (TRAINING, Key::Text("allora"))],
+    read: |f| Ok(Arc::new(Allora::read(f)?)),
+};
 
 /// ALLoRA.
 #[derive(Debug, Clone, PartialEq)]

@@ -4,15 +4,24 @@
 //! y = g ∘ (x · Wᵀ + scale · (x · Aᵀ) · Bᵀ) + bias with g = m / ‖W + scale · B · A‖, one norm per output. The norm carries no gradient
 //! (section 4.3 of the paper). The magnitude m starts as that norm, so a new adapter changes nothing.
 
+use std::sync::Arc;
+
 use pleach_ir::{BinaryOp, Op, ReduceOp, UnaryOp, ValueId};
 use serde_json::{Value, json};
 
 use super::init::Norms;
 use super::lora::{self, Lora};
-use super::method::{Buffer, Method, Scope};
+use super::method::{Buffer, Entry, Key, Method, Scope};
 use super::{Init, Site};
 use crate::error::Result;
 use crate::json::Fields;
+
+/// How it is found.
+pub(super) const ENTRY: Entry = Entry {
+    name: "dora",
+    keys: &[("peft_type", Key::Text("LORA")), ("use_dora", Key::On)],
+    read: |f| Ok(Arc::new(Dora::read(f)?)),
+};
 
 /// DoRA, over LoRA or rsLoRA.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use pleach_ir::interp::{Data, Symbols, Tensor, run_entry_with};
-use pleach_ir::{DType, Entry, Op, ParamId, Source};
+use pleach_ir::{BinaryOp, DType, Entry, Op, ParamId, ReduceOp, Source, UnaryOp, ValueId};
 
 use super::{Site, SlotData};
 use crate::checkpoint::Checkpoint;
@@ -20,10 +20,13 @@ use crate::peft::Adapter;
 pub fn merged(adapter: &Adapter, site: &Site, base: &Checkpoint, weight: &[f32]) -> Result<Vec<f32>> {
     let mut b = Builder::new(base, &[], None)?;
     b.start(Entry::new("merged"));
-    let value = b.merged_site(&adapter.config.method, site)?;
+    let (value, product) = b.merged_site(&adapter.config.method, site)?;
     b.output("weight", value);
     b.finish();
     let graph = b.into_graph();
+    if let Some(why) = graph.entry("merged").filter(|_| !site.embedding).and_then(|e| not_linear(e, product)) {
+        return Err(Error::Graph(format!("`{}` has no single weight: {why}", site.module)));
+    }
     let mut params = vec![];
     for p in &graph.params {
         params.push(match &p.source {
@@ -56,6 +59,51 @@ pub fn merged(adapter: &Adapter, site: &Site, base: &Checkpoint, weight: &[f32])
         Some(Data::F32(x)) => Ok(x),
         _ => Err(Error::Graph("the merged weight is not f32".into())),
     }
+}
+
+/// Why no single weight can take the place of base and adapter; `None` where one can. Decided by the operators that the method
+/// writes for its first linear site.
+///
+/// # Errors
+/// [`Error::Graph`] should an operator not fit.
+pub fn obstacle(adapter: &Adapter, base: &Checkpoint) -> Result<Option<String>> {
+    let Some(site) = adapter.sites.iter().find(|s| !s.embedding) else { return Ok(None) };
+    let mut b = Builder::new(base, &[], None)?;
+    b.start(Entry::new("merged"));
+    let (value, product) = b.merged_site(&adapter.config.method, site)?;
+    b.output("weight", value);
+    b.finish();
+    Ok(b.into_graph().entry("merged").and_then(|e| not_linear(e, product)))
+}
+
+/// The first operator through which the result is no linear function of the input; `product` stands for x · Wᵀ.
+fn not_linear(entry: &Entry, product: ValueId) -> Option<String> {
+    let mut depends = vec![];
+    for (at, node) in entry.nodes.iter().enumerate() {
+        let on: Vec<bool> = node.inputs.iter().map(|i| depends[i.index()]).collect();
+        let any = on.iter().any(|x| *x);
+        let linear = match &node.op {
+            Op::Input { .. } => true,
+            Op::Unary(UnaryOp::Neg) => true,
+            Op::Binary(BinaryOp::Sub) | Op::Add | Op::Concat { .. } => on.iter().all(|x| *x),
+            Op::Binary(BinaryOp::Mul) | Op::MatMul { .. } => on.iter().filter(|x| **x).count() < 2,
+            Op::Binary(BinaryOp::Div) => !on[1],
+            Op::Reduce { op: ReduceOp::Sum, .. } => true,
+            Op::Reshape(_) | Op::Transpose(_) | Op::Broadcast { .. } | Op::Slice { .. } | Op::Pad { .. } => true,
+            Op::Gather { .. } => !on[1],
+            Op::Scatter { .. } => on[0] && !on[1] && on[2],
+            Op::Cast(_) | Op::After | Op::StopGradient => true,
+            _ => false,
+        };
+        if any && !linear && node.op == Op::Add {
+            return Some("its output has a part that does not depend on its input".into());
+        }
+        if any && !linear {
+            return Some(format!("its output depends on its input by `{}`, which is not linear", node.op.name()));
+        }
+        depends.push(any || at == product.index() || matches!(node.op, Op::Input { .. }));
+    }
+    None
 }
 
 fn shape(site: &Site) -> [u64; 2] {

@@ -3,13 +3,19 @@
 //! There is no branch; everything goes through what all methods share, modules that are replaced as a whole. The folder is one that
 //! PEFT loads: LoRA without a target (`dummy-target-modules` is PEFT's own word for it) and the modules in `modules_to_save`.
 
+use std::sync::Arc;
+
 use serde_json::{Value, json};
 
 use super::Site;
-use super::method::{Buffer, Method};
+use super::method::{Buffer, Entry, Key, Method};
 
 /// `target_modules` of a configuration that targets nothing.
 pub(crate) const NO_TARGET: &str = "dummy-target-modules";
+
+/// How it is found.
+pub(super) const ENTRY: Entry =
+    Entry { name: "full", keys: &[("peft_type", Key::Text("FULL"))], read: |_| Ok(Arc::new(Full)) };
 
 /// Full fine-tuning.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,6 +5,7 @@
 //! the order of making nor on threads. A recipe names parameters of the base by their path while it is inside this crate and by
 //! the checkpoint's tensor in an [`AdapterPlan`](super::AdapterPlan).
 
+use pleach_plan::random::{self, Twister};
 use serde::{Deserialize, Serialize};
 
 /// The initial value of one buffer.
@@ -28,6 +29,23 @@ pub enum Init {
         /// Standard deviation.
         std: f32,
     },
+    /// Uniform in −bound..bound, by a generator of its own, keyed by this seed and the buffer's key: the same at any time, so it need
+    /// not be saved.
+    Seeded {
+        /// The key.
+        seed: u64,
+        /// Largest magnitude.
+        bound: f32,
+    },
+    /// The same as PyTorch draws it on the processor after `skip` other numbers, for files that hold the seed alone.
+    Twister {
+        /// The generator's seed.
+        seed: u64,
+        /// Numbers before it.
+        skip: u64,
+        /// Largest magnitude.
+        bound: f32,
+    },
     /// The base model's own tensor, as f32.
     Base {
         /// The tensor.
@@ -41,6 +59,13 @@ pub enum Init {
     RandomIndices {
         /// One past the largest index.
         from: u64,
+    },
+    /// Distinct cells [2, n] of a matrix, row and column, drawn without preference, ascending.
+    RandomCells {
+        /// Its rows.
+        rows: u64,
+        /// Its columns.
+        columns: u64,
     },
     /// The columns of a weight [out, in] with the largest Euclidean norm, ascending; the smaller index wins a tie.
     LargestColumns {
@@ -70,6 +95,11 @@ pub struct Norms {
 }
 
 impl Init {
+    /// As a linear layer with this many inputs starts: uniform in ±1/√n.
+    pub(crate) fn fan_in(inputs: u64) -> Init {
+        Init::Uniform { bound: (inputs as f64).sqrt().recip() as f32 }
+    }
+
     /// The recipe with every name of a parameter of the base replaced.
     pub fn renamed(&self, rename: impl Fn(&str) -> Option<String>) -> Option<Init> {
         let mut init = self.clone();
@@ -82,8 +112,29 @@ impl Init {
             | Init::Constant { .. }
             | Init::Uniform { .. }
             | Init::Normal { .. }
+            | Init::Seeded { .. }
+            | Init::Twister { .. }
+            | Init::RandomCells { .. }
             | Init::RandomIndices { .. } => {}
         }
         Some(init)
+    }
+
+    /// The values of a recipe that gives the same at any time.
+    pub(crate) fn seeded(&self, key: &str, n: usize) -> Option<Vec<f32>> {
+        match self {
+            Init::Seeded { seed, bound } => Some(random::uniform(*seed, key, n, *bound)),
+            Init::Twister { seed, skip, bound } => Some(Twister::new(*seed).uniform(*skip, n, *bound)),
+            _ => None,
+        }
+    }
+
+    /// One past the largest index, per axis, of a recipe for indices that says so.
+    pub(crate) fn below(&self) -> Option<Vec<u64>> {
+        match self {
+            Init::RandomIndices { from } => Some(vec![*from]),
+            Init::RandomCells { rows, columns } => Some(vec![*rows, *columns]),
+            _ => None,
+        }
     }
 }

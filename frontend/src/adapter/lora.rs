@@ -1,10 +1,12 @@
 //! LoRA: y += scale · (x · Aᵀ) · Bᵀ, with A [r, in] and B [out, r] (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large
 //! Language Models"); scale = alpha / r, or alpha / √r (Kalajdzievski 2023, rsLoRA).
 
+use std::sync::Arc;
+
 use pleach_ir::{Op, ValueId};
 use serde_json::{Value, json};
 
-use super::method::{Buffer, Method, Scope};
+use super::method::{Buffer, Entry, Key, Method, Scope};
 use super::{Init, Site};
 use crate::error::Result;
 use crate::json::{Fields, brief};
@@ -20,6 +22,17 @@ enum Start {
     Random,
     /// Another one, which matters to new adapters only.
     Other(String),
+}
+
+/// How LoRA is found.
+pub(super) const ENTRY: Entry = Entry { name: "lora", keys: &[("peft_type", Key::Text("LORA"))], read };
+
+/// How rsLoRA is found.
+pub(super) const RS_ENTRY: Entry =
+    Entry { name: "rslora", keys: &[("peft_type", Key::Text("LORA")), ("use_rslora", Key::On)], read };
+
+fn read(f: &mut Fields) -> Result<Arc<dyn Method>> {
+    Ok(Arc::new(Lora::read(f)?))
 }
 
 /// LoRA and rsLoRA.
@@ -71,6 +84,8 @@ impl Lora {
         for key in HARMLESS {
             f.raw(key);
         }
+        // Whether it is DoRA was asked before; here it must be a truth value.
+        f.flag("use_dora")?;
         Ok(Lora { rslora: f.flag("use_rslora")?.unwrap_or(false), start: read_start(f)? })
     }
 

@@ -4,9 +4,11 @@
 //! B gets g · (A·Aᵀ + 10⁻⁸·I)⁻¹ / s², AdamW has ε = 10⁻⁶ added before the second correction, and decay comes after the step. What is
 //! saved is a LoRA adapter.
 
+use std::sync::Arc;
+
 use super::lora::{Lora, like_lora};
-use super::method::{Buffer, Method, Scope};
-use super::{Event, Init, Moment, Site, Update};
+use super::method::{Buffer, Entry, Key, Method, Scope};
+use super::{Event, Init, Moment, Site, TRAINING, Update};
 use crate::error::{Error, Result};
 use crate::json::Fields;
 use crate::peft::Target;
@@ -15,6 +17,13 @@ use serde_json::Value;
 
 /// The part that holds (A·Aᵀ + 10⁻⁸·I)⁻¹ [r, r].
 const INVERSE: &str = "gram_inverse";
+
+/// How it is found.
+pub(super) const ENTRY: Entry = Entry {
+    name: "lora-fa",
+    keys: &[("peft_type", Key::Text("LORA")), (TRAINING, Key::Text("lora-fa"))],
+    read: |f| Ok(Arc::new(LoraFa::read(f)?)),
+};
 
 /// LoRA-FA.
 #[derive(Debug, Clone, PartialEq, Eq)]

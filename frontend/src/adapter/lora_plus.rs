@@ -2,9 +2,11 @@
 //! Models"), with the groups of PEFT's `create_loraplus_optimizer`: biases and norms trained along learn at B's rate, biases without
 //! decay. What is saved is a LoRA adapter.
 
+use std::sync::Arc;
+
 use super::lora::{Lora, like_lora};
-use super::method::{Buffer, Method, Scope};
-use super::{Site, Update};
+use super::method::{Buffer, Entry, Key, Method, Scope};
+use super::{Site, TRAINING, Update};
 use crate::error::Result;
 use crate::json::Fields;
 use crate::peft::Target;
@@ -13,6 +15,13 @@ use serde_json::Value;
 
 /// The key of the ratio.
 const RATIO: &str = "loraplus_lr_ratio";
+
+/// How it is found.
+pub(super) const ENTRY: Entry = Entry {
+    name: "lora-plus",
+    keys: &[("peft_type", Key::Text("LORA")), (TRAINING, Key::Text("lora-plus"))],
+    read: |f| Ok(Arc::new(LoraPlus::read(f)?)),
+};
 
 /// LoRA+.
 #[derive(Debug, Clone, PartialEq)]

@@ -5,13 +5,16 @@
 //! of IR values: what changes from step to step acts through buffers.
 
 use std::fmt;
+use std::sync::Arc;
 
-use pleach_ir::{BinaryOp, DType, Op, ParamId, Role, Source, TensorType, ValueId};
+use pleach_ir::{BinaryOp, DType, Dim, Op, ParamId, Role, Source, TensorType, ValueId};
 use serde_json::Value;
 
 use super::{Event, Init, Site, Update};
 use crate::error::{Error, Result};
+use crate::json::Fields;
 use crate::lower::Builder;
+use crate::modules::ModuleTable;
 use crate::peft::Target;
 
 /// One buffer of a site. Its parameter is called `slot{n}.{module}.{part}`.
@@ -35,6 +38,16 @@ impl Buffer {
     /// A trained f32 buffer.
     pub fn trained(part: &'static str, file: &'static str, shape: &[u64], init: Init) -> Buffer {
         Buffer { part, dtype: DType::F32, shape: shape.to_vec(), role: Role::Train, file: Some(file), init }
+    }
+
+    /// A fixed f32 buffer.
+    pub fn frozen(part: &'static str, file: Option<&'static str>, shape: &[u64], init: Init) -> Buffer {
+        Buffer { part, dtype: DType::F32, shape: shape.to_vec(), role: Role::Frozen, file, init }
+    }
+
+    /// i32 indices.
+    pub fn indices(part: &'static str, file: &'static str, shape: &[u64], init: Init) -> Buffer {
+        Buffer { part, dtype: DType::I32, shape: shape.to_vec(), role: Role::Index, file: Some(file), init }
     }
 
     /// A number that the configuration gives, f32 [].
@@ -65,9 +78,29 @@ pub trait Method: fmt::Debug + Send + Sync {
     /// `peft_type` in its configuration.
     fn peft_type(&self) -> &'static str;
 
-    /// The configuration's key for alpha.
-    fn alpha_key(&self) -> &'static str {
-        "lora_alpha"
+    /// The configuration's key for alpha; `None` for a method without one.
+    fn alpha_key(&self) -> Option<&'static str> {
+        Some("lora_alpha")
+    }
+
+    /// The configuration's key for the rank; `None` for a method without one.
+    fn rank_key(&self) -> Option<&'static str> {
+        Some("r")
+    }
+
+    /// Its default rank.
+    fn default_rank(&self) -> u64 {
+        8
+    }
+
+    /// Whether its configuration has `rank_pattern` and `alpha_pattern`.
+    fn has_patterns(&self) -> bool {
+        self.peft_type() == "LORA"
+    }
+
+    /// Where it attaches if its configuration does not say.
+    fn default_targets(&self, modules: &ModuleTable) -> &'static [&'static str] {
+        modules.default_targets()
     }
 
     /// The factor of the update.
@@ -95,8 +128,15 @@ pub trait Method: fmt::Debug + Send + Sync {
         Ok(())
     }
 
-    /// The buffers of a site. Every method has the constant `scale`.
+    /// The buffers of a site.
     fn buffers(&self, site: &Site) -> Vec<Buffer>;
+
+    /// Buffers that all sites of an adapter have in common, each one parameter `slot{n}.{part}`. They are the same at every site, so
+    /// their shapes follow from [`Site::widest`]; gradients of all sites add up.
+    fn shared(&self, site: &Site) -> Vec<Buffer> {
+        let _ = site;
+        vec![]
+    }
 
     /// What it wants to know of a site before training.
     fn requests(&self, site: &Site) -> Vec<Request> {
@@ -111,6 +151,24 @@ pub trait Method: fmt::Debug + Send + Sync {
     fn weight(&self, scope: &mut Scope, weight: ValueId) -> Result<ValueId> {
         let _ = scope;
         Ok(weight)
+    }
+
+    /// What takes the place of x [T, in] in x · Wᵀ. Linear layers only.
+    ///
+    /// # Errors
+    /// An operator that does not fit.
+    fn input(&self, scope: &mut Scope, x: ValueId) -> Result<ValueId> {
+        let _ = scope;
+        Ok(x)
+    }
+
+    /// What takes the place of the layer's result y [T, out], bias included. Linear layers only; x is what the layer was given.
+    ///
+    /// # Errors
+    /// An operator that does not fit.
+    fn result(&self, scope: &mut Scope, x: ValueId, y: ValueId) -> Result<ValueId> {
+        let _ = (scope, x);
+        Ok(y)
     }
 
     /// The layer's output without bias, as terms of a sum [T, out]. `terms` comes in as x · Wᵀ and what other slots added; x is
@@ -173,22 +231,68 @@ pub trait Method: fmt::Debug + Send + Sync {
     fn config(&self) -> Vec<(&'static str, Value)>;
 }
 
+/// How a method is found by its name or by a configuration.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    /// The name of the command line.
+    pub name: &'static str,
+    /// Keys that a configuration of the method has, `peft_type` first. Where several methods fit, the one with most keys wins.
+    pub keys: &'static [(&'static str, Key)],
+    /// Reads the method's own keys.
+    pub read: fn(&mut Fields) -> Result<Arc<dyn Method>>,
+}
+
+/// The value of a key.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Key {
+    /// A text.
+    Text(&'static str),
+    /// `true`.
+    On,
+}
+
+impl Key {
+    /// As JSON.
+    pub(crate) fn json(self) -> Value {
+        match self {
+            Key::Text(t) => t.into(),
+            Key::On => true.into(),
+        }
+    }
+}
+
+impl Entry {
+    /// Whether a configuration is one of this method.
+    pub(crate) fn fits(&self, f: &mut Fields) -> bool {
+        self.keys.iter().all(|(key, value)| f.raw(key) == Some(&value.json()))
+    }
+}
+
+/// Refuses embeddings.
+///
+/// # Errors
+/// Why.
+pub(super) fn linear_only(target: &Target) -> std::result::Result<(), String> {
+    if target.embedding { Err("is an embedding; this method attaches to linear layers only".into()) } else { Ok(()) }
+}
+
 /// Where a method writes the operators of one site.
 pub struct Scope<'s, 'b> {
     b: &'s mut Builder<'b>,
     slot: u32,
     site: &'s Site,
     buffers: Vec<Buffer>,
+    shared: Vec<Buffer>,
 }
 
 impl<'s, 'b> Scope<'s, 'b> {
     pub(crate) fn new(b: &'s mut Builder<'b>, slot: u32, method: &dyn Method, site: &'s Site) -> Scope<'s, 'b> {
-        Scope { b, slot, site, buffers: method.buffers(site) }
+        Scope { b, slot, site, buffers: method.buffers(site), shared: method.shared(site) }
     }
 
     /// A site with these buffers.
     pub(crate) fn with(b: &'s mut Builder<'b>, slot: u32, site: &'s Site, buffers: Vec<Buffer>) -> Scope<'s, 'b> {
-        Scope { b, slot, site, buffers }
+        Scope { b, slot, site, buffers, shared: vec![] }
     }
 
     /// The site.
@@ -213,13 +317,21 @@ impl<'s, 'b> Scope<'s, 'b> {
             role => role,
         };
         let ty = TensorType::new(buffer.dtype, buffer.shape.iter().copied());
-        let (slot, key) = (self.slot, format!("{}.{part}", self.site.module));
+        let (slot, key) = (self.slot, self.key(part));
         Ok(self.b.declare(format!("slot{slot}.{key}"), ty, role, Source::Adapter { slot, key }))
     }
 
     fn find(&self, part: &str) -> Result<&Buffer> {
-        let buffer = self.buffers.iter().find(|b| b.part == part);
+        let buffer = self.buffers.iter().chain(&self.shared).find(|b| b.part == part);
         buffer.ok_or_else(|| Error::Graph(format!("there is no buffer `{part}`")))
+    }
+
+    /// The key of a buffer in its slot: what all sites share has no module in it.
+    fn key(&self, part: &str) -> String {
+        match self.shared.iter().any(|b| b.part == part) {
+            true => part.to_owned(),
+            false => format!("{}.{part}", self.site.module),
+        }
     }
 
     /// The shape of a buffer.
@@ -229,7 +341,7 @@ impl<'s, 'b> Scope<'s, 'b> {
 
     /// The name of a buffer's parameter.
     pub(crate) fn param_name(&self, part: &str) -> String {
-        format!("slot{}.{}.{part}", self.slot, self.site.module)
+        format!("slot{}.{}", self.slot, self.key(part))
     }
 
     /// The value of a parameter, which is declared at its first use.
@@ -240,6 +352,16 @@ impl<'s, 'b> Scope<'s, 'b> {
     /// Declares a parameter, or finds it again.
     pub(crate) fn declare(&mut self, name: String, ty: TensorType, role: Role, source: Source) -> ParamId {
         self.b.declare(name, ty, role, source)
+    }
+
+    /// Whether the slot is trained. A method with two equal forms may write the one that is cheaper to train.
+    pub fn trains(&self) -> bool {
+        self.b.trained(self.slot) == Role::Train
+    }
+
+    /// The type of a value.
+    pub fn shape(&self, value: ValueId) -> &[Dim] {
+        self.b.shape(value)
     }
 
     /// Appends an operator.

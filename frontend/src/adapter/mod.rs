@@ -2,7 +2,7 @@
 //!
 //! An adapter occupies a *slot*: its tensors are parameters `slot{n}.{key}`, so that another adapter with the same sites and ranks
 //! can take its place without a new compilation. To add a method: a file with a value that implements [`Method`], and one line in
-//! [`Kind::read`].
+//! `METHODS`.
 
 mod allora;
 mod combine;
@@ -10,30 +10,44 @@ mod convert;
 mod dora;
 mod fold;
 mod full;
+mod hydra;
+mod ia3;
 mod init;
+mod loha;
+mod lokr;
 mod lora;
 mod lora_fa;
 mod lora_plus;
 mod method;
+mod miss;
+mod nola;
+mod oft;
+mod ops;
 mod paca;
 mod plan;
+mod randlora;
 mod schedule;
+mod shira;
 mod svd;
 #[cfg(test)]
 mod tests;
 mod update;
 mod value;
+mod vera;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
+use serde_json::Value;
+
 pub use combine::{Combination, combine};
 pub use convert::to_lora;
 pub(crate) use fold::all_rows;
-pub use fold::merged;
+pub use fold::{merged, obstacle};
 pub(crate) use full::NO_TARGET;
 pub use init::{Init, Norms};
+use method::Entry;
 pub use method::{Buffer, Method, Request, Scope};
 pub(crate) use paca::{ABSOLUTE, DELTA, INDICES};
 pub use plan::{AdapterPlan, TensorPlan};
@@ -48,41 +62,72 @@ use crate::peft::Adapter;
 
 /// The key that says how a LoRA adapter is trained; it is not saved.
 pub(crate) const TRAINING: &str = "training";
-/// Its values, which are names of methods.
-pub(crate) const TRAININGS: [&str; 3] = ["lora-plus", "lora-fa", "allora"];
-
 /// A method with its options, cheap to copy.
 #[derive(Clone)]
 pub struct Kind(Arc<dyn Method>);
 
+/// Every method, in the order of lists.
+const METHODS: &[&Entry] = &[
+    &lora::ENTRY,
+    &dora::ENTRY,
+    &lora::RS_ENTRY,
+    &lora_plus::ENTRY,
+    &lora_fa::ENTRY,
+    &allora::ENTRY,
+    &paca::ENTRY,
+    &ia3::ENTRY,
+    &vera::ENTRY,
+    &loha::ENTRY,
+    &lokr::ENTRY,
+    &miss::ENTRY,
+    &oft::ENTRY,
+    &randlora::ENTRY,
+    &shira::ENTRY,
+    &hydra::ENTRY,
+    &nola::ENTRY,
+    &full::ENTRY,
+];
+
+/// The names of all methods.
+pub fn method_names() -> impl Iterator<Item = &'static str> {
+    METHODS.iter().map(|m| m.name)
+}
+
+/// All names, as a sentence has them.
+pub(crate) fn known_names() -> String {
+    let mut names: Vec<&str> = method_names().collect();
+    let last = names.pop().unwrap_or_default();
+    format!("{} and {last}", names.join(", "))
+}
+
 impl Kind {
+    /// The keys that a method's name stands for.
+    pub(crate) fn implied(name: &str) -> Option<Vec<(&'static str, Value)>> {
+        let entry = METHODS.iter().find(|m| m.name == name)?;
+        Some(entry.keys.iter().map(|(key, value)| (*key, value.json())).collect())
+    }
+
     /// The method that a configuration asks for.
     ///
     /// # Errors
     /// A `peft_type` that is not known, and what the method refuses.
     pub(crate) fn read(f: &mut Fields) -> Result<Kind> {
-        Ok(Kind(match f.text("peft_type")? {
-            Some("LORA") if f.raw(TRAINING).is_some() => return Kind::trained(f),
-            Some("LORA") if f.flag("use_dora")? == Some(true) => Arc::new(dora::Dora::read(f)?),
-            Some("LORA") => Arc::new(lora::Lora::read(f)?),
-            Some("PACA") => Arc::new(paca::Paca::read(f)?),
-            Some("FULL") => Arc::new(full::Full),
-            Some(other) => return Err(f.fault("peft_type", format!("is `{other}`; LORA and PACA are supported"))),
-            None => return Err(f.fault("peft_type", "is missing; this is not the configuration of a PEFT adapter")),
-        }))
-    }
-
-    /// LoRA that is trained in a way of its own.
-    fn trained(f: &mut Fields) -> Result<Kind> {
-        Ok(Kind(match f.text(TRAINING)? {
-            Some("lora-plus") => Arc::new(lora_plus::LoraPlus::read(f)?),
-            Some("lora-fa") => Arc::new(lora_fa::LoraFa::read(f)?),
-            Some("allora") => Arc::new(allora::Allora::read(f)?),
-            other => {
-                let known = TRAININGS.join(", ");
-                return Err(f.fault(TRAINING, format!("is `{}`; known are {known}", other.unwrap_or_default())));
-            }
-        }))
+        let Some(asked) = f.text("peft_type")? else {
+            return Err(f.fault("peft_type", "is missing; this is not the configuration of a PEFT adapter"));
+        };
+        let training = f.text(TRAINING)?;
+        let fitting: Vec<_> = METHODS.iter().filter(|m| m.fits(f)).collect();
+        // The first of those with most keys.
+        let Some(entry) = fitting.iter().rev().max_by_key(|m| m.keys.len()) else {
+            let mut types: Vec<Value> = METHODS.iter().map(|m| m.keys[0].1.json()).collect();
+            types.dedup();
+            let types: Vec<&str> = types.iter().filter_map(Value::as_str).filter(|t| *t != "FULL").collect();
+            return Err(f.fault("peft_type", format!("is `{asked}`; supported are {}", types.join(", "))));
+        };
+        if let Some(unknown) = training.filter(|t| !entry.keys.iter().any(|(k, v)| *k == TRAINING && v.json() == **t)) {
+            return Err(f.fault(TRAINING, format!("is `{unknown}`, which is no way to train {}", entry.name)));
+        }
+        Ok(Kind((entry.read)(f)?))
     }
 }
 
@@ -116,6 +161,8 @@ pub struct Site {
     pub input: u64,
     /// Width of y.
     pub output: u64,
+    /// Largest input and largest output of all sites of the adapter.
+    pub widest: (u64, u64),
     /// The values of its buffers, by part.
     pub values: BTreeMap<&'static str, SlotValue>,
 }
@@ -141,6 +188,10 @@ pub fn slot_values(adapter: &Adapter) -> Vec<(String, SlotValue)> {
         let key = |b: Buffer| Some((format!("{}.{}", s.module, b.part), s.values.get(b.part)?.clone()));
         adapter.config.method.buffers(s).into_iter().filter_map(key).collect()
     };
+    let shared = adapter
+        .shared()
+        .into_iter()
+        .filter_map(|b| Some((b.part.to_owned(), adapter.sites.first()?.values.get(b.part)?.clone())));
     let replaced = adapter.replaced.iter().filter(|r| is_computed(&r.path));
-    sites.flat_map(of_site).chain(replaced.map(|r| (r.path.clone(), r.value.clone()))).collect()
+    shared.chain(sites.flat_map(of_site)).chain(replaced.map(|r| (r.path.clone(), r.value.clone()))).collect()
 }

@@ -5,10 +5,12 @@
 //! the form of PEFT 0.22 (`paca_delta`). The authors' files hold the columns themselves, divided by the scale (`paca_w`); they are read
 //! as D = paca_w − W[:, I] / scale.
 
+use std::sync::Arc;
+
 use pleach_ir::{DType, Op, Role, ScatterMode, ValueId};
 use serde_json::{Value, json};
 
-use super::method::{Buffer, Method, Request, Scope};
+use super::method::{Buffer, Entry, Key, Method, Request, Scope};
 use super::{Init, Site};
 use crate::error::Result;
 use crate::json::Fields;
@@ -28,6 +30,10 @@ enum Selection {
     WeightNorm,
     GradientNorm { batches: u64 },
 }
+
+/// How it is found.
+pub(super) const ENTRY: Entry =
+    Entry { name: "paca", keys: &[("peft_type", Key::Text("PACA"))], read: |f| Ok(Arc::new(Paca::read(f)?)) };
 
 /// PaCA.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,8 +80,8 @@ impl Method for Paca {
         "PACA"
     }
 
-    fn alpha_key(&self) -> &'static str {
-        "paca_alpha"
+    fn alpha_key(&self) -> Option<&'static str> {
+        Some("paca_alpha")
     }
 
     fn attach(&self, target: &Target) -> std::result::Result<(), String> {

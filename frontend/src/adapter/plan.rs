@@ -12,7 +12,7 @@ use super::{EventsPlan, Init, Request};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::modules::is_computed;
-use crate::peft::{Adapter, PREFIX};
+use crate::peft::{Adapter, PREFIX, SHARED};
 
 /// An adapter as a trainer sees it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -54,6 +54,10 @@ impl AdapterPlan {
     pub fn new(adapter: &Adapter, slot: u32, base: &Checkpoint) -> Result<AdapterPlan> {
         let method = &adapter.config.method;
         let mut tensors = vec![];
+        for b in adapter.shared() {
+            let file = b.file.map(|end| format!("{SHARED}{end}"));
+            tensors.push(tensor(b.part.to_owned(), file, &b, base)?);
+        }
         for site in adapter.sites.iter().filter(|s| is_computed(&s.module)) {
             for b in method.buffers(site) {
                 let file = b.file.map(|end| format!("{PREFIX}{}.{end}", site.module));

@@ -174,6 +174,7 @@ impl Events {
             scale: *scale,
             input: *input,
             output: *output,
+            widest: (*input, *output),
             values: Default::default(),
         };
         let method = MethodConfig::from_json(&plan.config)?.method;
@@ -210,6 +211,7 @@ impl super::Replaced {
             scale: config.method.scale(config.rank, config.alpha),
             input,
             output,
+            widest: (input, output),
             values: Default::default(),
         })
     }

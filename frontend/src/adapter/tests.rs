@@ -226,7 +226,7 @@ fn options_are_refused_by_name() {
         ("lora", json!({"init_lora_weights": "orthogonal"}), "init_lora_weights"),
         ("lora", json!({"peft_type": "PACA"}), "contradicts"),
         ("dora", json!({"use_dora": false}), "use_dora"),
-        ("ia3", json!({}), "known are lora"),
+        ("boft", json!({}), "known are lora"),
         ("lora", json!({"modules_to_save": ["lm_haed"]}), "nearest"),
         ("paca", json!({"bias": "lora_only"}), "bias"),
         ("lora", json!({"use_new_thing": true}), "use_new_thing"),

@@ -2,6 +2,8 @@
 //!
 //! Reading checks what a kernel relies on: indices lie inside the weight and none occurs twice.
 
+use std::sync::Arc;
+
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::tensors::{Dtype, TensorRef};
@@ -13,12 +15,12 @@ use super::Init;
 pub enum SlotValue {
     /// A tensor of the adapter's file, read as f32.
     Tensor(TensorRef),
-    /// Indices below a bound, read as i32.
+    /// Places below a bound, read as i32; none occurs twice.
     Indices {
-        /// i32 or i64 [r].
+        /// i32 or i64 [r], or [axes, r] for places in a tensor of several axes.
         tensor: TensorRef,
-        /// One past the largest index.
-        below: u64,
+        /// One past the largest index, per axis.
+        below: Vec<u64>,
     },
     /// Columns given as they are, over the scale: read as their difference from the base's columns over the scale.
     Columns {
@@ -38,6 +40,8 @@ pub enum SlotValue {
         /// The number.
         value: f32,
     },
+    /// What was made for a new adapter, or from the base's weights.
+    Made(Arc<SlotTensor>),
     /// A new buffer, to be made from its recipe.
     New(Init),
 }
@@ -67,7 +71,7 @@ impl SlotValue {
             SlotValue::Tensor(t) | SlotValue::Indices { tensor: t, .. } | SlotValue::Columns { tensor: t, .. } => {
                 Some(t)
             }
-            SlotValue::Filled { .. } | SlotValue::New(_) => None,
+            SlotValue::Filled { .. } | SlotValue::Made(_) | SlotValue::New(_) => None,
         }
     }
 
@@ -79,12 +83,12 @@ impl SlotValue {
         match self {
             SlotValue::Tensor(t) => Ok(SlotTensor { shape: t.shape.clone(), data: SlotData::F32(t.read_f32()?) }),
             SlotValue::Indices { tensor, below } => {
-                Ok(SlotTensor { shape: tensor.shape.clone(), data: SlotData::I32(read_indices(tensor, *below)?) })
+                Ok(SlotTensor { shape: tensor.shape.clone(), data: SlotData::I32(read_indices(tensor, below)?) })
             }
             SlotValue::Columns { tensor, indices, weight, scale } => {
                 let w = base.param(weight).ok_or_else(|| Error::tensor(&base.dir, weight, "is missing"))?;
                 let width = w.shape.get(1).copied().unwrap_or(1);
-                let columns = read_indices(indices, width)?;
+                let columns = read_indices(indices, &[width])?;
                 let (mut values, w) = (tensor.read_f32()?, w.read_f32()?);
                 for (row, old) in values.chunks_mut(columns.len().max(1)).zip(w.chunks(width as usize)) {
                     for (value, column) in row.iter_mut().zip(&columns) {
@@ -97,6 +101,7 @@ impl SlotValue {
                 let n = shape.iter().product::<u64>() as usize;
                 Ok(SlotTensor { shape: shape.clone(), data: SlotData::F32(vec![*value; n]) })
             }
+            SlotValue::Made(t) => Ok((**t).clone()),
             SlotValue::New(Init::Constant { value }) => {
                 Ok(SlotTensor { shape: vec![], data: SlotData::F32(vec![*value]) })
             }
@@ -105,23 +110,29 @@ impl SlotValue {
     }
 }
 
-/// Distinct indices below a bound.
-fn read_indices(tensor: &TensorRef, below: u64) -> Result<Vec<i32>> {
+/// Distinct places below a bound per axis.
+fn read_indices(tensor: &TensorRef, below: &[u64]) -> Result<Vec<i32>> {
     let bytes = tensor.read_bytes()?;
     let wide: Vec<i64> = match tensor.dtype {
         Dtype::I64 => bytes.as_chunks().0.iter().map(|&b| i64::from_le_bytes(b)).collect(),
         Dtype::I32 => bytes.as_chunks().0.iter().map(|&b| i64::from(i32::from_le_bytes(b))).collect(),
         other => return Err(Error::tensor(&tensor.file, &tensor.name, format!("is {other}; indices are I64 or I32"))),
     };
-    let below = i64::try_from(below).unwrap_or(i64::MAX).min(i64::from(i32::MAX));
-    let mut seen = std::collections::BTreeSet::new();
-    for &index in &wide {
-        if !(0..below).contains(&index) {
-            let what = format!("holds the index {index}; the weight has {below} columns");
+    let count = wide.len() / below.len().max(1);
+    for (row, below) in wide.chunks(count.max(1)).zip(below) {
+        let below = i64::try_from(*below).unwrap_or(i64::MAX).min(i64::from(i32::MAX));
+        if let Some(index) = row.iter().find(|i| !(0..below).contains(*i)) {
+            let what = format!("holds the index {index}; the weight has {below} columns or rows there");
             return Err(Error::tensor(&tensor.file, &tensor.name, what));
         }
-        if !seen.insert(index) {
-            return Err(Error::tensor(&tensor.file, &tensor.name, format!("holds the index {index} twice")));
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    for at in 0..count {
+        let place: Vec<i64> = wide.iter().skip(at).step_by(count).copied().collect();
+        if !seen.insert(place.clone()) {
+            let place: Vec<String> = place.iter().map(i64::to_string).collect();
+            let what = format!("holds the index {} twice", place.join(", "));
+            return Err(Error::tensor(&tensor.file, &tensor.name, what));
         }
     }
     Ok(wide.into_iter().map(|i| i as i32).collect())

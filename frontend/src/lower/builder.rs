@@ -150,7 +150,7 @@ impl<'a> Builder<'a> {
         self.entry.assign(param, value);
     }
 
-    pub(super) fn shape(&self, value: ValueId) -> &[Dim] {
+    pub(crate) fn shape(&self, value: ValueId) -> &[Dim] {
         &self.entry.ty(value).shape
     }
 
@@ -239,13 +239,23 @@ impl<'a> Builder<'a> {
     pub(super) fn linear(&mut self, module: &str, x: ValueId) -> Result<ValueId> {
         self.at(module);
         let weight = self.weight(&format!("{module}.weight"))?;
-        let mut terms = self.adapted(module, x, weight, |b, w| b.push(Op::MatMul { ta: false, tb: true }, &[x, w]))?;
+        let attached = self.attached.get(module).cloned().unwrap_or_default();
+        let mut given = x;
+        for &(slot, method, site) in &attached {
+            given = method.input(&mut Scope::new(self, slot, &**method, site), given)?;
+        }
+        let product = |b: &mut Self, w| b.push(Op::MatMul { ta: false, tb: true }, &[given, w]);
+        let mut terms = self.adapted(module, x, weight, product)?;
         let bias = format!("{module}.bias");
         if self.model.param(&bias).is_some() {
             let bias = self.weight(&bias)?;
             terms.push(self.over_rows(bias, terms[0])?);
         }
-        self.sum(&terms)
+        let mut y = self.sum(&terms)?;
+        for &(slot, method, site) in &attached {
+            y = method.result(&mut Scope::new(self, slot, &**method, site), x, y)?;
+        }
+        Ok(y)
     }
 
     /// The embedding `module` at i32 indices [T]: rows of its table as the slots change it.
@@ -332,8 +342,8 @@ impl<'a> Builder<'a> {
     }
 
     /// The weight of a site, merged: the layer on the rows of the identity ("x"), turned round again. The base's weight is the
-    /// parameter "weight".
-    pub(crate) fn merged_site(&mut self, method: &Kind, site: &Site) -> Result<ValueId> {
+    /// parameter "weight". Also the base's own term of the output.
+    pub(crate) fn merged_site(&mut self, method: &Kind, site: &Site) -> Result<(ValueId, ValueId)> {
         let turn =
             |b: &mut Self, w: ValueId| if site.embedding { Ok(w) } else { b.push(Op::Transpose(vec![1, 0]), &[w]) };
         let shape = if site.embedding { [site.input, site.output] } else { [site.output, site.input] };
@@ -341,9 +351,22 @@ impl<'a> Builder<'a> {
         let weight = self.param("weight".into(), ty, Role::Frozen, Source::Zeros)?;
         let x = self.push(all_rows(site), &[])?;
         let changed = method.weight(&mut Scope::new(self, 0, &**method, site), weight)?;
-        let product = turn(self, changed)?;
+        let given = if site.embedding { x } else { method.input(&mut Scope::new(self, 0, &**method, site), x)? };
+        // The rows of the identity pick the weight as it is.
+        let product = match given == x {
+            true => turn(self, changed)?,
+            false => self.push(Op::MatMul { ta: false, tb: true }, &[given, changed])?,
+        };
         let terms = method.output(&mut Scope::new(self, 0, &**method, site), x, weight, vec![product])?;
-        let sum = self.sum(&terms)?;
-        turn(self, sum)
+        let mut y = self.sum(&terms)?;
+        if !site.embedding {
+            let before = y;
+            y = method.result(&mut Scope::new(self, 0, &**method, site), x, before)?;
+            if y != before && self.model.param(&format!("{}.bias", site.module)).is_some() {
+                let what = format!("`{}` has no single weight: the adapter changes its bias as well", site.module);
+                return Err(Error::Graph(what));
+            }
+        }
+        Ok((turn(self, y)?, product))
     }
 }

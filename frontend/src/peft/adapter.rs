@@ -3,11 +3,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use pleach_ir::Role;
 
 use super::config::{MethodConfig, Targets};
 use super::replaced::replaced;
 use super::targets::{Target, match_modules, matched};
-use crate::adapter::{ABSOLUTE, Buffer, DELTA, INDICES, Init, Replaced, Site, SlotValue};
+use crate::adapter::{ABSOLUTE, Buffer, DELTA, INDICES, Init, Replaced, Site, SlotData, SlotTensor, SlotValue};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::modules::{ModuleKind, ModuleTable};
@@ -16,6 +19,8 @@ use crate::tensors::{Dtype, TensorRef, TensorTable};
 
 /// What PEFT puts before the path of a module.
 pub(crate) const PREFIX: &str = "base_model.model.";
+/// What PEFT puts before the name of a tensor that all modules share.
+pub(crate) const SHARED: &str = "base_model.";
 
 /// An adapter, ready to be woven in.
 #[derive(Debug, Clone)]
@@ -97,9 +102,10 @@ impl Adapter {
                 what: "names no module with parameters, so there is nothing to train".into(),
             });
         }
-        let mut sites: Vec<Site> = targets.iter().map(site).collect();
+        let mut sites = sites(&targets);
         for s in &mut sites {
-            s.values = config.method.buffers(s).into_iter().map(|b| (b.part, SlotValue::New(b.init))).collect();
+            let buffers = config.method.buffers(s).into_iter().chain(config.method.shared(s));
+            s.values = buffers.map(|b| (b.part, SlotValue::New(b.init))).collect();
         }
         let (name, notes) = (config.method.name().to_owned(), config.notes.clone());
         let config = config.resolved(modules);
@@ -132,14 +138,17 @@ impl Adapter {
     /// Trained values of all sites and replaced parameters.
     pub fn parameters(&self) -> u64 {
         let replaced: u64 = self.replaced.iter().map(|r| r.shape.iter().product::<u64>()).sum();
-        self.sites.iter().map(|s| self.site_parameters(s)).sum::<u64>() + replaced
+        self.sites.iter().map(|s| self.site_parameters(s)).sum::<u64>() + trained(&self.shared()) + replaced
     }
 
     /// Trained values of one site.
     pub fn site_parameters(&self, site: &Site) -> u64 {
-        let trained = |b: &Buffer| b.role == pleach_ir::Role::Train;
-        let buffers = self.config.method.buffers(site);
-        buffers.iter().filter(|b| trained(b)).map(|b| b.shape.iter().product::<u64>()).sum()
+        trained(&self.config.method.buffers(site))
+    }
+
+    /// The buffers that all sites have in common.
+    pub fn shared(&self) -> Vec<Buffer> {
+        self.sites.first().map_or(vec![], |s| self.config.method.shared(s))
     }
 
     /// The site of a module.
@@ -148,7 +157,18 @@ impl Adapter {
     }
 }
 
-/// A site without values.
+fn trained(buffers: &[Buffer]) -> u64 {
+    let trained = buffers.iter().filter(|b| b.role == pleach_ir::Role::Train);
+    trained.map(|b| b.shape.iter().product::<u64>()).sum()
+}
+
+/// Sites without values.
+fn sites(targets: &[Target]) -> Vec<Site> {
+    let largest = |width: fn(&Target) -> u64| targets.iter().map(width).max().unwrap_or(0);
+    let widest = (largest(|t| t.input), largest(|t| t.output));
+    targets.iter().map(|t| Site { widest, ..site(t) }).collect()
+}
+
 fn site(t: &Target) -> Site {
     Site {
         module: t.module.clone(),
@@ -158,6 +178,7 @@ fn site(t: &Target) -> Site {
         scale: t.scale,
         input: t.input,
         output: t.output,
+        widest: (t.input, t.output),
         values: BTreeMap::new(),
     }
 }
@@ -209,7 +230,7 @@ fn bind(dir: &Path, config: &MethodConfig, tensors: &TensorTable, modules: &Modu
         let what = "is true for a targeted embedding or head, which is not supported";
         return Err(Error::key(&path, "ensure_weight_tying", what));
     }
-    let mut sites: Vec<Site> = targets.iter().map(site).collect();
+    let mut sites = sites(&targets);
     let mut replaced = replaced(config, modules, &targets)?;
     let name = |module: &str, end: &str| format!("{PREFIX}{module}.{end}");
     for r in &mut replaced {
@@ -228,17 +249,25 @@ fn bind(dir: &Path, config: &MethodConfig, tensors: &TensorTable, modules: &Modu
             expected.insert(name(&s.module, if absolute { ABSOLUTE } else { end }));
         }
     }
+    let shared = sites.first().map_or(vec![], |s| config.method.shared(s));
+    expected.extend(shared.iter().filter_map(|b| Some(format!("{SHARED}{}", b.file?))));
     let copies = find_copies(tensors, modules, &targets, &expected);
-    refuse_unexpected(dir, tensors, &expected, &copies)?;
+    let repeated = find_repeated(tensors, &sites, &shared)?;
+    refuse_unexpected(dir, tensors, &expected, &copies, &repeated)?;
     let file = File { dir, tensors, expected: &expected };
+    let mut common = BTreeMap::new();
+    for b in shared {
+        let value = match b.file {
+            None => made(b.part, &b),
+            Some(end) => file.value(&sites[0], &b, &format!("{SHARED}{end}"), "")?,
+        };
+        common.insert(b.part, value);
+    }
     for s in &mut sites {
+        s.values.clone_from(&common);
         for b in config.method.buffers(s) {
             let value = match b.file {
-                None => match b.init {
-                    Init::Zeros {} => SlotValue::Filled { shape: b.shape, value: 0.0 },
-                    Init::Constant { value } => SlotValue::Filled { shape: b.shape, value },
-                    init => SlotValue::New(init),
-                },
+                None => made(&format!("{}.{}", s.module, b.part), &b),
                 Some(end) => file.value(s, &b, &name(&s.module, end), &name(&s.module, ABSOLUTE))?,
             };
             s.values.insert(b.part, value);
@@ -249,6 +278,18 @@ fn bind(dir: &Path, config: &MethodConfig, tensors: &TensorTable, modules: &Modu
         r.value = SlotValue::Tensor(file.find(&format!("{PREFIX}{}", r.file), &r.shape, why)?);
     }
     Ok(Bound { sites, replaced, copies })
+}
+
+/// The value of a buffer that no file holds: from its recipe where that gives the same at any time.
+fn made(key: &str, b: &Buffer) -> SlotValue {
+    match b.init.seeded(key, b.shape.iter().product::<u64>() as usize) {
+        Some(values) => SlotValue::Made(Arc::new(SlotTensor { shape: b.shape.clone(), data: SlotData::F32(values) })),
+        None => match b.init {
+            Init::Zeros {} => SlotValue::Filled { shape: b.shape.clone(), value: 0.0 },
+            Init::Constant { value } => SlotValue::Filled { shape: b.shape.clone(), value },
+            _ => SlotValue::New(b.init.clone()),
+        },
+    }
 }
 
 /// The file of an adapter and the names that it should hold.
@@ -262,9 +303,9 @@ impl File<'_> {
     /// The value of a buffer of a site, where the file has it under `name`, or under `absolute` in the authors' form.
     fn value(&self, site: &Site, b: &Buffer, name: &str, absolute: &str) -> Result<SlotValue> {
         let why = format!("the base model and rank {} of adapter_config.json make it", site.rank);
-        if b.part == INDICES {
-            let tensor = self.find(name, &b.shape, &why)?;
-            return Ok(SlotValue::Indices { tensor, below: site.input });
+        if b.role == Role::Index {
+            let tensor = self.find_indices(name, &b.shape, &why)?;
+            return Ok(SlotValue::Indices { tensor, below: b.init.below().unwrap_or(vec![site.input]) });
         }
         if b.part == DELTA && self.expected.contains(absolute) {
             let indices = site.values.get(INDICES).and_then(SlotValue::tensor);
@@ -276,8 +317,25 @@ impl File<'_> {
         Ok(SlotValue::Tensor(self.find(name, &b.shape, &why)?))
     }
 
-    /// A tensor by name, of this shape.
+    /// Indices by name, of this shape.
+    fn find_indices(&self, name: &str, shape: &[u64], why: &str) -> Result<TensorRef> {
+        let tensor = self.lookup(name, shape, why)?;
+        match tensor.dtype {
+            Dtype::I64 | Dtype::I32 => Ok(tensor),
+            other => Err(Error::tensor(self.dir, name, format!("is {other}; it must be I64 or I32"))),
+        }
+    }
+
+    /// A float tensor by name, of this shape.
     fn find(&self, name: &str, shape: &[u64], why: &str) -> Result<TensorRef> {
+        let tensor = self.lookup(name, shape, why)?;
+        match tensor.dtype.is_weight() {
+            true => Ok(tensor),
+            false => Err(Error::tensor(self.dir, name, format!("is {}; it must be F32, F16 or BF16", tensor.dtype))),
+        }
+    }
+
+    fn lookup(&self, name: &str, shape: &[u64], why: &str) -> Result<TensorRef> {
         let Some(tensor) = self.tensors.get(name) else {
             let missing = self.expected.iter().filter(|n| self.tensors.get(n).is_none()).count();
             let hint = nearest_hint(name, self.tensors.names().filter(|n| !self.expected.contains(*n)));
@@ -290,13 +348,6 @@ impl File<'_> {
         if tensor.shape != shape {
             let what = format!("has shape {:?}; {why} {shape:?}", tensor.shape);
             return Err(Error::tensor(self.dir, name, what));
-        }
-        let indices = name.ends_with(INDICES);
-        if indices && !matches!(tensor.dtype, Dtype::I64 | Dtype::I32) {
-            return Err(Error::tensor(self.dir, name, format!("is {}; it must be I64 or I32", tensor.dtype)));
-        }
-        if !indices && !tensor.dtype.is_weight() {
-            return Err(Error::tensor(self.dir, name, format!("is {}; it must be F32, F16 or BF16", tensor.dtype)));
         }
         Ok(tensor.clone())
     }
@@ -319,14 +370,39 @@ fn find_copies(
     targeted.chain(tables).filter(|(_, name)| !expected.contains(name)).filter_map(found).collect()
 }
 
+/// What the file holds again at every site although all have it in common.
+///
+/// # Errors
+/// A repetition with other values.
+fn find_repeated(tensors: &TensorTable, sites: &[Site], shared: &[Buffer]) -> Result<BTreeSet<String>> {
+    let mut found = BTreeSet::new();
+    for end in shared.iter().filter_map(|b| b.file) {
+        let Some(one) = tensors.get(&format!("{SHARED}{end}")) else { continue };
+        for name in sites.iter().map(|s| format!("{PREFIX}{}.{end}", s.module)) {
+            let Some(again) = tensors.get(&name) else { continue };
+            if again.shape != one.shape || again.read_bytes()? != one.read_bytes()? {
+                return Err(Error::tensor(
+                    &one.file,
+                    name,
+                    format!("differs from `{}`, which it should repeat", one.name),
+                ));
+            }
+            found.insert(name);
+        }
+    }
+    Ok(found)
+}
+
 /// Every tensor of the file must be expected.
 fn refuse_unexpected(
     dir: &Path,
     tensors: &TensorTable,
     expected: &BTreeSet<String>,
     copies: &[(String, TensorRef)],
+    repeated: &BTreeSet<String>,
 ) -> Result<()> {
-    let known = |name: &&str| expected.contains(*name) || copies.iter().any(|c| c.1.name == **name);
+    let known =
+        |name: &&str| expected.contains(*name) || repeated.contains(*name) || copies.iter().any(|c| c.1.name == **name);
     let unmatched: Vec<&str> = tensors.names().filter(|n| !known(n)).collect();
     let Some(first) = unmatched.first() else { return Ok(()) };
     let reason = if first.contains("lora_magnitude_vector") {

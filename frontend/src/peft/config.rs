@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::adapter::{Kind, NO_TARGET, TRAINING, TRAININGS};
+use crate::adapter::{Kind, NO_TARGET, TRAINING, known_names};
 use crate::error::{Error, Result};
 use crate::json::{Fields, brief, is_off, read_object};
 use crate::modules::ModuleTable;
@@ -116,38 +116,27 @@ impl MethodConfig {
         MethodConfig::parse(Path::new("the method's options"), keys.clone())
     }
 
-    /// The same for a method by its name: lora, rslora, dora, paca or full.
+    /// The same for a method by its name, one of [`method_names`](crate::adapter::method_names).
     ///
     /// # Errors
     /// A name that is not known, a key that contradicts it, and those of [`MethodConfig::from_json`].
     pub fn named(method: &str, keys: &Map<String, Value>) -> Result<MethodConfig> {
         let path = Path::new("the method's options");
         let name = method.to_ascii_lowercase();
-        let training = TRAININGS.iter().find(|t| **t == name);
-        let implied: &[(&str, Value)] = match name.as_str() {
-            _ if training.is_some() => &[("peft_type", json!("LORA")), (TRAINING, json!(training))],
-            "lora" => &[("peft_type", json!("LORA"))],
-            "rslora" => &[("peft_type", json!("LORA")), ("use_rslora", json!(true))],
-            "dora" => &[("peft_type", json!("LORA")), ("use_dora", json!(true))],
-            "paca" => &[("peft_type", json!("PACA"))],
-            "full" => &[("peft_type", json!("FULL"))],
-            _ => {
-                let more = TRAININGS.join(", ");
-                let what = format!("is `{method}`; known are lora, rslora, dora, paca, full, {more}");
-                return Err(Error::key(path, "method", what));
-            }
+        let Some(implied) = Kind::implied(&name) else {
+            return Err(Error::key(path, "method", format!("is `{method}`; known are {}", known_names())));
         };
         let mut keys = keys.clone();
         for (key, value) in implied {
-            match keys.get(*key) {
-                Some(given) if given != value => {
+            match keys.get(key) {
+                Some(given) if *given != value => {
                     return Err(Error::key(
                         path,
-                        *key,
+                        key,
                         format!("is {}, which contradicts the method `{name}`", brief(given)),
                     ));
                 }
-                _ => keys.insert((*key).to_owned(), value.clone()),
+                _ => keys.insert(key.to_owned(), value),
             };
         }
         MethodConfig::parse(path, keys)
@@ -187,11 +176,11 @@ impl MethodConfig {
         if layers.is_none() && layers_pattern.iter().any(|p| !p.is_empty()) {
             return Err(f.fault("layers_pattern", "needs `layers_to_transform`"));
         }
-        let alpha_key = method.alpha_key();
-        let rank = f.count("r", 1 << 24)?.unwrap_or(8);
+        let rank = method.rank_key().map_or(Ok(None), |key| f.count(key, 1 << 24))?.unwrap_or(method.default_rank());
+        let alpha = method.alpha_key().map_or(Ok(None), |key| f.number(key))?;
         let config = MethodConfig {
             rank,
-            alpha: f.number(alpha_key)?.unwrap_or_else(|| method.default_alpha(rank)),
+            alpha: alpha.unwrap_or_else(|| method.default_alpha(rank)),
             targets,
             exclude,
             layers: layers.filter(|l| !l.is_empty()),
@@ -220,14 +209,13 @@ impl MethodConfig {
         if let Err((key, what)) = self.method.check_training() {
             return fault(key, what);
         }
-        for key in ["lora_dropout", "paca_dropout"] {
-            if self.raw.get(key).and_then(Value::as_f64).is_some_and(|x| x != 0.0) {
-                return fault(key, format!("is {}: training has no dropout; set it to 0", self.raw[key]));
-            }
+        let dropouts = self.raw.iter().filter(|(key, _)| key.ends_with("dropout"));
+        if let Some((key, value)) = dropouts.into_iter().find(|d| d.1.as_f64().is_some_and(|x| x != 0.0)) {
+            return fault(key, format!("is {value}: training has no dropout; set it to 0"));
         }
-        if self.method.peft_type() == "PACA" && !(self.rank_pattern.is_empty() && self.alpha_pattern.is_empty()) {
+        if !self.method.has_patterns() && !(self.rank_pattern.is_empty() && self.alpha_pattern.is_empty()) {
             let key = if self.rank_pattern.is_empty() { "alpha_pattern" } else { "rank_pattern" };
-            return fault(key, "is not a key of PEFT's PaCA, so the adapter could not be loaded there".into());
+            return fault(key, "is not a key of this method in PEFT, so the adapter could not be loaded there".into());
         }
         Ok(())
     }
@@ -235,7 +223,7 @@ impl MethodConfig {
     /// Fills in what PEFT fills in from the model: the targets.
     pub(crate) fn resolved(mut self, modules: &ModuleTable) -> MethodConfig {
         if self.targets == Targets::Default {
-            self.raw.insert("target_modules".into(), json!(modules.default_targets()));
+            self.raw.insert("target_modules".into(), json!(self.method.default_targets(modules)));
         }
         self
     }
@@ -248,8 +236,12 @@ impl MethodConfig {
         }
         let mut put = |key: &str, value: Value| map.insert(key.to_owned(), value);
         put("peft_type", json!(self.method.peft_type()));
-        put("r", json!(self.rank));
-        put(self.method.alpha_key(), number(self.alpha));
+        if let Some(key) = self.method.rank_key() {
+            put(key, json!(self.rank));
+        }
+        if let Some(key) = self.method.alpha_key() {
+            put(key, number(self.alpha));
+        }
         put("inference_mode", json!(true));
         let modules = Some(&self.modules_to_save).filter(|m| !m.is_empty());
         put("modules_to_save", json!(modules));
@@ -265,8 +257,8 @@ impl MethodConfig {
             ("fan_in_fan_out", json!(false), lora),
             ("layers_pattern", Value::Null, true),
             ("layers_to_transform", Value::Null, true),
-            ("rank_pattern", json!({}), lora),
-            ("alpha_pattern", json!({}), lora),
+            ("rank_pattern", json!({}), self.method.has_patterns()),
+            ("alpha_pattern", json!({}), self.method.has_patterns()),
             ("revision", Value::Null, true),
             ("target_modules", Value::Null, true),
             ("task_type", json!("CAUSAL_LM"), true),
@@ -310,7 +302,13 @@ fn read_pattern<T>(
 fn read_unknown(f: &Fields) -> Result<Vec<String>> {
     let mut notes = Vec::new();
     for (key, value) in f.unread() {
-        if HARMLESS.contains(&key.as_str()) || OURS.contains(&key.as_str()) || key.starts_with('_') || is_off(value) {
+        let dropout = key.ends_with("dropout");
+        if dropout
+            || HARMLESS.contains(&key.as_str())
+            || OURS.contains(&key.as_str())
+            || key.starts_with('_')
+            || is_off(value)
+        {
             continue;
         }
         let variant = key.starts_with("use_")
@@ -374,7 +372,7 @@ mod tests {
     #[test]
     fn what_changes_the_mathematics_is_refused_by_name() {
         let cases = [
-            ("peft_type", json!("IA3")),
+            ("peft_type", json!("BOFT")),
             ("use_dora", json!(1)),
             ("bias", json!("paca_only")),
             ("modules_to_save", json!(3)),

@@ -11,7 +11,7 @@ mod replaced;
 mod targets;
 
 pub use adapter::Adapter;
-pub(crate) use adapter::PREFIX;
+pub(crate) use adapter::{PREFIX, SHARED};
 pub use check::{AdapterReport, SiteReport, check_adapter};
 pub use config::{Bias, MethodConfig, NameSpec, Targets};
 pub use pattern::Pattern;

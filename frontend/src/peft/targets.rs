@@ -98,7 +98,9 @@ pub(super) fn matched<'a>(config: &MethodConfig, modules: &'a ModuleTable) -> Re
         .collect::<Result<_>>()?;
     let spec = match &config.targets {
         Targets::AllLinear | Targets::Nothing => None,
-        Targets::Default => Some(NameSpec::Names(modules.default_targets().iter().map(|n| (*n).to_owned()).collect())),
+        Targets::Default => {
+            Some(NameSpec::Names(config.method.default_targets(modules).iter().map(|n| (*n).to_owned()).collect()))
+        }
         Targets::Spec(spec) => Some(spec.clone()),
     };
     let names = spec.as_ref().map(Names::new).transpose()?;

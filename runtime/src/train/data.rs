@@ -4,7 +4,7 @@
 //! run out. Targets are shifted inside, per row: the token at place i predicts the label at place i + 1. Token ids are
 //! taken as they are; the session checks them against the vocabulary.
 
-use crate::random::Philox;
+use pleach_plan::random::Philox;
 use std::ops::Range;
 
 /// The label that is not counted.

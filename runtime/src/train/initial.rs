@@ -7,9 +7,9 @@ use super::adapter::{AdapterPlan, Init, Norms, TensorPlan};
 use super::data::fnv1a;
 use crate::cast::cast;
 use crate::error::{Result, RuntimeError};
-use crate::random::Philox;
 use crate::weights::{InMemory, Tensor, TensorSource};
 use pleach_plan::DType;
+use pleach_plan::random::{self, Philox, Twister};
 use std::collections::BTreeMap;
 
 /// Values of one tensor.
@@ -62,6 +62,13 @@ fn make(
         Init::Constant { value } => Made::F32(vec![*value; n]),
         Init::Uniform { bound } => Made::F32((0..n).map(|i| (draws.unit(i) * 2.0 - 1.0) as f32 * bound).collect()),
         Init::Normal { std } => Made::F32((0..n).map(|i| (draws.normal(i) * f64::from(*std)) as f32).collect()),
+        Init::Seeded { seed, bound } => Made::F32(random::uniform(*seed, &t.key, n, *bound)),
+        Init::Twister { seed, skip, bound } => Made::F32(Twister::new(*seed).uniform(*skip, n, *bound)),
+        Init::RandomCells { rows, columns } => {
+            let cells = draws.distinct(n / 2, rows * columns)?;
+            let width = (*columns).max(1) as i32;
+            Made::I32(cells.iter().map(|c| c / width).chain(cells.iter().map(|c| c % width)).collect())
+        }
         Init::Base { tensor } => {
             let mut all = Vec::with_capacity(n);
             let w = find(base, tensor)?;

@@ -1,0 +1,381 @@
+//! The checks that every adapter method gets from its fixture in `tests/fixtures/methods`, and the support matrix they make.
+//!
+//! Nothing here names a method: what is checked follows from the trait, the configuration and the dumps (see
+//! `scripts/make_method_fixtures.py`).
+
+use crate::training::{CHANGE, Interpreted, LOSS, Opened, Program, TrainCase};
+use pleach_frontend::adapter::{AdapterPlan, SlotData, SlotTensor, SlotValue, merged, obstacle, slot_values, to_lora};
+use pleach_frontend::peft::MethodConfig;
+use pleach_frontend::{Adapter, Dtype, TensorRef, TensorTable};
+use pleach_ir::interp::{Data, Tensor};
+use pleach_ir::{Graph, Op, Source};
+use pleach_passes::{Options, Pipeline, manager};
+use pleach_runtime::train::{AdapterPlan as Saved, Machine, Measured, Order, initial_values, step};
+use pleach_runtime::{TensorSource, open_weights};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Largest difference of logits, gradients and weights over the largest magnitude.
+pub const TOLERANCE: f64 = 1e-4;
+
+/// A check of a case.
+pub type Check = fn(&TrainCase) -> Result<(), String>;
+
+/// Every check by name. Compiled kernels are the business of the test itself.
+pub const CHECKS: [(&str, Check); 7] = [
+    ("initial", initial),
+    ("forward", forward),
+    ("gradients", gradients),
+    ("steps", steps),
+    ("saved", saved),
+    ("merged", merging),
+    ("swapped", swapped),
+];
+
+fn text(e: impl std::fmt::Display) -> String {
+    e.to_string()
+}
+
+fn close(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) -> Result<(), String> {
+    let error = got.relative_error(want);
+    if error <= tolerance { Ok(()) } else { Err(format!("{what} is off by {error:.1e}, allowed {tolerance:.0e}")) }
+}
+
+fn dumps(case: &TrainCase) -> Result<TensorTable, String> {
+    TensorTable::open_file(&case.dir.join("dumps.safetensors")).map_err(text)
+}
+
+fn dump(dumps: &TensorTable, name: &str) -> Result<Tensor, String> {
+    let t = dumps.get(name).ok_or_else(|| format!("the fixture has no {name}"))?;
+    Ok(Tensor::f32(t.shape.clone(), t.read_f32().map_err(text)?))
+}
+
+/// Every dump `kind.<rest>`: rest and tensor.
+fn of_kind(dumps: &TensorTable, kind: &str) -> Result<Vec<(String, Tensor)>, String> {
+    let named = dumps.names().filter_map(|n| Some((n, n.strip_prefix(kind)?.strip_prefix('.')?)));
+    named.map(|(full, rest)| Ok((rest.to_owned(), dump(dumps, full)?))).collect()
+}
+
+/// Logits of the first two rows by an imported graph.
+fn logits(o: &Opened, adapters: &[Adapter]) -> Result<Tensor, String> {
+    let (_, inputs) = o.inference()?;
+    let graph = pleach_frontend::import(&o.checkpoint, adapters, &["infer"]).map_err(text)?;
+    let mut machine = Interpreted::with(Program::Graph(graph), o, adapters)?;
+    machine.entry("infer", &inputs)?.outputs.remove("logits").ok_or_else(|| "no logits".into())
+}
+
+/// A new adapter of the fixture's configuration with its first values.
+fn fresh(o: &Opened, case: &TrainCase) -> Result<Adapter, String> {
+    let config = MethodConfig::read(&case.dir.join("start")).map_err(text)?;
+    let mut adapter = Adapter::fresh(&config, &o.checkpoint.modules).map_err(text)?;
+    let plan = AdapterPlan::new(&adapter, 0, &o.checkpoint).map_err(text)?;
+    let plan: Saved = serde_json::from_value(plan.to_json()).map_err(text)?;
+    let weights = open_weights(&o.checkpoint.dir).map_err(text)?;
+    let values = initial_values(&plan, &*weights, 7, &Measured::new()).map_err(text)?;
+    for site in &mut adapter.sites {
+        for (part, value) in &mut site.values {
+            let key = format!("{}.{part}", site.module);
+            // What all sites share has no module in its key.
+            let t = values
+                .tensor(&key)
+                .or_else(|| values.tensor(part))
+                .ok_or_else(|| format!("no first value of {key}"))?;
+            let words = t.bytes.as_chunks().0.iter();
+            let data = match t.dtype {
+                pleach_plan::DType::I32 => SlotData::I32(words.map(|b| i32::from_le_bytes(*b)).collect()),
+                _ => SlotData::F32(words.map(|b| f32::from_le_bytes(*b)).collect()),
+            };
+            *value = SlotValue::Made(Arc::new(SlotTensor { shape: t.shape.to_vec(), data }));
+        }
+    }
+    Ok(adapter)
+}
+
+/// A new adapter leaves the model as it is, unless the fixture says that the method means otherwise.
+fn initial(case: &TrainCase) -> Result<(), String> {
+    let o = case.open()?;
+    let adapter = fresh(&o, case)?;
+    let plain = logits(&o, &[])?;
+    let error = logits(&o, std::slice::from_ref(&adapter))?.relative_error(&plain);
+    match o.expected["initial"].as_str() {
+        Some("random") if error < TOLERANCE => Err(format!("a new adapter changes nothing: {error:.1e}")),
+        Some("random") => Ok(()),
+        _ if error <= TOLERANCE / 5.0 => Ok(()),
+        _ => Err(format!("a new adapter changes the logits by {error:.1e}")),
+    }
+}
+
+/// The adapter's logits are the reference's, and far from the base's.
+fn forward(case: &TrainCase) -> Result<(), String> {
+    let o = case.open()?;
+    let want = dump(&dumps(case)?, "logits")?;
+    close("the output", &logits(&o, &o.adapters)?, &want, TOLERANCE)?;
+    let effect = logits(&o, &[])?.relative_error(&want);
+    if effect < 100.0 * TOLERANCE {
+        return Err(format!("the adapter changes the output by {effect:.1e} only: the fixture cannot fail"));
+    }
+    Ok(())
+}
+
+/// Loss and gradients of the first step.
+fn gradients(case: &TrainCase) -> Result<(), String> {
+    let o = case.open()?;
+    if case.trains(&o) {
+        let graph = manager::run(&o.graph()?, &Pipeline::of(&["differentiate"]), &options(&o)).map_err(text)?.graph;
+        let mut machine = Interpreted::new(Program::Graph(graph), &o)?;
+        let b = o.rows.pack(0..o.settings.batch as usize * o.settings.accum as usize);
+        let scale = [1.0 / b.labels.len() as f32];
+        let loss = Machine::run(&mut machine, "accumulate", &b.values(&scale), "loss").map_err(text)?;
+        let want = o.expected["losses"][0].as_f64().unwrap_or(f64::NAN);
+        let error = (f64::from(loss) / want - 1.0).abs();
+        if error.is_nan() || error > LOSS {
+            return Err(format!("the loss is {loss} instead of {want}"));
+        }
+        let list = of_kind(&dumps(case)?, "grad")?;
+        if list.is_empty() {
+            return Err("the fixture has no gradients".into());
+        }
+        let names = file_names(&o);
+        for (file, want) in list {
+            let key = names.get(&file).ok_or_else(|| format!("{file} is no tensor of the adapter"))?;
+            let got = machine.value(&format!("grad.slot0.{key}")).ok_or_else(|| format!("{key} has no gradient"))?;
+            close(&format!("the gradient of {key}"), got, &want, TOLERANCE)?;
+        }
+    }
+    Ok(())
+}
+
+/// Key in the slot of every tensor of the adapter's file.
+fn file_names(o: &Opened) -> BTreeMap<String, String> {
+    let named = |(key, value): (String, SlotValue)| Some((value.tensor()?.name.clone(), key));
+    slot_values(&o.adapters[0]).into_iter().filter_map(named).collect()
+}
+
+/// All optimizer steps, after all passes.
+fn steps(case: &TrainCase) -> Result<(), String> {
+    let o = case.open()?;
+    if case.trains(&o) {
+        let graph = manager::run(&o.graph()?, &Pipeline::default(), &options(&o)).map_err(text)?.graph;
+        o.train(&mut Interpreted::new(Program::Graph(graph), &o)?, LOSS, CHANGE)?;
+    }
+    Ok(())
+}
+
+/// What is saved is what was read: the same tensors, bit for bit, also after a step, and the same configuration.
+fn saved(case: &TrainCase) -> Result<(), String> {
+    let o = case.open()?;
+    let plan = AdapterPlan::new(&o.adapters[0], 0, &o.checkpoint).map_err(text)?;
+    let plan: Saved = serde_json::from_value(plan.to_json()).map_err(text)?;
+    let mut machine = Interpreted::new(Program::Graph(o.graph()?), &o)?;
+    let folder = temporary(&case.name)?;
+    plan.write(&machine, None, &folder).map_err(text)?;
+    let name = "adapter_model.safetensors";
+    let read = |dir: &PathBuf| TensorTable::open_file(&dir.join(name)).map_err(text);
+    let (start, ours) = (read(&case.dir.join("start"))?, read(&folder)?);
+    let names = |t: &TensorTable| t.names().map(str::to_owned).collect::<Vec<_>>();
+    let (mut a, mut b) = (names(&start), names(&ours));
+    // What all modules share is written once; some of PEFT's files repeat it at every module.
+    a.retain(|n| b.contains(n) || !b.iter().any(|o| repeats(n, o)));
+    (a.sort(), b.sort());
+    if a != b {
+        return Err(format!("saved are {b:?}, read were {a:?}"));
+    }
+    for t in start.iter().filter(|t| a.contains(&t.name)) {
+        let again = ours.get(&t.name).ok_or_else(|| format!("{} is not saved", t.name))?;
+        if t.shape != again.shape || elements(t)? != elements(again)? {
+            return Err(format!("{} was saved with other values", t.name));
+        }
+    }
+    let again = Adapter::open(&folder, None, &o.checkpoint.modules).map_err(text)?;
+    if again.config.saved() != o.adapters[0].config.saved() {
+        return Err("the configuration was saved otherwise than it was read".into());
+    }
+    if case.trains(&o) {
+        let graph = manager::run(&o.graph()?, &Pipeline::of(&["differentiate"]), &options(&o)).map_err(text)?.graph;
+        machine = Interpreted::new(Program::Graph(graph), &o)?;
+        step(&mut machine, &o.rows, &mut Order::new(o.rows.len(), None), &o.settings, 0).map_err(text)?;
+        plan.write(&machine, None, &folder).map_err(text)?;
+        let trained = [Adapter::open(&folder, None, &o.checkpoint.modules).map_err(text)?];
+        for (key, value) in slot_values(&trained[0]) {
+            let got = value.read(&o.checkpoint).map_err(text)?;
+            let have = machine.value(&format!("slot0.{key}"));
+            let same = match (&got.data, have.map(|t| &t.data)) {
+                (SlotData::F32(a), Some(Data::F32(b))) => a == b,
+                (SlotData::I32(a), Some(Data::I32(b))) => a == b,
+                (_, None) => true,
+                _ => false,
+            };
+            if !same {
+                return Err(format!("{key} was saved with other values after a step"));
+            }
+        }
+    }
+    std::fs::remove_dir_all(&folder).map_err(text)
+}
+
+/// Whether `name` is a tensor of a module with the last name of a shared one.
+fn repeats(name: &str, shared: &str) -> bool {
+    let end = shared.strip_prefix("base_model.").filter(|e| !e.contains('.'));
+    end.is_some_and(|e| name.strip_suffix(e).is_some_and(|head| head.ends_with('.')))
+}
+
+/// The bytes of floats, and of whole numbers as i64, whatever their width.
+fn elements(t: &TensorRef) -> Result<Vec<u8>, String> {
+    let bytes = t.read_bytes().map_err(text)?;
+    match t.dtype {
+        Dtype::I32 => {
+            let wide = bytes.as_chunks().0.iter().map(|b| i64::from(i32::from_le_bytes(*b)));
+            Ok(wide.flat_map(i64::to_le_bytes).collect())
+        }
+        _ => Ok(bytes),
+    }
+}
+
+fn temporary(name: &str) -> Result<PathBuf, String> {
+    let dir = std::env::temp_dir().join(format!("pleach-methods-{}-{name}", std::process::id()));
+    std::fs::create_dir_all(&dir).map_err(text)?;
+    Ok(dir)
+}
+
+/// Merged weights are the reference's, and compute what base and adapter do; else the method says why there are none.
+fn merging(case: &TrainCase) -> Result<(), String> {
+    let o = case.open()?;
+    let why = obstacle(&o.adapters[0], &o.checkpoint).map_err(text)?;
+    let Some(merges) = o.expected["merges"].as_bool() else {
+        return Err("the fixture does not say whether it merges".into());
+    };
+    let weight = |module: &str| {
+        let t = o.checkpoint.param(&format!("{module}.weight")).ok_or_else(|| format!("no weight of {module}"))?;
+        Ok::<_, String>((t.shape.clone(), t.read_f32().map_err(text)?))
+    };
+    if !merges {
+        let site = o.adapters[0].sites.first().ok_or("no site")?;
+        let refused = merged(&o.adapters[0], site, &o.checkpoint, &weight(&site.module)?.1);
+        return match (why, refused) {
+            (Some(why), Err(e)) if e.to_string().contains(&why) => Ok(()),
+            (why, refused) => Err(format!("it must not merge: {why:?}, {:?}", refused.map(|_| ()))),
+        };
+    }
+    if let Some(why) = why {
+        return Err(format!("it must merge, but {why}"));
+    }
+    for (module, want) in of_kind(&dumps(case)?, "merged")? {
+        let site = o.adapters[0].site(&module).ok_or_else(|| format!("{module} is no site"))?;
+        let (shape, base) = weight(&module)?;
+        let got = merged(&o.adapters[0], site, &o.checkpoint, &base).map_err(text)?;
+        close(&format!("the merged weight of {module}"), &Tensor::f32(shape, got), &want, TOLERANCE)?;
+    }
+    folded(&o)
+}
+
+/// For inference the passes merge: the layers that an adapter changes become one product each, with the same results.
+///
+/// # Errors
+/// What is left of the adapter, or differs.
+pub fn folded(o: &Opened) -> Result<(), String> {
+    let (graph, inputs) = o.inference()?;
+    let options = Options { merge: true, ..options(o) };
+    let after = manager::run(&graph, &Pipeline::default(), &options).map_err(text)?.graph;
+    let (products, tensors) = left(&after, o);
+    // An embedding's branch stays: its table is looked up, not multiplied.
+    let branches = o.adapters[0].sites.iter().filter(|s| s.embedding).count();
+    let layers = 7 * 2 + 1;
+    if products > layers + branches || (branches == 0 && tensors > 0) {
+        return Err(format!("{products} products and {tensors} tensors of the adapter are left after merging"));
+    }
+    let run = |g: &Graph| -> Result<Tensor, String> {
+        let mut machine = Interpreted::new(Program::Graph(g.clone()), o)?;
+        machine.entry("infer", &inputs)?.outputs.remove("logits").ok_or_else(|| "no logits".to_string())
+    };
+    close("what merged weights compute", &run(&after)?, &run(&graph)?, 2e-5)
+}
+
+/// Products and tensors of the adapter that `infer` has.
+fn left(g: &Graph, o: &Opened) -> (usize, usize) {
+    let infer = g.entry("infer").map(|e| e.nodes.iter()).into_iter().flatten();
+    let products = infer.clone().filter(|n| matches!(n.op, Op::MatMul { .. })).count();
+    let whole = |key: &str| o.adapters[0].replaced.iter().any(|r| r.path == key);
+    let of_adapter = |p: &pleach_ir::Param| matches!(&p.source, Source::Adapter { key, .. } if !whole(key));
+    let reads = infer.filter(|n| matches!(n.op, Op::Param(p) if of_adapter(&g.params[p.index()]))).count();
+    (products, reads)
+}
+
+/// An adapter takes the place of another one in a compiled graph: new values and the slot's preparation, nothing else.
+fn swapped(case: &TrainCase) -> Result<(), String> {
+    let o = case.open()?;
+    let first = [fresh(&o, case)?];
+    let (_, inputs) = o.inference()?;
+    let graph = pleach_frontend::import(&o.checkpoint, &first, &["infer"]).map_err(text)?;
+    let graph = manager::run(&graph, &Pipeline::default(), &options(&o)).map_err(text)?.graph;
+    let mut machine = Interpreted::with(Program::Graph(graph), &o, &first)?;
+    machine.load(&o, &o.adapters)?;
+    let got = machine.entry("infer", &inputs)?.outputs.remove("logits").ok_or("no logits")?;
+    close("the output of the second adapter", &got, &dump(&dumps(case)?, "logits")?, TOLERANCE)
+}
+
+/// All optimizer steps by compiled kernels, for this many processor classes.
+///
+/// # Errors
+/// Whatever refuses, and what differs.
+#[cfg(feature = "llvm")]
+pub fn compiled(case: &TrainCase, classes: usize) -> Result<(), String> {
+    use crate::compiled::{plan_with, session, targets};
+    let o = case.open()?;
+    let graph = o.graph()?;
+    let params = o.values(&graph.params)?;
+    let start = crate::compare::Start { symbols: Default::default(), params, inputs: Default::default() };
+    let (tokens, sequences) = o.capacity();
+    let meta = pleach_plan::Meta { vocab: o.checkpoint.config.vocab(), max_positions: 64, ..Default::default() };
+    for target in targets().into_iter().take(classes) {
+        let plan = Arc::new(plan_with(&graph, &Pipeline::default(), false, &options(&o), &target, meta.clone())?);
+        let capacities = [("T", tokens), ("L", tokens), ("S", sequences), ("P", 64), ("C", 1)];
+        let all =
+            capacities.iter().fold(pleach_runtime::Options::default().threads(2), |all, (s, n)| all.capacity(s, *n));
+        let mut session = session(plan, &graph, &start, &all)?;
+        o.train(&mut session, LOSS, CHANGE).map_err(|e| format!("{target:?}: {e}"))?;
+    }
+    Ok(())
+}
+
+/// Options for the sizes of a fixture.
+pub fn options(o: &Opened) -> Options {
+    let (tokens, _) = o.capacity();
+    let hint = ["train", "accumulate", "evaluate"].map(|e| (e.to_string(), tokens));
+    Options { tokens_hint: hint.into_iter().collect(), ..Options::default() }
+}
+
+/// The lines around the matrix in METHODS.md.
+pub const MARKS: [&str; 2] = ["<!-- made from the fixtures: begin -->", "<!-- made from the fixtures: end -->"];
+
+/// The support matrix, a row for every case in order of name: what the checks of that case prove.
+///
+/// # Errors
+/// A case that cannot be opened.
+pub fn matrix(cases: &[TrainCase]) -> Result<String, String> {
+    let mut out = String::from(
+        "| fixture | method | PEFT | train | run | merge | as LoRA | swap |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n",
+    );
+    for case in cases {
+        let o = case.open()?;
+        let adapter = &o.adapters[0];
+        let why = obstacle(adapter, &o.checkpoint).map_err(text)?;
+        let folder = temporary(&format!("{}-matrix", case.name))?;
+        let lora = to_lora(adapter, &o.checkpoint, &folder).is_ok();
+        let _ = std::fs::remove_dir_all(&folder);
+        let yes = |x: bool| if x { "yes" } else { "–" };
+        let merge = why.map_or("yes".to_owned(), |w| format!("no: {w}"));
+        let (method, peft) = (adapter.config.method.name(), adapter.config.method.peft_type());
+        let (trains, lora) = (yes(case.trains(&o)), yes(lora));
+        out += &format!("| {} | {method} | {peft} | {trains} | yes | {merge} | {lora} | yes |\n", case.name);
+    }
+    Ok(out)
+}
+
+/// Compares METHODS.md with the matrix; `PLEACH_BLESS=1` writes it.
+///
+/// # Errors
+/// The file lacks the marks, or differs.
+pub fn check_matrix(cases: &[TrainCase]) -> Result<(), String> {
+    crate::matrix::between("METHODS.md", MARKS, &matrix(cases)?)
+}
