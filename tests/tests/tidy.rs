@@ -10,13 +10,14 @@ use std::path::{Path, PathBuf};
 const CRATES: [&str; 8] = ["ir", "frontend", "passes", "codegen", "plan", "runtime", "cli", "tests"];
 
 /// Which crates of the project a crate may depend on. `cli` and `tests` may use all.
-const EDGES: [(&str, &[&str]); 6] = [
+const EDGES: [(&str, &[&str]); 7] = [
     ("ir", &[]),
     ("plan", &[]),
     ("frontend", &["pleach-ir", "pleach-plan"]),
     ("passes", &["pleach-ir", "pleach-plan"]),
     ("codegen", &["pleach-ir", "pleach-plan"]),
     ("runtime", &["pleach-plan"]),
+    ("tests/ptx-sim", &[]),
 ];
 
 /// What may not be reached from the runtime, directly or not: it is what people embed.

@@ -1,0 +1,39 @@
+//! What a launch executed: a cheap guard against kernels that grow.
+
+use std::collections::BTreeMap;
+
+/// Totals over all blocks of one launch.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Instructions, counted once per warp.
+    pub warp_instructions: u64,
+    /// Instructions, counted once per thread that executed them.
+    pub lane_instructions: u64,
+    /// Warp instructions by opcode with its modifiers.
+    pub by_opcode: BTreeMap<String, u64>,
+    /// Bytes that kernels read from global memory, without any cache.
+    pub global_read: u64,
+    /// Bytes written to global memory.
+    pub global_written: u64,
+    /// Floating-point operations of matrix instructions, a multiply and an add each.
+    pub mma_flops: u64,
+}
+
+impl Counts {
+    /// Warp instructions whose opcode starts with this text, such as `mma.sync` or `bar.`.
+    pub fn of(&self, opcode: &str) -> u64 {
+        self.by_opcode.iter().filter(|(k, _)| k.starts_with(opcode)).map(|(_, n)| n).sum()
+    }
+
+    /// Adds another launch.
+    pub fn add(&mut self, other: &Counts) {
+        self.warp_instructions += other.warp_instructions;
+        self.lane_instructions += other.lane_instructions;
+        self.global_read += other.global_read;
+        self.global_written += other.global_written;
+        self.mma_flops += other.mma_flops;
+        for (k, n) in &other.by_opcode {
+            *self.by_opcode.entry(k.clone()).or_default() += n;
+        }
+    }
+}

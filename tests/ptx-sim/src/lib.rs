@@ -1,0 +1,117 @@
+//! Runs PTX kernels on the CPU, functionally and with every access checked.
+//!
+//! [`Module::parse`] reads PTX text as LLVM writes it; [`Kernel::launch`] executes a grid over a [`Memory`]. Each access
+//! of shared and global memory is checked for bounds, alignment and initialisation; shared memory for races between
+//! barriers; barriers for divergence and deadlock. Asynchronous work (`cp.async`, tensor copies, warpgroup products) can
+//! finish as late as the program allows or at once ([`Mode`]): a correct kernel gives the same result both ways.
+//!
+//! Results are deterministic: blocks run one after another, warps in a fixed order. Not modelled: time, bank conflicts,
+//! register pressure, clusters of several blocks, communication between blocks of one launch (reported as a fault).
+//! `approx` functions are computed in f64 and rounded; matrix products add their terms one by one in f32.
+
+mod block;
+mod counts;
+mod decode;
+mod error;
+mod exec;
+mod isa;
+mod launch;
+mod lex;
+mod memory;
+mod num;
+mod parse;
+mod shared;
+mod warp;
+
+pub use counts::Counts;
+pub use error::{Fault, SimError};
+pub use launch::{Checks, Launch, Mode, Param, TensorMap};
+pub use memory::{Memory, Ptr};
+pub use num::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
+
+/// First address of shared memory; below it a null pointer is caught.
+const SHARED_BASE: u64 = 1024;
+/// Addresses below this one are shared memory.
+const SHARED_END: u64 = 1 << 24;
+/// Kernel parameters.
+const PARAM_BASE: u64 = 1 << 30;
+/// Local memory: every thread has its own at the same addresses.
+const LOCAL_BASE: u64 = 1 << 31;
+/// Global memory starts here.
+const GLOBAL_BASE: u64 = 1 << 36;
+
+/// A PTX text.
+#[derive(Debug, Clone)]
+pub struct Module {
+    target: String,
+    kernels: Vec<Kernel>,
+}
+
+impl Module {
+    /// Reads a PTX text (without the trailing NUL of the driver's API).
+    ///
+    /// # Errors
+    /// [`SimError::Parse`] with the line of the first statement, instruction, modifier or type that is not known.
+    pub fn parse(text: &str) -> Result<Module, SimError> {
+        parse::parse(text)
+    }
+
+    /// The chip of the text, such as `sm_90a`.
+    pub fn target(&self) -> &str {
+        &self.target
+    }
+
+    /// The kernels in the order of the text.
+    pub fn kernels(&self) -> &[Kernel] {
+        &self.kernels
+    }
+
+    /// The kernel of that name.
+    ///
+    /// # Errors
+    /// [`SimError::Launch`] when the text has none.
+    pub fn kernel(&self, name: &str) -> Result<&Kernel, SimError> {
+        let found = self.kernels.iter().find(|k| k.name == name);
+        found.ok_or_else(|| SimError::Launch { kernel: name.into(), what: "the text has no such entry".into() })
+    }
+}
+
+/// A parameter of a kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct ParamDecl {
+    name: String,
+    offset: u64,
+    bytes: u64,
+}
+
+/// One entry of a PTX text, ready to run.
+#[derive(Debug, Clone, Default)]
+pub struct Kernel {
+    name: String,
+    target: String,
+    code: Vec<isa::Inst>,
+    opcodes: Vec<String>,
+    regs: u32,
+    preds: u32,
+    params: Vec<ParamDecl>,
+    param_bytes: u64,
+    /// End of the static shared variables.
+    shared_top: u64,
+    dynamic_base: u64,
+    dynamic_align: u64,
+    local_bytes: u64,
+    max_threads: Option<[u32; 3]>,
+    required_threads: Option<[u32; 3]>,
+}
+
+impl Kernel {
+    /// The entry's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Sizes of the parameters in bytes, in order.
+    pub fn param_sizes(&self) -> Vec<u64> {
+        self.params.iter().map(|p| p.bytes).collect()
+    }
+}

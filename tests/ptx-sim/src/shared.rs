@@ -1,0 +1,228 @@
+//! Shared memory of a block and who may touch what when.
+//!
+//! Time is one counter that moves at every synchronisation. Each pair of bytes remembers its last write (thread, time) and
+//! the reads since; each warp knows up to which time it sees every other warp's accesses (a vector clock). Two accesses
+//! that neither order covers, one of them a write, are a race. Lanes of one warp are ordered by `bar.warp.sync` and by
+//! block barriers only. Work under way marks its bytes: nobody may touch what it writes, nobody may write what it reads.
+
+use crate::SHARED_BASE;
+use crate::error::Fault;
+use std::collections::HashMap;
+
+/// Asynchronous copies as a writer; also its place in clocks.
+pub(crate) const ASYNC: usize = 32;
+pub(crate) type Clock = [u32; 33];
+const UNDER_WAY: u32 = u32::MAX;
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Cell {
+    time: u32,
+    readers: u32,
+    /// Thread, or 1024 for asynchronous copies.
+    thread: u16,
+    init: bool,
+    incoming: u8,
+}
+
+pub(crate) struct Shared {
+    pub(crate) bytes: Vec<u8>,
+    cells: Vec<Cell>,
+    /// Sets of readers: (warp, lane or 32 for several, time).
+    sets: Vec<Vec<(u8, u8, u32)>>,
+    known: HashMap<(u32, u8, u8, u32), u32>,
+    pub(crate) now: u32,
+    /// What warp `w` sees of the others.
+    pub(crate) sees: Vec<Clock>,
+    /// Time up to which the lanes of a warp see each other.
+    pub(crate) warp_sync: Vec<u32>,
+    pub(crate) proxy: Vec<u32>,
+    races: bool,
+    uninit: bool,
+}
+
+impl Shared {
+    pub(crate) fn new(bytes: usize, warps: usize, races: bool, uninit: bool) -> Shared {
+        Shared {
+            bytes: vec![0xff; bytes],
+            cells: vec![Cell::default(); bytes.div_ceil(2)],
+            sets: vec![vec![]],
+            known: HashMap::new(),
+            now: 1,
+            sees: vec![[0; 33]; warps],
+            warp_sync: vec![0; warps],
+            proxy: vec![0; warps],
+            races,
+            uninit,
+        }
+    }
+
+    fn locate(&self, address: u64, len: u64, align: u64) -> Result<usize, Fault> {
+        if address < SHARED_BASE || address + len > SHARED_BASE + self.bytes.len() as u64 {
+            let near = format!(": the block has {} bytes", self.bytes.len());
+            let address = address.wrapping_sub(SHARED_BASE);
+            return Err(Fault::OutOfBounds { space: "shared", address, bytes: len, near });
+        }
+        if !address.is_multiple_of(align) {
+            return Err(Fault::Misaligned { space: "shared", address: address - SHARED_BASE, align });
+        }
+        Ok((address - SHARED_BASE) as usize)
+    }
+
+    fn ordered(&self, warp: usize, lane: u32, other: (usize, u32, u32)) -> bool {
+        let (w, l, time) = other;
+        if w == warp { l == lane || time <= self.warp_sync[w] } else { time <= self.sees[warp][w] }
+    }
+
+    fn race(at: usize, mine: &'static str, other: String) -> Fault {
+        Fault::Race { address: 2 * at as u64, mine, other }
+    }
+
+    fn writer(c: &Cell) -> String {
+        if c.thread == 1024 {
+            "written by an asynchronous copy".into()
+        } else {
+            format!("written by thread {}", c.thread)
+        }
+    }
+
+    fn writer_ordered(&self, c: &Cell, warp: usize, lane: u32) -> bool {
+        let t = c.thread as usize;
+        self.ordered(warp, lane, if t == 1024 { (ASYNC, 99, c.time) } else { (t / 32, t as u32 % 32, c.time) })
+    }
+
+    /// Checks a read. `lane` 32: the whole warp reads. `hold`: the read stays under way. `proxy`: an asynchronous reader.
+    pub(crate) fn check_read(
+        &mut self,
+        address: u64,
+        len: u64,
+        align: u64,
+        (warp, lane): (usize, u32),
+        (hold, proxy): (bool, bool),
+    ) -> Result<usize, Fault> {
+        let off = self.locate(address, len, align)?;
+        let time = if hold { UNDER_WAY } else { self.now };
+        let mut last = (u32::MAX, 0);
+        for at in off / 2..(off + len as usize).div_ceil(2) {
+            let c = self.cells[at];
+            if self.uninit && !c.init {
+                return Err(Fault::Uninitialised { space: "shared", address: 2 * at as u64 });
+            }
+            if !self.races {
+                continue;
+            }
+            if c.incoming > 0 {
+                return Err(Self::race(at, "read", "an asynchronous copy into it is under way".into()));
+            }
+            if c.init && !self.writer_ordered(&c, warp, lane) {
+                return Err(Self::race(at, "read", Self::writer(&c)));
+            }
+            if proxy && c.init && c.thread < 1024 && c.time > self.proxy[c.thread as usize / 32].max(self.proxy[warp]) {
+                return Err(Fault::Proxy { address: 2 * at as u64, writer: c.thread.into() });
+            }
+            if last.0 != c.readers {
+                last = (c.readers, self.join(c.readers, warp as u8, lane as u8, time));
+            }
+            self.cells[at].readers = last.1;
+        }
+        Ok(off)
+    }
+
+    /// The set with one more reader.
+    fn join(&mut self, set: u32, warp: u8, lane: u8, time: u32) -> u32 {
+        if let Some(id) = self.known.get(&(set, warp, lane, time)) {
+            return *id;
+        }
+        let mut v = self.sets[set as usize].clone();
+        match v.iter_mut().find(|r| r.0 == warp) {
+            Some(r) => {
+                *r = (warp, if r.1 == lane { lane } else { 32 }, time.max(if r.2 == UNDER_WAY { 0 } else { r.2 }))
+            }
+            None => v.push((warp, lane, time)),
+        }
+        let id = self.sets.len() as u32;
+        self.sets.push(v);
+        self.known.insert((set, warp, lane, time), id);
+        id
+    }
+
+    /// Checks a write by a thread. `data`: what is written, where lanes of one warp may write the same twice.
+    /// `incoming`: an asynchronous copy that is under way from now on.
+    pub(crate) fn check_write(
+        &mut self,
+        address: u64,
+        len: u64,
+        align: u64,
+        (warp, lane): (usize, u32),
+        data: Option<&[u8]>,
+    ) -> Result<usize, Fault> {
+        let off = self.locate(address, len, align)?;
+        let same = data.is_some_and(|d| self.bytes[off..off + d.len()] == *d);
+        let thread = (warp * 32) as u16 + lane.min(31) as u16;
+        for at in off / 2..(off + len as usize).div_ceil(2) {
+            let c = self.cells[at];
+            if self.races && len > 1 {
+                if c.incoming > 0 {
+                    return Err(Self::race(at, "write", "an asynchronous copy into it is under way".into()));
+                }
+                let mine = same && c.thread as usize / 32 == warp;
+                if c.init && !mine && !self.writer_ordered(&c, warp, lane) {
+                    return Err(Self::race(at, "write", Self::writer(&c)));
+                }
+                if c.readers != 0 {
+                    let bad = self.sets[c.readers as usize]
+                        .iter()
+                        .find(|r| r.2 == UNDER_WAY || !self.ordered(warp, lane, (r.0.into(), r.1.into(), r.2)));
+                    if let Some(r) = bad.filter(|_| !same) {
+                        let who = if r.2 == UNDER_WAY { "an asynchronous reader of" } else { "a thread of" };
+                        return Err(Self::race(at, "write", format!("read by {who} warp {}", r.0)));
+                    }
+                }
+            }
+            let slot = &mut self.cells[at];
+            if data.is_some() {
+                *slot = Cell { time: self.now, readers: 0, thread, init: true, incoming: 0 };
+            } else {
+                slot.incoming += 1;
+            }
+        }
+        Ok(off)
+    }
+
+    /// An asynchronous copy has arrived; it was announced by [`Shared::check_write`] without data.
+    pub(crate) fn arrive(&mut self, off: usize, len: usize, thread: usize) {
+        for c in &mut self.cells[off / 2..(off + len).div_ceil(2)] {
+            *c = Cell {
+                time: self.now,
+                readers: 0,
+                thread: thread as u16,
+                init: true,
+                incoming: c.incoming.saturating_sub(1),
+            };
+        }
+    }
+
+    /// A read that was under way is done.
+    pub(crate) fn release(&mut self, off: usize, len: usize, warp: usize) {
+        for at in off / 2..(off + len).div_ceil(2) {
+            let set = self.cells[at].readers;
+            if self.sets[set as usize].iter().any(|r| r.0 == warp as u8 && r.2 == UNDER_WAY) {
+                self.cells[at].readers = self.join(set, warp as u8, 32, self.now);
+            }
+        }
+    }
+
+    /// What a warp publishes when it arrives somewhere; time moves on.
+    pub(crate) fn publish(&mut self, warp: usize) -> Clock {
+        let mut c = self.sees[warp];
+        c[warp] = self.now;
+        self.now += 1;
+        c
+    }
+
+    /// A warp has waited for these.
+    pub(crate) fn acquire(&mut self, warp: usize, clock: &Clock) {
+        for (a, b) in self.sees[warp].iter_mut().zip(clock) {
+            *a = (*a).max(*b);
+        }
+    }
+}
