@@ -10,6 +10,7 @@ use crate::model::Model;
 use crate::report::{Table, Ui, bytes};
 use pleach_codegen::HostTarget;
 use pleach_codegen::compile::{self, CompileOptions};
+use pleach_codegen::emit::contraction::panel_widths;
 use pleach_codegen::emit::gpu::GpuChip;
 use pleach_frontend::adapter::AdapterPlan;
 use pleach_frontend::peft::MethodConfig;
@@ -278,22 +279,22 @@ pub(crate) fn passes(graph: &Graph, request: &Request, keep_texts: bool) -> Resu
 ///
 /// # Errors
 /// A single operator that the target refuses.
-pub(crate) fn schedule(graph: &Graph) -> Result<Schedule> {
-    Ok(fuse_kernels::schedule(graph, &host_cut(graph))?)
+pub(crate) fn schedule(graph: &Graph, host: &HostTarget) -> Result<Schedule> {
+    Ok(fuse_kernels::schedule(graph, &host_cut(graph, host))?)
 }
 
 /// Weights are packed for inference only: a training step reads them both ways round.
-fn host_cut(graph: &Graph) -> CutOptions<'static> {
+fn host_cut(graph: &Graph, host: &HostTarget) -> CutOptions<'static> {
     let trains = graph.entries.iter().any(|e| e.name == "accumulate");
-    CutOptions { supported: &compile::supported, pack: !trains }
+    CutOptions { supported: &compile::supported, panels: if trains { &[] } else { panel_widths(host.isa) } }
 }
 
 /// How a request cuts a graph. On a GPU nothing is packed.
-fn cut_of(request: &Request, graph: &Graph) -> CutOptions<'static> {
-    match request.gpu() {
-        Some(_) => CutOptions { supported: &compile::supported_gpu, pack: false },
-        None => host_cut(graph),
-    }
+fn cut_of(request: &Request, graph: &Graph) -> Result<CutOptions<'static>> {
+    Ok(match request.gpu() {
+        Some(_) => CutOptions { supported: &compile::supported_gpu, panels: &[] },
+        None => host_cut(graph, &request.host()?),
+    })
 }
 
 /// Compiles in this process and writes the plan.
@@ -343,7 +344,7 @@ fn saved(s: &Saved) -> serde_json::Value {
 pub(crate) fn lower(graph: &Graph, request: &Request, meta: Meta) -> Result<(Plan, Vec<Row>)> {
     let mut rows = vec![];
     let clock = Instant::now();
-    let mut s = fuse_kernels::cut(graph, &cut_of(request, graph))?;
+    let mut s = fuse_kernels::cut(graph, &cut_of(request, graph)?)?;
     let launches: usize = s.entries.iter().map(|e| e.steps.len()).sum();
     rows.push(Row {
         nodes_before: Some(pleach_passes::manager::node_count(graph)),

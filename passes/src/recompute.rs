@@ -10,6 +10,7 @@
 //! Knows operators, sizes and the target's speeds; no model and no method.
 
 mod cut;
+mod narrow;
 mod saved;
 #[cfg(test)]
 mod tests;
@@ -37,12 +38,15 @@ pub struct Price {
     pub early_byte_us: f64,
     /// How large the first part is: a share of the forward half's nodes, 0..=1.
     pub early: f64,
+    /// The forward half stops at every so many of its narrow places ([`narrow`]): what crosses a stop is kept, so that
+    /// what is built again lives for the part between two stops only. 0: no stops.
+    pub every: usize,
 }
 
 impl Price {
     /// One price for all values.
     pub fn flat(byte_us: f64) -> Price {
-        Price { byte_us, early_byte_us: byte_us, early: 0.0 }
+        Price { byte_us, early_byte_us: byte_us, early: 0.0, every: 0 }
     }
 
     /// What keeping a byte costs in time alone: it is written once and read once.

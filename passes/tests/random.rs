@@ -186,8 +186,8 @@ fn random_graphs_survive_the_cut() {
         ]);
         let want = run_entry_with(&g.params, &|p| values.get(p.index()), &g.entries[0], &given, &symbols)
             .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
-        for pack in [false, true] {
-            let s = schedule(&g, &CutOptions { supported: &|_| Ok(()), pack })
+        for panels in [&[] as &[u64], &[48, 32, 16], &[16]] {
+            let s = schedule(&g, &CutOptions { supported: &|_| Ok(()), panels })
                 .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
             for k in &s.kernels {
                 products_read_operands(k).unwrap_or_else(|e| panic!("seed {seed}: kernel {}: {e}", k.name));

@@ -3,6 +3,7 @@
 use crate::compare::{Results, Start};
 use pleach_codegen::HostTarget;
 use pleach_codegen::compile::{CompileOptions, compile, supported};
+use pleach_codegen::emit::contraction::panel_widths;
 use pleach_ir::interp::{Data, Tensor};
 use pleach_ir::{Graph, Source};
 use pleach_passes::fuse_kernels::{self, CutOptions};
@@ -40,7 +41,7 @@ pub fn plan_with(
     meta: Meta,
 ) -> Result<Plan, String> {
     let after = manager::run(graph, passes, options).map_err(|e| format!("passes: {e}"))?.graph;
-    let cut = CutOptions { supported: &supported, pack };
+    let cut = CutOptions { supported: &supported, panels: if pack { panel_widths(target.isa) } else { &[] } };
     let fail = |e: pleach_passes::PassError| format!("fuse-kernels: {e}");
     let mut s = fuse_kernels::cut(&after, &cut).map_err(fail)?;
     pleach_passes::chunk::run(&mut s, options).map_err(fail)?;

@@ -21,7 +21,7 @@ fn drift(case: &TrainCase) -> Result<(f64, f64), String> {
     let hint = ["train", "accumulate", "evaluate"].map(|e| (e.to_string(), tokens));
     let options = Options { dtype: DType::BF16, tokens_hint: hint.into_iter().collect(), ..Options::default() };
     let graph = manager::run(&o.graph()?, &Pipeline::default(), &options).map_err(|e| e.to_string())?.graph;
-    let cut = CutOptions { supported: &|_| Ok(()), pack: false };
+    let cut = CutOptions { supported: &|_| Ok(()), panels: &[] };
     let schedule = fuse_kernels::schedule(&graph, &cut).map_err(|e| e.to_string())?;
     o.drift(&mut Interpreted::new(Program::Schedule(schedule), &o)?)
 }

@@ -45,8 +45,8 @@ fn stages(c: &Fixture, merge: bool) -> Result<(), String> {
     let options = Options { merge, ..Options::default() };
     let after = manager::run(&graph, &Pipeline::default(), &options).map_err(|e| e.to_string())?.graph;
     check("after the passes", run_graph(&after, &start).map_err(|e| e.to_string())?)?;
-    for pack in [false, true] {
-        let cut = CutOptions { supported: &|_| Ok(()), pack };
+    for panels in [&[] as &[u64], &[48, 32, 16], &[16]] {
+        let cut = CutOptions { supported: &|_| Ok(()), panels };
         let s = fuse_kernels::schedule(&after, &cut).map_err(|e| e.to_string())?;
         check("as kernels", run_schedule(&s, &start).map_err(|e| e.to_string())?)?;
     }

@@ -36,7 +36,7 @@ fn interpreted(case: &TrainCase, passes: &Pipeline, kernels: bool) -> Result<(),
     let program = match kernels {
         false => Program::Graph(graph),
         true => {
-            let cut = CutOptions { supported: &|_| Ok(()), pack: false };
+            let cut = CutOptions { supported: &|_| Ok(()), panels: &[] };
             Program::Schedule(fuse_kernels::schedule(&graph, &cut).map_err(|e| e.to_string())?)
         }
     };

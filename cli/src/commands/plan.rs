@@ -4,6 +4,7 @@ use crate::args::{MethodArgs, PlanArgs, Search, ShapeArgs, Size};
 use crate::failure::{Failure, Result};
 use crate::report::{self, Table, Ui, bytes};
 use crate::training::{Training, minimum, within_budget};
+use pleach_plan::Step;
 use pleach_runtime::Memory;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -77,6 +78,9 @@ fn search(ui: &Ui, args: &PlanArgs, what: Search) -> Result<(MethodArgs, ShapeAr
     let (method, shape) = with(good);
     Ok((method, shape, good))
 }
+
+/// Rows of the table of what is alive at the peak.
+const ALIVE: usize = 12;
 
 /// A plan with its memory at capacity.
 struct Planned {
@@ -153,15 +157,20 @@ impl Planned {
             }
             let waves = pleach_plan::waves(e, &plan.kernels);
             let steps = e.steps.iter().zip(&waves).filter(|(_, w)| u64::from(**w) == at);
-            let names = steps.map(|(s, _)| {
+            let name = |s: &Step| {
                 let kernel = &plan.kernels[s.kernel as usize].symbol;
                 if s.origin.is_empty() { kernel.clone() } else { format!("{} ({kernel})", s.origin) }
+            };
+            let alive = layout.requests.iter().filter(|(_, r)| r.first <= at && at < r.last).map(|(b, r)| {
+                let maker = e.steps.iter().find(|s| s.buffers.contains(b)).map(name).unwrap_or_default();
+                (maker, r.size)
             });
             best = Peak {
                 entry: e.name.clone(),
                 arena: layout.total,
                 live: most as u64,
-                at: names.collect::<Vec<_>>().join(", "),
+                at: steps.map(|(s, _)| name(s)).collect::<Vec<_>>().join(", "),
+                alive: alive.collect(),
             };
         }
         Ok(best)
@@ -175,13 +184,17 @@ impl Planned {
             .map(|s| json!({"name": s.name, "bytes": s.bytes, "reason": s.reason, "trained_only": s.trained_only}))
             .collect();
         let kept: u64 = self.saved().iter().map(|s| s.bytes).sum();
+        let alive: Vec<Value> = grouped(&peak.alive())
+            .iter()
+            .map(|(name, n, size, _)| json!({"name": name, "count": n, "bytes": size}))
+            .collect();
         let mut out = json!({
             "total_bytes": m.total(), "arena_bytes": m.arena, "minimum_bytes": minimum,
             "weights": {"mapped_bytes": m.mapped, "owned_bytes": m.weights, "prepare_only_bytes": m.prepare_only},
             "adapter_bytes": m.adapter, "optimizer_bytes": m.optimizer, "gradient_bytes": m.gradients,
             "state_bytes": m.state, "scratch_bytes": m.scratch, "saved_bytes": kept,
             "workspace_bytes": m.arena.saturating_sub(kept),
-            "peak": {"entry": peak.entry, "live_bytes": peak.live, "op": peak.at},
+            "peak": {"entry": peak.entry, "live_bytes": peak.live, "op": peak.at, "alive": alive},
             "trained_values": self.training.adapter.trained(),
             "batch": self.training.batch, "max_length": self.training.max_length, "saved": saved,
         });
@@ -217,7 +230,12 @@ impl Planned {
         }
         out += &t.text();
         out += &format!("\npeak: {} alive in `{}` at {}\n", bytes(peak.live), peak.entry, peak.at);
-        out += &format!("kept for the backward half: {}\n", bytes(kept));
+        let mut t = Table::new(&["alive at the peak, by who makes it", "count", "size"]);
+        for (name, n, size, _) in grouped(&peak.alive()).into_iter().take(ALIVE) {
+            t.row([name, n.to_string(), bytes(size)]);
+        }
+        out += &t.text();
+        out += &format!("\nkept for the backward half: {}\n", bytes(kept));
         let mut t = Table::new(&["kept", "count", "size", "<why"]);
         for (name, n, size, why) in grouped(&saved) {
             t.row([name, n.to_string(), bytes(size), why]);
@@ -233,6 +251,21 @@ struct Peak {
     arena: u64,
     live: u64,
     at: String,
+    /// What is alive then: who makes it, and its bytes.
+    alive: Vec<(String, u64)>,
+}
+
+impl Peak {
+    /// What is alive, as values to be put together.
+    fn alive(&self) -> Vec<Saved> {
+        let one = |(name, bytes): &(String, u64)| Saved {
+            name: name.clone(),
+            bytes: *bytes,
+            reason: String::new(),
+            trained_only: false,
+        };
+        self.alive.iter().map(one).collect()
+    }
 }
 
 /// Equal values of different layers as one line: number of the layer replaced, count, sum of bytes, reason.

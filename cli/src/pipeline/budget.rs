@@ -14,9 +14,9 @@ use pleach_passes::{Options, PassReport, Pipeline, fuse_kernels};
 use pleach_plan::Meta;
 use pleach_runtime::{TensorSource, plan_memory};
 
-/// Prices that are tried in turn, in multiples of what keeping a byte costs in time; at the last one, whatever can be built
-/// again is.
-const PRICES: [f64; 6] = [2.0, 4.0, 8.0, 16.0, 64.0, 1e5];
+/// What is tried in turn until it fits: a price in multiples of what keeping a byte costs in time, and at how many narrow places
+/// the forward half stops (every second one is about a layer). At the last ones whatever can be built again is.
+const LADDER: [(f64, usize); 8] = [(2.0, 2), (4.0, 2), (8.0, 2), (16.0, 2), (32.0, 2), (64.0, 2), (1e5, 2), (1e5, 4)];
 
 /// Trials of the price, and of the share of the forward half.
 const TRIALS: usize = 3;
@@ -45,7 +45,7 @@ pub(super) fn passes(
         Ok((out.graph, out.reports))
     };
     let total = |graph: &Graph| -> Result<u64> {
-        let mut s = fuse_kernels::cut(graph, &cut_of(request, graph))?;
+        let mut s = fuse_kernels::cut(graph, &cut_of(request, graph)?)?;
         pleach_passes::chunk::run(&mut s, &request.options())?;
         fuse_kernels::order(&mut s)?;
         let plan = match request.gpu() {
@@ -62,8 +62,9 @@ pub(super) fn passes(
     if let Some(budget) = train.budget.filter(|_| !disable.iter().any(|d| d == "recompute")) {
         let mut least = total(&best.0)?;
         let (mut low, mut high) = (floor, None);
-        for price in if least > budget { PRICES.map(|p| p * floor).to_vec() } else { vec![] } {
-            let next = finish(Some(Price::flat(price)))?;
+        for (times, every) in if least > budget { LADDER.to_vec() } else { vec![] } {
+            let price = Price { every, ..Price::flat(times * floor) };
+            let next = finish(Some(price))?;
             let size = total(&next.0)?;
             if size < least {
                 (least, best) = (size, next);
@@ -72,22 +73,22 @@ pub(super) fn passes(
                 high = Some(price);
                 break;
             }
-            low = price;
+            low = price.byte_us;
         }
         if let Some(mut high) = high {
             for _ in 0..TRIALS {
-                let price = (low * high).sqrt();
-                let next = finish(Some(Price::flat(price)))?;
+                let price = Price { every: high.every, ..Price::flat((low * high.byte_us).sqrt()) };
+                let next = finish(Some(price))?;
                 if total(&next.0)? <= budget {
                     (high, best) = (price, next);
                 } else {
-                    low = price;
+                    low = price.byte_us;
                 }
             }
             let (mut none, mut all) = (0.0, 1.0);
             for _ in 0..TRIALS {
                 let early = (none + all) / 2.0;
-                let next = finish(Some(Price { byte_us: low, early_byte_us: high, early }))?;
+                let next = finish(Some(Price { byte_us: low, early, ..high }))?;
                 if total(&next.0)? <= budget {
                     (all, best) = (early, next);
                 } else {

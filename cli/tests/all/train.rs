@@ -53,6 +53,20 @@ impl Case {
     fn train(&self, out: &str, more: &[&str]) -> String {
         self.pleach.ok(&self.args(out, more))
     }
+
+    /// Resumes a run and kills it so many milliseconds later.
+    fn kill(&self, out: &str, more: &[&str], ms: u64) {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_pleach"))
+            .args(self.args(out, &[more, &["--resume", "latest"]].concat()))
+            .env("PLEACH_CACHE_DIR", self.folder.join("cache"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(ms));
+        let _ = child.kill();
+        child.wait().unwrap();
+    }
 }
 
 const LORA: [&str; 8] = ["--method", "lora", "--r", "4", "--target-modules", "all-linear", "--quiet", "--json"];
@@ -92,17 +106,7 @@ fn threads_kills_and_plan_files_change_no_bit() {
     let killed = c.out("killed");
     for (i, ms) in [30, 60, 90, 130, 180].into_iter().enumerate() {
         let threads = (i % 3 + 1).to_string();
-        let more = [&options[..], &["--resume", "latest", "--threads", &threads]].concat();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_pleach"))
-            .args(c.args(&killed, &more))
-            .env("PLEACH_CACHE_DIR", c.folder.join("cache"))
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        std::thread::sleep(Duration::from_millis(ms));
-        let _ = child.kill();
-        child.wait().unwrap();
+        c.kill(&killed, &[&options[..], &["--threads", &threads]].concat(), ms);
     }
     let resume = [&options[..], &["--resume", "latest"]].concat();
     c.train(&killed, &resume);
@@ -131,6 +135,25 @@ fn threads_kills_and_plan_files_change_no_bit() {
     };
     let change = relative(&logits(&["--adapter", &one], "a.safetensors"), &logits(&[], "b.safetensors"));
     assert!(change > 1e-5, "{change}");
+}
+
+#[test]
+fn kills_change_no_bit_of_other_methods() {
+    let c = Case::new("train-kills");
+    for (method, more) in [("dora", &[][..]), ("paca", &[]), ("rslora", &["--modules-to-save", "lm_head"])] {
+        let base = ["--method", method, "--r", "4", "--target-modules", "all-linear", "--quiet", "--json"];
+        let options = [&base[..], &["--max-grad-norm", "0.5"], more].concat();
+        let whole = c.out(&format!("{method}-whole"));
+        c.train(&whole, &options);
+        let want = results(&whole);
+        assert_eq!(want.0.len(), 8);
+        let killed = c.out(&format!("{method}-killed"));
+        for ms in [45, 75, 110] {
+            c.kill(&killed, &[&options[..], &["--threads", "1"]].concat(), ms);
+        }
+        c.train(&killed, &[&options[..], &["--resume", "latest"]].concat());
+        assert_eq!(results(&killed), want, "{method}");
+    }
 }
 
 #[test]

@@ -29,8 +29,9 @@ use std::collections::{BTreeMap, HashMap};
 pub struct CutOptions<'a> {
     /// Whether a region can be one kernel; a reason otherwise. Every single operator must be accepted.
     pub supported: &'a dyn Fn(&Kernel) -> Result<(), String>,
-    /// Store right operands of products that are parameters as panels.
-    pub pack: bool,
+    /// Widths of the panels in which right operands of products that are parameters are stored, widest first, as the
+    /// target's registers suggest; none: they stay as they are.
+    pub panels: &'a [u64],
 }
 
 fn fault(e: IrError) -> PassError {
@@ -68,10 +69,10 @@ pub fn order(s: &mut Schedule) -> Result<usize, PassError> {
 /// [`PassError`] when the graph breaks a rule of the IR; a region that the target refuses is split, never an error,
 /// unless a single operator is refused.
 pub fn cut(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, PassError> {
-    let (mut graph, layouts) = if options.pack {
-        pack::pack(graph).map_err(fault)?
-    } else {
+    let (mut graph, layouts) = if options.panels.is_empty() {
         (graph.clone(), vec![Layout::RowMajor; graph.params.len()])
+    } else {
+        pack::pack(graph, options.panels).map_err(fault)?
     };
     for e in &mut graph.entries {
         if let Some(new) = sums::into_scatters(&graph.params, e).map_err(fault)? {

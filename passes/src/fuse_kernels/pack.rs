@@ -6,14 +6,6 @@
 use pleach_ir::{DType, Entry, Graph, IrError, Layout, Op, Param, ParamId, Role, RootKind, Source, ValueId};
 use std::collections::BTreeMap;
 
-/// Widths of panels, widest first.
-const WIDTHS: [u64; 3] = [48, 32, 16];
-
-/// Panel width for `n` columns when slices of the product start at multiples of `step`.
-fn panel_width(n: u64, step: u64) -> u32 {
-    Layout::panel_width(n, &[step], &WIDTHS)
-}
-
 /// The greatest number that divides every place where a slice of `v` along its last axis starts or ends.
 fn slice_step(e: &Entry, users: &[Vec<ValueId>], v: ValueId, n: u64) -> u64 {
     let gcd = |mut a: u64, mut b: u64| {
@@ -41,11 +33,11 @@ fn is_prepare(e: &Entry) -> bool {
     e.name.starts_with("prepare(")
 }
 
-/// The graph with packed twins, and the layout of every parameter.
+/// The graph with packed twins in panels of these widths (widest first), and the layout of every parameter.
 ///
 /// # Errors
 /// [`IrError`] when a node cannot be rebuilt; that would be a fault of the input graph.
-pub(super) fn pack(graph: &Graph) -> Result<(Graph, Vec<Layout>), IrError> {
+pub(super) fn pack(graph: &Graph, widths: &[u64]) -> Result<(Graph, Vec<Layout>), IrError> {
     let mut g = graph.clone();
     let mut layouts = vec![Layout::RowMajor; g.params.len()];
     let mut twins: BTreeMap<(ParamId, Layout), ParamId> = BTreeMap::new();
@@ -68,7 +60,7 @@ pub(super) fn pack(graph: &Graph) -> Result<(Graph, Vec<Layout>), IrError> {
                 continue;
             }
             let n = ty.shape[usize::from(!tb)].known().unwrap_or(0);
-            let nr = panel_width(n, slice_step(e, &users, v, n));
+            let nr = Layout::panel_width(n, &[slice_step(e, &users, v, n)], widths);
             let layout = Layout::Panels { nr, transposed: tb };
             let next = ParamId(g.params.len() as u32);
             let twin = *twins.entry((p, layout)).or_insert(next);
@@ -156,10 +148,13 @@ fn drop_unread(g: &mut Graph) {
 
 #[cfg(test)]
 mod tests {
-    use super::panel_width;
+    use pleach_ir::Layout;
 
     #[test]
     fn widths() {
+        let panel_width = |n, step| Layout::panel_width(n, &[step], &[48, 32, 16]);
+        let narrow = |n, step| Layout::panel_width(n, &[step], &[16]);
+        assert_eq!((narrow(576, 0), narrow(3072, 1536)), (16, 16));
         assert_eq!(panel_width(576, 0), 48);
         assert_eq!(panel_width(16, 0), 16);
         assert_eq!(panel_width(128, 0), 32);

@@ -2,10 +2,10 @@
 //!
 //! Two nodes per forward value: *needed* (some gradient or some clone reads it) and *rebuilt* (it is computed again).
 //! Edges: source → needed of what gradients read (∞), needed → rebuilt (bytes × price: cut = kept), rebuilt → sink (time:
-//! cut = paid), rebuilt → needed of each operand (∞). Leaves (inputs, parameters, constants) are always there. Costs are
-//! integers, so the cut is the same everywhere.
+//! cut = paid; infinite for what crosses a stop), rebuilt → needed of each operand (∞). Leaves (inputs, parameters, constants)
+//! are always there. Costs are integers, so the cut is the same everywhere.
 
-use super::gradients;
+use super::{gradients, narrow};
 use crate::options::Options;
 use petgraph::algo::maximum_flow::dinics;
 use petgraph::graph::{DiGraph, NodeIndex};
@@ -82,6 +82,7 @@ pub(super) fn rebuilt(e: &Entry, opts: &Options) -> Vec<bool> {
             e.node(v).inputs.iter().filter(|i| !gradient[i.index()]).for_each(|i| wanted[i.index()] = true);
         }
     }
+    let crossing = narrow::Forward::new(e, &forward_result, opts).crossing(opts.price().every);
     let count = gradient.iter().filter(|x| !**x).count().max(1) as f64;
     let mut position = 0.0;
     for v in e.values().filter(|v| !gradient[v.index()]) {
@@ -98,7 +99,7 @@ pub(super) fn rebuilt(e: &Entry, opts: &Options) -> Vec<bool> {
         // what no forward result needs is computed once either way
         let once = !forward_result[v.index()] && !matches!(e.node(v).op, Op::AttentionLse(_));
         let time = if once { 0.0 } else { time_us(e, v, opts) };
-        g.add_edge(again, sink, cost(time));
+        g.add_edge(again, sink, if crossing[v.index()] { NEVER } else { cost(time) });
         for i in &e.node(v).inputs {
             if let Some((needed, _)) = at[i.index()] {
                 g.add_edge(again, needed, NEVER);

@@ -34,7 +34,7 @@ impl Saved {
 }
 
 /// What a value is a mere view or widening of.
-fn base(e: &Entry, mut v: ValueId) -> ValueId {
+pub(super) fn base(e: &Entry, mut v: ValueId) -> ValueId {
     loop {
         let n = e.node(v);
         let wider = |to: DType| to.size() > e.ty(n.inputs[0]).dtype.size();

@@ -76,7 +76,7 @@ fn at_no_price_everything_that_costs_time_is_kept() {
 #[test]
 fn the_early_part_can_have_a_price_of_its_own() {
     let g = parse(GATED).unwrap_or_else(|e| panic!("{e}"));
-    let price = Price { byte_us: 0.0, early_byte_us: 1.0, early: 1.0 };
+    let price = Price { byte_us: 0.0, early_byte_us: 1.0, early: 1.0, every: 0 };
     let opts = Options { recompute: Some(price), ..Options::default() };
     let out = run_passes(&g, &Pipeline::of(&["recompute"]), &opts).unwrap_or_else(|e| panic!("{e}"));
     assert!(kept(&out.reports[0].saved).is_empty());

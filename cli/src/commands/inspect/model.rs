@@ -43,7 +43,7 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
         return Ok(());
     }
     let outcome = pipeline::passes(&imported, &request, args.ir)?;
-    let schedule = pipeline::schedule(&outcome.graph)?;
+    let schedule = pipeline::schedule(&outcome.graph, &request.host()?)?;
     let s = Stages { request, imported, outcome, schedule };
     if args.json {
         return as_json(ui, args, &s, &entries);
@@ -118,7 +118,7 @@ fn code(args: &InspectArgs, s: &Stages) -> Result<()> {
 /// The kernels as PTX; weights are row-major there.
 fn ptx(args: &InspectArgs, s: &Stages) -> Result<()> {
     let chip = s.request.gpu().unwrap_or(gpu::GpuChip::Sm80);
-    let cut = CutOptions { supported: &compile::supported_gpu, pack: false };
+    let cut = CutOptions { supported: &compile::supported_gpu, panels: &[] };
     let schedule = fuse_kernels::schedule(&s.outcome.graph, &cut)?;
     let symbols: Vec<Sym> = compile::plan_symbols(&schedule).iter().filter_map(|x| Sym::new(&x.name)).collect();
     let only = args.kernel.as_deref().unwrap_or_default();
