@@ -66,6 +66,9 @@ pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, Pass
             continue;
         }
         let before = saved(g, e, opts);
+        if before.is_empty() {
+            continue;
+        }
         let rebuilt = cut::rebuilt(e, opts);
         if rebuilt.contains(&true) {
             *e = apply(&g.params, e, &rebuilt).map_err(PassError::build(NAME, &e.name))?;
@@ -92,7 +95,8 @@ fn gradients(e: &Entry) -> Vec<bool> {
 /// The entry with clones of the values to build again.
 fn apply(params: &[Param], e: &Entry, rebuilt: &[bool]) -> Result<Entry, IrError> {
     let gradient = gradients(e);
-    let first = first_uses(e, &gradient, rebuilt);
+    let order = early_sums(e, &gradient);
+    let first = first_uses(e, &gradient, rebuilt, &order);
     let mut out = Entry::new(e.name.clone());
     let mut map = vec![ValueId(0); e.nodes.len()];
     let copy = |out: &mut Entry, map: &mut Vec<ValueId>, v: ValueId| -> Result<(), IrError> {
@@ -113,9 +117,12 @@ fn apply(params: &[Param], e: &Entry, rebuilt: &[bool]) -> Result<Entry, IrError
     }
     let mut clone: BTreeMap<ValueId, ValueId> = BTreeMap::new();
     let mut held: BTreeMap<(ValueId, ValueId), ValueId> = BTreeMap::new();
-    for b in e.values().filter(|v| gradient[v.index()]) {
+    let mut place = vec![0usize; e.nodes.len()];
+    order.iter().enumerate().for_each(|(i, v)| place[v.index()] = i);
+    for b in order {
         if let Some(list) = due.get(&b) {
-            let token = e.node(b).inputs.iter().filter(|i| gradient[i.index()]).max().map(|t| map[t.index()]);
+            let token = e.node(b).inputs.iter().filter(|i| gradient[i.index()]).max_by_key(|i| place[i.index()]);
+            let token = token.map(|t| map[t.index()]);
             for &v in list {
                 let n = e.node(v);
                 let mut inputs = vec![];
@@ -151,15 +158,43 @@ fn apply(params: &[Param], e: &Entry, rebuilt: &[bool]) -> Result<Entry, IrError
     compact(params, &out)
 }
 
+/// The gradients in an order in which sums over the counted dimensions (gradients of parameters), and what only they read,
+/// come as soon as their own gradients are there: until then whatever is built again for them would live.
+fn early_sums(e: &Entry, gradient: &[bool]) -> Vec<ValueId> {
+    let users = e.users();
+    let mut early = vec![false; e.nodes.len()];
+    for v in e.values().rev().filter(|v| gradient[v.index()]) {
+        let us = &users[v.index()];
+        let sum = e.ty(v).rank() > 0 && e.ty(v).static_elements().is_some();
+        early[v.index()] = sum || !us.is_empty() && us.iter().all(|u| early[u.index()]);
+    }
+    let mut done = vec![false; e.nodes.len()];
+    let mut out = vec![];
+    for v in e.values().filter(|v| gradient[v.index()]) {
+        let mut stack = vec![v];
+        while let Some(v) = stack.pop() {
+            let ready = e.node(v).inputs.iter().all(|i| !gradient[i.index()] || done[i.index()]);
+            if !ready || std::mem::replace(&mut done[v.index()], true) {
+                continue;
+            }
+            out.push(v);
+            stack.extend(users[v.index()].iter().rev().filter(|u| early[u.index()]));
+        }
+    }
+    out
+}
+
 /// For every value to build again: the first gradient that needs its clone, directly or through other clones.
-fn first_uses(e: &Entry, gradient: &[bool], rebuilt: &[bool]) -> Vec<Option<ValueId>> {
+fn first_uses(e: &Entry, gradient: &[bool], rebuilt: &[bool], order: &[ValueId]) -> Vec<Option<ValueId>> {
+    let mut place = vec![0usize; e.nodes.len()];
+    order.iter().enumerate().for_each(|(i, v)| place[v.index()] = i);
     let mut first: Vec<Option<ValueId>> = vec![None; e.nodes.len()];
     for v in e.values().rev() {
         let at = if gradient[v.index()] { Some(v) } else { first[v.index()].filter(|_| rebuilt[v.index()]) };
         let Some(at) = at else { continue };
         for i in e.node(v).inputs.iter().filter(|i| rebuilt[i.index()]) {
             let f = &mut first[i.index()];
-            *f = Some(f.map_or(at, |x| x.min(at)));
+            *f = Some(f.filter(|x| place[x.index()] <= place[at.index()]).unwrap_or(at));
         }
     }
     first

@@ -16,7 +16,7 @@ use pleach_runtime::{TensorSource, plan_memory};
 
 /// What is tried in turn until it fits: a price in multiples of what keeping a byte costs in time, and at how many narrow places
 /// the forward half stops (every second one is about a layer). At the last ones whatever can be built again is.
-const LADDER: [(f64, usize); 8] = [(2.0, 2), (4.0, 2), (8.0, 2), (16.0, 2), (32.0, 2), (64.0, 2), (1e5, 2), (1e5, 4)];
+const LADDER: [(f64, usize); 8] = [(2.0, 2), (4.0, 2), (8.0, 2), (16.0, 2), (32.0, 2), (64.0, 2), (1e5, 4), (1e5, 8)];
 
 /// Trials of the price, and of the share of the forward half.
 const TRIALS: usize = 3;
