@@ -254,4 +254,18 @@ fn the_memory_foretold_is_the_memory_planned() {
     let low = format!("{}B", least - 1);
     let e = c.pleach.fails(1, &[&["plan", &c.model], &LORA[..6], &shape[..], &["--budget", &low]].concat());
     assert!(e.contains(&least.to_string()), "{e}");
+    // So does a measurement, and training there gives what it gives without a budget.
+    let bench = ["bench", "train", &c.model, "--steps", "1", "--json", "--budget", &low];
+    let e = c.pleach.fails(1, &[&bench[..], &LORA[..6], &shape[..]].concat());
+    assert!(e.contains(&least.to_string()), "{e}");
+    assert!(least < total, "{least} {total}");
+    let within = c.out("within");
+    c.train(&within, &[&LORA[..], &["--budget", &tight]].concat());
+    let loss = |out: &str| -> Vec<f64> {
+        let text = std::fs::read_to_string(Path::new(out).join("metrics.jsonl")).unwrap();
+        text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["loss"].as_f64().unwrap()).collect()
+    };
+    for (a, b) in loss(&out).into_iter().zip(loss(&within)) {
+        assert!((a - b).abs() <= 1e-6 * a.abs(), "{a} {b}");
+    }
 }

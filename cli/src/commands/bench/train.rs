@@ -6,7 +6,7 @@ use crate::args::BenchTrainArgs;
 use crate::failure::Result;
 use crate::pipeline::total;
 use crate::report::{self, Table, Ui};
-use crate::training::Training;
+use crate::training::{Training, minimum, within_budget};
 use pleach_plan::Plan;
 use pleach_runtime::train::{Measured, Order, Rows, Settings, step};
 use pleach_runtime::{Philox, Session, Weights, peak_rss, random_weights};
@@ -22,6 +22,8 @@ pub(super) fn train(ui: &Ui, args: &BenchTrainArgs) -> Result<()> {
     let weights =
         if args.random_weights { random_weights(&training.ready.plan, 0)? } else { training.ready.weights()? };
     let memory = training.memory(ui, &weights)?;
+    let least = || minimum(ui, &args.model, &args.method, &args.shape);
+    within_budget(memory.total(), args.shape.budget, least)?;
     pleach_runtime::give_back();
     let opened = Instant::now();
     let mut session = open(ui, &training, weights)?;
