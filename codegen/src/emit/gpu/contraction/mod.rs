@@ -37,12 +37,12 @@ fn epilogue(f: &mut Func, p: &mut Pull<'_>, a: &Analysis, index: &[At], sums: &[
     };
     p.scope(|p| {
         let mut stores = vec![];
-        for j in 0..width {
+        (0..width).for_each(|j| {
             for ((v, offset), s) in &a.sums {
                 p.set(*v, &moved(j as i64 + *offset as i64), sums[s.group][j].clone(), &s.rest);
             }
             stores.extend((0..p.k.body.roots.len()).map(|r| (r, moved(j as i64))));
-        }
+        });
         stores.sort_by_key(|s| s.0);
         p.store(f, &stores);
     });

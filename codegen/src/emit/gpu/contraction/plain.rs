@@ -19,7 +19,7 @@ use pleach_plan::Expr;
 const THREADS: i64 = 256;
 /// Rows and columns of a block's tile, and steps of the contracted dimension per filling.
 const TILE: i64 = 64;
-const STEP: i64 = 16;
+const STEP: i64 = 8;
 /// Rows and columns of a thread.
 const OWN: i64 = 4;
 /// Floats from one step of a tile to the next: padded, and a multiple of 4.
