@@ -68,6 +68,22 @@ fn hard_sets_meet_their_capacity() {
 }
 
 #[test]
+fn large_cut_rectangles_are_put_together_along_time() {
+    for seed in 0..3 {
+        for n in [400, 1000] {
+            let list = cut(n, 100_000, 1 << 20, seed);
+            let p = checked(&list, None);
+            assert_eq!((p.total, p.optimal), (1 << 20, true), "{n} pieces, seed {seed}");
+            // The same from the other end.
+            let turned: Vec<Request> =
+                list.iter().map(|r| Request { first: 100_000 - r.last, last: 100_000 - r.first, ..*r }).collect();
+            let p = checked(&turned, None);
+            assert_eq!((p.total, p.optimal), (1 << 20, true), "{n} pieces from the other end, seed {seed}");
+        }
+    }
+}
+
+#[test]
 fn sets_without_a_capacity_reach_the_bound() {
     for name in ["resnet50.csv", "G_1.csv"] {
         let p = checked(&read(name), None);

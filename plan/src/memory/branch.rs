@@ -105,22 +105,30 @@ pub(super) fn sections(requests: &[Request]) -> (Vec<Range<usize>>, usize) {
     (requests.iter().map(span).collect(), n)
 }
 
+/// For each request those that share a section with it.
+fn neighbours(span: &[Range<usize>]) -> Vec<Vec<u32>> {
+    let mut by_start: Vec<u32> = (0..span.len() as u32).collect();
+    by_start.sort_unstable_by_key(|i| (span[*i as usize].start, *i));
+    let mut near = vec![vec![]; span.len()];
+    let mut live: Vec<u32> = vec![];
+    for i in by_start {
+        live.retain(|j| span[*j as usize].end > span[i as usize].start);
+        for &j in &live {
+            near[i as usize].push(j);
+            near[j as usize].push(i);
+        }
+        live.push(i);
+    }
+    near
+}
+
 impl Branch {
     pub(super) fn new(requests: &[Request]) -> Branch {
         let (span, sections) = sections(requests);
         let n = requests.len();
         let mut by_start: Vec<u32> = (0..n as u32).collect();
         by_start.sort_unstable_by_key(|i| (span[*i as usize].start, *i));
-        let mut near = vec![vec![]; n];
-        let mut live: Vec<u32> = vec![];
-        for &i in &by_start {
-            live.retain(|j| span[*j as usize].end > span[i as usize].start);
-            for &j in &live {
-                near[i as usize].push(j);
-                near[j as usize].push(i);
-            }
-            live.push(i);
-        }
+        let near = neighbours(&span);
         let mut kinds = std::collections::BTreeMap::new();
         let kind = (0..n)
             .map(|i| {

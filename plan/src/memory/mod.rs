@@ -1,6 +1,7 @@
 //! The memory planner: where buffers with known lifetimes lie in one arena, so that it is as small as possible.
 //!
-//! This is dynamic storage allocation, which is NP-hard. The planner tries several greedy orders, then a depth-first
+//! This is dynamic storage allocation, which is NP-hard. The planner tries several greedy orders, then a sweep along time
+//! that fills what ends with what begins (see [`sweep`]), then a depth-first
 //! search (see [`branch`]) at the lower bound in many orders, then a local search over greedy orders, then the depth-first
 //! search between what is proven and what is reached, and stops as soon as the two meet. Effort is bounded by counts, so
 //! the result is the same on every machine. [`check`] is independent of how a placement was found. Nothing here knows
@@ -8,8 +9,10 @@
 
 mod branch;
 mod greedy;
+mod order;
 mod portfolio;
 mod stack;
+mod sweep;
 
 use greedy::Search;
 use portfolio::Portfolio;
@@ -79,6 +82,14 @@ pub fn check(requests: &[Request], offsets: &[u64]) -> Result<u64, (usize, usize
     Ok(total)
 }
 
+/// Work of one sweep along time, at effort 1.
+const SWEEP: u64 = 3_000_000;
+
+/// The requests that need bytes at some time.
+fn live(requests: &[Request]) -> Vec<Request> {
+    requests.iter().filter(|r| r.first < r.last && r.size > 0).copied().collect()
+}
+
 /// As [`place_with`], with an effort that takes about half a second at most.
 pub fn place(requests: &[Request], align: u64) -> Placement {
     place_with(requests, align, None, 1)
@@ -103,6 +114,21 @@ pub fn place_with(requests: &[Request], align: u64, goal: Option<u64>, effort: u
         let (t, mut order) = search.greedy(bound);
         if t < total {
             (total, offsets) = (t, search.offsets_of(&order));
+        }
+        // Where there is little slack, what ends and what begins tells nearly all.
+        for capacity in std::iter::once(bound).chain(goal.filter(|g| *g > bound)) {
+            let found = if total > capacity { sweep::sweep(&live(&rounded), capacity, SWEEP * effort) } else { None };
+            if let Some(found) = found {
+                let mut found = found.into_iter();
+                let alive = |r: &Request| r.first < r.last && r.size > 0;
+                let tried: Vec<u64> =
+                    rounded.iter().map(|r| if alive(r) { found.next().unwrap_or(0) } else { 0 }).collect();
+                if let Ok(t) = check(&rounded, &tried)
+                    && t < total
+                {
+                    (total, offsets) = (t, tried);
+                }
+            }
         }
         let mut portfolio = if total > bound { Portfolio::new(&rounded, effort) } else { None };
         if let Some(p) = &mut portfolio {
