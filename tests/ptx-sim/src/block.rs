@@ -160,7 +160,7 @@ impl<'a> Block<'a> {
                     text: b.k.opcodes[inst.name as usize].clone(),
                     block: b.at,
                     thread: id * 32 + mask.trailing_zeros(),
-                    fault,
+                    fault: Box::new(fault),
                 };
                 self.steps += 1;
                 if self.steps > self.l.max_steps {

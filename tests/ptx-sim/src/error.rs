@@ -21,7 +21,7 @@ pub enum SimError {
         "kernel {kernel}, line {line} `{text}`, block ({}, {}, {}), thread {thread}: {fault}",
         block[0], block[1], block[2]
     )]
-    Fault { kernel: String, line: u32, text: String, block: [u32; 3], thread: u32, fault: Fault },
+    Fault { kernel: String, line: u32, text: String, block: [u32; 3], thread: u32, fault: Box<Fault> },
     /// No warp can go on.
     #[error("kernel {kernel}, block ({}, {}, {}): deadlock\n{report}", block[0], block[1], block[2])]
     Deadlock { kernel: String, block: [u32; 3], report: String },

@@ -14,6 +14,7 @@ mod counts;
 mod decode;
 mod error;
 mod exec;
+mod inst;
 mod isa;
 mod launch;
 mod lex;
