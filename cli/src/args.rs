@@ -70,6 +70,10 @@ pub(crate) enum Command {
     #[cfg(feature = "models")]
     #[command(subcommand)]
     Adapter(AdapterCommand),
+    /// Adapter methods: what each computes, and what it costs for a model
+    #[cfg(feature = "models")]
+    #[command(after_help = "Example:\n  pleach methods models/smollm2 --r 16")]
+    Methods(MethodsArgs),
     /// GGUF file to Hugging Face folder
     #[cfg(feature = "models")]
     #[command(after_help = "Example:\n  pleach import smollm2.gguf --out models/smollm2")]

@@ -137,7 +137,7 @@ fn number(x: f64) -> Value {
 }
 
 /// `all-linear` and regular expressions are texts, names are a list.
-fn names(spec: &str) -> Value {
+pub(crate) fn names(spec: &str) -> Value {
     let plain = spec.chars().all(|c| c.is_alphanumeric() || "_.-,".contains(c));
     if !plain || spec.eq_ignore_ascii_case("all-linear") {
         return spec.into();

@@ -100,6 +100,22 @@ pub(crate) struct MethodArgs {
     pub calibration_batches: Option<u64>,
 }
 
+/// `pleach methods`.
+#[derive(Debug, Args)]
+pub(crate) struct MethodsArgs {
+    /// Model folder; without one only what holds for every model is told
+    pub model: Option<PathBuf>,
+    /// Rank that is counted with
+    #[arg(long, value_name = "R", value_parser = clap::value_parser!(u64).range(1..1 << 24))]
+    pub r: Option<u64>,
+    /// Where the methods attach: regular expression for whole module paths, comma list of names, or all-linear
+    #[arg(long, value_name = "SPEC", default_value = "all-linear")]
+    pub target_modules: String,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// What a training plan is made for.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ShapeArgs {

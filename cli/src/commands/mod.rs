@@ -17,6 +17,8 @@ mod inspect;
 mod measure;
 #[cfg(feature = "models")]
 mod merge;
+#[cfg(feature = "models")]
+mod methods;
 #[cfg(feature = "compiler")]
 mod opt;
 #[cfg(feature = "compiler")]
@@ -53,6 +55,8 @@ pub(crate) fn dispatch(cli: Cli) -> Result<()> {
         Command::Merge(a) => merge::merge(&ui, &a),
         #[cfg(feature = "models")]
         Command::Adapter(a) => adapter::adapter(&ui, &a),
+        #[cfg(feature = "models")]
+        Command::Methods(a) => methods::methods(&a),
         #[cfg(feature = "models")]
         Command::Import(a) => import::import(&ui, &a),
         #[cfg(feature = "compiler")]

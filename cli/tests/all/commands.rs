@@ -136,6 +136,20 @@ fn adapters_are_described() {
 }
 
 #[test]
+fn methods_are_listed_with_what_they_train() {
+    let (_folder, pleach, model) = setup("methods");
+    let of = |list: &Value, name: &str| list.as_array().unwrap().iter().find(|r| r["method"] == name).cloned().unwrap();
+    let plain = json(&pleach.ok(&["methods", "--json"]));
+    assert_eq!(of(&plain, "dora")["peft_type"], "LORA");
+    assert!(of(&plain, "paca")["formula"].as_str().is_some_and(|f| f.contains("W'")) && plain[0]["trained"].is_null());
+    let list = json(&pleach.ok(&["methods", &model, "--r", "2", "--target-modules", "q_proj,v_proj", "--json"]));
+    let targets = pleach.ok(&["adapter", "targets", &model, "--match", "q_proj,v_proj", "--r", "2", "--json"]);
+    assert_eq!(of(&list, "lora")["trained"], json(&targets)["parameters"]);
+    assert!(of(&list, "paca")["trained"].as_u64() < of(&list, "lora")["trained"].as_u64());
+    assert_eq!(of(&list, "dora")["merges"], true);
+}
+
+#[test]
 fn benchmarks_report_one_object() {
     let (_folder, pleach, model) = setup("bench");
     let v = json(&pleach.ok(&["bench", "run", &model, "--tokens", "16", "--json", "--quiet", "--threads", "1"]));
