@@ -177,7 +177,8 @@ fn saved(case: &TrainCase) -> Result<(), String> {
     let (mut a, mut b) = (names(&start), names(&ours));
     // What all modules share is written once; some of PEFT's files repeat it at every module.
     a.retain(|n| b.contains(n) || !b.iter().any(|o| repeats(n, o)));
-    (a.sort(), b.sort());
+    a.sort();
+    b.sort();
     if a != b {
         return Err(format!("saved are {b:?}, read were {a:?}"));
     }

@@ -1,6 +1,7 @@
 //! Training graphs as plans for a GPU: every kernel has code, every launch its entry, and `ptxas`, where it is at hand,
 //! assembles all of it without spills. Needs LLVM, and no GPU.
 #![cfg(feature = "llvm")]
+#![allow(clippy::print_stderr, reason = "a test that is skipped says so")]
 
 use pleach_codegen::compile::{compile_gpu, supported_gpu};
 use pleach_codegen::emit::gpu::GpuChip;
@@ -17,7 +18,7 @@ fn plan(name: &str, dtype: DType, chip: GpuChip) -> Plan {
     let case = cases().unwrap().into_iter().find(|c| c.name == name).unwrap();
     let options = Options { target: Target::GPU, dtype, ..Options::default() };
     let graph = manager::run(&case.open().unwrap().graph().unwrap(), &Pipeline::default(), &options).unwrap().graph;
-    let cut = CutOptions { supported: &supported_gpu, pack: false };
+    let cut = CutOptions { supported: &supported_gpu, panels: &[] };
     let mut s = fuse_kernels::cut(&graph, &cut).unwrap();
     chunk::run(&mut s, &options).unwrap();
     fuse_kernels::order(&mut s).unwrap();

@@ -213,7 +213,8 @@ impl MethodConfig {
         if let Some((key, value)) = dropouts.into_iter().find(|d| d.1.as_f64().is_some_and(|x| x != 0.0)) {
             return fault(key, format!("is {value}: training has no dropout; set it to 0"));
         }
-        if !self.method.has_patterns() && !(self.rank_pattern.is_empty() && self.alpha_pattern.is_empty()) {
+        let patterns = !self.rank_pattern.is_empty() || !self.alpha_pattern.is_empty();
+        if patterns && !self.method.has_patterns() {
             let key = if self.rank_pattern.is_empty() { "alpha_pattern" } else { "rank_pattern" };
             return fault(key, "is not a key of this method in PEFT, so the adapter could not be loaded there".into());
         }
