@@ -17,7 +17,7 @@ fn setup(name: &str) -> (Folder, Pleach, String) {
 fn every_command_has_help_with_an_example() {
     let (_folder, pleach, _) = setup("help");
     let list = "run,generate,compile,inspect,opt,merge,adapter check,adapter targets,adapter convert,import,bench run,bench generate,bench \
-                kernels,doctor";
+                kernels,doctor,methods";
     for command in list.split(',') {
         let words: Vec<&str> = command.split(' ').chain(["--help"]).collect();
         let help = pleach.ok(&words);
@@ -142,8 +142,9 @@ fn methods_are_listed_with_what_they_train() {
     let plain = json(&pleach.ok(&["methods", "--json"]));
     assert_eq!(of(&plain, "dora")["peft_type"], "LORA");
     assert!(of(&plain, "paca")["formula"].as_str().is_some_and(|f| f.contains("W'")) && plain[0]["trained"].is_null());
-    let list = json(&pleach.ok(&["methods", &model, "--r", "2", "--target-modules", "q_proj,v_proj", "--json"]));
-    let targets = pleach.ok(&["adapter", "targets", &model, "--match", "q_proj,v_proj", "--r", "2", "--json"]);
+    let (spec, r) = (r".*\.(q|v)_proj", "2");
+    let list = json(&pleach.ok(&["methods", &model, "--r", r, "--target-modules", spec, "--json"]));
+    let targets = pleach.ok(&["adapter", "targets", &model, "--match", spec, "--r", r, "--json"]);
     assert_eq!(of(&list, "lora")["trained"], json(&targets)["parameters"]);
     assert!(of(&list, "paca")["trained"].as_u64() < of(&list, "lora")["trained"].as_u64());
     assert_eq!(of(&list, "dora")["merges"], true);

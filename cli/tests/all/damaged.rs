@@ -92,8 +92,12 @@ fn adapters() {
     edit(&a.join("adapter_config.json"), |v| v["use_dora"] = true.into());
     assert!(check(&a).contains("lora_magnitude_vector"));
     let a = s.fresh("adapters/lora-r4", "a");
-    edit(&a.join("adapter_config.json"), |v| v["peft_type"] = "IA3".into());
+    edit(&a.join("adapter_config.json"), |v| v["peft_type"] = "BOFT".into());
     assert!(check(&a).contains("peft_type"));
+    // Another method's tensors.
+    let a = s.fresh("adapters/lora-r4", "a");
+    edit(&a.join("adapter_config.json"), |v| v["peft_type"] = "IA3".into());
+    assert!(check(&a).contains("ia3_l"));
     let a = s.fresh("adapters/lora-r4", "a");
     edit(&a.join("adapter_config.json"), |v| v["target_modules"] = serde_json::json!(["q_porj"]));
     assert!(check(&a).contains("q_porj"));
