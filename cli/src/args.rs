@@ -1,11 +1,13 @@
 //! What can be asked for: commands, flags and their spelling. No work is done here.
 
+mod tools;
 #[cfg(feature = "models")]
 mod train;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::str::FromStr;
+pub(crate) use tools::*;
 #[cfg(feature = "models")]
 pub(crate) use train::*;
 
@@ -358,65 +360,6 @@ pub(crate) struct InspectArgs {
     pub json: bool,
 }
 
-/// `pleach opt`.
-#[derive(Debug, Args)]
-pub(crate) struct OptArgs {
-    /// Text of a graph; `-` reads stdin
-    #[arg(required_unless_present = "diff")]
-    pub file: Option<PathBuf>,
-    /// Compare the entries and parameters of two texts; exit code 1 if they differ
-    #[arg(long, num_args = 2, value_names = ["A.ir", "B.ir"], conflicts_with = "file")]
-    pub diff: Option<Vec<PathBuf>>,
-    /// Passes in order, comma separated; the default pipeline without it
-    #[arg(long, value_name = "A,B", value_delimiter = ',')]
-    pub passes: Option<Vec<String>>,
-    /// Leave out a pass; repeatable
-    #[arg(long, value_name = "PASS")]
-    pub disable: Vec<String>,
-    /// Leave out a rewrite rule; repeatable
-    #[arg(long, value_name = "RULE")]
-    pub disable_rule: Vec<String>,
-    /// Stop after this many passes
-    #[arg(long, value_name = "N")]
-    pub stop_after: Option<usize>,
-    /// Print the graph after every pass that changed it
-    #[arg(long)]
-    pub print_ir_after_change: bool,
-    /// Write the graph as it came in and after every pass to this folder, as NN-PASS.ir
-    #[arg(long, value_name = "DIR")]
-    pub dump_dir: Option<PathBuf>,
-    /// Verify the graph after every pass; false: after the last one only
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = true, default_missing_value = "true", action = clap::ArgAction::Set)]
-    pub verify_each: bool,
-    /// Where the graph goes that a pass failed on, with the command that repeats the failure
-    #[arg(long, value_name = "FILE", default_value = "pleach-reproducer.ir")]
-    pub reproducer: PathBuf,
-    /// The table of passes on stderr
-    #[arg(long)]
-    pub timing: bool,
-    /// Fold adapter slots into the weights
-    #[arg(long)]
-    pub merge: bool,
-    /// Run the result in the reference interpreter: inputs and parameters by name
-    #[arg(long, value_name = "FILE")]
-    pub interpret: Option<PathBuf>,
-    /// With --interpret: run before and after every pass and name the first one that moves an output
-    #[arg(long, requires = "interpret")]
-    pub check_each: bool,
-    /// With --check-each: the largest difference, relative to the largest value of the output
-    #[arg(long, value_name = "X", default_value_t = 1e-5)]
-    pub tolerance: f64,
-    /// With --interpret: the entry to run; the first one without it
-    #[arg(long, value_name = "NAME")]
-    pub entry: Option<String>,
-    /// With --interpret: write all outputs
-    #[arg(long, value_name = "FILE", requires = "interpret")]
-    pub out: Option<PathBuf>,
-    /// With --interpret: counts that no tensor shows
-    #[arg(long, value_name = "SYMBOL=N", value_delimiter = ',')]
-    pub capacity: Vec<Count>,
-}
-
 /// `pleach merge`.
 #[derive(Debug, Args)]
 pub(crate) struct MergeArgs {
@@ -583,64 +526,6 @@ pub(crate) struct BenchArgs {
     /// One JSON object
     #[arg(long)]
     pub json: bool,
-}
-
-/// `pleach plan-memory`.
-#[derive(Debug, Args)]
-pub(crate) struct PlanMemoryArgs {
-    /// Files with the columns id,lower,upper,size; upper is exclusive
-    #[arg(required = true, value_name = "F.csv")]
-    pub files: Vec<PathBuf>,
-    /// Write the files with a column `offset` added, under the same names
-    #[arg(long, value_name = "DIR")]
-    pub out: Option<PathBuf>,
-    /// Replace what the folder holds
-    #[arg(long)]
-    pub overwrite: bool,
-    /// A list of JSON objects
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// `pleach extract`.
-#[cfg(feature = "compiler")]
-#[derive(Debug, Args)]
-pub(crate) struct ExtractArgs {
-    /// E-graphs as extraction-gym JSON
-    #[arg(required = true, value_name = "F.json[.gz]")]
-    pub files: Vec<PathBuf>,
-    /// Write the chosen node of each class the roots reach, under the same names
-    #[arg(long, value_name = "DIR")]
-    pub out: Option<PathBuf>,
-    /// Replace what the folder holds
-    #[arg(long)]
-    pub overwrite: bool,
-    /// A list of JSON objects
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// `pleach doctor`.
-#[derive(Debug, Args)]
-pub(crate) struct DoctorArgs {
-    /// One JSON object
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// `pleach completions`.
-#[derive(Debug, Args)]
-pub(crate) struct CompletionsArgs {
-    /// bash, elvish, fish, powershell or zsh
-    pub shell: clap_complete::Shell,
-}
-
-/// `pleach man`.
-#[derive(Debug, Args)]
-pub(crate) struct ManArgs {
-    /// Folder to write the pages to
-    #[arg(long, value_name = "DIR")]
-    pub out: PathBuf,
 }
 
 #[cfg(test)]
