@@ -422,13 +422,14 @@ pub(crate) enum AdapterCommand {
         /// One weight per adapter; 1 each without
         #[arg(long, value_name = "W1,W2", value_delimiter = ',', allow_hyphen_values = true)]
         weights: Vec<f64>,
-        /// linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune; the last four with _svd too
+        /// linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune, the last four with _svd too; lego (ranks grouped by likeness),
+        /// lego_plain (without its scales)
         #[arg(long, value_name = "HOW", default_value = "cat")]
         combination: String,
         /// Part of the values that is kept, where values are dropped
         #[arg(long, value_name = "D", default_value_t = 1.0)]
         density: f64,
-        /// Rank of the result of the forms with svd; the largest of the adapters' without
+        /// Rank of the result of lego and the forms with svd; the largest of the adapters' without
         #[arg(long, value_name = "R")]
         rank: Option<u64>,
         /// Keys what dare drops

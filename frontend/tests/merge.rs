@@ -14,12 +14,16 @@ type Merged = (String, [Vec<f32>; 2], usize);
 
 /// Every module of a combination.
 fn combined(kind: &str, density: f64, seed: u64) -> Result<Vec<Merged>, String> {
+    ranked(kind, density, seed, None)
+}
+
+fn ranked(kind: &str, density: f64, seed: u64, rank: Option<u64>) -> Result<Vec<Merged>, String> {
     let base = Checkpoint::open(&fixtures().join("train/models/llama")).unwrap();
     let open = |name| Adapter::open(&fixtures().join("merge").join(name), None, &base.modules).unwrap();
-    let out = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("merge-{kind}-{density}-{seed}"));
+    let out = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("merge-{kind}-{density}-{seed}-{rank:?}"));
     let _ = std::fs::remove_dir_all(&out);
     std::fs::create_dir_all(&out).unwrap();
-    let how = Combination { kind: kind.into(), weights: vec![0.7, -0.4], density, rank: None, seed };
+    let how = Combination { kind: kind.into(), weights: vec![0.7, -0.4], density, rank, seed };
     let (rank, modules) = combine(&[open("a"), open("b")], &how, &base, &out).map_err(|e| e.to_string())?;
     let adapter = Adapter::open(&out, None, &base.modules).unwrap();
     assert_eq!((adapter.sites.len(), adapter.sites[0].scale), (modules, 1.0));
@@ -58,7 +62,7 @@ fn combinations_are_those_of_peft() {
         }
         for (module, [a, b], rank) in combined(kind, density, 0).unwrap() {
             let what = format!("{kind}.{module}");
-            if kind.ends_with("svd") {
+            if kind.ends_with("svd") || kind.starts_with("lego") {
                 close(&product(&a, &b, rank), &read(&what), &what);
                 compared += 1;
             } else {
@@ -69,6 +73,16 @@ fn combinations_are_those_of_peft() {
         }
     }
     assert_eq!(compared, expected.len());
+}
+
+#[test]
+fn as_many_groups_as_ranks_are_the_sum() {
+    let (groups, whole) = (ranked("lego_plain", 1.0, 0, Some(8)).unwrap(), combined("cat", 1.0, 0).unwrap());
+    for ((module, [a, b], rank), (_, [x, y], of)) in groups.iter().zip(&whole) {
+        close(&product(a, b, *rank), &product(x, y, *of), module);
+    }
+    let scaled = ranked("lego", 1.0, 0, Some(8)).unwrap();
+    assert_ne!(scaled[0].1, groups[0].1, "4 ranks each, 8 groups: the output is scaled");
 }
 
 #[test]

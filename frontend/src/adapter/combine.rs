@@ -2,13 +2,14 @@
 //!
 //! The result has scale 1. `linear`, `ties` (Yadav et al. 2023), `dare` (Yu et al. 2024) and `magnitude_prune` work on the factors, each
 //! scaled by √|weight · scale|; `cat` stacks ranks and is exact; the forms that end in `svd` work on the products and cut them to a
-//! rank. Adapters that are no LoRA, or that replace whole modules, are refused.
+//! rank; `lego` groups ranks by likeness ([`super::cluster`]), which PEFT does not have. Adapters that are no LoRA, or that replace whole modules, are refused.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde_json::{Value, json};
 
+use super::cluster::cluster;
 use super::svd::{Matrix, svd};
 use super::{Site, SlotData};
 use crate::checkpoint::Checkpoint;
@@ -30,13 +31,13 @@ enum Rule {
 /// How adapters are combined.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Combination {
-    /// PEFT's `combination_type`.
+    /// PEFT's `combination_type`, or `lego` (`lego_plain` without its scales).
     pub kind: String,
     /// One weight per adapter.
     pub weights: Vec<f64>,
     /// Part of the values that is kept, where values are dropped.
     pub density: f64,
-    /// Rank of the result, for the forms that end in `svd`; the largest of the adapters' without.
+    /// Rank of the result, for the forms that end in `svd` and for `lego`; the largest of the adapters' without.
     pub rank: Option<u64>,
     /// Keys what `dare` drops.
     pub seed: u64,
@@ -44,7 +45,7 @@ pub struct Combination {
 
 impl Combination {
     /// Every kind.
-    pub const KINDS: [&'static str; 11] = [
+    pub const KINDS: [&'static str; 13] = [
         "linear",
         "cat",
         "svd",
@@ -56,6 +57,8 @@ impl Combination {
         "dare_ties_svd",
         "magnitude_prune",
         "magnitude_prune_svd",
+        "lego",
+        "lego_plain",
     ];
 
     fn rule(&self) -> Rule {
@@ -199,7 +202,7 @@ fn check(adapters: &[Adapter], how: &Combination) -> Result<u64> {
     let largest = ranks.iter().copied().max().unwrap_or(1);
     match how.kind.as_str() {
         "cat" => Ok(ranks.iter().sum()),
-        kind if kind.ends_with("svd") => Ok(how.rank.unwrap_or(largest).max(1)),
+        kind if kind.ends_with("svd") || kind.starts_with("lego") => Ok(how.rank.unwrap_or(largest).max(1)),
         kind if adapters.iter().flat_map(|a| &a.sites).any(|s| s.rank != largest) => {
             refuse(format!("{kind} needs adapters of one rank; these have {ranks:?}; take cat or svd"))
         }
@@ -223,9 +226,25 @@ fn one(parts: &[(Factors, f64)], how: &Combination, site: &Site, rank: u64) -> R
         }
         return Ok((a, b));
     }
+    let root = |(f, w): &(Factors, f64)| (w * f.scale).abs().sqrt() as f32;
+    let sign = |(f, w): &(Factors, f64)| if w * f.scale < 0.0 { -1.0f32 } else { 1.0 };
+    if how.kind.starts_with("lego") {
+        let mut units = vec![];
+        for (p, k) in parts.iter().flat_map(|p| (0..p.0.rank as usize).map(move |k| (p, k))) {
+            let r = p.0.rank as usize;
+            let row = p.0.a[k * input..(k + 1) * input].iter().map(|x| f64::from(x * root(p) * sign(p)));
+            let column = (0..output).map(|i| f64::from(p.0.b[i * r + k] * root(p)));
+            units.push(row.chain(column).collect());
+        }
+        let mean = units.len() as f64 / parts.len().max(1) as f64;
+        let (mut a, mut b) = (vec![0.0; rank * input], vec![0.0; output * rank]);
+        for (k, unit) in cluster(&units, rank, mean, how.kind == "lego").iter().enumerate() {
+            a[k * input..(k + 1) * input].iter_mut().zip(unit).for_each(|(x, y)| *x = *y as f32);
+            (0..output).for_each(|i| b[i * rank + k] = unit[input + i] as f32);
+        }
+        return Ok((a, b));
+    }
     if !how.kind.ends_with("svd") {
-        let root = |(f, w): &(Factors, f64)| (w * f.scale).abs().sqrt() as f32;
-        let sign = |(f, w): &(Factors, f64)| if w * f.scale < 0.0 { -1.0f32 } else { 1.0 };
         let of_a: Vec<f32> = parts.iter().map(|p| root(p) * sign(p)).collect();
         let of_b: Vec<f32> = parts.iter().map(root).collect();
         let (all_a, all_b) = parts.iter().map(|p| (p.0.a.clone(), p.0.b.clone())).unzip();
@@ -236,11 +255,11 @@ fn one(parts: &[(Factors, f64)], how: &Combination, site: &Site, rank: u64) -> R
         // Of B · A without ever making it: first B's own decomposition, then that of what is left.
         let total: usize = parts.iter().map(|p| p.0.rank as usize).sum();
         let (a, b) = one(parts, &Combination { kind: "cat".into(), ..how.clone() }, site, total as u64)?;
-        let (u, s, v) = svd(Matrix::new(output, total, &b));
+        let (u, s, v) = decomposed(&Matrix::new(output, total, &b), site)?;
         let k = s.len();
         let mut rest = v.transposed();
         (0..k).for_each(|i| rest.row_mut(i).iter_mut().for_each(|x| *x *= s[i]));
-        let (z, t, w) = svd(rest.times(&Matrix::new(total, input, &a)));
+        let (z, t, w) = decomposed(&rest.times(&Matrix::new(total, input, &a)), site)?;
         (u.times(&z), t, w)
     } else {
         let delta = |(f, _): &(Factors, f64)| {
@@ -250,7 +269,7 @@ fn one(parts: &[(Factors, f64)], how: &Combination, site: &Site, rank: u64) -> R
         };
         let weights: Vec<f32> = parts.iter().map(|p| p.1 as f32).collect();
         let whole = how.merge(parts.iter().map(delta).collect(), &weights, &site.module);
-        svd(Matrix::new(output, input, &whole))
+        decomposed(&Matrix::new(output, input, &whole), site)?
     };
     let (mut a, mut b) = (vec![0.0; rank * input], vec![0.0; output * rank]);
     for k in 0..rank.min(s.len()) {
@@ -258,4 +277,8 @@ fn one(parts: &[(Factors, f64)], how: &Combination, site: &Site, rank: u64) -> R
         (0..output).for_each(|i| b[i * rank + k] = (u.at(i, k) * s[k]) as f32);
     }
     Ok((a, b))
+}
+
+fn decomposed(x: &Matrix, site: &Site) -> Result<(Matrix, Vec<f64>, Matrix)> {
+    svd(x).ok_or_else(|| Error::Graph(format!("the adapters of {} hold values that are no numbers", site.module)))
 }

@@ -5,6 +5,7 @@
 //! `METHODS`.
 
 mod allora;
+mod cluster;
 mod combine;
 mod convert;
 mod dora;

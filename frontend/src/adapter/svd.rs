@@ -1,7 +1,7 @@
-//! The singular value decomposition of small matrices, by one-sided Jacobi rotations (Hestenes 1958), in f64.
-//!
-//! Exact to rounding and deterministic; its time grows with the square of the smaller side, so it is for factors and layers of moderate
-//! width.
+//! Singular value decompositions of the matrices that methods prepare and combine. On one thread, so that results do not depend on
+//! how many there are.
+
+use faer::Mat;
 
 /// A row-major matrix.
 #[derive(Debug, Clone, PartialEq)]
@@ -46,66 +46,17 @@ impl Matrix {
     }
 }
 
-/// U [m, k], the singular values from the largest down, V [n, k], k = min(m, n): x = U · diag(s) · Vᵀ. Where a value is zero its
-/// column of one side is zero.
-pub(super) fn svd(x: Matrix) -> (Matrix, Vec<f64>, Matrix) {
-    if x.columns > x.rows {
-        let (u, s, v) = svd(x.transposed());
-        return (v, s, u);
-    }
-    // Columns as rows, so that a rotation runs over neighbours.
-    let n = x.columns;
-    let mut w = x.transposed();
-    let mut v = Matrix { rows: n, columns: n, values: vec![0.0; n * n] };
-    (0..n).for_each(|i| v.values[i * n + i] = 1.0);
-    for _sweep in 0..60 {
-        let mut turned = false;
-        for i in 0..n {
-            for j in i + 1..n {
-                let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
-                let (p, q, c) = (dot(w.row(i), w.row(i)), dot(w.row(j), w.row(j)), dot(w.row(i), w.row(j)));
-                if c.abs() <= 1e-15 * (p * q).sqrt() || c == 0.0 {
-                    continue;
-                }
-                turned = true;
-                let zeta = (q - p) / (2.0 * c);
-                let t = zeta.signum() / (zeta.abs() + (1.0 + zeta * zeta).sqrt());
-                let cos = (1.0 + t * t).sqrt().recip();
-                rotate(&mut w, i, j, cos, cos * t);
-                rotate(&mut v, i, j, cos, cos * t);
-            }
-        }
-        if !turned {
-            break;
-        }
-    }
-    let norms: Vec<f64> = (0..n).map(|i| w.row(i).iter().map(|x| x * x).sum::<f64>().sqrt()).collect();
-    let mut order: Vec<usize> = (0..n).collect();
-    order.sort_by(|a, b| norms[*b].total_cmp(&norms[*a]).then(a.cmp(b)));
-    let pick = |from: &Matrix, unit: bool| {
-        let row = |i: &usize| {
-            let factor = if !unit {
-                1.0
-            } else if norms[*i] > 0.0 {
-                norms[*i].recip()
-            } else {
-                0.0
-            };
-            from.row(*i).iter().map(move |x| x * factor)
-        };
-        let values = order.iter().flat_map(row).collect();
-        Matrix { rows: n, columns: from.columns, values }.transposed()
+/// U [m, k], the singular values from the largest down, V [n, k], k = min(m, n): x = U · diag(s) · Vᵀ. `None` for a matrix with
+/// values that are no numbers.
+pub(super) fn svd(x: &Matrix) -> Option<(Matrix, Vec<f64>, Matrix)> {
+    let found = Mat::from_fn(x.rows, x.columns, |i, j| x.at(i, j)).thin_svd().ok()?;
+    let take = |m: faer::MatRef<'_, f64>| Matrix {
+        rows: m.nrows(),
+        columns: m.ncols(),
+        values: (0..m.nrows()).flat_map(|i| (0..m.ncols()).map(move |j| m[(i, j)])).collect(),
     };
-    (pick(&w, true), order.iter().map(|i| norms[*i]).collect(), pick(&v, false))
-}
-
-/// Rows i < j become cos · i − sin · j and sin · i + cos · j.
-fn rotate(m: &mut Matrix, i: usize, j: usize, cos: f64, sin: f64) {
-    let (head, tail) = m.values.split_at_mut(j * m.columns);
-    let (a, b) = (&mut head[i * m.columns..(i + 1) * m.columns], &mut tail[..m.columns]);
-    for (x, y) in a.iter_mut().zip(b) {
-        (*x, *y) = (cos * *x - sin * *y, sin * *x + cos * *y);
-    }
+    let values = found.S().column_vector().iter().copied().collect();
+    Some((take(found.U()), values, take(found.V())))
 }
 
 #[cfg(test)]
@@ -119,7 +70,7 @@ mod tests {
             let f =
                 |salt: usize| (0..m.max(n) * 3).map(|i| ((i * 37 + salt) % 19) as f32 / 7.0 - 1.0).collect::<Vec<_>>();
             let x = Matrix::new(m, 3, &f(1)[..m * 3]).times(&Matrix::new(3, n, &f(5)[..n * 3]));
-            let (u, s, v) = svd(x.clone());
+            let (u, s, v) = svd(&x).unwrap();
             assert!(s.windows(2).all(|w| w[0] >= w[1]) && s.iter().skip(3).all(|x| *x < 1e-9), "{s:?}");
             let mut us = u;
             let k = s.len();
