@@ -133,3 +133,23 @@ fn training_graphs_are_planned_optimally() {
         assert!(p.optimal, "{layers} layers: {} over {}", p.total, p.lower_bound);
     }
 }
+
+#[test]
+fn twenty_thousand_lives_that_cross_at_random_lie_near_the_bound() {
+    let mut state = 27_u64;
+    let mut below = |n: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 24) % n
+    };
+    let list: Vec<Request> = (0..20_000)
+        .map(|_| {
+            let (a, b) = (below(1_000_000), below(1_000_000));
+            Request { first: a.min(b), last: a.max(b) + 1, size: 1 + below(1_000_000) }
+        })
+        .collect();
+    let p = checked(&list, None);
+    let over = p.total - p.lower_bound;
+    assert!(over * 1000 <= p.lower_bound * 3, "{over} bytes over {}", p.lower_bound);
+}

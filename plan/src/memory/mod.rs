@@ -1,6 +1,7 @@
 //! The memory planner: where buffers with known lifetimes lie in one arena, so that it is as small as possible.
 //!
-//! This is dynamic storage allocation, which is NP-hard. The planner tries several greedy orders, then a sweep along time
+//! This is dynamic storage allocation, which is NP-hard. The planner tries several greedy orders (of many requests, fillings from
+//! below: see [`fill`]), then a sweep along time
 //! that fills what ends with what begins (see [`sweep`]), then a depth-first
 //! search (see [`branch`]) at the lower bound in many orders, then a local search over greedy orders, then the depth-first
 //! search between what is proven and what is reached, and stops as soon as the two meet. Effort is bounded by counts, so
@@ -8,6 +9,7 @@
 //! what a buffer holds.
 
 mod branch;
+mod fill;
 mod greedy;
 mod order;
 mod portfolio;
@@ -109,7 +111,7 @@ pub fn place_with(requests: &[Request], align: u64, goal: Option<u64>, effort: u
     let bound = lower_bound(&rounded);
     let mut proven = bound;
     let (mut total, mut offsets) = stack::stack(&rounded, bound);
-    if total > bound && !greedy::crowded(&rounded) {
+    if total > bound && rounded.len() <= stack::MANY && !greedy::crowded(&rounded) {
         let mut search = Search::new(&rounded);
         let (t, mut order) = search.greedy(bound);
         if t < total {

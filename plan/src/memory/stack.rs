@@ -2,10 +2,12 @@
 //!
 //! What is alive within another's time is stacked without loss when the longer one goes first, which is what training
 //! makes of a model. A tree over the sections of time keeps the heights, so an order costs `n log n`, however many
-//! requests are alive at once.
+//! requests are alive at once. Where that is far from the bound, and there are many, they are filled from below instead
+//! (see [`super::fill`]).
 
 use super::Request;
 use super::branch::sections;
+use super::fill::{Key, fill};
 use super::greedy::lg;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -14,7 +16,12 @@ use std::ops::Range;
 /// Looks at waiting requests of all skylines at most.
 const LOOKS: u64 = 5_000_000;
 /// So many requests are not tried further once they are within a thousandth of the bound.
-const MANY: usize = 5000;
+pub(super) const MANY: usize = 5000;
+/// Requests looked at by the first filling from below, and by all that follow.
+const FIRST: u64 = 60_000_000;
+const LATER: u64 = 5_000_000;
+/// Fillings from below are tried for so many when stacks are so far above the bound (of a thousand).
+const FAR: u64 = 3;
 
 /// Heights over sections: the largest of a range, and one height for a range.
 struct Heights {
@@ -80,13 +87,29 @@ pub(super) fn stack(requests: &[Request], bound: u64) -> (u64, Vec<u64>) {
     }
     let life = |r: &Request| r.last - r.first;
     let area = |r: &Request| u128::from(r.size) * u128::from(life(r));
-    type Key<'k> = &'k dyn Fn(&Request) -> u128;
-    let keys: [Key<'_>; 4] = [&|r| u128::from(life(r)), &area, &|r| u128::from(r.size), &|r| {
+    type By<'k> = &'k dyn Fn(&Request) -> u128;
+    let keys: [By<'_>; 4] = [&|r| u128::from(life(r)), &area, &|r| u128::from(r.size), &|r| {
         ((lg(r.size) + 2.0 * lg(life(r))) * 1e6) as u128
     }];
     let mut looks = 0;
     let mut best = (u64::MAX, vec![]);
     for skyline in [false, true] {
+        // Lives that cross at random leave gaps in every stack.
+        if skyline && list.len() > MANY && best.0.saturating_sub(bound) > bound / 1000 * FAR {
+            let mut looks = FIRST;
+            for key in [Key::Long, Key::Area, Key::Large, Key::Snug] {
+                let Some(offsets) = fill(&list, key, &mut looks) else { break };
+                looks = looks.min(LATER);
+                let total = top(&list, &offsets);
+                if total < best.0 {
+                    best = (total, offsets);
+                }
+                if best.0.saturating_sub(bound) <= bound / 1000 * FAR {
+                    break;
+                }
+            }
+            break;
+        }
         for key in keys {
             let mut order: Vec<u32> = (0..list.len() as u32).collect();
             order.sort_by_key(|i| (Reverse(key(&list[*i as usize])), list[*i as usize].first, *i));
@@ -95,7 +118,7 @@ pub(super) fn stack(requests: &[Request], bound: u64) -> (u64, Vec<u64>) {
             } else {
                 pile(&list, &span, count, &order)
             };
-            let total = offsets.iter().zip(&list).map(|(o, r)| o.saturating_add(r.size)).max().unwrap_or(0);
+            let total = top(&list, &offsets);
             if total < best.0 {
                 best = (total, offsets);
             }
@@ -112,6 +135,11 @@ pub(super) fn stack(requests: &[Request], bound: u64) -> (u64, Vec<u64>) {
         offsets[*i as usize] = o;
     }
     (best.0, offsets)
+}
+
+/// One past the last byte.
+fn top(list: &[Request], offsets: &[u64]) -> u64 {
+    offsets.iter().zip(list).map(|(o, r)| o.saturating_add(r.size)).max().unwrap_or(0)
 }
 
 /// Each in turn on top of what is there.
