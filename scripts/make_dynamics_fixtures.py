@@ -2,7 +2,8 @@
 """Makes the fixtures of methods that differ from LoRA in how they are trained, beside those of `make_train_fixtures.py` and in the
 same form: a start that is a PEFT folder (with the keys that say how it is trained), twenty steps, the end.
 
-The optimizers are PEFT 0.21.2's where it has them (LoRA+, LoRA-FA); the others are written from the papers' and the authors' formulas.
+The optimizers are PEFT 0.21.2's where it has them (LoRA+, LoRA-FA) and those of the packages galore-torch 1.0 and fira 1.0.2; the others
+are written from the papers' and the authors' formulas.
 
     python scripts/make_dynamics_fixtures.py [--out tests/fixtures/train] [--only CASE]
 """
@@ -10,6 +11,8 @@ The optimizers are PEFT 0.21.2's where it has them (LoRA+, LoRA-FA); the others 
 import argparse
 import json
 import shutil
+import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -72,8 +75,46 @@ class Allora(Plain):
         self.optimizer.step()
 
 
-METHODS = {None: Plain, "lora-plus": LoraPlus, "lora-fa": LoraFa, "allora": Allora}
-OURS = ["training", "loraplus_lr_ratio", "allora_eta"]
+class Projected(Plain):
+    """The optimizers of galore-torch and fira, with the signs of singular vectors fixed: moments outlive a basis, so signs matter, and
+    libraries differ in them."""
+
+    def make(self, run):
+        # The 8-bit optimizer wants a library for GPUs.
+        sys.modules.setdefault("galore_torch.adamw8bit", types.SimpleNamespace(AdamW8bit=None))
+        import fira.fira_adamw
+        import fira.gradient_projection
+        import galore_torch.adamw
+        import galore_torch.galore_projector
+
+        galore = self.keys["training"] == "galore"
+        found = galore_torch.galore_projector.GaLoreProjector if galore else fira.gradient_projection.GradientProjector
+        if not hasattr(found, "unsigned"):
+            found.unsigned = found.get_orthogonal_matrix
+        found.get_orthogonal_matrix = signed
+        group = dict(rank=self.keys["r"], update_proj_gap=self.keys.get("update_proj_gap", 200))
+        group["proj_type"] = self.keys.get("proj_type", "std")
+        group["scale" if galore else "alpha"] = self.keys.get("proj_scale", 0.25 if galore else 1.0)
+        matrices = [p for p in self.trained if p.ndim == 2]
+        groups = [{"params": [p for p in self.trained if p.ndim == 1]}, {"params": matrices} | group]
+        adamw = galore_torch.adamw.AdamW if galore else fira.fira_adamw.AdamW
+        return adamw(groups, lr=run["lr"], weight_decay=run["weight_decay"], no_deprecation_warning=True)
+
+
+def signed(self, weights, rank, type):
+    found = self.unsigned(weights, rank, type)
+    if type == "full":
+        return [sign(found[0].T).T, sign(found[1])]
+    return sign(found) if type == "right" else sign(found.T).T
+
+
+def sign(rows):
+    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
+    return rows * largest.sign()
+
+
+METHODS = {None: Plain, "lora-plus": LoraPlus, "lora-fa": LoraFa, "allora": Allora, "galore": Projected, "fira": Projected}
+OURS = ["training", "loraplus_lr_ratio", "allora_eta", "update_proj_gap", "proj_scale", "proj_type"]
 
 
 def train(model, rows, run, keys):
@@ -111,6 +152,18 @@ def lora(training, **keys):
     return base.lora(training=training, init_lora_weights=False) | keys
 
 
+WHOLE = dict(
+    peft_type="LORA",
+    r=4,
+    target_modules="dummy-target-modules",
+    modules_to_save=["model.layers.1.mlp.up_proj", "model.layers.0.self_attn.k_proj", "model.layers.1.input_layernorm"],
+)
+
+
+def whole(training, **keys):
+    return WHOLE | dict(training=training, update_proj_gap=6) | keys
+
+
 # name: (model, configuration, run, [what must matter: (name, changed configuration, changed run)])
 CASES = {
     "llama-lora-plus": (
@@ -131,6 +184,29 @@ CASES = {
         dict(lr=2e-2, max_grad_norm=1.0),
         [("the norms", {"training": None}, {}), ("eta", {"allora_eta": 1.0}, {})],
     ),
+    "llama-galore": (
+        "llama",
+        whole("galore"),
+        base.ODD | dict(lr=4e-2),
+        [
+            ("the projection", {"training": None}, {}),
+            ("new bases", {"update_proj_gap": 200}, {}),
+            ("the scale", {"proj_scale": 0.3}, {}),
+            ("the sides", {"proj_type": "reverse_std"}, {}),
+        ],
+    ),
+    "llama-galore-reverse": ("llama", whole("galore", proj_type="reverse_std"), dict(lr=1e-2), [("the sides", {"proj_type": "std"}, {})]),
+    "llama-galore-full": ("llama", whole("galore", proj_type="full"), dict(lr=1e-2), [("the sides", {"proj_type": "std"}, {})]),
+    "llama-fira": (
+        "llama",
+        whole("fira"),
+        base.ODD | dict(lr=1e-2),
+        [
+            ("the residual", {"training": "galore", "proj_scale": 1.0}, {}),
+            ("new bases", {"update_proj_gap": 200}, {}),
+            ("the sides", {"proj_type": "reverse_std"}, {}),
+        ],
+    ),
 }
 
 
@@ -146,6 +222,8 @@ def make(name, rows, out):
     base.start(folder, plain(config), here / "start")
     path = here / "start/adapter_config.json"
     fields = json.loads(path.read_text()) | {k: v for k, v in config.items() if k in OURS}
+    if config["target_modules"] == "dummy-target-modules":
+        fields["peft_type"] = "FULL"
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     results = {}
     for dtype in (torch.float64, torch.float32):

@@ -26,6 +26,7 @@ mod oft;
 mod ops;
 mod paca;
 mod plan;
+mod projected;
 mod randlora;
 mod schedule;
 mod shira;
@@ -87,6 +88,8 @@ const METHODS: &[&Entry] = &[
     &hydra::ENTRY,
     &nola::ENTRY,
     &full::ENTRY,
+    &projected::GALORE,
+    &projected::FIRA,
 ];
 
 /// The names of all methods.

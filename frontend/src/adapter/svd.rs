@@ -59,9 +59,62 @@ pub(super) fn svd(x: &Matrix) -> Option<(Matrix, Vec<f64>, Matrix)> {
     Some((take(found.U()), values, take(found.V())))
 }
 
+/// Which singular vectors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    /// Those of the columns, U.
+    Left,
+    /// Those of the rows, V.
+    Right,
+}
+
+/// The first `rank` singular vectors of x [m, n] on a side, [rank, m] or [rank, n], each with the sign that makes its largest value
+/// positive (the first of equals decides). `None` for a matrix with values that are no numbers.
+pub(super) fn leading(x: &[f32], m: usize, n: usize, rank: usize, side: Side) -> Option<Vec<f32>> {
+    if x.iter().any(|v| !v.is_finite()) {
+        return None;
+    }
+    let (rows, columns) = if side == Side::Left { (m, n) } else { (n, m) };
+    let x = match side {
+        Side::Left => Mat::from_fn(m, n, |i, j| f64::from(x[i * n + j])),
+        Side::Right => Mat::from_fn(n, m, |i, j| f64::from(x[j * n + i])),
+    };
+    // Of the smaller side they are the eigenvectors of a small square matrix, which come from the smallest value up.
+    let (u, last) = if rows <= columns {
+        ((&x * x.transpose()).self_adjoint_eigen(faer::Side::Lower).ok()?.U().to_owned(), rows - 1)
+    } else {
+        (x.thin_svd().ok()?.U().to_owned(), 0)
+    };
+    let vector = |k: usize| {
+        let column = u.col(k.abs_diff(last));
+        let largest = (0..rows).fold(0, |best, i| if column[i].abs() > column[best].abs() { i } else { best });
+        let sign = if column[largest] < 0.0 { -1.0 } else { 1.0 };
+        (0..rows).map(move |i| (sign * column[i]) as f32)
+    };
+    Some((0..rank.min(rows).min(columns)).flat_map(vector).collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn both_sides_have_the_same_leading_vectors_as_the_decomposition() {
+        for (m, n) in [(7, 4), (4, 7)] {
+            let x: Vec<f32> = (0..m * n).map(|i| ((i * 37 + 3) % 19) as f32 / 7.0 - 1.0).collect();
+            let (u, _, v) = svd(&Matrix::new(m, n, &x)).unwrap();
+            for (side, of, length) in [(Side::Left, &u, m), (Side::Right, &v, n)] {
+                let got = leading(&x, m, n, 3, side).unwrap();
+                assert_eq!(got.len(), 3 * length);
+                for (k, got) in got.chunks(length).enumerate() {
+                    let dot: f64 = got.iter().enumerate().map(|(i, g)| f64::from(*g) * of.at(i, k)).sum();
+                    assert!((dot.abs() - 1.0).abs() < 1e-6, "{m} x {n}, {side:?}, {k}: {dot}");
+                    assert!(got.iter().copied().fold(0f32, |a, b| if b.abs() > a.abs() { b } else { a }) > 0.0);
+                }
+            }
+        }
+        assert_eq!(leading(&[f32::NAN; 4], 2, 2, 1, Side::Left), None);
+    }
 
     #[test]
     fn a_decomposition_gives_the_matrix_again() {

@@ -230,6 +230,8 @@ fn options_are_refused_by_name() {
         ("lora", json!({"modules_to_save": ["lm_haed"]}), "nearest"),
         ("paca", json!({"bias": "lora_only"}), "bias"),
         ("lora", json!({"use_new_thing": true}), "use_new_thing"),
+        ("galore", json!({"proj_type": "both"}), "proj_type"),
+        ("fira", json!({"proj_type": "full"}), "proj_type"),
     ];
     for (method, options, expected) in cases {
         let message = fresh(&base, method, options).unwrap_err();
