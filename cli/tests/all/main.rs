@@ -4,6 +4,7 @@
 mod cases;
 mod commands;
 mod damaged;
+mod docs;
 mod kit;
 mod real;
 mod solvers;
