@@ -3,6 +3,7 @@
 # models   fetches the two models of the demo into models/
 # demo     compiles a model with an adapter, generates with and without, embeds three sentences
 # test     formatting, lints and all tests
+# gpu-bundle  builds target/gpu-bundle, the folder that is carried to a GPU machine; its run.sh checks and measures there
 # bench    measures against PyTorch + transformers + PEFT in the same run
 #
 # CARGO_TARGET_DIR moves the build folder; MLIR_SYS_220_PREFIX names another LLVM 22; PYTHON another python3.
@@ -12,7 +13,7 @@ TARGET := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
 export PLEACH := $(TARGET)/release/pleach
 
 .NOTPARALLEL:
-.PHONY: setup build models demo test bench
+.PHONY: setup build models demo test bench gpu-bundle
 
 setup:
 	@bash scripts/setup.sh
@@ -37,3 +38,7 @@ test: setup
 
 bench: build models
 	@bash benches/run.sh
+
+gpu-bundle: build
+	cargo build --release -p pleach-runtime --example measure
+	@MEASURE=$(TARGET)/release/examples/measure PYTHON=$(PYTHON) bash benches/gpu/build.sh target/gpu-bundle

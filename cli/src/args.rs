@@ -176,6 +176,8 @@ pub(crate) enum Target {
     Avx2,
     /// Any x86-64 with AVX-512 F, BW, CD, DQ, VL.
     Avx512,
+    /// This machine's NVIDIA GPU: the best target that it runs.
+    Cuda,
     /// NVIDIA GPUs of compute capability 8.0 and later.
     #[value(name = "sm_80")]
     Sm80,
@@ -201,7 +203,7 @@ pub(crate) struct ModelArgs {
     /// Element type of the computation
     #[arg(long, value_enum, default_value = "f32")]
     pub dtype: DType,
-    /// Processor class
+    /// Processor class, or a GPU
     #[arg(long, value_enum, default_value = "cpu")]
     pub target: Target,
     /// Compile anew and keep nothing

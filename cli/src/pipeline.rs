@@ -21,7 +21,7 @@ use pleach_passes::recompute::Saved;
 use pleach_passes::{Options, Outcome, PassReport, Pipeline, chunk};
 use pleach_plan::{Meta, Plan};
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 mod budget;
@@ -134,12 +134,15 @@ pub(crate) fn total(rows: &[Row]) -> f64 {
 
 impl Request {
     /// What these arguments ask for.
-    pub(crate) fn new(ui: &Ui, args: &ModelArgs, entries: &[&str], tokens: &[(String, u64)]) -> Request {
+    ///
+    /// # Errors
+    /// `--target cuda` where there is no GPU that code can be made for.
+    pub(crate) fn new(ui: &Ui, args: &ModelArgs, entries: &[&str], tokens: &[(String, u64)]) -> Result<Request> {
         // One order and each once, so that the same wish finds the same plan.
         let mut entries = entries.to_vec();
         entries.sort_unstable_by_key(|e| (*e != "infer", *e));
         entries.dedup();
-        Request {
+        Ok(Request {
             model: args.model.clone(),
             adapters: args.adapter.iter().map(|a| (a.name.clone(), a.path.clone())).collect(),
             entries: entries.iter().map(|s| (*s).to_string()).collect(),
@@ -154,6 +157,7 @@ impl Request {
                 Target::Cpu => "native",
                 Target::Avx2 => "avx2",
                 Target::Avx512 => "avx512",
+                Target::Cuda => pleach_runtime::cuda::best_target()?,
                 Target::Sm80 => "sm_80",
                 Target::Sm90a => "sm_90a",
             }
@@ -163,7 +167,7 @@ impl Request {
             disable_rules: args.disable_rule.clone(),
             threads: ui.workers(),
             out: PathBuf::new(),
-        }
+        })
     }
 
     /// The model and its adapters.
@@ -303,6 +307,9 @@ fn cut_of(request: &Request, graph: &Graph) -> Result<CutOptions<'static>> {
 /// Whatever a stage refuses.
 pub(crate) fn compile_here(request: &Request) -> Result<Vec<Row>> {
     let clock = Instant::now();
+    if is_graph(&request.model) {
+        return compile_graph(request);
+    }
     let model = request.open()?;
     let graph = request.import(&model)?;
     let mut rows = vec![Row {
@@ -323,6 +330,30 @@ pub(crate) fn compile_here(request: &Request) -> Result<Vec<Row>> {
         meta.extra.insert("saved".into(), r.saved.iter().map(saved).collect());
     }
     let (plan, more) = lower(&graph, request, meta)?;
+    rows.extend(more);
+    plan.write(&request.out)?;
+    Ok(rows)
+}
+
+/// Whether a path names the text of a graph in place of a model folder.
+pub(crate) fn is_graph(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e == "ir")
+}
+
+/// The text of a graph to a plan; passes run unless the graph says that they have (`graph core`).
+fn compile_graph(request: &Request) -> Result<Vec<Row>> {
+    let clock = Instant::now();
+    let graph = crate::commands::opt::read_graph(&request.model)?;
+    let nodes = pleach_passes::manager::node_count(&graph);
+    let mut rows = vec![Row { nodes_after: Some(nodes), ..Row::stage("read", ms(clock), "") }];
+    let graph = if graph.phase == pleach_ir::Phase::Core {
+        graph
+    } else {
+        let outcome = passes(&graph, request, false)?;
+        rows.extend(outcome.reports.iter().map(Row::pass));
+        outcome.graph
+    };
+    let (plan, more) = lower(&graph, request, Meta::default())?;
     rows.extend(more);
     plan.write(&request.out)?;
     Ok(rows)

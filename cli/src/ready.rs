@@ -137,7 +137,7 @@ pub(crate) fn compile(
     use crate::cache::Slot;
     use crate::pipeline::Request;
     let clock = Instant::now();
-    let mut request = Request { train, ..Request::new(ui, args, entries, tokens) };
+    let mut request = Request { train, ..Request::new(ui, args, entries, tokens)? };
     let model = request.open()?;
     let place = |r: &Request| -> Result<Slot> { Slot::new(&r.key(&model, &r.import(&model)?)?, !args.no_cache) };
     let mut slot = place(&request)?;

@@ -6,8 +6,17 @@ use crate::memory::{self, Placement, Request};
 use crate::types::{BufferKind, Check, Entry, Kernel, Loop, Plan, Residency, Source, Symbol};
 use std::collections::BTreeSet;
 
-/// Alignment of every buffer in the arena and of every owned parameter, bytes: a cache line and an AVX-512 register.
+/// Alignment of every buffer in the arena and of every owned parameter on a host, bytes: a cache line and an AVX-512
+/// register.
 pub const ALIGN: u64 = 64;
+
+/// The same on a GPU: what its allocations have, more than vector accesses and tensor maps need.
+pub const GPU_ALIGN: u64 = 256;
+
+/// Alignment of the buffers that these kernels are given, bytes: [`ALIGN`], or [`GPU_ALIGN`] for kernels of a GPU.
+pub fn alignment(kernels: &[Kernel]) -> u64 {
+    if kernels.iter().any(|k| !k.launches.is_empty()) { GPU_ALIGN } else { ALIGN }
+}
 
 /// Where the arena buffers of an entry lie.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -43,6 +52,11 @@ impl Entry {
 }
 
 impl Plan {
+    /// Whether the code is for a GPU (`sm_80`, …); else it is for a host.
+    pub fn is_gpu(&self) -> bool {
+        self.target.arch.starts_with("sm_")
+    }
+
     /// The entry of that name.
     ///
     /// # Errors
@@ -227,16 +241,17 @@ pub fn lifetimes(entry: &Entry, kernels: &[Kernel]) -> Vec<(u32, u64, u64)> {
 /// # Errors
 /// [`ExprError`] when a size has no value.
 pub fn arena(entry: &Entry, kernels: &[Kernel], env: &[u64]) -> Result<ArenaLayout, ExprError> {
+    let align = alignment(kernels);
     let mut requests = vec![];
     let mut sum = 0u64;
     for (b, first, last) in lifetimes(entry, kernels) {
         let size = entry.buffers[b as usize].bytes.eval(env)?.max(1);
-        let size = size.checked_next_multiple_of(ALIGN).ok_or(ExprError::Overflow)?;
+        let size = size.checked_next_multiple_of(align).ok_or(ExprError::Overflow)?;
         sum = sum.checked_add(size).ok_or(ExprError::Overflow)?;
         requests.push((b, Request { first, last, size }));
     }
     let list: Vec<Request> = requests.iter().map(|r| r.1).collect();
-    let Placement { offsets, total, lower_bound, .. } = memory::place(&list, ALIGN);
+    let Placement { offsets, total, lower_bound, .. } = memory::place(&list, align);
     let mut at = vec![None; entry.buffers.len()];
     for ((b, _), o) in requests.iter().zip(&offsets) {
         at[*b as usize] = Some(*o);

@@ -74,6 +74,22 @@ pub(crate) fn cast(from: DType, bytes: &[u8], want: DType, to: &mut [u8]) {
     }
 }
 
+/// The same by several threads where there is enough to do.
+pub(crate) fn cast_wide(from: DType, bytes: &[u8], want: DType, to: &mut [u8]) {
+    const PART: usize = 1 << 20;
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(to.len() / PART);
+    if threads < 2 {
+        return cast(from, bytes, want, to);
+    }
+    let (a, b) = (from.size() as usize, want.size() as usize);
+    let elements = (to.len() / b).div_ceil(threads);
+    std::thread::scope(|s| {
+        for (x, y) in bytes.chunks(elements * a).zip(to.chunks_mut(elements * b)) {
+            s.spawn(move || cast(from, x, want, y));
+        }
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

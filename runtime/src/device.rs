@@ -1,17 +1,18 @@
-//! What a session needs of a device: memory and launches. The host is [`Cpu`].
+//! What a session needs of a device: memory and launches. There are the host ([`Cpu`](crate::Cpu)) and NVIDIA GPUs.
 //!
-//! Code comes from the plan's blobs and is trusted like an executable. The host's shared object is loaded from memory.
+//! Code comes from the plan's blobs and is trusted like an executable.
 #![allow(unsafe_code)]
 
-use crate::error::{Result, RuntimeError};
-use crate::pool::{KernelFn, Launch, Pool};
-use crate::region::Region;
-use libloading::Library;
-use pleach_plan::{ALIGN, BlobKind, Plan, Target};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use crate::error::Result;
+use crate::launch::Steps;
+use crate::memory::Memory;
+use std::time::{Duration, Instant};
 
-/// An address on a device, as kernels see it.
+/// An address on a device, as kernels see it. The host can follow it where [`Device::shares_memory`].
 pub type Address = *mut u8;
+
+/// Makes a part of a tensor: from this byte on, as many as there is room for.
+pub type Make<'f> = &'f mut dyn FnMut(u64, &mut [u8]);
 
 /// One kernel of a wave.
 #[derive(Clone, Copy, Debug)]
@@ -24,38 +25,126 @@ pub struct Work<'a> {
     pub tasks: u64,
 }
 
-/// A device that runs the kernels of one plan.
+/// A device that runs the kernels of one plan. What it is asked for is done in the order of the calls; it need not be done when
+/// a call returns, but for [`Device::read`], [`Device::finish`] and [`Device::time`].
 pub trait Device: Send {
-    /// Zeroed memory, aligned to [`ALIGN`], which lives as long as the device.
+    /// Refuses a session that takes more than the device has.
     ///
     /// # Errors
-    /// [`RuntimeError::Capacity`].
-    fn allocate(&mut self, bytes: u64, what: &str) -> Result<Address>;
+    /// [`RuntimeError::Capacity`](crate::RuntimeError::Capacity) with both numbers.
+    fn hold(&self, _memory: &Memory) -> Result<()> {
+        Ok(())
+    }
 
-    /// An address under which kernels read host bytes in place; `None` when the device has to have a copy.
+    /// Memory aligned to [`pleach_plan::alignment`], which lives as long as the device. What it holds is unknown unless it is to be
+    /// zeroed.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Capacity`](crate::RuntimeError::Capacity).
+    fn allocate(&mut self, bytes: u64, what: &str, zeroed: bool) -> Result<Address>;
+
+    /// The same for a while: until [`Device::give_back`].
+    ///
+    /// # Errors
+    /// As [`Device::allocate`].
+    fn lend(&mut self, bytes: u64, what: &str) -> Result<Address>;
+
+    /// Takes back what was lent.
     ///
     /// # Safety
-    /// The bytes must outlive every launch that is given the address.
-    unsafe fn borrow(&mut self, bytes: &[u8]) -> Option<Address>;
+    /// No later launch may be given the address.
+    unsafe fn give_back(&mut self, at: Address) -> Result<()>;
 
-    /// Writes bytes to the device.
+    /// Whether kernels read memory of the host, and the host reads memory of the device, in place.
+    fn shares_memory(&self) -> bool;
+
+    /// Writes `bytes` bytes that are made part by part, each part a multiple of 16 bytes but for the last one.
+    ///
+    /// # Errors
+    /// What the device refuses.
     ///
     /// # Safety
     /// `to` must have room for them in memory of this device.
-    unsafe fn write(&mut self, to: Address, bytes: &[u8]);
+    unsafe fn fill(&mut self, to: Address, bytes: u64, make: Make<'_>) -> Result<()>;
+
+    /// Writes bytes to the device.
+    ///
+    /// # Errors
+    /// What the device refuses.
+    ///
+    /// # Safety
+    /// As [`Device::fill`].
+    unsafe fn write(&mut self, to: Address, bytes: &[u8]) -> Result<()> {
+        // SAFETY: promised by the caller.
+        unsafe {
+            self.fill(to, bytes.len() as u64, &mut |at, part| {
+                part.copy_from_slice(&bytes[at as usize..][..part.len()]);
+            })
+        }
+    }
+
+    /// Reads bytes of the device, after everything that was asked for before.
+    ///
+    /// # Errors
+    /// What the device refuses, and what went wrong before.
+    ///
+    /// # Safety
+    /// The bytes from `from` on must be of this device's memory.
+    unsafe fn read(&self, from: Address, to: &mut [u8]) -> Result<()>;
 
     /// Sets bytes to zero.
     ///
+    /// # Errors
+    /// What the device refuses.
+    ///
     /// # Safety
-    /// As [`Device::write`].
-    unsafe fn zero(&mut self, at: Address, bytes: u64);
+    /// As [`Device::fill`].
+    unsafe fn zero(&mut self, at: Address, bytes: u64) -> Result<()>;
 
     /// Runs a wave: kernels that do not depend on each other. Later waves see their results.
+    ///
+    /// # Errors
+    /// What the device refuses.
     ///
     /// # Safety
     /// The buffers must be what the kernels expect, `dims` hold all symbols, no kernel may write what another one of
     /// the wave reads or writes, and nobody else may use the bytes meanwhile.
-    unsafe fn launch(&mut self, wave: &[Work<'_>], dims: &[i64]);
+    unsafe fn launch(&mut self, wave: &[Work<'_>], dims: &[i64]) -> Result<()>;
+
+    /// Runs all steps of an entry.
+    ///
+    /// # Errors
+    /// Those of [`Steps::waves`], and what the device refuses.
+    ///
+    /// # Safety
+    /// The plan must be validated, the counts lie within the capacities that the arena was laid out for, every buffer have a live
+    /// address, and index inputs be checked.
+    unsafe fn run(&mut self, steps: &Steps<'_>) -> Result<()> {
+        // SAFETY: promised by the caller; the steps of a wave touch nothing that another one of them writes.
+        steps.waves(steps.env, &mut |w| unsafe { self.launch(w.works, w.dims) })
+    }
+
+    /// Runs a wave and waits for it; gives the time it took.
+    ///
+    /// # Errors
+    /// What the device refuses.
+    ///
+    /// # Safety
+    /// As [`Device::launch`].
+    unsafe fn time(&mut self, wave: &[Work<'_>], dims: &[i64]) -> Result<Duration> {
+        let start = Instant::now();
+        // SAFETY: promised by the caller.
+        unsafe { self.launch(wave, dims)? };
+        Ok(start.elapsed())
+    }
+
+    /// Waits until everything is done.
+    ///
+    /// # Errors
+    /// What went wrong since.
+    fn finish(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Called before the launches of a run.
     fn begin(&mut self) {}
@@ -65,194 +154,4 @@ pub trait Device: Send {
 
     /// The device in words.
     fn name(&self) -> String;
-}
-
-/// The host: a thread pool and the plan's shared object.
-#[derive(Debug)]
-pub struct Cpu {
-    pool: Pool,
-    kernels: Vec<KernelFn>,
-    regions: Vec<Region>,
-    scratch: Address,
-    stride: usize,
-    /// Reused from launch to launch.
-    wave: Vec<Launch>,
-    // After the kernels that point into them; a library before the descriptor it was loaded from.
-    _code: Vec<(Library, OwnedFd)>,
-}
-
-// SAFETY: the addresses are of regions this value owns; nothing in it belongs to a thread.
-unsafe impl Send for Cpu {}
-
-impl Cpu {
-    /// Loads the code of a plan and starts the workers; `env` are the values of the symbols at capacity, for scratch.
-    ///
-    /// # Errors
-    /// [`RuntimeError::Target`] when this processor lacks a feature, [`RuntimeError::Code`], and errors of memory.
-    pub fn new(plan: &Plan, env: &[u64], threads: usize) -> Result<Cpu> {
-        check_target(&plan.target)?;
-        let mut code = vec![];
-        let mut library = vec![None; plan.blobs.len()];
-        for (i, b) in plan.blobs.iter().enumerate() {
-            if b.kind == BlobKind::HostObject {
-                library[i] = Some(code.len());
-                code.push(load(&b.bytes, &b.name)?);
-            }
-        }
-        let mut kernels = Vec::with_capacity(plan.kernels.len());
-        let mut stride = 0u64;
-        for k in &plan.kernels {
-            let lib = library.get(k.blob as usize).copied().flatten();
-            let (lib, _) = lib
-                .and_then(|l| code.get(l))
-                .ok_or_else(|| RuntimeError::Target(format!("kernel {} is not compiled for a CPU", k.symbol)))?;
-            // SAFETY: the plan promises that the symbol is a function of this type; its code is trusted.
-            let f = unsafe { lib.get::<KernelFn>(k.symbol.as_bytes()) }
-                .map_err(|e| RuntimeError::Code(format!("kernel {}: {e}", k.symbol)))?;
-            kernels.push(*f);
-            stride = stride.max(k.scratch_bytes.eval(env)?);
-        }
-        let pool = Pool::new(threads)?;
-        // Own cache lines and, past a page, own sets: two workers never meet in one.
-        let stride = stride.next_multiple_of(128) + if stride > 0 { 128 } else { 0 };
-        let region = Region::new(stride.saturating_mul(pool.threads() as u64), "the workers' scratch")?;
-        let scratch = region.at(0, 0)?;
-        Ok(Cpu { pool, kernels, regions: vec![region], scratch, stride: stride as usize, wave: vec![], _code: code })
-    }
-}
-
-impl Device for Cpu {
-    fn allocate(&mut self, bytes: u64, what: &str) -> Result<Address> {
-        let r = Region::new(bytes, what)?;
-        let p = r.at(0, bytes)?;
-        debug_assert_eq!(p as u64 % ALIGN, 0);
-        self.regions.push(r);
-        Ok(p)
-    }
-
-    unsafe fn borrow(&mut self, bytes: &[u8]) -> Option<Address> {
-        (bytes.as_ptr() as usize).is_multiple_of(4).then(|| bytes.as_ptr().cast_mut())
-    }
-
-    unsafe fn write(&mut self, to: Address, bytes: &[u8]) {
-        // SAFETY: the caller promises room; a borrowed slice cannot overlap memory of the device.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
-    }
-
-    unsafe fn zero(&mut self, at: Address, bytes: u64) {
-        // SAFETY: the caller promises room.
-        unsafe { std::ptr::write_bytes(at, 0, bytes as usize) };
-    }
-
-    unsafe fn launch(&mut self, wave: &[Work<'_>], dims: &[i64]) {
-        self.wave.clear();
-        self.wave.extend(wave.iter().map(|w| Launch {
-            kernel: self.kernels[w.kernel as usize],
-            buffers: w.buffers.as_ptr(),
-            dims: dims.as_ptr(),
-            tasks: w.tasks,
-            scratch: self.scratch,
-            scratch_stride: self.stride,
-        }));
-        // SAFETY: the caller promises buffers and dims; scratch has a stride for every worker.
-        unsafe { self.pool.run(&self.wave) };
-    }
-
-    fn begin(&mut self) {
-        self.pool.wake();
-    }
-
-    fn threads(&self) -> usize {
-        self.pool.threads()
-    }
-
-    fn name(&self) -> String {
-        format!("{} with {} threads", std::env::consts::ARCH, self.threads())
-    }
-}
-
-/// Loads a shared object from memory. The descriptor stays open as long as the library: its number is part of the name
-/// under which the loader knows the library, and that name must not be used for another one meanwhile.
-fn load(bytes: &[u8], name: &str) -> Result<(Library, OwnedFd)> {
-    let bad = |why: String| RuntimeError::Code(format!("{name}: {why}"));
-    if !bytes.starts_with(b"\x7fELF") {
-        return Err(bad("is no shared object of this system".into()));
-    }
-    // SAFETY: the name is a valid C string; the result is checked.
-    let fd = unsafe { libc::memfd_create(c"pleach".as_ptr(), libc::MFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(bad(std::io::Error::last_os_error().to_string()));
-    }
-    // SAFETY: the descriptor is open and belongs to nobody else.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    let mut file = std::fs::File::from(fd);
-    std::io::Write::write_all(&mut file, bytes).map_err(|e| bad(e.to_string()))?;
-    let fd = OwnedFd::from(file);
-    // SAFETY: the code is the plan's, which is trusted like an executable.
-    let lib = unsafe { Library::new(format!("/proc/self/fd/{}", fd.as_raw_fd())) }.map_err(|e| bad(e.to_string()))?;
-    Ok((lib, fd))
-}
-
-/// Refuses a plan for another machine, naming what is missing.
-///
-/// # Errors
-/// [`RuntimeError::Target`].
-pub fn check_target(target: &Target) -> Result<()> {
-    if target.arch != std::env::consts::ARCH {
-        return Err(RuntimeError::Target(format!(
-            "it is compiled for {}, this is {}; compile it for this machine",
-            target.arch,
-            std::env::consts::ARCH
-        )));
-    }
-    let missing: Vec<&str> = target.features.iter().map(String::as_str).filter(|f| !has_feature(f)).collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    Err(RuntimeError::Target(format!("this processor lacks {}; compile it for this machine", missing.join(", "))))
-}
-
-#[cfg(target_arch = "x86_64")]
-fn has_feature(name: &str) -> bool {
-    macro_rules! any {
-        ($($f:tt),*) => { match name { $($f => std::arch::is_x86_feature_detected!($f),)* _ => false } };
-    }
-    any!(
-        "sse2",
-        "sse3",
-        "ssse3",
-        "sse4.1",
-        "sse4.2",
-        "avx",
-        "avx2",
-        "fma",
-        "f16c",
-        "bmi1",
-        "bmi2",
-        "lzcnt",
-        "movbe",
-        "popcnt",
-        "avx512f",
-        "avx512bw",
-        "avx512cd",
-        "avx512dq",
-        "avx512vl",
-        "avx512bf16",
-        "avx512vnni",
-        "avx512vbmi",
-        "avx512vbmi2",
-        "avx512fp16",
-        "avx512ifma",
-        "avx512bitalg",
-        "avx512vpopcntdq",
-        "avxvnni",
-        "gfni",
-        "vaes",
-        "vpclmulqdq"
-    )
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn has_feature(_: &str) -> bool {
-    false
 }

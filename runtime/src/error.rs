@@ -48,6 +48,9 @@ pub enum RuntimeError {
     /// More was asked for than the session was opened for.
     #[error("{0}")]
     Capacity(String),
+    /// A device refused something, or failed.
+    #[error("{0}")]
+    Device(String),
     /// Inputs of a run are missing, unknown or wrong.
     #[error("{entry}: {why}")]
     Input {

@@ -6,10 +6,14 @@
 
 pub mod capi;
 mod cast;
+mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod device;
 mod error;
 mod generate;
 mod launch;
+mod measure;
 mod memory;
 mod pack;
 mod params;
@@ -24,9 +28,12 @@ pub mod train;
 mod weights;
 
 pub use cast::{f16_to_f32, f32_to_bf16};
-pub use device::{Address, Cpu, Device, check_target};
+pub use cpu::{Cpu, check_target};
+pub use device::{Address, Device, Make, Work};
 pub use error::{Result, RuntimeError};
 pub use generate::{GenerateParams, Generated, Stats, generate};
+pub use launch::{Steps, Wave};
+pub use measure::shared_weights;
 pub use memory::{Memory, give_back, peak_rss, plan_memory};
 pub use params::ParamValues;
 pub use pleach_plan::random::Philox;

@@ -6,7 +6,7 @@
 use crate::error::Result;
 use crate::session::Options;
 use crate::weights::TensorSource;
-use pleach_plan::{ALIGN, ArenaLayout, ExprError, Param, Plan, Residency, Role, Source, arena};
+use pleach_plan::{ArenaLayout, Expr, ExprError, Param, Plan, Residency, Role, Source, alignment, arena};
 
 /// Bytes a session holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,12 +33,14 @@ pub struct Memory {
     pub prepare_only: u64,
     /// Scratch of all workers.
     pub scratch: u64,
+    /// Inputs of a run, on a device that does not read the host's memory.
+    pub inputs: u64,
 }
 
 impl Memory {
-    /// Everything that is resident in the long run: owned and mapped parameters, the arena, scratch.
+    /// Everything that is resident in the long run: owned and mapped parameters, the arena, scratch, copies of inputs.
     pub fn total(&self) -> u64 {
-        [self.owned, self.mapped, self.arena, self.scratch].iter().fold(0, |a, b| a.saturating_add(*b))
+        [self.owned, self.mapped, self.arena, self.scratch, self.inputs].iter().fold(0, |a, b| a.saturating_add(*b))
     }
 }
 
@@ -59,6 +61,8 @@ pub(crate) struct Layout {
     pub(crate) homes: Vec<Home>,
     /// Per entry.
     pub(crate) arenas: Vec<ArenaLayout>,
+    /// Per entry, offset of each input in the block of inputs; empty where inputs are read in place.
+    pub(crate) inputs: Vec<Vec<u64>>,
     /// Sums.
     pub(crate) memory: Memory,
 }
@@ -77,6 +81,7 @@ pub(crate) fn lay_out(plan: &Plan, weights: &dyn TensorSource, env: &[u64], thre
     let mut memory = Memory::default();
     let mut homes = Vec::with_capacity(plan.params.len());
     let mut end = 0u64;
+    let align = alignment(&plan.kernels);
     for p in &plan.params {
         let bytes = p.bytes.eval(env)?;
         homes.push(match (&p.source, p.residency) {
@@ -84,13 +89,13 @@ pub(crate) fn lay_out(plan: &Plan, weights: &dyn TensorSource, env: &[u64], thre
                 memory.prepare_only = memory.prepare_only.saturating_add(bytes);
                 Home::Passing
             }
-            (Source::Checkpoint(name), Residency::Mapped) if in_place(p, weights, name) => {
+            (Source::Checkpoint(name), Residency::Mapped) if !plan.is_gpu() && in_place(p, weights, name) => {
                 memory.mapped = memory.mapped.saturating_add(bytes);
                 Home::Mapped
             }
             _ => {
                 let at = end;
-                let size = bytes.max(1).checked_next_multiple_of(ALIGN).ok_or(ExprError::Overflow)?;
+                let size = bytes.max(1).checked_next_multiple_of(align).ok_or(ExprError::Overflow)?;
                 end = end.checked_add(size).ok_or(ExprError::Overflow)?;
                 *kind(&mut memory, p) += size;
                 Home::Owned(at, bytes)
@@ -111,8 +116,20 @@ pub(crate) fn lay_out(plan: &Plan, weights: &dyn TensorSource, env: &[u64], thre
     }
     // Workers' shares begin on cache lines of their own, as the device lays them out.
     let share = scratch.next_multiple_of(128) + if scratch > 0 { 128 } else { 0 };
-    memory.scratch = share.saturating_mul(threads as u64);
-    Ok(Layout { homes, arenas, memory })
+    memory.scratch = if plan.is_gpu() { scratch } else { share.saturating_mul(threads as u64) };
+    let mut inputs = vec![];
+    for e in plan.entries.iter().filter(|_| plan.is_gpu()) {
+        let (mut at, mut end) = (vec![], 0u64);
+        for x in &e.inputs {
+            at.push(end);
+            let bytes = Expr::product(x.shape.iter().cloned()).mul(x.dtype.size()).eval(env)?;
+            let size = bytes.max(1).checked_next_multiple_of(align).ok_or(ExprError::Overflow)?;
+            end = end.checked_add(size).ok_or(ExprError::Overflow)?;
+        }
+        memory.inputs = memory.inputs.max(end);
+        inputs.push(at);
+    }
+    Ok(Layout { homes, arenas, inputs, memory })
 }
 
 /// Workers for a wish: 0 means one per core.
@@ -120,8 +137,8 @@ fn workers(wish: usize) -> usize {
     if wish == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { wish }
 }
 
-/// True for a tensor that kernels can read where the file is mapped.
-fn in_place(p: &Param, weights: &dyn TensorSource, name: &str) -> bool {
+/// True for a tensor that kernels of the host can read where the file is mapped.
+pub(crate) fn in_place(p: &Param, weights: &dyn TensorSource, name: &str) -> bool {
     weights.tensor(name).is_some_and(|t| t.dtype == p.dtype && (t.bytes.as_ptr() as usize).is_multiple_of(4))
 }
 

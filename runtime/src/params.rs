@@ -8,9 +8,10 @@ use crate::error::{Result, RuntimeError};
 use crate::session::Session;
 use crate::weights::nearest;
 use pleach_plan::{BufferKind, DType, Layout, Param, Source, Step};
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 
-/// The values of a parameter, in memory of the session.
+/// The values of a parameter: in memory of the session, or a copy where a device has memory of its own.
 #[derive(Clone, Debug)]
 pub struct ParamValues<'s> {
     /// Element type.
@@ -18,7 +19,7 @@ pub struct ParamValues<'s> {
     /// Dimensions at capacity.
     pub shape: Vec<u64>,
     /// Elements, row-major, little endian.
-    pub bytes: &'s [u8],
+    pub bytes: Cow<'s, [u8]>,
 }
 
 impl Session {
@@ -34,8 +35,15 @@ impl Session {
         }
         let bytes = p.bytes.eval(&self.capacity)?;
         let shape = p.shape.iter().map(|d| d.eval(&self.capacity)).collect::<std::result::Result<_, _>>()?;
-        // SAFETY: the parameter has this many bytes and stays untouched while the session is borrowed.
-        let bytes = unsafe { std::slice::from_raw_parts(at, bytes as usize) };
+        let bytes = if self.device.shares_memory() {
+            // SAFETY: the parameter has this many bytes and stays untouched while the session is borrowed.
+            Cow::Borrowed(unsafe { std::slice::from_raw_parts(at, bytes as usize) })
+        } else {
+            let mut copy = vec![0; bytes as usize];
+            // SAFETY: the parameter has this many bytes.
+            unsafe { self.device.read(at, &mut copy)? };
+            Cow::Owned(copy)
+        };
         Ok(ParamValues { dtype: p.dtype, shape, bytes })
     }
 
@@ -60,7 +68,7 @@ impl Session {
             )));
         }
         // SAFETY: the parameter is owned and has exactly this size.
-        unsafe { self.device.write(at, bytes) };
+        unsafe { self.device.write(at, bytes)? };
         self.make_due(BTreeSet::from([i as u32]), None);
         Ok(())
     }

@@ -72,11 +72,6 @@ impl Region {
         Ok(unsafe { self.base.as_ptr().add(offset as usize) })
     }
 
-    /// All bytes, for a region that is not in use by a device.
-    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
-        self.map.as_mut().map_or(&mut [], |m| &mut m[..])
-    }
-
     /// Pages that are in memory now, as bytes; 0 when the system does not say.
     pub fn resident(&self) -> u64 {
         let Some(map) = &self.map else { return 0 };

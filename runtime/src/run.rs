@@ -2,9 +2,10 @@
 #![allow(unsafe_code)]
 
 use crate::error::{Result, RuntimeError};
-use crate::launch::run_steps;
+use crate::launch::Steps;
+use crate::region::Region;
 use crate::session::Session;
-use pleach_plan::{BufferKind, Check, DType, Entry, Expr, Input};
+use pleach_plan::{ALIGN, BufferKind, Check, DType, Entry, Expr, Input};
 
 /// A tensor given to a run, row-major; its shape follows from its length and the plan.
 #[derive(Clone, Copy, Debug)]
@@ -29,11 +30,13 @@ impl Values<'_> {
         }
     }
 
-    fn address(&self) -> *mut u8 {
-        match self {
-            Values::I32(v) => v.as_ptr().cast_mut().cast(),
-            Values::F32(v) => v.as_ptr().cast_mut().cast(),
-        }
+    fn bytes(&self) -> &[u8] {
+        let (at, len): (*const u8, usize) = match self {
+            Values::I32(v) => (v.as_ptr().cast(), size_of_val(*v)),
+            Values::F32(v) => (v.as_ptr().cast(), size_of_val(*v)),
+        };
+        // SAFETY: the elements are plain numbers without padding, and the bytes are borrowed as long as they are.
+        unsafe { std::slice::from_raw_parts(at, len) }
     }
 }
 
@@ -201,29 +204,73 @@ impl Session {
             b.tasks = steps.iter().map(|s| tasks[s.kernel as usize]).collect();
             b.env = env.to_vec();
         }
-        for (place, input) in &b.inputs {
-            b.pointers[*place] = given[*input as usize].address();
-        }
         self.device.begin();
-        // SAFETY: the plan is validated, so each buffer has the size the kernel declares for counts up to capacity; counts
-        // and the values of index inputs have been checked; the inputs live through this call, and the session is
-        // borrowed mutably.
-        unsafe { run_steps(&mut *self.device, &mut self.profile, &plan, index, &self.entries[index], env) }
+        if self.device.shares_memory() {
+            for (place, input) in &b.inputs {
+                b.pointers[*place] = given[*input as usize].bytes().as_ptr().cast_mut();
+            }
+        } else {
+            let mut done = vec![false; given.len()];
+            for (place, input) in &b.inputs {
+                if !std::mem::replace(&mut done[*input as usize], true) {
+                    // SAFETY: the buffer has room for the input at capacity, and counts are within it.
+                    unsafe { self.device.write(b.pointers[*place], given[*input as usize].bytes())? };
+                }
+            }
+        }
+        let all = Steps { plan: &plan, index, bound: &self.entries[index], env };
+        let Some(profile) = &mut self.profile else {
+            // SAFETY: the plan is validated, so each buffer has the size the kernel declares for counts up to capacity;
+            // counts and the values of index inputs have been checked; the inputs live through this call, and the
+            // session is borrowed mutably.
+            return unsafe { self.device.run(&all) };
+        };
+        all.waves(env, &mut |wave| {
+            for w in wave.works {
+                // SAFETY: as above.
+                let time = unsafe { self.device.time(std::slice::from_ref(w), wave.dims)? };
+                profile.add(w.kernel, time, &plan.kernels[w.kernel as usize], wave.env);
+            }
+            Ok(())
+        })
     }
 
-    fn outputs(&self, index: usize, env: &[u64]) -> Result<Outputs<'_>> {
+    fn outputs(&mut self, index: usize, env: &[u64]) -> Result<Outputs<'_>> {
         let e = &self.plan.entries[index];
-        let mut list = vec![];
+        let mut places = vec![];
         for o in &e.outputs {
-            let shape = o.shape.iter().map(|d| d.eval(env)).collect::<std::result::Result<Vec<u64>, _>>()?;
-            let bytes = e.buffers[o.buffer as usize].bytes.eval(env)?;
+            let b = &e.buffers[o.buffer as usize];
             let at = self.entries[index].buffers[o.buffer as usize];
-            let kept = matches!(e.buffers[o.buffer as usize].kind, BufferKind::Output | BufferKind::Param(_));
+            let kept = matches!(b.kind, BufferKind::Output | BufferKind::Param(_));
             if at.is_null() || !kept {
                 return Err(RuntimeError::Values(format!("output `{}` has no memory", o.name)));
             }
-            // SAFETY: the buffer lies in the arena or in a parameter, holds this many bytes, and stays untouched while
-            // the session is borrowed.
+            places.push((at, b.bytes.eval(env)?));
+        }
+        if !self.device.shares_memory() {
+            let size = |bytes: u64| bytes.next_multiple_of(ALIGN);
+            let total = places.iter().map(|p| size(p.1)).sum();
+            let host = match &mut self.host {
+                Some(r) if r.len() as u64 >= total => r,
+                old => {
+                    *old = None;
+                    old.insert(Region::new(total, "outputs")?)
+                }
+            };
+            let mut end = 0;
+            for (at, bytes) in &mut places {
+                let to = host.at(end, *bytes)?;
+                // SAFETY: the part lies in the region, which nobody else uses; the buffer has this many bytes.
+                unsafe { self.device.read(*at, std::slice::from_raw_parts_mut(to, *bytes as usize))? };
+                (*at, end) = (to, end + size(*bytes));
+            }
+        }
+        let e = &self.plan.entries[index];
+        let mut list = vec![];
+        for (o, (at, bytes)) in e.outputs.iter().zip(places) {
+            let shape = o.shape.iter().map(|d| d.eval(env)).collect::<std::result::Result<Vec<u64>, _>>()?;
+            // SAFETY: the buffer lies in the arena, in a parameter or in memory for outputs, holds this many bytes, and
+            // stays untouched while the session is borrowed.
             let bytes = unsafe { std::slice::from_raw_parts(at, bytes as usize) };
             list.push(Output { name: &o.name, dtype: o.dtype, shape, bytes });
         }

@@ -5,20 +5,18 @@
 //! every swap.
 #![allow(unsafe_code)]
 
-use crate::cast::{cast, castable};
-use crate::device::{Address, Cpu, Device, Work};
+use crate::cast::{cast_wide, castable};
+use crate::cpu::Cpu;
+use crate::device::{Address, Device, Work};
 use crate::error::{Result, RuntimeError};
-use crate::memory::{Home, Layout, Memory, lay_out};
+use crate::memory::{Home, Layout, Memory, in_place, lay_out};
 use crate::profile::Profile;
 use crate::region::Region;
-use crate::weights::{TensorSource, Weights, nearest};
+use crate::weights::{Tensor, TensorSource, Weights, nearest};
 use pleach_plan::{ArenaLayout, BufferKind, Param, Plan, Source};
 use std::collections::btree_map::Entry as Slot;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-
-/// Elements cast at a time.
-const PIECE: usize = 1 << 16;
 
 /// What a session is opened with.
 #[derive(Clone, Debug, Default)]
@@ -47,7 +45,8 @@ impl Options {
 /// An entry bound to addresses.
 #[derive(Debug)]
 pub(crate) struct Bound {
-    /// Addresses of all steps' buffers, one step after another; null where an input or a prepare-only parameter goes.
+    /// Addresses of all steps' buffers, one step after another; null where a prepare-only parameter goes, or an input that
+    /// is read in place.
     pub(crate) pointers: Vec<Address>,
     /// Where each step begins in `pointers`, and the end.
     pub(crate) starts: Vec<usize>,
@@ -81,6 +80,10 @@ pub struct Session {
     pub(crate) stale: BTreeSet<usize>,
     pub(crate) profile: Option<Profile>,
     pub(crate) seen: Vec<u64>,
+    /// Outputs of the last run, where the device has memory of its own.
+    pub(crate) host: Option<Region>,
+    /// Where the arena is, and its bytes.
+    pub(crate) arena: (Address, u64),
     memory: Memory,
 }
 
@@ -95,7 +98,7 @@ impl std::fmt::Debug for Session {
 }
 
 impl Session {
-    /// Opens a session on the host: loads the code, reserves memory, maps weights. Adapter slots start as zeros, which is
+    /// Opens a session on the device the plan is compiled for: loads the code, reserves memory, maps or uploads weights. Adapter slots start as zeros, which is
     /// the base model. Nothing has run yet: see [`Session::prepare_all`].
     ///
     /// # Errors
@@ -103,7 +106,7 @@ impl Session {
     pub fn open(plan: Arc<Plan>, weights: Weights, options: &Options) -> Result<Session> {
         pleach_plan::validate(&plan)?;
         let capacity = capacities(&plan, options)?;
-        let device = Box::new(Cpu::new(&plan, &capacity, options.threads)?);
+        let device = open_device(&plan, &capacity, options)?;
         Session::on(device, plan, weights, capacity)
     }
 
@@ -120,11 +123,17 @@ impl Session {
             return Err(RuntimeError::Weights(faults.join("\n")));
         }
         drop(names);
-        let Layout { homes, arenas, memory } = lay_out(&plan, &*weights, &capacity, device.threads())?;
+        let Layout { homes, arenas, inputs, memory } = lay_out(&plan, &*weights, &capacity, device.threads())?;
+        device.hold(&memory)?;
         let params = place_params(&plan, &*weights, &mut *device, &homes, memory.owned)?;
         let owned = homes.iter().map(|h| matches!(h, Home::Owned(..))).collect();
-        let base = device.allocate(memory.arena, "activations")?;
-        let entries = plan.entries.iter().zip(&arenas).map(|(e, l)| bind(e, &plan.kernels, l, base, &params)).collect();
+        let base = device.allocate(memory.arena, "activations", false)?;
+        let given = if inputs.is_empty() { None } else { Some(device.allocate(memory.inputs, "inputs", false)?) };
+        let mut entries = vec![];
+        for (i, (e, l)) in plan.entries.iter().zip(&arenas).enumerate() {
+            let place = |n: u32| given.and_then(|b| Some(b.wrapping_add(*inputs.get(i)?.get(n as usize)? as usize)));
+            entries.push(bind(e, &plan.kernels, l, base, &params, &place));
+        }
         let mut stale = BTreeSet::new();
         for (i, e) in plan.entries.iter().enumerate() {
             if e.prepares().is_some() {
@@ -143,6 +152,8 @@ impl Session {
             stale,
             profile: None,
             seen: vec![],
+            host: None,
+            arena: (base, memory.arena),
             memory,
         })
     }
@@ -200,8 +211,8 @@ impl Session {
         for (i, s) in entry.steps.iter().enumerate() {
             last.extend(s.buffers.iter().filter_map(|b| passing(*b)).map(|p| (p, i)));
         }
-        // Kept for the time of the steps that read it: address, and the memory of a copy.
-        let mut here: BTreeMap<u32, (Address, Option<Region>)> = BTreeMap::new();
+        // Kept for the time of the steps that read it: address, and whether it is a copy.
+        let mut here: BTreeMap<u32, (Address, bool)> = BTreeMap::new();
         self.device.begin();
         for (i, s) in entry.steps.iter().enumerate() {
             let kernel = &plan.kernels[s.kernel as usize];
@@ -218,16 +229,19 @@ impl Session {
                 };
             }
             let tasks = kernel.tasks.eval(&env)?;
-            let start = self.profile.as_ref().map(|_| std::time::Instant::now());
+            let work = [Work { kernel: s.kernel, buffers: &buffers, tasks }];
             // SAFETY: the plan is validated, so each buffer has the size the kernel declares; addresses are of the
             // arena at capacity, of parameters, or of what `here` holds; the session is borrowed mutably.
-            unsafe { self.device.launch(&[Work { kernel: s.kernel, buffers: &buffers, tasks }], &dims) };
-            if let (Some(p), Some(t)) = (&mut self.profile, start) {
-                p.add(s.kernel, t.elapsed(), kernel, &env);
+            match &mut self.profile {
+                None => unsafe { self.device.launch(&work, &dims)? },
+                Some(p) => p.add(s.kernel, unsafe { self.device.time(&work, &dims)? }, kernel, &env),
             }
             let done: Vec<u32> = here.keys().copied().filter(|p| last.get(p) == Some(&i)).collect();
             for p in done {
-                here.remove(&p);
+                if let Some((at, true)) = here.remove(&p) {
+                    // SAFETY: no later step reads it.
+                    unsafe { self.device.give_back(at)? };
+                }
                 if let Source::Checkpoint(name) = &plan.params[p as usize].source {
                     self.weights.release(name);
                 }
@@ -287,8 +301,22 @@ pub(crate) fn misfit(p: &Param, dtype: pleach_plan::DType, shape: &[u64], bytes:
     (size != Some(bytes as u64)).then(|| format!("has {bytes} bytes, which is not its shape"))
 }
 
+/// The device that a plan is for.
+fn open_device(plan: &Plan, env: &[u64], options: &Options) -> Result<Box<dyn Device>> {
+    if !plan.is_gpu() {
+        return Ok(Box::new(Cpu::new(plan, env, options.threads)?));
+    }
+    #[cfg(feature = "cuda")]
+    return Ok(Box::new(crate::cuda::Cuda::new(plan, env)?));
+    #[cfg(not(feature = "cuda"))]
+    Err(RuntimeError::Target(format!(
+        "it is compiled for {}, this build runs on processors only; build it with the feature `cuda`",
+        plan.target.arch
+    )))
+}
+
 /// Gives every parameter its address. The owned ones share one block, so that huge pages cover it. Tensors are cast
-/// one by one into their place, and the pages of their file given back.
+/// part by part into their place, and the pages of their file given back.
 fn place_params(
     plan: &Plan,
     weights: &dyn TensorSource,
@@ -296,31 +324,23 @@ fn place_params(
     homes: &[Home],
     total: u64,
 ) -> Result<Vec<Address>> {
-    let base = device.allocate(total, "parameters")?;
+    let base = device.allocate(total, "parameters", true)?;
     let mut out = vec![std::ptr::null_mut(); plan.params.len()];
     for ((p, home), to) in plan.params.iter().zip(homes).zip(&mut out) {
         match (home, &p.source) {
             (Home::Mapped, Source::Checkpoint(name)) => {
-                let t = weights.tensor(name);
-                // SAFETY: the session keeps the weights as long as the device.
-                *to = t.and_then(|t| unsafe { device.borrow(t.bytes) }).ok_or_else(|| {
+                // The session keeps the weights as long as the device.
+                let t = weights.tensor(name).filter(|_| device.shares_memory());
+                *to = t.map(|t| t.bytes.as_ptr().cast_mut()).ok_or_else(|| {
                     RuntimeError::Weights(format!("tensor `{name}` cannot be read in place on this device"))
                 })?;
             }
             (Home::Owned(offset, bytes), source) => {
-                // SAFETY: offset and size lie inside the block just reserved.
-                *to = unsafe { base.add(*offset as usize) };
+                *to = base.wrapping_add(*offset as usize);
                 let Source::Checkpoint(name) = source else { continue };
                 if let Some(t) = weights.tensor(name) {
-                    // In pieces, so that no second copy of a tensor is ever in memory.
-                    let (from, into) = (t.dtype.size() as usize, p.dtype.size() as usize);
-                    let mut piece = vec![0u8; (*bytes as usize).min(PIECE * into)];
-                    for (i, x) in t.bytes.chunks(PIECE * from).enumerate() {
-                        let n = x.len() / from * into;
-                        cast(t.dtype, x, p.dtype, &mut piece[..n]);
-                        // SAFETY: `bytes` bytes at `to` belong to this parameter, and the pieces make up no more.
-                        unsafe { device.write(to.add(i * PIECE * into), &piece[..n]) };
-                    }
+                    // SAFETY: offset and size lie inside the block just reserved.
+                    unsafe { upload(device, *to, *bytes, t, p)? };
                 }
                 weights.release(name);
             }
@@ -330,22 +350,34 @@ fn place_params(
     Ok(out)
 }
 
-/// A prepare-only parameter for a while: in place, or as a cast copy.
-fn bring(p: &Param, weights: &dyn TensorSource, device: &mut dyn Device) -> Result<(Address, Option<Region>)> {
+/// Casts a tensor into its place on the device, without a second copy of it in memory.
+///
+/// # Safety
+/// `bytes` bytes at `to` must belong to the parameter.
+pub(crate) unsafe fn upload(device: &mut dyn Device, to: Address, bytes: u64, t: Tensor<'_>, p: &Param) -> Result<()> {
+    let (from, into) = (t.dtype.size() as usize, p.dtype.size() as usize);
+    let mut make = |at: u64, part: &mut [u8]| {
+        let n = part.len() / into * from;
+        cast_wide(t.dtype, &t.bytes[at as usize / into * from..][..n], p.dtype, part);
+    };
+    // SAFETY: promised by the caller.
+    unsafe { device.fill(to, bytes, &mut make) }
+}
+
+/// A prepare-only parameter for a while: in place, or as a copy, which is to be given back.
+fn bring(p: &Param, weights: &dyn TensorSource, device: &mut dyn Device) -> Result<(Address, bool)> {
     let gone = || RuntimeError::Weights(format!("the tensor of parameter `{}` is no longer there", p.name));
     let Source::Checkpoint(name) = &p.source else { return Err(gone()) };
     let t = weights.tensor(name).filter(|t| misfit(p, t.dtype, t.shape, t.bytes.len()).is_none()).ok_or_else(gone)?;
-    if t.dtype == p.dtype {
-        // SAFETY: the session holds the weights, and the address is used during this preparation only.
-        if let Some(a) = unsafe { device.borrow(t.bytes) } {
-            return Ok((a, None));
-        }
+    if device.shares_memory() && in_place(p, weights, name) {
+        // The session holds the weights, and the address is used during this preparation only.
+        return Ok((t.bytes.as_ptr().cast_mut(), false));
     }
     let bytes = p.bytes.eval(&[])?;
-    let mut r = Region::new(bytes, &p.name)?;
-    cast(t.dtype, t.bytes, p.dtype, r.bytes_mut());
-    let a = r.at(0, bytes)?;
-    Ok((a, Some(r)))
+    let to = device.lend(bytes, &p.name)?;
+    // SAFETY: just lent, with this size.
+    unsafe { upload(device, to, bytes, t, p)? };
+    Ok((to, true))
 }
 
 fn bind(
@@ -354,6 +386,7 @@ fn bind(
     layout: &ArenaLayout,
     arena: Address,
     params: &[Address],
+    input: &dyn Fn(u32) -> Option<Address>,
 ) -> Bound {
     let waves = pleach_plan::waves(e, kernels);
     let buffers: Vec<Address> = e
@@ -362,8 +395,9 @@ fn bind(
         .zip(&layout.offsets)
         .map(|(b, o)| match (b.kind, o) {
             (BufferKind::Param(p), _) => params[p as usize],
-            // SAFETY: the offset lies inside the arena, whose size is the largest of all entries.
-            (BufferKind::Arena | BufferKind::Output, Some(o)) => unsafe { arena.add(*o as usize) },
+            // The offset lies inside the arena, whose size is the largest of all entries.
+            (BufferKind::Arena | BufferKind::Output, Some(o)) => arena.wrapping_add(*o as usize),
+            (BufferKind::Input(i), _) => input(i).unwrap_or(std::ptr::null_mut()),
             _ => std::ptr::null_mut(),
         })
         .collect();

@@ -1,9 +1,8 @@
 //! Adapter slots: buffers at fixed addresses whose values can be exchanged without compiling anything.
 #![allow(unsafe_code)]
 
-use crate::cast::cast;
 use crate::error::{Result, RuntimeError};
-use crate::session::{Session, misfit};
+use crate::session::{Session, misfit, upload};
 use crate::weights::{TensorSource, nearest};
 use pleach_plan::{Plan, Source};
 use std::collections::{BTreeMap, BTreeSet};
@@ -43,13 +42,12 @@ impl Session {
             }
             return Err(RuntimeError::Misfit { slot, why: faults.join("\n") });
         }
-        // From here on nothing can be refused. Values are cast first and copied after.
+        // From here on nothing is refused.
         for (key, i) in &keys {
             let (p, Some(t)) = (&plan.params[*i], tensors.tensor(key)) else { continue };
-            let mut bytes = vec![0u8; p.bytes.eval(&self.capacity)? as usize];
-            cast(t.dtype, t.bytes, p.dtype, &mut bytes);
+            let bytes = p.bytes.eval(&self.capacity)?;
             // SAFETY: the parameter is owned and has exactly this size.
-            unsafe { self.device.write(self.params[*i], &bytes) };
+            unsafe { upload(&mut *self.device, self.params[*i], bytes, t, p)? };
         }
         self.slot_changed(slot)
     }
@@ -63,7 +61,7 @@ impl Session {
         for i in keys_of(&plan, slot)?.into_values() {
             let bytes = plan.params[i].bytes.eval(&self.capacity)?;
             // SAFETY: the parameter is owned and has this size.
-            unsafe { self.device.zero(self.params[i], bytes) };
+            unsafe { self.device.zero(self.params[i], bytes)? };
         }
         self.slot_changed(slot)
     }

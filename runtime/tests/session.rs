@@ -257,9 +257,14 @@ fn opening_names_what_is_missing() {
     let e = Session::open(Arc::new(p), Arc::new(weights()), &o).map(|_| ()).unwrap_err().to_string();
     assert!(e.contains("lacks avx9000"), "{e}");
     let mut p = plan();
+    p.target.arch = "riscv64".into();
+    let e = Session::open(Arc::new(p), Arc::new(weights()), &o).map(|_| ()).unwrap_err().to_string();
+    assert!(e.contains("compiled for riscv64"), "{e}");
+    // Host code that calls itself a GPU's: refused with a driver and without.
+    let mut p = plan();
     p.target.arch = "sm_80".into();
     let e = Session::open(Arc::new(p), Arc::new(weights()), &o).map(|_| ()).unwrap_err().to_string();
-    assert!(e.contains("compiled for sm_80"), "{e}");
+    assert!(e.contains("GPU"), "{e}");
     let mut p = plan();
     p.kernels[0].symbol = "missing".into();
     let e = Session::open(Arc::new(p), Arc::new(weights()), &o).map(|_| ()).unwrap_err().to_string();

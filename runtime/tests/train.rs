@@ -5,6 +5,7 @@ use pleach_plan::DType;
 use pleach_runtime::train::checkpoint::{self, State};
 use pleach_runtime::train::*;
 use pleach_runtime::{ParamValues, Result, RuntimeError, Values};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -50,9 +51,8 @@ impl Toy {
     }
 }
 
-fn bytes<T: Copy>(v: &[T], le: impl Fn(T) -> [u8; 4]) -> &'static [u8] {
-    // A test may leak.
-    v.iter().flat_map(|x| le(*x)).collect::<Vec<u8>>().leak()
+fn bytes<T: Copy>(v: &[T], le: impl Fn(T) -> [u8; 4]) -> Cow<'static, [u8]> {
+    Cow::Owned(v.iter().flat_map(|x| le(*x)).collect())
 }
 
 impl Machine for Toy {

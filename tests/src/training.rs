@@ -280,7 +280,7 @@ impl Opened {
         let (mut off, mut moved) = (0.0, 0.0);
         for (name, (before, after)) in &self.moves {
             let got = machine.read(name).map_err(|e| e.to_string())?;
-            let got = Tensor::from_bytes(pleach_ir::DType::F32, [before.len() as u64], got.bytes)
+            let got = Tensor::from_bytes(pleach_ir::DType::F32, [before.len() as u64], &got.bytes)
                 .map_err(|e| e.to_string())?;
             for ((got, before), after) in got.floats().iter().zip(before).zip(after) {
                 off += f64::from(got - after).powi(2);
@@ -467,7 +467,7 @@ impl Machine for Interpreted {
             Some(pleach_ir::DType::I32) => DType::I32,
             _ => DType::F32,
         };
-        Ok(ParamValues { dtype, shape, bytes })
+        Ok(ParamValues { dtype, shape, bytes: bytes.into() })
     }
 
     fn write(&mut self, name: &str, dtype: DType, bytes: &[u8]) -> pleach_runtime::Result<()> {

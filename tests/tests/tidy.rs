@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 const CRATES: [&str; 8] = ["ir", "frontend", "passes", "codegen", "plan", "runtime", "cli", "tests"];
 
 /// Which crates of the project a crate may depend on. `cli` and `tests` may use all.
-const EDGES: [(&str, &[&str]); 7] = [
+const EDGES: [(&str, &[&str]); 8] = [
     ("ir", &[]),
     ("plan", &[]),
     ("frontend", &["pleach-ir", "pleach-plan"]),
@@ -18,6 +18,7 @@ const EDGES: [(&str, &[&str]); 7] = [
     ("codegen", &["pleach-ir", "pleach-plan"]),
     ("runtime", &["pleach-plan"]),
     ("tests/ptx-sim", &[]),
+    ("tests/fake-cuda", &["pleach-ptx-sim"]),
 ];
 
 /// What may not be reached from the runtime, directly or not: it is what people embed.

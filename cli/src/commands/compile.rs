@@ -2,7 +2,7 @@
 
 use crate::args::CompileArgs;
 use crate::failure::{Failure, Result};
-use crate::pipeline::{table, total};
+use crate::pipeline::{Request, is_graph, table, total};
 use crate::ready;
 use crate::report::{self, Ui, bytes};
 use serde_json::json;
@@ -17,6 +17,9 @@ pub(crate) fn compile(ui: &Ui, args: &CompileArgs) -> Result<()> {
     }
     if args.output.is_dir() {
         return Err(Failure::usage(format!("{}: is a folder; -o names a file", args.output.display())));
+    }
+    if is_graph(&args.model.model) {
+        return graph(ui, args);
     }
     let mut tokens = vec![];
     for c in &args.shape {
@@ -47,6 +50,29 @@ pub(crate) fn compile(ui: &Ui, args: &CompileArgs) -> Result<()> {
         report::print(&table(&origin.rows));
         let how = if origin.cached { "found in the cache" } else { "compiled" };
         report::line(&format!("{}: {}, {how} in {:.0} ms", args.output.display(), bytes(size), origin.ms));
+    }
+    Ok(())
+}
+
+/// Compiles the text of a graph.
+fn graph(ui: &Ui, args: &CompileArgs) -> Result<()> {
+    if !args.model.adapter.is_empty() || args.method.any() || args.entry.iter().any(|e| e == "train") {
+        return Err(Failure::usage(
+            "the text of a graph is compiled as it is: leave out adapters, methods and --entry",
+        ));
+    }
+    let clock = std::time::Instant::now();
+    let request = Request { out: args.output.clone(), ..Request::new(ui, &args.model, &[], &[])? };
+    let rows = crate::child::compile(&request)?;
+    let size = std::fs::metadata(&args.output).map_err(Failure::io("read", &args.output))?.len();
+    let ms = clock.elapsed().as_secs_f64() * 1e3;
+    if args.json {
+        report::json(&json!({
+            "plan": args.output, "bytes": size, "cached": false, "ms": ms, "stages": rows, "compile_ms": total(&rows),
+        }));
+    } else if !ui.quiet {
+        report::print(&table(&rows));
+        report::line(&format!("{}: {}, compiled in {ms:.0} ms", args.output.display(), bytes(size)));
     }
     Ok(())
 }

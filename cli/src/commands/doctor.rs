@@ -28,7 +28,7 @@ pub(crate) fn doctor(args: &DoctorArgs) -> Result<()> {
     #[cfg(feature = "compiler")]
     facts.extend(compiler());
     facts.push(("ptxas", ptxas()));
-    facts.push(("NVIDIA driver", driver()));
+    facts.extend(gpu());
     if args.json {
         let map: Map<String, Value> = facts.into_iter().map(|(k, v)| (k.to_string(), v.into())).collect();
         report::json(&Value::Object(map));
@@ -121,11 +121,38 @@ fn ptxas() -> String {
     }
 }
 
-fn driver() -> String {
-    let version = read("/proc/driver/nvidia/version");
-    match version.lines().next() {
-        Some(line) => line.trim_start_matches("NVRM version:").trim().to_string(),
-        None if Path::new("/dev/nvidia0").exists() => "device present, version unknown".into(),
-        None => "none".into(),
+/// Driver and GPUs, as the driver describes them.
+fn gpu() -> Vec<(&'static str, String)> {
+    use pleach_runtime::cuda;
+    let kernel = read("/proc/driver/nvidia/version");
+    let kernel = kernel.lines().next().map(|l| l.trim_start_matches("NVRM version:").trim().to_string());
+    let found = cuda::version().and_then(|v| Ok((v, cuda::gpus()?)));
+    let ((major, minor), gpus) = match found {
+        Ok(x) => x,
+        Err(e) => {
+            let why = e.to_string();
+            let why = why.rsplit_once("this machine cannot run the plan: ").map_or(why.as_str(), |w| w.1);
+            let present = kernel.or_else(|| Path::new("/dev/nvidia0").exists().then(|| "device present".to_string()));
+            return vec![("NVIDIA driver", present.map_or(format!("none ({why})"), |p| format!("{p} ({why})")))];
+        }
+    };
+    let mut out =
+        vec![("NVIDIA driver", format!("CUDA {major}.{minor}{}", kernel.map_or(String::new(), |k| format!(", {k}"))))];
+    for g in gpus {
+        let target = g.target().unwrap_or("none: 8.0 or later is needed");
+        let free = if g.number == 0 { cuda::memory().ok() } else { None };
+        let free = free.map_or(String::new(), |(free, _)| format!(", {} free", bytes(free)));
+        let (a, b) = g.capability;
+        out.push((
+            "GPU",
+            format!(
+                "{}: {}, compute capability {a}.{b} (target {target}), {} multiprocessors, {}{free}",
+                g.number,
+                g.name,
+                g.processors,
+                bytes(g.total)
+            ),
+        ));
     }
+    out
 }

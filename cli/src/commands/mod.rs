@@ -20,7 +20,7 @@ mod merge;
 #[cfg(feature = "models")]
 mod methods;
 #[cfg(feature = "compiler")]
-mod opt;
+pub(crate) mod opt;
 #[cfg(feature = "compiler")]
 mod plan;
 mod plan_memory;

@@ -115,7 +115,10 @@ fn dump(dir: &Path, stages: &[(String, Graph)]) -> Result<()> {
 }
 
 /// The graph of a file, or of stdin for `-`.
-fn read_graph(file: &Path) -> Result<Graph> {
+///
+/// # Errors
+/// A file that cannot be read, a text that does not parse.
+pub(crate) fn read_graph(file: &Path) -> Result<Graph> {
     let name = file.display().to_string();
     let source = match name.as_str() {
         "-" => {

@@ -60,11 +60,18 @@ impl Said {
 /// Calls the binary with a cache of its own; arguments are split at spaces but for those in `more`.
 pub(crate) struct Pleach {
     cache: PathBuf,
+    env: Vec<(String, String)>,
 }
 
 impl Pleach {
     pub(crate) fn new(cache: &Folder) -> Pleach {
-        Pleach { cache: cache.join("cache") }
+        Pleach { cache: cache.join("cache"), env: vec![] }
+    }
+
+    /// The same binary and cache with more variables.
+    pub(crate) fn with_env(&self, env: &[(&str, &str)]) -> Pleach {
+        let env = env.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        Pleach { cache: self.cache.clone(), env }
     }
 
     pub(crate) fn call(&self, arguments: &[&str]) -> Said {
@@ -72,6 +79,7 @@ impl Pleach {
             .args(arguments)
             .env("PLEACH_CACHE_DIR", &self.cache)
             .env("NO_COLOR", "1")
+            .envs(self.env.iter().map(|(k, v)| (k, v)))
             .output()
             .unwrap();
         Said::new(&out)

@@ -3,6 +3,7 @@
 
 mod cases;
 mod commands;
+mod cuda;
 mod damaged;
 mod docs;
 mod kit;

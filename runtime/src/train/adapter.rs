@@ -126,7 +126,7 @@ impl AdapterPlan {
             let Some(file) = &t.file else { continue };
             let v = machine.read(&self.param(t))?;
             let (dtype, bytes) = match (v.dtype, t.dtype.as_str()) {
-                (DType::F32, "F32") => (Dtype::F32, Cow::Borrowed(v.bytes)),
+                (DType::F32, "F32") => (Dtype::F32, v.bytes),
                 (DType::I32, "I64") => {
                     let wide =
                         v.bytes.as_chunks().0.iter().flat_map(|b| i64::from(i32::from_le_bytes(*b)).to_le_bytes());

@@ -14,7 +14,6 @@ use crate::error::{Result, RuntimeError};
 use pleach_plan::DType;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
-use std::borrow::Cow;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -139,7 +138,7 @@ pub fn save(
             DType::I32 => Dtype::I32,
             DType::Bool => Dtype::BOOL,
         };
-        tensors.push((name, dtype, v.shape, Cow::Borrowed(v.bytes)));
+        tensors.push((name, dtype, v.shape, v.bytes));
     }
     write_tensors(&temporary.join(OPTIMIZER), &tensors)?;
     watch("state");

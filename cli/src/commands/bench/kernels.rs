@@ -49,7 +49,7 @@ pub(super) fn kernels(ui: &Ui, model: Option<&Path>, tokens: &[u64], as_json: bo
         disable: vec![],
         disable_rule: vec![],
     };
-    let request = Request::new(ui, &args, &[], &[]);
+    let request = Request::new(ui, &args, &[], &[])?;
     let outcome = pipeline::passes(&graph, &request, false)?;
     let (plan, _) = pipeline::lower(&outcome.graph, &request, pleach_plan::Meta::default())?;
     let plan = Arc::new(plan);

@@ -68,8 +68,8 @@ fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
         session.run("infer", &values)?;
     }
     let rss = report::peak_rss();
-    let mut gauge = Gauge::flops(ui)?;
-    gauge.measure()?;
+    let mut gauge = on_host(&ready.plan).then(|| Gauge::flops(ui)).transpose()?;
+    measured(&mut gauge)?;
     let mut times = vec![];
     let clock = Instant::now();
     while times.len() < 5 || (clock.elapsed().as_secs_f64() < 4.0 && times.len() < 100) {
@@ -90,7 +90,8 @@ fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
     out.insert("tokens_per_s".into(), (n as f64 / (step * 1e-3)).into());
     let flops = contraction_flops(&ready.plan, "infer", n)?;
     out.insert("matmul_flops".into(), flops.into());
-    out.insert("peak_share".into(), (flops as f64 / (step * 1e-3) / gauge.measure()?).into());
+    let peak = measured(&mut gauge)?;
+    out.insert("peak_share".into(), peak.map(|p| flops as f64 / (step * 1e-3) / p).into());
     show(args, out, &profile);
     Ok(())
 }
@@ -109,8 +110,8 @@ fn generate(ui: &Ui, args: &BenchArgs) -> Result<()> {
     pleach_runtime::generate(&mut session, &prompt, &params(new.min(4)), &mut |_, _| ControlFlow::Continue(()))?;
     let rss = report::peak_rss();
     let bytes = weight_bytes(&ready.plan, "generate")?;
-    let mut gauge = Gauge::bandwidth(ui, bytes)?;
-    let mut bandwidth = gauge.measure()?;
+    let mut gauge = on_host(&ready.plan).then(|| Gauge::bandwidth(ui, bytes)).transpose()?;
+    let mut bandwidth = measured(&mut gauge)?;
     let (mut steps, mut rates, mut prompts) = (vec![], vec![], vec![]);
     for _ in 0..3 {
         let mut last = None;
@@ -121,7 +122,7 @@ fn generate(ui: &Ui, args: &BenchArgs) -> Result<()> {
         })?;
         rates.push(done.stats.decode_tokens as f64 / done.stats.decode_time.as_secs_f64().max(1e-9));
         prompts.push(done.stats.prompt_time.as_secs_f64() * 1e3);
-        bandwidth = gauge.measure()?;
+        bandwidth = measured(&mut gauge)?;
     }
     let profile = if args.profile {
         session.set_profile(true);
@@ -137,9 +138,19 @@ fn generate(ui: &Ui, args: &BenchArgs) -> Result<()> {
     out.insert("prompt_ms".into(), median(&mut prompts).into());
     out.insert("weight_bytes_per_token".into(), bytes.into());
     out.insert("read_bytes_per_s".into(), bandwidth.into());
-    out.insert("bandwidth_share".into(), (bytes as f64 * rate / bandwidth).into());
+    out.insert("bandwidth_share".into(), bandwidth.map(|b| bytes as f64 * rate / b).into());
     show(args, out, &profile);
     Ok(())
+}
+
+/// Whether the machine's own peak is what a plan's numbers are compared with: that of a GPU is not measured.
+fn on_host(plan: &Plan) -> bool {
+    !plan.is_gpu()
+}
+
+/// The machine's peak, measured once more.
+fn measured(gauge: &mut Option<Gauge>) -> Result<Option<f64>> {
+    gauge.as_mut().map(Gauge::measure).transpose()
 }
 
 fn check(args: &BenchArgs) -> Result<()> {

@@ -1,7 +1,7 @@
 //! `pleach bench train`: optimizer steps on random rows of the full length.
 
 use super::machine::Gauge;
-use super::{flat, median};
+use super::{flat, measured, median, on_host};
 use crate::args::BenchTrainArgs;
 use crate::failure::Result;
 use crate::pipeline::total;
@@ -59,9 +59,9 @@ pub(super) fn train(ui: &Ui, args: &BenchTrainArgs) -> Result<()> {
     } else {
         vec![]
     };
-    let mut gauge = Gauge::flops(ui)?;
-    gauge.measure()?;
-    let peak = gauge.measure()?;
+    let mut gauge = on_host(&training.ready.plan).then(|| Gauge::flops(ui)).transpose()?;
+    measured(&mut gauge)?;
+    let peak = measured(&mut gauge)?;
     let tokens = args.shape.batch * training.max_length * args.accum;
     let flops = flops(&training, args.accum)?;
     let mut out = Map::new();
@@ -79,7 +79,7 @@ pub(super) fn train(ui: &Ui, args: &BenchTrainArgs) -> Result<()> {
     put("arena_bytes", memory.arena.into());
     put("open_ms", open_ms.into());
     put("matmul_flops", flops.into());
-    put("peak_share", (flops as f64 / (median_ms * 1e-3) / peak).into());
+    put("peak_share", peak.map(|p| flops as f64 / (median_ms * 1e-3) / p).into());
     put("loss", json!({"first": losses.first(), "last": losses.last()}));
     put("compile_ms", compile_ms(ui, args, &training)?);
     if args.profile {

@@ -28,7 +28,7 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
         true => Some(crate::training::request(&args.model, &args.method, &args.shape_of_training)?),
         false => None,
     };
-    let mut request = Request { train, ..Request::new(ui, &args.model, &[], &[]) };
+    let mut request = Request { train, ..Request::new(ui, &args.model, &[], &[])? };
     let model = request.open()?;
     let all = match model.checkpoint.config.is_decoder() {
         _ if trains => &["train", "evaluate"][..],
@@ -36,7 +36,7 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
         false => &["infer"],
     };
     let entries = if chosen.is_empty() { all.to_vec() } else { chosen };
-    request = Request { train: request.train, ..Request::new(ui, &args.model, &entries, &[]) };
+    request = Request { train: request.train, ..Request::new(ui, &args.model, &entries, &[])? };
     let imported = request.import(&model)?;
     if args.ir && args.stage == "imported" {
         report::print(&text::print(&imported));

@@ -1,0 +1,441 @@
+#!/usr/bin/env python3
+"""Checks and measures pleach on a GPU beside PyTorch, in one run; writes one JSON.
+
+    bench.py [--bundle DIR] [--out FILE] [--seconds 520] [--only checks,kernels,steps] [--device cuda|cpu]
+
+First what is right: every kernel kind against PyTorch on random values with a poisoned arena, then loss and gradients of a step against
+PyTorch in f32. Only what is right is timed: products against cuBLAS, attention against SDPA, optimizer steps against PEFT (its
+default with f32 adapters, and all in bf16), torch.compile, a PaCA in PyTorch, and Liger or Unsloth where they can be imported.
+Rows are random, weights are made here. What does not fit into the time is left out and said so.
+"""
+
+import argparse
+import datetime
+import gc
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import kernels
+import reference
+
+# Rivals that replace parts of the library when they are loaded: package -> name.
+PATCHING = {"liger_kernel": "liger", "unsloth": "unsloth"}
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+
+
+class Bench:
+    def __init__(self, a):
+        self.a, self.device, self.start = a, a.device, time.monotonic()
+        self.bundle = a.bundle
+        self.index = json.loads((a.bundle / "plans/index.json").read_text())
+        self.scratch = tempfile.TemporaryDirectory(prefix="pleach-gpu-")
+        self.results = {"checks": [], "products": [], "attention": [], "steps": [], "skipped": []}
+
+    # Running pleach
+
+    def left(self):
+        return self.a.seconds - (time.monotonic() - self.start)
+
+    def say(self, text):
+        print(f"[{time.monotonic() - self.start:5.0f} s] {text}", flush=True)
+
+    def file(self, name):
+        return Path(self.scratch.name) / name
+
+    def save(self, name, tensors):
+        path = self.file(name)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+        return path
+
+    def measure(self, plan, *arguments):
+        command = [str(self.bundle / "measure"), str(self.bundle / "plans" / plan), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(self.left(), 30))
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()[-2000:]}")
+        return json.loads(done.stdout)
+
+    def target(self):
+        """The plans for this GPU."""
+        if self.a.target:
+            return self.a.target
+        if self.device == "cpu":
+            return "sm_80"
+        return "sm_90a" if torch.cuda.get_device_capability() == (9, 0) else "sm_80"
+
+    def attempt(self, what, least, run, where="skipped"):
+        """Runs a part if there is time for it; a part that fails is recorded and does not end the others."""
+        if self.left() < least:
+            self.results["skipped"].append({"what": what, "why": f"{self.left():.0f} s are left, it needs about {least}"})
+            return None
+        try:
+            return run()
+        except Exception as e:
+            self.results[where].append({"what": what, "error": f"{type(e).__name__}: {e}"[:2000]})
+            self.say(f"FAILED {what}: {str(e)[:1500]}")
+            return None
+        finally:
+            self.free()
+
+    def free(self):
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def sync(self):
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    # Checks
+
+    def values(self, c):
+        """Random parameters and inputs of a case, on the device in f32, holding values of their own types."""
+        g = torch.Generator().manual_seed(len(c.name))
+        out = {}
+        for name, (dtype, shape) in c.params.items():
+            spread = 1.0 if len(shape) < 2 or name in ("a", "x", "q", "k", "v", "dy") else shape[1] ** -0.5
+            out[name] = (torch.randn(shape, generator=g) * spread).to(DTYPES[dtype]).float()
+        for name, shape in c.inputs.items():
+            x = torch.randn([c.tokens if n == "T" else n for n in shape], generator=g)
+            # Kernels that take bf16 round their inputs; so do these values, so that both see the same.
+            out[name] = x.bfloat16().float() if any(d == "bf16" for d, _ in c.params.values()) else x
+        for name, make in c.integers.items():
+            out[name] = make(torch, c).to(torch.int32)
+        out = {k: v.to(self.device) for k, v in out.items()}
+        if c.derive:
+            out |= {k: v.bfloat16().float() for k, v in c.derive(torch, out).items()}
+        return out
+
+    def check_kernel(self, c):
+        x = self.values(c)
+        want = c.reference(torch, x)
+        entries = list(dict.fromkeys(k.split("/")[0] for k in want if "/" in k))
+        entries += [e for e in ("store",) if f'entry "{e}"' in c.text]
+        weights = self.save("w.safetensors", {n: x[n].to(DTYPES[d]) for n, (d, _) in c.params.items()})
+        given = {n: x[n] for n in [*c.inputs, *c.integers]}
+        inputs = ["--inputs", self.save("x.safetensors", given)] if given else []
+        capacity = {k: v for k, v in {"T": c.tokens}.items() if v} | c.capacity
+        places = ["--capacity", ",".join(f"{k}={v}" for k, v in capacity.items())] if capacity else []
+        out = self.file("y.safetensors")
+        base = [f"kernels/{c.name}.{self.target()}.pleach", "--entry", ",".join(entries), "--weights", weights, *inputs, *places]
+        said = self.measure(*base, "--poison", "--out", out, "--params", "cache")
+        got = load_file(out)
+        worst = 0.0
+        for name, w in want.items():
+            y, w = got[name].float(), w.float().cpu()
+            if y.shape != w.shape or not torch.isfinite(y).all():
+                raise RuntimeError(f"{name}: {tuple(y.shape)} instead of {tuple(w.shape)}, or no numbers")
+            worst = max(worst, ((y - w).abs().max() / w.abs().max().clamp_min(1e-30)).item())
+        ok = worst <= c.tolerance
+        self.results["checks"].append({"what": c.name, "error": worst, "tolerance": c.tolerance, "ok": ok, "device": said["device"]})
+        self.say(f"{'ok    ' if ok else 'WRONG '} {c.name}: {worst:.1e} (allowed {c.tolerance:.0e})")
+        return x, base, ok
+
+    def event_ms(self, run, repeat=10):
+        """Median milliseconds of a call on the device."""
+        for _ in range(3):
+            run()
+        times = []
+        for _ in range(repeat):
+            if self.device == "cuda":
+                a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                a.record(), run(), b.record()
+                torch.cuda.synchronize()
+                times.append(a.elapsed_time(b))
+            else:
+                clock = time.perf_counter()
+                run()
+                times.append((time.perf_counter() - clock) * 1e3)
+        return statistics.median(times)
+
+    def kernel(self, c):
+        x, base, ok = self.check_kernel(c)
+        if not (ok and c.time) or "kernels" not in self.a.only:
+            return
+        half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in x.items()}
+        rivals = c.rival(torch, half)
+        where = "attention" if c.name.startswith("attention") else "products"
+        plan, rest = base[0], base[1:]
+        at = rest.index("--entry") + 1
+        for entry, run in rivals.items():
+            words = [*rest[:at], entry, *rest[at + 1:]]
+            said = self.measure(plan, *words, "--repeat", 5, "--profile")
+            profile, ours = said["profile"], sum(k["ms"] for k in said["profile"]) / said["profile_runs"]
+            rival = self.event_ms(run)
+            flops = c.flops * (2.5 if entry == "backward" else 1.0)
+            row = {
+                "what": c.name, "entry": entry, "pleach_ms": ours, "torch_ms": rival, "ratio": rival / ours,
+                "pleach_tflops": flops / ours * 1e-9, "torch_tflops": flops / rival * 1e-9, "kernels": profile,
+            }
+            self.results[where].append(row)
+            self.say(f"       {c.name} {entry}: {ours:.3f} ms, PyTorch {rival:.3f} ms ({row['ratio']:.2f} of its speed)")
+
+    def check_step(self, plan):
+        """Loss and gradients of one step, against f32 and against PyTorch's own bf16."""
+        config, method, rank = plan["config"], plan["method"], plan["rank"]
+        length = min(plan["length"], 256)
+        ids = reference.batch(config, 2, length)
+        # The f32 model first: what is right.
+        m = reference.model(config, torch.float32, self.device)
+        values = reference.adapter(m, method, rank)
+        tensors = {n: w.bfloat16() for n, w in m.state_dict().items()}
+        if config.get("tie_word_embeddings"):
+            tensors.pop("lm_head.weight", None)
+        weights = self.save("weights.safetensors", tensors)
+        del tensors
+
+        def gradients(m, adapter_dtype):
+            m = reference.with_lora(m, values, rank, adapter_dtype) if method == "lora" else reference.with_paca(m, values)
+            value = reference.loss(m, ids.to(self.device))
+            value.backward()
+            return value.item(), reference.gradients(m, method)
+
+        torch.backends.cuda.matmul.allow_tf32 = False
+        exact, want = gradients(m, None)
+        del m
+        self.free()
+        half, rough = gradients(reference.model(config, torch.bfloat16, self.device), None)
+        self.free()
+        slot = self.save("slot.safetensors", reference.flat(values))
+        inputs = self.save("inputs.safetensors", reference.inputs(ids))
+        out = self.file("grads.safetensors")
+        tokens = ids.numel()
+        said = self.measure(
+            plan["file"], "--entry", "accumulate", "--weights", weights, "--slot", f"0={slot}", "--inputs", inputs,
+            "--capacity", f"T={tokens},L={tokens},S=2,P={length},C=1", "--poison", "--out", out, "--params", "grad.",
+        )
+        got = load_file(out)
+        loss = got["accumulate/loss"].float().item()
+
+        def distance(a):
+            up = sum((a[n].float() - w).pow(2).sum().item() for n, w in want.items())
+            return (up / sum(w.pow(2).sum().item() for w in want.values())) ** 0.5
+
+        missing = [n for n in want if n not in got]
+        if missing:
+            raise RuntimeError(f"no gradient {missing[0]} among {sorted(got)[:3]}")
+        ours, theirs = distance(got), distance(rough)
+        off, rival = abs(loss - exact) / abs(exact), abs(half - exact) / abs(exact)
+        # In f32 both are as good as exact; in bf16 at most a quarter worse than PyTorch's own.
+        ok = ours <= max(1.25 * theirs, 1e-4) and off <= max(1.25 * rival, 2e-3)
+        row = {
+            "what": f"step {plan['name']}", "ok": ok, "loss": loss, "loss_f32": exact, "loss_torch_bf16": half,
+            "gradient_error": ours, "gradient_error_torch_bf16": theirs, "device": said["device"], "tokens": tokens,
+        }
+        self.results["checks"].append(row)
+        word = "ok    " if ok else "WRONG "
+        self.say(f"{word} {row['what']}: loss {loss:.5f} ({exact:.5f} in f32), gradients off by {ours:.1e} (PyTorch's bf16: {theirs:.1e})")
+        return ok
+
+    # Times
+
+    def time_ours(self, plan):
+        rows, length, config = plan["batch"], plan["length"], plan["config"]
+        inputs = self.save("inputs.safetensors", reference.inputs(reference.batch(config, rows, length)))
+        values = reference.adapter(reference.shapes(config)[0], plan["method"], plan["rank"])
+        slot = self.save("slot.safetensors", reference.flat(values))
+        t = rows * length
+        said = self.measure(
+            plan["file"], "--entry", "accumulate,update", "--shared-weights", "--slot", f"0={slot}", "--inputs", inputs,
+            "--capacity", f"T={t},L={t},S={rows},P={length},C=1", "--repeat", self.a.repeat, "--profile",
+        )
+        row = {
+            "plan": plan["name"], "who": "pleach", "step_ms": statistics.median(said["times_ms"]), "min_ms": min(said["times_ms"]),
+            "tokens_per_s": t / statistics.median(said["times_ms"]) * 1e3, "planned_bytes": said["planned_bytes"],
+            "driver_bytes": said["driver_bytes"], "ready_ms": said["ready_ms"], "first_ms": said["first_ms"],
+            "profile": said["profile"],
+            "kernels_ms": sum(k["ms"] for k in said["profile"]) / said["profile_runs"], "profile_runs": said["profile_runs"],
+        }
+        self.results["steps"].append(row)
+        self.say(f"       {plan['name']} pleach: {row['step_ms']:.2f} ms, {(said['driver_bytes'] or 0) / 2**30:.2f} GiB")
+
+    def time_rival(self, plan, who):
+        """Optimizer steps of a rival at the same shapes; its peak by PyTorch's allocator and what the driver gave it."""
+        config, rank, rows, length = plan["config"], plan["rank"], plan["batch"], plan["length"]
+        ids = reference.batch(config, rows, length).to(self.device)
+        if who == "liger":
+            from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+            apply_liger_kernel_to_llama()
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            free = torch.cuda.mem_get_info()[0]
+        if who == "unsloth":
+            m = self.unsloth(config, rank)
+        else:
+            m = reference.model(config, torch.bfloat16, self.device)
+            values = reference.adapter(m, "paca" if who == "paca" else "lora", rank)
+            if who == "paca":
+                m = reference.with_paca(m, values)
+            else:
+                m = reference.with_lora(m, values, rank, torch.bfloat16 if who == "peft-bf16" else None)
+        m.train()
+        run = torch.compile(m) if who == "compile" else m
+        trained = [w for w in m.parameters() if w.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=self.device == "cuda")
+        times, first = [], None
+        for i in range(self.a.repeat + 3):
+            clock = time.perf_counter()
+            value = reference.loss(run, ids)
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            self.sync()
+            ms = (time.perf_counter() - clock) * 1e3
+            if i == 0:
+                first = ms
+            if i >= 3:
+                times.append(ms)
+        row = {
+            "plan": plan["name"], "who": who, "step_ms": statistics.median(times), "min_ms": min(times), "first_ms": first,
+            "tokens_per_s": rows * length / statistics.median(times) * 1e3, "loss": value.item(),
+        }
+        if self.device == "cuda":
+            row["peak_bytes"] = torch.cuda.max_memory_allocated()
+            row["driver_bytes"] = free - torch.cuda.mem_get_info()[0]
+        self.results["steps"].append(row)
+        self.say(f"       {plan['name']} {who}: {row['step_ms']:.2f} ms, {row.get('peak_bytes', 0) / 2**30:.2f} GiB")
+
+    def rivals(self, plan):
+        if plan["method"] == "paca":
+            return ["paca"]
+        out = ["peft", "peft-bf16"]
+        # Compiling takes about a second a layer and more; the whole model would take the time of everything else.
+        if plan["config"]["num_hidden_layers"] <= 4 and self.device == "cuda":
+            out.append("compile")
+        for package, who in PATCHING.items():
+            if importlib.util.find_spec(package):
+                out.append(who)
+            else:
+                note = {"what": who, "why": f"there is no package {package}"}
+                if note not in self.results["skipped"]:
+                    self.results["skipped"].append(note)
+        return out
+
+    def apart(self, plan, who):
+        """A rival that changes the library for everybody after it, in a process of its own."""
+        command = [sys.executable, __file__, "--bundle", self.bundle, "--device", self.device, "--repeat", self.a.repeat]
+        command = [str(x) for x in [*command, "--rival", who, "--plan", plan["name"], "--target", self.target()]]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(self.left(), 30))
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip()[-1500:])
+        row = json.loads(done.stdout.splitlines()[-1])
+        self.results["steps"].append(row)
+        self.say(f"       {plan['name']} {who}: {row['step_ms']:.2f} ms, {row.get('peak_bytes', 0) / 2**30:.2f} GiB")
+
+    def unsloth(self, config, rank):
+        """Its own model class, loaded from a folder with the weights that everybody else has."""
+        from unsloth import FastLanguageModel
+
+        folder = self.file("unsloth")
+        if not folder.is_dir():
+            reference.model(config, torch.bfloat16, self.device).save_pretrained(folder)
+        m, _ = FastLanguageModel.from_pretrained(str(folder), dtype=torch.bfloat16, load_in_4bit=False)
+        return FastLanguageModel.get_peft_model(
+            m, r=rank, lora_alpha=2 * rank, target_modules=list(reference.LINEARS), lora_dropout=0.0, use_gradient_checkpointing=False,
+        )
+
+    def run(self):
+        only = self.a.only
+        plans = [p for p in self.index["plans"] if p["target"] == self.target()]
+        if not plans:
+            raise SystemExit(f"there are no plans for {self.target()} in {self.bundle / 'plans'}")
+        right = set()
+        if "checks" in only or "kernels" in only:
+            for c in kernels.cases(self.index.get("tiny", False)):
+                self.attempt(c.name, 20, lambda: self.kernel(c), "checks")
+        for p in [p for p in plans if p.get("check")] if "checks" in only else []:
+            if self.attempt(f"step {p['name']}", 30, lambda: self.check_step(p), "checks"):
+                right.add(p["family"])
+        for p in sorted((p for p in plans if p.get("time")), key=lambda p: p["order"]) if "steps" in only else []:
+            if "checks" in only and p["family"] not in right:
+                self.results["skipped"].append({"what": p["name"], "why": "a step of this model and method is not right, or not checked"})
+                continue
+            self.attempt(p["name"], p["seconds"], lambda: self.time_ours(p), "steps")
+            for who in self.rivals(p):
+                run = self.apart if who in PATCHING.values() else self.time_rival
+                self.attempt(f"{p['name']} {who}", p["seconds"], lambda: run(p, who), "steps")
+        self.summary()
+        return self.write()
+
+    def summary(self):
+        times = {(r["plan"], r["who"]): r for r in self.results["steps"] if "step_ms" in r}
+        for r in self.results["steps"]:
+            ours = times.get((r.get("plan"), "pleach"))
+            if ours and r.get("who") not in (None, "pleach"):
+                r["speedup"] = r["step_ms"] / ours["step_ms"]
+                if r.get("driver_bytes") and ours.get("driver_bytes"):
+                    r["memory_ratio"] = ours["driver_bytes"] / r["driver_bytes"]
+        frozen = {}
+        for r in times.values():
+            if r["who"] == "pleach":
+                frozen[r["plan"]] = r["step_ms"]
+        self.results["pleach_ms"] = frozen
+
+    def write(self):
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        for name in ("peft", "transformers", "liger_kernel", "triton"):
+            try:
+                versions[name] = getattr(__import__(name), "__version__", "?")
+            except Exception:
+                versions[name] = None
+        device = {"name": "cpu", "note": "no GPU: the numbers test the script, they measure nothing"}
+        if self.device == "cuda":
+            p = torch.cuda.get_device_properties(0)
+            device = {"name": p.name, "capability": [p.major, p.minor], "memory": p.total_memory, "processors": p.multi_processor_count}
+        out = {
+            "format": 1, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "commit": self.index["commit"],
+            "target": self.target(), "device": device, "versions": versions, "dtype": "bf16", "seconds": time.monotonic() - self.start,
+            "plans": self.index["plans"], **self.results,
+        }
+        self.a.out.parent.mkdir(parents=True, exist_ok=True)
+        self.a.out.write_text(json.dumps(out, indent=1) + "\n")
+        bad = [c for c in self.results["checks"] if not c.get("ok")]
+        failed = [r for k in ("products", "attention", "steps") for r in self.results[k] if "error" in r]
+        self.say(f"{self.a.out}: {len(self.results['checks']) - len(bad)} checks right, {len(bad)} wrong, {len(failed)} failed, "
+                 f"{len(self.results['skipped'])} left out")
+        return not bad and not failed
+
+
+def main():
+    here = Path(__file__).resolve().parent
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--bundle", type=Path, default=here, help="folder with `measure` and `plans/` (default: where this script is)")
+    p.add_argument("--out", type=Path, default=Path("gpu-bench.json"))
+    p.add_argument("--seconds", type=float, default=520.0, help="time for everything")
+    p.add_argument("--repeat", type=int, default=5, help="timed steps")
+    p.add_argument("--only", default="checks,kernels,steps", type=lambda s: s.split(","))
+    p.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="where PyTorch computes; cpu tests this script")
+    p.add_argument("--target", help="which plans; asked of the GPU when not given")
+    p.add_argument("--rival", help=argparse.SUPPRESS)
+    p.add_argument("--plan", help=argparse.SUPPRESS)
+    a = p.parse_args()
+    unknown = set(a.only) - {"checks", "kernels", "steps"}
+    if unknown:
+        p.error(f"--only knows checks, kernels and steps, not {', '.join(sorted(unknown))}")
+    if not (a.bundle / "plans/index.json").is_file():
+        p.error(f"{a.bundle}/plans/index.json is missing; `make gpu-bundle` builds the folder")
+    if a.device == "cuda" and not torch.cuda.is_available():
+        p.error("PyTorch finds no GPU; --device cpu tests the script without one")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    b = Bench(a)
+    if a.rival:
+        plan = next(p for p in b.index["plans"] if p["name"] == a.plan and p["target"] == b.target())
+        b.time_rival(plan, a.rival)
+        print(json.dumps(b.results["steps"][0]))
+        return
+    sys.exit(0 if b.run() else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Builds the folder that is carried to a GPU machine: the runtime, plans, scripts. `make gpu-bundle` builds the binaries first.
+#
+#   build.sh OUT [--tiny]     PLEACH and MEASURE name the binaries; --tiny makes plans of a toy, for testing run.sh without a GPU
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=$1 tiny=${2:-} python=${PYTHON:-python3}
+pleach=${PLEACH:-target/release/pleach} measure=${MEASURE:-target/release/examples/measure}
+limit=50000000
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+rm -rf "$out"
+mkdir -p "$out/plans/kernels"
+cp "$measure" "$out/measure"
+strip "$out/measure" 2>/dev/null || true
+cp benches/gpu/{run.sh,bench.py,kernels.py,reference.py} "$out/"
+
+targets="sm_80 sm_90a"
+[ -n "$tiny" ] && targets=sm_80
+for name in $("$python" benches/gpu/kernels.py "$work/kernels" $tiny); do
+    for target in $targets; do
+        "$pleach" compile "$work/kernels/$name.ir" --target "$target" -o "$out/plans/kernels/$name.$target.pleach" --quiet
+    done
+done
+
+index=$work/index
+: >"$index"
+# family, configuration, layers, method, rank, batch, length, target, check, time, seconds, order
+plan() {
+    local family=$1 config=$2 layers=$3 method=$4 rank=$5 batch=$6 length=$7 target=$8 check=$9 timed=${10} seconds=${11} order=${12}
+    local name=$family-$layers-$method-r$rank file=$family-$layers-$method-r$rank.$target.pleach model=$work/$family-$layers
+    [ -d "$model" ] || "$python" benches/gpu/shapes.py "benches/gpu/configs/$config.json" "$layers" "$model"
+    local alpha=$((2 * rank)) dtype=bf16
+    "$pleach" compile "$model" --method "$method" --r "$rank" --alpha "$alpha" --target-modules all-linear --entry train \
+        --batch "$batch" --max-length "$length" --dtype "$dtype" --target "$target" -o "$out/plans/$file" --quiet --no-cache
+    "$python" - "$model/config.json" >>"$index" <<END
+import json, sys
+print(json.dumps({
+    "name": "$name", "file": "$file", "family": "$family-$method", "target": "$target", "method": "$method", "rank": $rank,
+    "batch": $batch, "length": $length, "dtype": "$dtype", "check": $check, "time": $timed, "seconds": $seconds, "order": $order,
+    "config": json.load(open(sys.argv[1])),
+}))
+END
+}
+
+if [ -n "$tiny" ]; then
+    plan tiny tiny 2 lora 4 2 12 sm_80 True True 5 1
+    plan tiny tiny 2 paca 4 2 12 sm_80 True True 5 2
+else
+    for target in $targets; do
+        for method in lora paca; do
+            plan smollm2 smollm2-135m 30 $method 16 4 512 $target False True 30 $([ $method = lora ] && echo 7 || echo 8)
+            plan smollm2 smollm2-135m 2 $method 16 4 512 $target True False 30 0
+            plan llama3-8b llama-3-8b 1 $method 16 4 2048 $target True True 25 $([ $method = lora ] && echo 1 || echo 2)
+        done
+        plan llama3-8b llama-3-8b 4 lora 16 4 2048 $target False True 40 3
+        plan llama3-8b llama-3-8b 4 paca 16 4 2048 $target False True 40 4
+        plan llama3-8b llama-3-8b 32 lora 16 4 2048 $target False True 75 5
+        plan llama3-8b llama-3-8b 32 paca 16 4 2048 $target False True 75 6
+    done
+fi
+
+commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)
+"$python" - "$index" "$out/plans/index.json" "$commit" "$tiny" <<'END'
+import json, sys
+plans = [json.loads(line) for line in open(sys.argv[1])]
+json.dump({"commit": sys.argv[3], "tiny": bool(sys.argv[4]), "plans": plans}, open(sys.argv[2], "w"), indent=1)
+END
+bytes=$(du -sb "$out" | cut -f1)
+echo "$out: $bytes bytes, $(ls "$out"/plans/*.pleach | wc -l) plans, $(ls "$out"/plans/kernels | wc -l) kernel plans"
+[ "$bytes" -le $limit ] || { echo "the bundle may have $limit bytes at most" >&2; exit 1; }

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Tests the bundle without a GPU: tiny plans, PyTorch on the processor, and the stand-in driver that runs kernels in the PTX simulator.
+# PYTHON names a python with torch, peft and transformers. PLEACH, MEASURE and FAKE_CUDA name what is built already.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+target=${CARGO_TARGET_DIR:-target}
+python=${PYTHON:-python3}
+if ! "$python" -c 'import torch, peft, transformers' 2>/dev/null; then
+    echo "skipped: $python has no torch, peft and transformers; name one that has them in PYTHON" >&2
+    exit 0
+fi
+if [ -z "${PLEACH:-}" ]; then
+    cargo build -p pleach -p pleach-fake-cuda
+    cargo build -p pleach-runtime --example measure
+fi
+export PLEACH=${PLEACH:-$target/debug/pleach} MEASURE=${MEASURE:-$target/debug/examples/measure}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+PYTHON=$python bash benches/gpu/build.sh "$work/bundle" --tiny
+run() { PLEACH_CUDA_LIBRARY=${FAKE_CUDA:-$target/debug/libpleach_fake_cuda.so} PYTHON=$python "$work/bundle/run.sh" "$@"; }
+
+# What is asked for wrongly is refused, and says what there is.
+for bad in "--only speed" "--bundle /nonexistent" "--device tpu" "--seconds soon"; do
+    if said=$(run $bad 2>&1); then
+        echo "run.sh $bad was not refused" >&2
+        exit 1
+    fi
+    echo "refused: $bad: $(echo "$said" | tail -1)"
+done
+
+run --device cpu --repeat 2 --out "$work/out.json"
+"$python" - "$work/out.json" <<'END'
+import json, sys
+
+out = json.load(open(sys.argv[1]))
+checks = out["checks"]
+assert len(checks) == 10 and all(c["ok"] for c in checks), checks
+assert {r["entry"] for r in out["attention"]} == {"forward", "backward"} and len(out["products"]) == 3, out
+who = [(r["plan"], r["who"]) for r in out["steps"]]
+for plan, rivals in (("tiny-2-lora-r4", ("pleach", "peft", "peft-bf16")), ("tiny-2-paca-r4", ("pleach", "paca"))):
+    for name in rivals:
+        assert (plan, name) in who, who
+assert all(r["step_ms"] > 0 for r in out["steps"]), out["steps"]
+assert out["versions"]["torch"] and out["commit"] and out["dtype"] == "bf16"
+END
+
+# A wrong kernel is noticed.
+"$python" - "$work/bundle/kernels.py" <<'END'
+import pathlib, sys
+p = pathlib.Path(sys.argv[1])
+p.write_text(p.read_text().replace('"nt": lambda: a @ b.T', '"nt": lambda: a @ b.T * 1.05'))
+END
+if run --device cpu --only checks --out "$work/wrong.json" >"$work/said"; then
+    echo "a result that is off by 5 % was taken for right" >&2
+    exit 1
+fi
+grep -q "WRONG  matmul-nt" "$work/said"
+echo "the bundle works"

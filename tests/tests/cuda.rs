@@ -1,0 +1,174 @@
+//! Sessions on the stand-in driver: one graph serves every count of its range, windows past the end are empty, an adapter is
+//! exchanged without another graph, and single launches give the bits of graphs. Needs LLVM, and no GPU.
+//!
+//! Each test runs in a process of its own, because the driver is found once per process: the test starts itself again with the
+//! variables that name it.
+#![cfg(feature = "llvm")]
+#![allow(clippy::print_stderr, reason = "what a process said is shown when it fails")]
+
+use pleach_codegen::compile::{compile_gpu, supported_gpu};
+use pleach_codegen::emit::gpu::GpuChip;
+use pleach_frontend::adapter::SlotData;
+use pleach_ir::interp::Tensor;
+use pleach_ir::{DType, Graph, Sym};
+use pleach_passes::fuse_kernels::{self, CutOptions};
+use pleach_passes::{Options, Pipeline, Target, chunk, manager};
+use pleach_plan::{Meta, Plan};
+use pleach_runtime::{InMemory, Session, open_weights};
+use pleach_tests::compare::{Results, Start, run_graph, same};
+use pleach_tests::compiled::{run, session};
+use pleach_tests::values::symbols;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+const LOG: &str = "PLEACH_TEST_LOG";
+/// Classes of the toy head.
+const CLASSES: u64 = 120;
+
+/// Runs `body` in a process that has the driver; gives what it leaves to that process.
+fn with_driver(test: &str, properties: &[&str], body: impl Fn(&Path)) {
+    if let Some(log) = std::env::var_os(LOG) {
+        return body(Path::new(&log));
+    }
+    let library = pleach_fake_cuda::library();
+    assert!(library.is_file(), "{} is missing; build the whole workspace", library.display());
+    for p in properties {
+        let log = std::env::temp_dir().join(format!("pleach-cuda-{}-{test}.log", std::process::id()));
+        let out = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", test, "--nocapture"])
+            .env("PLEACH_CUDA_LIBRARY", &library)
+            .env(pleach_fake_cuda::VARIABLE, format!("{p},log={}", log.display()))
+            .env(LOG, &log)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned() + &String::from_utf8_lossy(&out.stdout);
+        let _ = std::fs::remove_file(&log);
+        assert!(out.status.success() && said.contains("1 passed"), "{p}: {said}");
+    }
+}
+
+/// How many graphs were made, replayed, and set anew since the last call.
+fn did(log: &Path) -> [usize; 3] {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    let _ = std::fs::remove_file(log);
+    ["graph", "replay", "set"].map(|k| text.lines().filter(|l| l.starts_with(k)).count())
+}
+
+fn head() -> Graph {
+    let text = include_str!("../golden/passes/chunk/fires-head.ir");
+    let (above, _) = text.split_once("\n---\n").unwrap();
+    let graph: Vec<&str> = above.lines().filter(|l| !l.starts_with("//")).collect();
+    // Three times as many classes, so that a loop pays in the kernels of a GPU too.
+    pleach_ir::text::parse(&(graph.join("\n") + "\n").replace("40", "120")).unwrap()
+}
+
+#[test]
+fn a_graph_serves_every_count_of_its_range() {
+    with_driver("a_graph_serves_every_count_of_its_range", &["sm=8.0", "sm=8.0,order=at-once"], |log| {
+        let g = head();
+        let mut s = fuse_kernels::cut(&g, &CutOptions { supported: &supported_gpu, panels: &[] }).unwrap();
+        let loops = chunk::run_with(&mut s, &|_| 16, 256, 4).unwrap();
+        assert_eq!(loops, 1, "{}", pleach_ir::text::print_schedule(&s));
+        fuse_kernels::order(&mut s).unwrap();
+        let (plan, _) = compile_gpu(&s, GpuChip::Sm80, 2, Meta { vocab: 3, ..Meta::default() }).unwrap();
+        let plan = Arc::new(Plan::from_bytes(&plan.to_bytes().unwrap()).unwrap());
+        let mut open: Option<Session> = None;
+        // Ranges: 9 and 10; 33 to 40, ten windows of four rows of which the tenth is empty at 33 to 36.
+        for (tokens, graphs) in [(9, 1), (10, 0), (9, 0), (33, 1), (40, 0), (34, 0), (1, 1), (37, 0), (9, 0)] {
+            let mut counts = symbols();
+            counts.insert(Sym::T, tokens);
+            let mut start = Start::seeded(&g, counts, 7);
+            start.params.insert("grad.w".into(), Tensor::zeros(DType::F32, [CLASSES, 8]));
+            let want = run_graph(&g, &start).unwrap();
+            let options = pleach_runtime::Options::default().capacity("T", 64);
+            let s = open.get_or_insert_with(|| session(plan.clone(), &g, &start, &options).unwrap());
+            s.write_param("grad.w", pleach_plan::DType::F32, &[0; CLASSES as usize * 8 * 4]).unwrap();
+            let got = run(s, "accumulate", &start).unwrap();
+            let mut outputs = want.clone();
+            outputs.retain(|name, _| got.contains_key(name));
+            assert_eq!(outputs.len(), 2);
+            same(&got, &outputs, &|_| 1e-4).unwrap_or_else(|e| panic!("T={tokens}: {e}"));
+            let grad = |s: &Session| s.read_param("grad.w").unwrap().bytes.to_vec();
+            let summed = want.iter().find(|(name, _)| name.contains("grad.w")).unwrap().1;
+            let first = grad(s);
+            let sum = Tensor::from_bytes(DType::F32, [CLASSES, 8], &first).unwrap();
+            assert!(sum.relative_error(summed) < 1e-4, "T={tokens}");
+            assert_eq!(did(log)[..2], [graphs, 1], "T={tokens}");
+            // Kernel by kernel, with a clock around each: the same bits.
+            s.write_param("grad.w", pleach_plan::DType::F32, &[0; CLASSES as usize * 8 * 4]).unwrap();
+            s.set_profile(true);
+            let single = run(s, "accumulate", &start).unwrap();
+            assert!(s.profile().iter().map(|k| k.calls).sum::<u64>() > 2);
+            s.set_profile(false);
+            assert_eq!((bits(&single), grad(s)), (bits(&got), first), "T={tokens}");
+            assert_eq!(did(log)[..2], [0, 0]);
+        }
+    });
+}
+
+fn bits(r: &Results) -> Vec<(String, Vec<u8>)> {
+    r.iter().map(|(n, t)| (n.clone(), t.to_bytes())).collect()
+}
+
+fn fixture(path: &str) -> PathBuf {
+    pleach_tests::root().join("tests/fixtures").join(path)
+}
+
+/// The tensors of an adapter under the keys of a slot.
+fn adapter(folder: &str, checkpoint: &pleach_frontend::Checkpoint, scale: f32) -> InMemory {
+    let a = pleach_frontend::Adapter::open(&fixture(folder), None, &checkpoint.modules).unwrap();
+    let mut out = InMemory::new();
+    for (key, value) in pleach_frontend::adapter::slot_values(&a) {
+        let t = value.read(checkpoint).unwrap();
+        let SlotData::F32(values) = t.data else { panic!("{key} holds integers") };
+        out = out.f32(key, &t.shape, &values.iter().map(|x| x * scale).collect::<Vec<_>>());
+    }
+    out
+}
+
+#[test]
+fn an_adapter_is_exchanged_without_another_graph() {
+    with_driver("an_adapter_is_exchanged_without_another_graph", &["sm=8.0"], |log| {
+        let model = fixture("llama-tiny");
+        let checkpoint = pleach_frontend::Checkpoint::open(&model).unwrap();
+        let first = pleach_frontend::Adapter::open(&fixture("adapters/lora-r4"), None, &checkpoint.modules).unwrap();
+        let graph = pleach_frontend::import(&checkpoint, &[first], &["infer"]).unwrap();
+        // Folded in, so that an exchange has something to prepare.
+        for merge in [false, true] {
+            let options = Options { target: Target::GPU, merge, ..Options::default() };
+            let after = manager::run(&graph, &Pipeline::default(), &options).unwrap().graph;
+            let mut s = fuse_kernels::cut(&after, &CutOptions { supported: &supported_gpu, panels: &[] }).unwrap();
+            fuse_kernels::order(&mut s).unwrap();
+            let meta = Meta { vocab: 128, max_positions: 64, ..Meta::default() };
+            let plan = Arc::new(compile_gpu(&s, GpuChip::Sm80, 2, meta).unwrap().0);
+            assert!(!merge || plan.entries.iter().any(|e| e.name == "prepare(slot0)"));
+            let options = pleach_runtime::Options::default().capacity("T", 16).capacity("S", 2).capacity("P", 64);
+            let mut s = Session::open(plan, open_weights(&model).unwrap(), &options).unwrap();
+            let ids: [&[i32]; 1] = [&[5, 6, 7, 8, 9]];
+            let logits = |s: &mut Session| s.infer(&ids, None).unwrap().f32("logits").unwrap().to_vec();
+            let places: Vec<_> = s.plan().params.iter().map(|p| s.address_of(&p.name)).collect();
+            let base = logits(&mut s);
+            let (one, two) =
+                (adapter("adapters/lora-r4", &checkpoint, 1.0), adapter("adapters/lora-r4", &checkpoint, 0.5));
+            s.load_slot(0, &one).unwrap();
+            let with_one = logits(&mut s);
+            assert_eq!(did(log)[..2], [1, 2], "merge {merge}");
+            s.load_slot(0, &two).unwrap();
+            let with_two = logits(&mut s);
+            s.load_slot(0, &one).unwrap();
+            assert_eq!(logits(&mut s), with_one, "not the same bits again");
+            s.clear_slot(0).unwrap();
+            assert_eq!(logits(&mut s), base);
+            assert!(with_one != base && with_two != base && with_one != with_two);
+            assert_eq!(did(log)[..2], [0, 3], "an exchange made a graph");
+            assert_eq!(places, s.plan().params.iter().map(|p| s.address_of(&p.name)).collect::<Vec<_>>());
+            // A misfit is refused by name, and what was there stays.
+            s.load_slot(0, &one).unwrap();
+            let e = s.load_slot(0, &InMemory::new().f32("x", &[1], &[0.0])).unwrap_err().to_string();
+            assert!(e.contains("`x` is not one of this slot"), "{e}");
+            assert_eq!(logits(&mut s), with_one);
+            assert_eq!(did(log)[..2], [0, 1]);
+        }
+    });
+}
