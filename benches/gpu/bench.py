@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-import kernels
+import cases
 import reference
 
 # Rivals that replace parts of the library when they are loaded: package -> name.
@@ -352,7 +352,7 @@ class Bench:
             raise SystemExit(f"there are no plans for {self.target()} in {self.bundle / 'plans'}")
         right = set()
         if "checks" in only or "kernels" in only:
-            for c in kernels.cases(self.index.get("tiny", False)):
+            for c in cases.cases(self.index.get("tiny", False)):
                 self.attempt(c.name, 20, lambda: self.kernel(c), "checks")
         for p in [p for p in plans if p.get("check")] if "checks" in only else []:
             if self.attempt(f"step {p['name']}", 30, lambda: self.check_step(p), "checks"):

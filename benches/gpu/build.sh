@@ -13,11 +13,11 @@ rm -rf "$out"
 mkdir -p "$out/plans/kernels"
 cp "$measure" "$out/measure"
 strip "$out/measure" 2>/dev/null || true
-cp benches/gpu/{run.sh,bench.py,kernels.py,reference.py} "$out/"
+cp benches/gpu/{run.sh,bench.py,cases.py,reference.py} "$out/"
 
 targets="sm_80 sm_90a"
 [ -n "$tiny" ] && targets=sm_80
-for name in $("$python" benches/gpu/kernels.py "$work/kernels" $tiny); do
+for name in $("$python" benches/gpu/cases.py "$work/kernels" $tiny); do
     for target in $targets; do
         "$pleach" compile "$work/kernels/$name.ir" --target "$target" -o "$out/plans/kernels/$name.$target.pleach" --quiet
     done

@@ -35,10 +35,10 @@ def model(config, dtype, device, seed=0):
     # What is computed from the configuration and not stored was lost with the meta device.
     for module in m.modules():
         if hasattr(module, "inv_freq"):
-            fresh = type(module)(config=c, device=device)
-            module.inv_freq = fresh.inv_freq
-            if hasattr(module, "original_inv_freq"):
-                module.original_inv_freq = fresh.inv_freq
+            fresh = type(module)(config=c).to(device)
+            for name in ("inv_freq", "original_inv_freq"):
+                if hasattr(module, name):
+                    setattr(module, name, getattr(fresh, name))
     g = torch.Generator(device=device).manual_seed(seed)
     with torch.no_grad():
         for name, w in sorted(m.named_parameters()):

@@ -45,7 +45,7 @@ assert out["versions"]["torch"] and out["commit"] and out["dtype"] == "bf16"
 END
 
 # A wrong kernel is noticed.
-"$python" - "$work/bundle/kernels.py" <<'END'
+"$python" - "$work/bundle/cases.py" <<'END'
 import pathlib, sys
 p = pathlib.Path(sys.argv[1])
 p.write_text(p.read_text().replace('"nt": lambda: a @ b.T', '"nt": lambda: a @ b.T * 1.05'))

@@ -9,8 +9,7 @@
 use pleach_codegen::compile::{compile_gpu, supported_gpu};
 use pleach_codegen::emit::gpu::GpuChip;
 use pleach_frontend::adapter::SlotData;
-use pleach_ir::interp::Tensor;
-use pleach_ir::{DType, Graph, Sym};
+use pleach_ir::{Graph, Sym};
 use pleach_passes::fuse_kernels::{self, CutOptions};
 use pleach_passes::{Options, Pipeline, Target, chunk, manager};
 use pleach_plan::{Meta, Plan};
@@ -23,8 +22,6 @@ use std::process::Command;
 use std::sync::Arc;
 
 const LOG: &str = "PLEACH_TEST_LOG";
-/// Classes of the toy head.
-const CLASSES: u64 = 120;
 
 /// Runs `body` in a process that has the driver; gives what it leaves to that process.
 fn with_driver(test: &str, properties: &[&str], body: impl Fn(&Path)) {
@@ -55,11 +52,13 @@ fn did(log: &Path) -> [usize; 3] {
     ["graph", "replay", "set"].map(|k| text.lines().filter(|l| l.starts_with(k)).count())
 }
 
+/// The head of the golden, forward and backward, without the weight's gradient: three times as many classes, so that a loop pays in
+/// the kernels of a GPU too.
 fn head() -> Graph {
     let text = include_str!("../golden/passes/chunk/fires-head.ir");
     let (above, _) = text.split_once("\n---\n").unwrap();
-    let graph: Vec<&str> = above.lines().filter(|l| !l.starts_with("//")).collect();
-    // Three times as many classes, so that a loop pays in the kernels of a GPU too.
+    let of_gradient = |l: &&str| ["%25 =", "%26 =", "assign"].iter().any(|w| l.trim().starts_with(w));
+    let graph: Vec<&str> = above.lines().filter(|l| !l.starts_with("//") && !of_gradient(l)).collect();
     pleach_ir::text::parse(&(graph.join("\n") + "\n").replace("40", "120")).unwrap()
 }
 
@@ -78,30 +77,22 @@ fn a_graph_serves_every_count_of_its_range() {
         for (tokens, graphs) in [(9, 1), (10, 0), (9, 0), (33, 1), (40, 0), (34, 0), (1, 1), (37, 0), (9, 0)] {
             let mut counts = symbols();
             counts.insert(Sym::T, tokens);
-            let mut start = Start::seeded(&g, counts, 7);
-            start.params.insert("grad.w".into(), Tensor::zeros(DType::F32, [CLASSES, 8]));
+            let start = Start::seeded(&g, counts, 7);
             let want = run_graph(&g, &start).unwrap();
             let options = pleach_runtime::Options::default().capacity("T", 64);
             let s = open.get_or_insert_with(|| session(plan.clone(), &g, &start, &options).unwrap());
-            s.write_param("grad.w", pleach_plan::DType::F32, &[0; CLASSES as usize * 8 * 4]).unwrap();
+            // What an earlier run left is no help.
+            s.poison().unwrap();
             let got = run(s, "accumulate", &start).unwrap();
-            let mut outputs = want.clone();
-            outputs.retain(|name, _| got.contains_key(name));
-            assert_eq!(outputs.len(), 2);
-            same(&got, &outputs, &|_| 1e-4).unwrap_or_else(|e| panic!("T={tokens}: {e}"));
-            let grad = |s: &Session| s.read_param("grad.w").unwrap().bytes.to_vec();
-            let summed = want.iter().find(|(name, _)| name.contains("grad.w")).unwrap().1;
-            let first = grad(s);
-            let sum = Tensor::from_bytes(DType::F32, [CLASSES, 8], &first).unwrap();
-            assert!(sum.relative_error(summed) < 1e-4, "T={tokens}");
+            assert_eq!(want.keys().collect::<Vec<_>>(), got.keys().collect::<Vec<_>>());
+            same(&got, &want, &|_| 1e-4).unwrap_or_else(|e| panic!("T={tokens}: {e}"));
             assert_eq!(did(log)[..2], [graphs, 1], "T={tokens}");
             // Kernel by kernel, with a clock around each: the same bits.
-            s.write_param("grad.w", pleach_plan::DType::F32, &[0; CLASSES as usize * 8 * 4]).unwrap();
             s.set_profile(true);
             let single = run(s, "accumulate", &start).unwrap();
             assert!(s.profile().iter().map(|k| k.calls).sum::<u64>() > 2);
             s.set_profile(false);
-            assert_eq!((bits(&single), grad(s)), (bits(&got), first), "T={tokens}");
+            assert_eq!(bits(&single), bits(&got), "T={tokens}");
             assert_eq!(did(log)[..2], [0, 0]);
         }
     });

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kernels one kind at a time: graphs as text, and what PyTorch computes for them.
 
-    kernels.py OUT [--tiny]      writes OUT/NAME.ir for every case (needs no package)
+    cases.py OUT [--tiny]      writes OUT/NAME.ir for every case (needs no package)
 
 A case has parameters and inputs of given shapes, entries, and a reference in f32. Parameters are read from a weights file in
 bf16 or f32; inputs are f32 or i32 with a symbol `T` in their shape, so that edges are ragged. Those with `time` are timed at their
