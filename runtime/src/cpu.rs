@@ -3,6 +3,7 @@
 
 use crate::device::{Address, Device, Make, Work};
 use crate::error::{Result, RuntimeError};
+use crate::fetch::Window;
 use crate::pool::{KernelFn, Launch, Pool};
 use crate::region::Region;
 use libloading::Library;
@@ -19,6 +20,7 @@ pub struct Cpu {
     stride: usize,
     /// Reused from launch to launch.
     wave: Vec<Launch>,
+    windows: Vec<Window>,
     // After the kernels that point into them; a library before the descriptor it was loaded from.
     _code: Vec<(Library, OwnedFd)>,
 }
@@ -59,7 +61,16 @@ impl Cpu {
         let stride = stride.next_multiple_of(128) + if stride > 0 { 128 } else { 0 };
         let region = Region::new(stride.saturating_mul(pool.threads() as u64), "the workers' scratch")?;
         let scratch = region.at(0, 0)?;
-        Ok(Cpu { pool, kernels, regions: vec![region], scratch, stride: stride as usize, wave: vec![], _code: code })
+        Ok(Cpu {
+            pool,
+            kernels,
+            regions: vec![region],
+            scratch,
+            stride: stride as usize,
+            wave: vec![],
+            windows: vec![],
+            _code: code,
+        })
     }
 }
 
@@ -117,8 +128,14 @@ impl Device for Cpu {
             scratch_stride: self.stride,
         }));
         // SAFETY: the caller promises buffers and dims; scratch has a stride for every worker.
-        unsafe { self.pool.run(&self.wave) };
+        unsafe { self.pool.run(&self.wave, &self.windows) };
+        self.windows.clear();
         Ok(())
+    }
+
+    fn announce(&mut self, windows: &[Window]) {
+        self.windows.clear();
+        self.windows.extend_from_slice(windows);
     }
 
     fn begin(&mut self) {

@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use crate::error::Result;
+use crate::fetch::Window;
 use crate::launch::Steps;
 use crate::memory::Memory;
 use std::time::{Duration, Instant};
@@ -121,7 +122,10 @@ pub trait Device: Send {
     /// address, and index inputs be checked.
     unsafe fn run(&mut self, steps: &Steps<'_>) -> Result<()> {
         // SAFETY: promised by the caller; the steps of a wave touch nothing that another one of them writes.
-        steps.waves(steps.env, &mut |w| unsafe { self.launch(w.works, w.dims) })
+        steps.waves(steps.env, &mut |w| unsafe {
+            self.announce(w.ahead);
+            self.launch(w.works, w.dims)
+        })
     }
 
     /// Runs a wave and waits for it; gives the time it took.
@@ -145,6 +149,9 @@ pub trait Device: Send {
     fn finish(&self) -> Result<()> {
         Ok(())
     }
+
+    /// Says what each worker will read after the next wave, for a device that can make use of it.
+    fn announce(&mut self, _: &[Window]) {}
 
     /// Called before the launches of a run.
     fn begin(&mut self) {}

@@ -2,6 +2,7 @@
 
 use crate::device::{Address, Work};
 use crate::error::{Result, RuntimeError};
+use crate::fetch::Window;
 use crate::session::Bound;
 use pleach_plan::{Entry, Expr, ExprError, Loop, Plan};
 use std::collections::BTreeMap;
@@ -26,6 +27,8 @@ pub struct Wave<'a> {
     pub dims: &'a [i64],
     /// The same, for expressions.
     pub env: &'a [u64],
+    /// What each worker will read afterwards, as far as it is known.
+    pub ahead: &'a [Window],
     /// In a loop: number of the loop in its entry, and of the window.
     pub window: Option<(usize, u64)>,
 }
@@ -99,7 +102,10 @@ impl<'a> Steps<'a> {
                 tasks: p.tasks[i - first],
             });
             if i + 1 == last || waves[i + 1] != waves[i] {
-                each(&Wave { works: &works, dims: &dims, env: p.env, window: p.window })?;
+                let from = waves[i] as usize * self.bound.workers;
+                let ahead = self.bound.ahead.get(from..from + self.bound.workers).filter(|_| p.window.is_none());
+                let ahead = ahead.unwrap_or_default();
+                each(&Wave { works: &works, dims: &dims, env: p.env, ahead, window: p.window })?;
                 works.clear();
             }
         }

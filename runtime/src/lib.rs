@@ -4,6 +4,7 @@
 //! ([`Session::run`]), exchanges adapters ([`Session::load_slot`]) and generates ([`generate`]). Knows nothing of
 //! compilers: no IR, no LLVM. `unsafe` is at the borders to memory maps, compiled code and C, each with its reason.
 
+mod ahead;
 pub mod capi;
 mod cast;
 mod cpu;
@@ -11,6 +12,7 @@ mod cpu;
 pub mod cuda;
 mod device;
 mod error;
+mod fetch;
 mod generate;
 mod launch;
 mod measure;
@@ -31,6 +33,7 @@ pub use cast::{f16_to_f32, f32_to_bf16};
 pub use cpu::{Cpu, check_target};
 pub use device::{Address, Device, Make, Work};
 pub use error::{Result, RuntimeError};
+pub use fetch::{STRETCHES, Window};
 pub use generate::{GenerateParams, Generated, Stats, generate};
 pub use launch::{Steps, Wave};
 pub use measure::shared_weights;

@@ -1,11 +1,14 @@
 //! The thread pool: the caller is worker 0, the others spin for about a millisecond after the last launch, then park.
 //!
-//! Launches that do not depend on each other are run together: their tasks stand in one line. Workers claim ranges of them through one atomic word, large ranges first,
-//! so a worker whose core was taken away holds up only what it has claimed, and never a launch it has not joined.
-//! Which worker computes which task does not reach the result: kernels fix what a task is.
+//! Launches that do not depend on each other are run together: their tasks stand in one line, of which every worker gets an equal stretch. It claims its
+//! own in falling pieces and then helps the others with theirs, so a worker whose core was taken away holds up only what it has claimed, and never a
+//! launch it has not joined. Which worker computes which task does not reach the result: kernels fix what a task is.
+//!
+//! A worker that waits fetches what its next tasks will read ([`crate::fetch`]): memory works on while a launch of one task runs or a launch ends.
 #![allow(unsafe_code)]
 
 use crate::error::{Result, RuntimeError};
+use crate::fetch::{Ahead, STRETCHES, Window};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence};
 use std::thread::{JoinHandle, Thread};
@@ -31,7 +34,7 @@ pub struct Launch {
     pub scratch_stride: usize,
 }
 
-/// Low bits of the ticket count tasks, the others launches.
+/// Low bits of a word count tasks, the others launches.
 const INDEX_BITS: u32 = 24;
 const INDEX_MASK: u64 = (1 << INDEX_BITS) - 1;
 /// The index of a launch that is being written.
@@ -41,22 +44,42 @@ const PIECE: u64 = INDEX_MASK - 1;
 /// How long a worker without work spins before it parks.
 const SPIN: Duration = Duration::from_millis(1);
 
+/// A worker's stretch of the tasks that are being worked on, and what they belong to. All of it is written by worker 0.
 #[repr(align(128))]
 #[derive(Default)]
-struct Line<T>(T);
+struct Desk {
+    /// `(launch << INDEX_BITS) | next task`.
+    word: AtomicU64,
+    /// One past the last task.
+    end: AtomicU64,
+    /// The launches, in the order of the tasks.
+    launches: AtomicPtr<Launch>,
+    count: AtomicUsize,
+    /// The number of task 0 of this piece.
+    base: AtomicU64,
+    from: AtomicU64,
+    stretches: [(AtomicUsize, AtomicUsize); STRETCHES],
+}
+
+impl Desk {
+    fn window(&self) -> Window {
+        let stretches = std::array::from_fn(|i| {
+            let (at, bytes) = &self.stretches[i];
+            (at.load(Ordering::Relaxed), bytes.load(Ordering::Relaxed))
+        });
+        Window { from: self.from.load(Ordering::Relaxed), stretches }
+    }
+}
+
+/// Tasks that a worker has finished since the pool was made; written by the worker.
+#[repr(align(128))]
+#[derive(Default)]
+struct Done(AtomicU64);
 
 #[derive(Default)]
 struct Shared {
-    /// `(launch << INDEX_BITS) | next task`.
-    ticket: Line<AtomicU64>,
-    /// Tasks of the launch that are finished.
-    done: Line<AtomicU64>,
-    /// The launches whose tasks are being worked on, in the order of the tasks.
-    launches: AtomicPtr<Launch>,
-    count: AtomicUsize,
-    base: AtomicU64,
-    tasks: AtomicU64,
-    workers: AtomicU64,
+    desks: Vec<Desk>,
+    done: Vec<Done>,
     stop: AtomicBool,
     asleep: Vec<AtomicBool>,
 }
@@ -66,6 +89,10 @@ pub struct Pool {
     shared: Arc<Shared>,
     handles: Vec<JoinHandle<()>>,
     threads: Vec<Thread>,
+    launch: u64,
+    /// Tasks published since the pool was made.
+    published: u64,
+    ahead: Ahead,
 }
 
 impl std::fmt::Debug for Pool {
@@ -85,11 +112,13 @@ impl Pool {
             n => n.min(1024),
         };
         let shared = Arc::new(Shared {
+            desks: (0..n).map(|_| Desk::default()).collect(),
+            done: (0..n).map(|_| Done::default()).collect(),
             asleep: (1..n).map(|_| AtomicBool::new(false)).collect(),
-            workers: AtomicU64::new(n as u64),
             ..Shared::default()
         });
-        let mut pool = Pool { shared, handles: vec![], threads: vec![] };
+        let mut pool =
+            Pool { shared, handles: vec![], threads: vec![], launch: 0, published: 0, ahead: Ahead::default() };
         for id in 1..n {
             let s = pool.shared.clone();
             let h = std::thread::Builder::new()
@@ -107,12 +136,13 @@ impl Pool {
         self.threads.len() + 1
     }
 
-    /// Runs all tasks of these launches, in any order, and returns when they are finished.
+    /// Runs all tasks of these launches, in any order, and returns when they are finished. `windows`: for each worker what it
+    /// will read in later runs; or nothing.
     ///
     /// # Safety
     /// Everything a launch points at must be valid for what the kernel does with it, on any thread, until this
     /// returns; every worker's scratch too. No launch may write what another one reads or writes.
-    pub unsafe fn run(&mut self, launches: &[Launch]) {
+    pub unsafe fn run(&mut self, launches: &[Launch], windows: &[Window]) {
         let tasks = launches.iter().fold(0u64, |n, l| n.saturating_add(l.tasks));
         if self.threads.is_empty() || tasks <= 1 {
             for l in launches.iter().filter(|l| l.tasks > 0) {
@@ -121,30 +151,49 @@ impl Pool {
             }
             return;
         }
-        let s = &*self.shared;
         let mut base = 0;
         while base < tasks {
             let piece = (tasks - base).min(PIECE);
-            let launch = (s.ticket.0.load(Ordering::Relaxed) >> INDEX_BITS).wrapping_add(1) << INDEX_BITS;
-            // Closed first: a worker that reads a mixture of two launches must fail to claim from either.
-            s.ticket.0.store(launch | CLOSED, Ordering::Release);
-            fence(Ordering::SeqCst);
-            s.launches.store(launches.as_ptr().cast_mut(), Ordering::Release);
-            s.count.store(launches.len(), Ordering::Release);
-            s.base.store(base, Ordering::Release);
-            s.tasks.store(piece, Ordering::Release);
-            s.done.0.store(0, Ordering::Release);
-            let launch = launch.wrapping_add(1 << INDEX_BITS);
-            s.ticket.0.store(launch, Ordering::SeqCst);
+            self.publish(launches, windows, base, piece);
             self.wake();
-            join(s, 0, launch);
+            let s = &*self.shared;
+            join(s, 0, self.launch);
+            self.ahead.turn(s.desks[0].window());
             let mut turns = 0u32;
-            while s.done.0.load(Ordering::Acquire) < piece {
+            while s.done.iter().fold(0u64, |n, d| n.wrapping_add(d.0.load(Ordering::Acquire))) != self.published {
                 turns += 1;
-                // A worker holds tasks but not its core: let it have this one.
-                if turns.is_multiple_of(4096) { std::thread::yield_now() } else { std::hint::spin_loop() }
+                if !self.ahead.fetch() {
+                    // A worker holds tasks but not its core: let it have this one.
+                    if turns.is_multiple_of(4096) { std::thread::yield_now() } else { std::hint::spin_loop() }
+                }
             }
             base += piece;
+        }
+    }
+
+    /// Lays tasks `base..base + piece` of the launches on the desks.
+    fn publish(&mut self, launches: &[Launch], windows: &[Window], base: u64, piece: u64) {
+        self.launch = self.launch.wrapping_add(1 << INDEX_BITS);
+        self.published = self.published.wrapping_add(piece);
+        let desks = &self.shared.desks;
+        let share = |i: usize| piece * i as u64 / desks.len() as u64;
+        // Closed first, all of them: a worker that reads a mixture of two launches must fail to claim from either.
+        for d in desks {
+            d.word.store(self.launch | CLOSED, Ordering::Release);
+        }
+        fence(Ordering::SeqCst);
+        for (i, d) in desks.iter().enumerate() {
+            d.launches.store(launches.as_ptr().cast_mut(), Ordering::Release);
+            d.count.store(launches.len(), Ordering::Release);
+            d.base.store(base, Ordering::Release);
+            d.end.store(share(i + 1), Ordering::Release);
+            let w = windows.get(i).copied().unwrap_or_default();
+            d.from.store(w.from, Ordering::Relaxed);
+            for (to, (at, bytes)) in d.stretches.iter().zip(w.stretches) {
+                to.0.store(at, Ordering::Relaxed);
+                to.1.store(bytes, Ordering::Relaxed);
+            }
+            d.word.store(self.launch | share(i), Ordering::Release);
         }
     }
 
@@ -171,29 +220,36 @@ impl Drop for Pool {
     }
 }
 
-/// Claims and runs tasks of the launch with this number until none is left.
+/// Claims and runs tasks of the launch with this number until none is left: first those of the own desk.
 fn join(s: &Shared, id: usize, launch: u64) {
-    loop {
-        let t = s.ticket.0.load(Ordering::Acquire);
-        if t & !INDEX_MASK != launch || t & INDEX_MASK == CLOSED {
-            return;
+    let n = s.desks.len();
+    for desk in (0..n).map(|i| &s.desks[(id + i) % n]) {
+        loop {
+            let t = desk.word.load(Ordering::Acquire);
+            if t & !INDEX_MASK != launch {
+                return;
+            }
+            if t & INDEX_MASK == CLOSED {
+                break;
+            }
+            let (launches, count) = (desk.launches.load(Ordering::Acquire), desk.count.load(Ordering::Acquire));
+            let (base, end) = (desk.base.load(Ordering::Acquire), desk.end.load(Ordering::Acquire));
+            let first = t & INDEX_MASK;
+            if first >= end {
+                break;
+            }
+            let share = ((end - first) / 2).max(1);
+            // Succeeds only while the launch is still this one; then everything read above belongs to it.
+            if desk.word.compare_exchange(t, t + share, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+                std::hint::spin_loop();
+                continue;
+            }
+            // SAFETY: the launches are not finished before `done` counts these tasks, and `Pool::run` keeps the list and
+            // all it points at valid until then.
+            unsafe { run_range(std::slice::from_raw_parts(launches, count), id, base + first, base + first + share) };
+            let done = &s.done[id].0;
+            done.store(done.load(Ordering::Relaxed).wrapping_add(share), Ordering::Release);
         }
-        let (launches, count) = (s.launches.load(Ordering::Acquire), s.count.load(Ordering::Acquire));
-        let (base, tasks) = (s.base.load(Ordering::Acquire), s.tasks.load(Ordering::Acquire));
-        let first = t & INDEX_MASK;
-        if first >= tasks {
-            return;
-        }
-        let share = ((tasks - first) / (2 * s.workers.load(Ordering::Relaxed).max(1))).max(1);
-        // Succeeds only while the launch is still this one; then everything read above belongs to it.
-        if s.ticket.0.compare_exchange(t, t + share, Ordering::AcqRel, Ordering::Relaxed).is_err() {
-            std::hint::spin_loop();
-            continue;
-        }
-        // SAFETY: the launches are not finished before `done` counts these tasks, and `Pool::run` keeps the list and
-        // all it points at valid until then.
-        unsafe { run_range(std::slice::from_raw_parts(launches, count), id, base + first, base + first + share) };
-        s.done.0.fetch_add(share, Ordering::AcqRel);
     }
 }
 
@@ -217,26 +273,28 @@ unsafe fn run_range(launches: &[Launch], id: usize, first: u64, last: u64) {
 }
 
 fn worker(s: &Shared, id: usize) {
-    let asleep = &s.asleep[id - 1];
-    let mut seen = 0u64;
+    let (asleep, desk) = (&s.asleep[id - 1], &s.desks[id]);
+    let (mut seen, mut ahead) = (0u64, Ahead::default());
     loop {
         let (mut turns, mut since) = (0u32, None);
         loop {
             if s.stop.load(Ordering::Relaxed) {
                 return;
             }
-            let t = s.ticket.0.load(Ordering::Acquire);
+            let t = desk.word.load(Ordering::Acquire);
             if t & !INDEX_MASK != seen && t & INDEX_MASK != CLOSED {
                 seen = t & !INDEX_MASK;
                 break;
             }
-            std::hint::spin_loop();
+            if !ahead.fetch() {
+                std::hint::spin_loop();
+            }
             turns = turns.wrapping_add(1);
             if turns.is_multiple_of(256) && since.get_or_insert_with(Instant::now).elapsed() > SPIN {
                 asleep.store(true, Ordering::SeqCst);
                 fence(Ordering::SeqCst);
                 // A launch published in between has either been seen here or sees the flag.
-                let t = s.ticket.0.load(Ordering::SeqCst);
+                let t = desk.word.load(Ordering::SeqCst);
                 if t & !INDEX_MASK == seen && !s.stop.load(Ordering::SeqCst) {
                     std::thread::park();
                 }
@@ -245,6 +303,7 @@ fn worker(s: &Shared, id: usize) {
             }
         }
         join(s, id, seen);
+        ahead.turn(desk.window());
     }
 }
 
@@ -284,7 +343,7 @@ mod tests {
                     scratch_stride: 64,
                 };
                 // SAFETY: everything lives until the call returns.
-                unsafe { pool.run(&[l]) };
+                unsafe { pool.run(&[l], &[]) };
                 assert!(cells.iter().all(|c| *c == round as u64 + 1), "round {round} of {tasks} tasks");
                 expected += tasks;
                 if round % 700 == 0 {
@@ -315,8 +374,14 @@ mod tests {
                     scratch_stride: 64,
                 })
                 .collect();
+            // What is fetched beforehand need not be there.
+            let window = |i: u64| Window {
+                from: 1000 * (round % 7) + i,
+                stretches: [(64, 300), (0, 0), (usize::MAX - 100, 1000), (buffers[2] as usize, 17)],
+            };
+            let windows = [window(0), window(1), window(2)];
             // SAFETY: everything lives until the call returns, and the launches write to vectors of their own.
-            unsafe { pool.run(&list) };
+            unsafe { pool.run(&list, if round % 3 == 0 { &[] } else { &windows }) };
             assert!(cells.iter().flatten().all(|c| *c == 1), "round {round}: {cells:?}");
         }
     }
@@ -341,7 +406,7 @@ mod tests {
             scratch_stride: 0,
         };
         // SAFETY: everything lives until the call returns; the kernel uses no dims and no scratch.
-        unsafe { pool.run(&[l]) };
+        unsafe { pool.run(&[l], &[]) };
         assert_eq!(cell.load(Ordering::Relaxed), tasks / 2);
     }
 }

@@ -1,6 +1,7 @@
 //! Running an entry: inputs to symbol values, checks of every index, launches, outputs.
 #![allow(unsafe_code)]
 
+use crate::ahead;
 use crate::error::{Result, RuntimeError};
 use crate::launch::Steps;
 use crate::region::Region;
@@ -203,6 +204,14 @@ impl Session {
             let tasks = plan.kernels.iter().map(|k| k.tasks.eval(env)).collect::<std::result::Result<Vec<u64>, _>>()?;
             b.tasks = steps.iter().map(|s| tasks[s.kernel as usize]).collect();
             b.env = env.to_vec();
+            b.workers = self.device.threads();
+            b.ahead = match self.device.shares_memory() {
+                true => {
+                    let e = &plan.entries[index];
+                    ahead::windows(&plan, e, (&b.waves, &b.tasks), &b.buffers, (b.workers, env))?
+                }
+                false => vec![],
+            };
         }
         self.device.begin();
         if self.device.shares_memory() {

@@ -36,23 +36,36 @@ impl Sampling {
     }
 }
 
+/// Logits looked at together.
+const BLOCK: usize = 64;
+
+/// The largest logit, lane by lane: one after another each comparison would wait for the last.
+fn largest(logits: &[f32]) -> f32 {
+    let more = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; BLOCK];
+    for block in logits.chunks(BLOCK) {
+        lanes.iter_mut().zip(block).for_each(|(m, x)| *m = more(*m, *x));
+    }
+    lanes.into_iter().fold(f32::NEG_INFINITY, more)
+}
+
 /// Chooses an id from logits. Greedy takes the lowest id among the largest logits. The random number is a function of
 /// (seed, stream, step): the same whatever else runs.
 ///
 /// # Errors
 /// [`RuntimeError::Values`] when a logit is not a number, or there is none.
 pub fn pick(logits: &[f32], sampling: &Sampling, stream: u64, step: u64) -> Result<i32> {
-    let (mut max, mut nan) = (f32::NEG_INFINITY, false);
-    for x in logits {
-        max = if *x > max { *x } else { max };
-        nan |= x.is_nan();
-    }
+    let nan = logits.iter().fold(false, |nan, x| nan | x.is_nan());
+    let max = largest(logits);
     if nan || logits.is_empty() || max == f32::INFINITY {
         return Err(RuntimeError::Values(
             "the logits are not finite numbers; check the weights and the adapter".into(),
         ));
     }
-    let best = logits.iter().position(|x| *x == max).unwrap_or(0) as i32;
+    // Block by block: a block is looked at without a branch for each logit.
+    let holds = |b: &[f32]| b.iter().fold(false, |any, x| any | (*x == max));
+    let block = logits.chunks(BLOCK).position(holds).unwrap_or(0) * BLOCK;
+    let best = (block + logits[block..].iter().position(|x| *x == max).unwrap_or(0)) as i32;
     if sampling.temperature == 0.0 || max == f32::NEG_INFINITY {
         return Ok(best);
     }
@@ -100,6 +113,12 @@ mod tests {
         assert_eq!(pick(&[0.5, 2.0, 2.0, -1.0], &s, 0, 0).unwrap(), 1);
         assert_eq!(pick(&[f32::NEG_INFINITY, -3.0], &s, 0, 0).unwrap(), 1);
         assert!(pick(&[0.0, f32::NAN], &s, 0, 0).is_err());
+        // In any lane of any block, and the first of equals in a later block.
+        for at in [0, 63, 64, 130, 199] {
+            let mut long = vec![-1.0; 200];
+            (long[at], long[199]) = (3.0, 3.0);
+            assert_eq!(pick(&long, &s, 0, 0).unwrap(), at as i32);
+        }
         assert!(pick(&[0.0, f32::INFINITY], &s, 0, 0).is_err());
         assert!(pick(&[], &s, 0, 0).is_err());
     }

@@ -9,6 +9,7 @@ use crate::cast::{cast_wide, castable};
 use crate::cpu::Cpu;
 use crate::device::{Address, Device, Work};
 use crate::error::{Result, RuntimeError};
+use crate::fetch::Window;
 use crate::memory::{Home, Layout, Memory, in_place, lay_out};
 use crate::profile::Profile;
 use crate::region::Region;
@@ -60,6 +61,10 @@ pub(crate) struct Bound {
     pub(crate) env: Vec<u64>,
     /// Tasks of each step.
     pub(crate) tasks: Vec<u64>,
+    /// For every wave, what each worker will read after it.
+    pub(crate) ahead: Vec<Window>,
+    /// Workers that the above is for.
+    pub(crate) workers: usize,
 }
 
 /// A plan ready to run.
@@ -412,5 +417,5 @@ fn bind(
         }
     }
     starts.push(pointers.len());
-    Bound { pointers, starts, waves, inputs, buffers, env: vec![], tasks: vec![] }
+    Bound { pointers, starts, waves, inputs, buffers, env: vec![], tasks: vec![], ahead: vec![], workers: 0 }
 }
