@@ -287,6 +287,9 @@ fn rows(
         left = left.map(|x| x % size);
         let stop = f.addc(&span.rows.1, 1 - size as i64);
         f.loop_(&low, &stop, size as i64, |f, row| {
+            if size == cx.bl.rows[0] {
+                tile::prefetch_rows(f, cx, batch, row, size);
+            }
             f.loop_(from, to, 1, |f, t| {
                 let column = f.mulc(t, cx.bl.width as i64);
                 let slot = f.sub(t, from);

@@ -66,9 +66,65 @@ pub(super) fn lane_at(f: &mut Func, c: &Config, area: &Val, lane: &Val, e: &Val)
     f.gep(area, &at, "f32")
 }
 
-/// Copies one query to its lane, scaled, and notes the keys it sees. `first`: row, head, position of the block's first.
-pub(super) fn gather_query(f: &mut Func, c: &Config, t: &Task, [r0, h0, pos]: [&Val; 3], [r, h, lane]: [&Val; 3]) {
-    copy_row(f, c, &c.q, [r0, h0], [r, h, lane], &t.by_lane, f32::from_bits(c.at.scale));
+/// Copies rows of a head to an area of `[pair of rows][dp]`, bf16: the first row in the low halves, zero for a second one that is
+/// past the end.
+pub(super) fn pair_rows(f: &mut Func, c: &Config, (from, stride): (&Val, i64), area: &Val, n: &Val) {
+    let zero = f.i64(0);
+    let whole = f.divc(n, 2);
+    let all = f.ceil_divc(n, 2);
+    for (low, high, both) in [(&zero, &whole, true), (&whole, &all, false)] {
+        f.loop_(low, high, 1, |f, r| {
+            let at = f.mulc(r, 2 * stride);
+            let row = f.gep(from, &at, c.elem());
+            each_vector(f, c, |f, e, mask| {
+                let p = f.gep(&row, e, c.elem());
+                let x = load(f, c.dtype, &p, mask, c.w);
+                let y = if both {
+                    let next = f.i64(stride);
+                    let p = f.gep(&p, &next, c.elem());
+                    load(f, c.dtype, &p, mask, c.w)
+                } else {
+                    f.f32(0.0, c.w)
+                };
+                let pair = pair(f, c, &x, &y);
+                let to = lane_at(f, c, area, r, e);
+                f.store(&pair, &to, &c.vi());
+            });
+        });
+    }
+}
+
+/// Two vectors of f32 that are bf16 values, as pairs: `x` in the low halves.
+pub(super) fn pair(f: &mut Func, c: &Config, x: &Val, y: &Val) -> Val {
+    let (vf, vi, c16) = (c.vf(), c.vi(), f.i32(16, c.w));
+    let x = f.op(format!("arith.bitcast {x} : {vf} to {vi}"));
+    let y = f.op(format!("arith.bitcast {y} : {vf} to {vi}"));
+    let x = f.op(format!("arith.shrui {x}, {c16} : {vi}"));
+    f.op(format!("arith.ori {x}, {y} : {vi}"))
+}
+
+/// Multiplies the queries of all lanes by the factor on the scores.
+pub(super) fn scale_lanes(f: &mut Func, c: &Config, t: &Task) {
+    let (zero, vf) = (f.i64(0), c.vf());
+    let scale = f.f32(f32::from_bits(c.at.scale), c.w);
+    let end = f.mulc(&t.lanes, c.dp);
+    f.loop_(&zero, &end, c.w as i64, |f, i| {
+        let x = f.load_at(&t.by_lane, i, "f32", c.w);
+        let x = f.op(format!("arith.mulf {x}, {scale} : {vf}"));
+        f.store_at(&x, &t.by_lane, i, "f32", c.w);
+    });
+}
+
+/// Copies one query to its lane, times `scale`, and notes the keys it sees. `first`: row, head, position of the block's first.
+pub(super) fn gather_query(
+    f: &mut Func,
+    c: &Config,
+    t: &Task,
+    [r0, h0, pos]: [&Val; 3],
+    [r, h, lane]: [&Val; 3],
+    scale: f32,
+) {
+    copy_row(f, c, &c.q, [r0, h0], [r, h, lane], &t.by_lane, scale);
     note_keys(f, c, [&t.lo, &t.hi], pos, [r, lane]);
 }
 

@@ -7,7 +7,8 @@
 //! Keys are taken in blocks with a running maximum and sum (online softmax), so scratch memory does not depend on the number
 //! of keys. Two codes compute a task:
 //! * `tile`: lanes lie along vectors. Queries are transposed once; keys and values are read in place and broadcast, scores
-//!   come out as `[key][lane]` and softmax is lane-wise, without horizontal steps.
+//!   come out as `[key][lane]` and softmax is lane-wise, without horizontal steps. Where the target has dot products of bf16
+//!   pairs, bf16 products take them: keys are read in place, weights are rounded to bf16.
 //! * `dot`, for few lanes (decoding): elements of a head lie along vectors, keys and values are streamed once for all
 //!   lanes.
 //!
@@ -28,7 +29,7 @@ use super::func::{Func, Val, vty};
 use super::{Emitted, HostIsa, bytes_expr, dim_expr, dim_val, unsupported};
 use crate::error::CodegenError;
 use crate::mlir::HostTarget;
-use lanes::{each_lane, gather_query, pad_lanes, put_result};
+use lanes::{each_lane, gather_query, pad_lanes, put_result, scale_lanes};
 use pleach_ir::{AttentionAttrs, Class, DType, Dim, Kernel, Op, Sym, ValueId};
 use pleach_plan::Expr;
 use view::{RowView, operand_index, row_view, strip_reshape};
@@ -49,6 +50,8 @@ struct Config {
     lse: Option<usize>,
     /// Element type of q, k, v and the result.
     dtype: DType,
+    /// bf16 products go by dot products of pairs: of elements of a head for the scores, of keys for the result.
+    pairs: bool,
     /// f32 lanes of a vector.
     w: usize,
     /// Width of a head, and rounded up to whole vectors.
@@ -105,7 +108,8 @@ pub fn emit(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted,
     if roots.iter().any(|v| matches!(k.body.node(*v).op, Op::AttentionGrad { .. })) {
         return grad::emit(k, &roots, symbols, target);
     }
-    let c = config(k, &roots, target.isa)?;
+    let mut c = config(k, &roots, target.isa)?;
+    c.pairs = c.dtype == DType::BF16 && target.bf16 && c.w == 16 && c.d % 2 == 0;
     let shape = |v: ValueId, axis: usize| k.body.ty(v).shape.get(axis).copied().unwrap_or(Dim::Known(0));
     let (tokens, keys, sequences) = (shape(c.inputs[0], 0), shape(c.inputs[1], 0), shape(c.inputs[4], 0));
 
@@ -213,6 +217,7 @@ impl Config {
             out: None,
             lse: None,
             dtype,
+            pairs: false,
             w,
             d,
             dp,
@@ -382,7 +387,9 @@ fn write_task(f: &mut Func, c: &Config, s: &Val, rows: [&Val; 4], head: &Val) {
         lanes,
     };
     debug_assert_eq!(used, c.scratch());
-    each_lane(f, &n, &heads, |f, r, h, lane| gather_query(f, c, &task, [r0, &h0, &pos], [r, h, lane]));
+    // Pairs want queries as they are: scores are scaled instead.
+    let scale = if c.pairs { 1.0 } else { f32::from_bits(c.at.scale) };
+    each_lane(f, &n, &heads, |f, r, h, lane| gather_query(f, c, &task, [r0, &h0, &pos], [r, h, lane], scale));
     pad_lanes(f, c, &task);
     let few = f.i64(c.few);
     let few = f.cmp("sle", &task.lanes, &few);
@@ -390,6 +397,9 @@ fn write_task(f: &mut Func, c: &Config, s: &Val, rows: [&Val; 4], head: &Val) {
         &few,
         &[],
         |f| {
+            if c.pairs {
+                scale_lanes(f, c, &task);
+            }
             dot::write(f, c, &task);
             vec![]
         },

@@ -4,8 +4,9 @@
 //! weighted values is `TILE` elements of a head by the same lanes. The last tile of keys is moved back to end at the last
 //! key, so that nothing is read past it; what it computes twice is the same twice.
 
-use super::lanes::widen_rows;
+use super::lanes::{pair, pair_rows, widen_rows};
 use super::{Config, HIDDEN, Task, transpose};
+use crate::emit::elementwise::round_to;
 use crate::emit::func::{Func, Val};
 use crate::emit::vmath::Math;
 use pleach_ir::DType;
@@ -19,6 +20,9 @@ pub(super) fn write(f: &mut Func, c: &Config, t: &Task) {
     let width = f.mulc(&vectors, w);
     let dp = f.i64(c.dp);
     transpose::write(f, c.w, (&t.by_lane, &dp), (&t.query, &width), &width, &dp);
+    if c.pairs {
+        pair_queries(f, c, t, &width);
+    }
     let (zero, z) = (f.i64(0), f.f32(0.0, c.w));
     let all = f.mulc(&width, c.dp);
     f.loop_(&zero, &all, w, |f, i| f.store_at(&z, &t.result, i, "f32", c.w));
@@ -33,6 +37,26 @@ pub(super) fn write(f: &mut Func, c: &Config, t: &Task) {
     };
     f.if_else(&is_one, &[], code(1), |f| f.if_else(&is_two, &[], code(2), code(3)));
     transpose::write(f, c.w, (&t.result, &width), (&t.by_lane, &dp), &dp, &width);
+}
+
+/// Queries from `[element][lane]` to `[pair of elements][lane]`, in place.
+fn pair_queries(f: &mut Func, c: &Config, t: &Task, width: &Val) {
+    let (zero, half) = (f.i64(0), f.i64(c.dp / 2));
+    f.loop_(&zero, &half, 1, |f, e| {
+        let (to, first) = (f.mul(e, width), f.mulc(e, 2));
+        let first = f.mul(&first, width);
+        let second = f.add(&first, width);
+        f.loop_(&zero, width, c.w as i64, |f, lane| {
+            let at = f.add(&first, lane);
+            let x = f.load_at(&t.query, &at, "f32", c.w);
+            let at = f.add(&second, lane);
+            let y = f.load_at(&t.query, &at, "f32", c.w);
+            let both = pair(f, c, &x, &y);
+            let at = f.add(&to, lane);
+            let p = f.gep(&t.query, &at, "f32");
+            f.store(&both, &p, &c.vi());
+        });
+    });
 }
 
 /// The code for a fixed number of vectors of lanes.
@@ -88,8 +112,8 @@ impl Lanes<'_> {
             let end = f.addc(at, c.block);
             let end = f.min(&end, &t.last);
             let n = f.sub(&end, at);
-            let keys = self.block(f, &t.key, c.k.stride, &t.keys, at, &n);
-            let values = self.block(f, &t.value, c.v.stride, &t.values, at, &n);
+            let keys = self.block(f, &t.key, c.k.stride, &t.keys, at, &n, false);
+            let values = self.block(f, &t.value, c.v.stride, &t.values, at, &n, true);
             let new = self.scores(f, (&keys.0, keys.1), at, &n, top);
             let fix: Vec<Val> = (0..self.nv)
                 .map(|v| {
@@ -111,12 +135,17 @@ impl Lanes<'_> {
     }
 
     /// Rows `at..at + n` of keys or values as f32, and the elements from one to the next: where they lie, or widened
-    /// in scratch memory.
-    fn block(&self, f: &mut Func, rows: &Val, stride: i64, area: &Val, at: &Val, n: &Val) -> (Val, i64) {
+    /// in scratch memory. For dot products of pairs: as they lie, or pairs of rows in scratch memory.
+    #[allow(clippy::too_many_arguments, reason = "the block's frame")]
+    fn block(&self, f: &mut Func, rows: &Val, stride: i64, area: &Val, at: &Val, n: &Val, by_rows: bool) -> (Val, i64) {
         let off = f.mulc(at, stride);
         let from = f.gep(rows, &off, self.c.elem());
-        if self.c.dtype == DType::F32 {
+        if self.c.dtype == DType::F32 || (self.c.pairs && !by_rows) {
             return (from, stride);
+        }
+        if self.c.pairs {
+            pair_rows(f, self.c, (&from, stride), area, n);
+            return (area.clone(), self.c.dp);
         }
         widen_rows(f, self.c, (&from, stride), area, n);
         (area.clone(), self.c.dp)
@@ -156,15 +185,22 @@ impl Lanes<'_> {
         let (c, t, ty) = (self.c, self.t, self.c.vf());
         let index = f.add(at, j);
         let off = f.mulc(j, stride);
-        let keys = f.gep(keys, &off, "f32");
-        let (zero, d, none) = (f.i64(0), f.i64(c.d), f.f32(0.0, c.w));
+        // An element of f32, or a pair of bf16.
+        let (elem, step) = if c.pairs { (c.elem(), 2) } else { ("f32", 1) };
+        let keys = f.gep(keys, &off, elem);
+        let (zero, d, none) = (f.i64(0), f.i64(c.d / step), f.f32(0.0, c.w));
         let inits = vec![(none, ty.clone()); rows as usize * self.nv];
-        let acc = f.for_(&zero, &d, 1, &inits, |f, e, acc| {
+        let mut acc = f.for_(&zero, &d, 1, &inits, |f, e, acc| {
             let q = self.row(f, &t.query, e);
             let q = self.load(f, &q);
-            let p = f.gep(&keys, e, "f32");
-            self.outer(f, rows, &p, stride, &q, acc)
+            let e = f.mulc(e, step);
+            let p = f.gep(&keys, &e, elem);
+            self.outer(f, rows, (&p, elem), stride, &q, acc)
         });
+        if c.pairs {
+            let scale = f.f32(f32::from_bits(c.at.scale), c.w);
+            acc.iter_mut().for_each(|x| *x = self.math(f).bin("mulf", x, &scale));
+        }
         let mut top = top.to_vec();
         let bounds = |f: &mut Func, area: &Val| {
             let ps = self.vectors(f, area);
@@ -194,11 +230,26 @@ impl Lanes<'_> {
         top
     }
 
-    /// `acc[i][v] += p[i * stride] * x[v]`.
-    fn outer(&self, f: &mut Func, rows: i64, p: &Val, stride: i64, x: &[Val], acc: &[Val]) -> Vec<Val> {
+    /// `acc[i][v] += p[i * stride] * x[v]`; for pairs both products of a pair.
+    fn outer(&self, f: &mut Func, rows: i64, (p, elem): (&Val, &str), stride: i64, x: &[Val], acc: &[Val]) -> Vec<Val> {
         let mut out = vec![];
         for i in 0..rows {
             let at = f.i64(i * stride);
+            if self.c.pairs {
+                let q = f.gep(p, &at, elem);
+                let a = f.op(format!("llvm.load {q} {{alignment = 2 : i64}} : !llvm.ptr -> i32"));
+                let a = f.splat(&a, "i32", self.c.w);
+                let a = f.op(format!("llvm.bitcast {a} : vector<16xi32> to vector<32xbf16>"));
+                for v in 0..self.nv {
+                    let b = f.op(format!("llvm.bitcast {} : vector<16xf32> to vector<32xbf16>", x[v]));
+                    out.push(f.op(format!(
+                        "llvm.call_intrinsic \"llvm.x86.avx512bf16.dpbf16ps.512\"({}, {a}, {b}) : (vector<16xf32>, \
+                         vector<32xbf16>, vector<32xbf16>) -> vector<16xf32>",
+                        acc[i as usize * self.nv + v]
+                    )));
+                }
+                continue;
+            }
             let a = f.load_at(p, &at, "f32", 1);
             let a = f.splat(&a, "f32", self.c.w);
             for v in 0..self.nv {
@@ -208,8 +259,48 @@ impl Lanes<'_> {
         out
     }
 
+    /// Scores into weights as bf16, `[pair of keys][lane]` in the place of the scores; the new sum, of weights before rounding.
+    fn paired_weights(&self, f: &mut Func, n: &Val, top: &[Val], sum: &[Val]) -> Vec<Val> {
+        let (ty, c) = (self.c.vf(), self.c);
+        let weight = |f: &mut Func, j: &Val, v: usize| {
+            let ps = self.row(f, &self.t.scores, j);
+            let x = f.load(&ps[v], &ty);
+            let mut m = self.math(f);
+            let x = m.bin("subf", &x, &top[v]);
+            m.exp(&x)
+        };
+        let mut sums = sum.to_vec();
+        let (zero, whole, all) = (f.i64(0), f.divc(n, 2), f.ceil_divc(n, 2));
+        for (low, high, both) in [(&zero, &whole, true), (&whole, &all, false)] {
+            let state: Vec<(Val, String)> = sums.iter().map(|x| (x.clone(), ty.clone())).collect();
+            sums = f.for_(low, high, 1, &state, |f, r, sum| {
+                let first = f.mulc(r, 2);
+                let second = f.addc(&first, 1);
+                let to = self.row(f, &self.t.scores, r);
+                // All are read before one is written: the first pair lies where its scores do.
+                let mut pairs = vec![];
+                let mut out = vec![];
+                for v in 0..self.nv {
+                    let x = weight(f, &first, v);
+                    let y = if both { weight(f, &second, v) } else { f.f32(0.0, c.w) };
+                    let mut m = self.math(f);
+                    let two = m.bin("addf", &x, &y);
+                    out.push(m.bin("addf", &sum[v], &two));
+                    let (x, y) = (round_to(f, c.dtype, &x, c.w), round_to(f, c.dtype, &y, c.w));
+                    pairs.push(pair(f, c, &x, &y));
+                }
+                pairs.iter().zip(&to).for_each(|(x, p)| f.store(x, p, &c.vi()));
+                out
+            });
+        }
+        sums
+    }
+
     /// Scores into weights; the new sum.
     fn weights(&self, f: &mut Func, n: &Val, top: &[Val], sum: &[Val]) -> Vec<Val> {
+        if self.c.pairs {
+            return self.paired_weights(f, n, top, sum);
+        }
         let ty = self.c.vf();
         let zero = f.i64(0);
         let state: Vec<(Val, String)> = sum.iter().map(|x| (x.clone(), ty.clone())).collect();
@@ -256,12 +347,13 @@ impl Lanes<'_> {
         }
         let values = f.gep(values, e, "f32");
         let zero = f.i64(0);
-        let out = f.for_(&zero, n, 1, &inits, |f, j, acc| {
+        let steps = if self.c.pairs { f.ceil_divc(n, 2) } else { n.clone() };
+        let out = f.for_(&zero, &steps, 1, &inits, |f, j, acc| {
             let ws = self.row(f, &t.scores, j);
             let ws = self.load(f, &ws);
             let off = f.mulc(j, stride);
             let p = f.gep(&values, &off, "f32");
-            self.outer(f, rows, &p, 1, &ws, acc)
+            self.outer(f, rows, (&p, "f32"), 1, &ws, acc)
         });
         for (x, p) in out.iter().zip(at.iter().flatten()) {
             f.store(x, p, &ty);

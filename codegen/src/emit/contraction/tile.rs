@@ -11,9 +11,13 @@ use super::analyze::{Product, Right, Term};
 use super::blocking::LANES;
 use super::context::{Context, Place};
 use super::pack;
+use super::view::View;
 use crate::emit::elementwise::memory_elem;
 use crate::emit::func::{Func, Val, vty};
 use pleach_ir::ValueId;
+
+/// Bytes of a cache line.
+const LINE: u64 = 64;
 
 /// Accumulating registers that keep the multipliers busy.
 const CHAINS: usize = 12;
@@ -116,6 +120,43 @@ fn left_of(f: &mut Func, cx: &Context, group: usize, product: usize, at: &Place,
         .collect();
     let step = if p.pairs() { f.i64(2) } else { along };
     LeftAt { rows, step, in_place: true }
+}
+
+/// Columns up to which a row of the left operand is used too briefly to come in time: two tiles.
+const BRIEF: u64 = 2;
+
+/// Fetches the rows of the left operands that the next tile of rows reads, where there are hardly any columns: each row is then
+/// used once, for so short a time that its lines would be waited for.
+pub(super) fn prefetch_rows(f: &mut Func, cx: &Context, batch: &[Val], row: &Val, rows: u64) {
+    if cx.an.n.known().is_none_or(|n| n > BRIEF * cx.bl.width) {
+        return;
+    }
+    let mut seen: Vec<&View> = vec![];
+    for (product, _) in cx.an.groups.iter().flat_map(|g| &g.products) {
+        let p = &cx.an.products[*product];
+        let rank = p.left.strides.len();
+        let (down, along) = (p.left.strides[rank - 2].known(), p.left.strides[rank - 1].known());
+        let (Some(down), Some(1), Some(k), false) = (down, along, p.k.known(), p.packs_left) else { continue };
+        if seen.contains(&&p.left) {
+            continue;
+        }
+        seen.push(&p.left);
+        let elem = memory_elem(p.dtype);
+        let base = cx.base(f, &p.left, p.dtype, batch);
+        let next = f.addc(row, rows as i64);
+        let start = f.mulc(&next, down as i64);
+        let base = f.gep(&base, &start, elem);
+        let line = (LINE / p.dtype.size()) as i64;
+        let (zero, end) = (f.i64(0), f.i64(k as i64));
+        f.loop_(&zero, &end, line, |f, at| {
+            let q = f.gep(&base, at, elem);
+            for i in 0..rows as i64 {
+                let d = f.i64(i * down as i64);
+                let q = f.gep(&q, &d, elem);
+                f.prefetch(&q);
+            }
+        });
+    }
 }
 
 /// The vectors of the right operand at a step: for split pairs, the first halves, then the second ones.
