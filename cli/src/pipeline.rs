@@ -12,13 +12,14 @@ use pleach_codegen::HostTarget;
 use pleach_codegen::compile::{self, CompileOptions};
 use pleach_codegen::emit::contraction::panel_widths;
 use pleach_codegen::emit::gpu::GpuChip;
-use pleach_frontend::adapter::AdapterPlan;
+use pleach_frontend::adapter::{AdapterPlan, EventsPlan};
 use pleach_frontend::peft::MethodConfig;
 use pleach_frontend::{Adapter, Import, ModelConfig, eos_ids};
-use pleach_ir::{Graph, Schedule};
+use pleach_ir::{Dim, Graph, Role, Schedule};
+use pleach_passes::differentiate::{ACCUMULATE, STEP};
 use pleach_passes::fuse_kernels::{self, CutOptions};
 use pleach_passes::recompute::Saved;
-use pleach_passes::{Options, Outcome, PassReport, Pipeline, chunk};
+use pleach_passes::{Options, Outcome, PassReport, Pipeline, chunk, recompute};
 use pleach_plan::{Meta, Plan};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -68,6 +69,8 @@ pub(crate) struct TrainPart {
     pub positions: u64,
     /// Bytes that weights, adapter, optimizer and arena may take together. 0: as few as possible.
     pub budget: Option<u64>,
+    /// A step has one micro-batch, and nothing looks at its gradients together.
+    pub at_once: bool,
 }
 
 impl TrainPart {
@@ -234,7 +237,7 @@ impl Request {
     pub(crate) fn options(&self) -> Options {
         let mut tokens_hint = self.tokens.clone();
         if let Some(t) = &self.train {
-            let names = ["train", "accumulate", "evaluate"];
+            let names = ["train", "accumulate", "step", "evaluate"];
             tokens_hint.extend(names.iter().map(|n| ((*n).to_string(), t.tokens)));
         }
         Options {
@@ -242,9 +245,24 @@ impl Request {
             tokens_hint,
             dtype: if self.dtype == "bf16" { pleach_ir::DType::BF16 } else { pleach_ir::DType::F32 },
             disabled_rules: self.disable_rules.clone(),
+            step_at_once: self.train.as_ref().is_some_and(|t| t.at_once),
             target: if self.gpu().is_some() { pleach_passes::Target::GPU } else { pleach_passes::Target::CPU },
             ..Options::default()
         }
+    }
+
+    /// The same without steps that are made at once, where that cannot be or costs memory: on a GPU, where the method looks at gradients between
+    /// the halves of a step, or where something is trained that has a row for every word: its gradient is best added up window by
+    /// window with the loss.
+    fn steps_made_at_once(&self, model: &Model, graph: &Graph) -> Request {
+        let mut out = self.clone();
+        let looks = model.adapters.first().is_some_and(|a| EventsPlan::new(a, 0).is_some());
+        let words = Dim::Known(model.checkpoint.config.vocab());
+        let wide = graph.params.iter().any(|p| p.role == Role::Train && p.ty.shape.contains(&words));
+        if let Some(t) = &mut out.train {
+            t.at_once &= !looks && !wide && self.gpu().is_none();
+        }
+        out
     }
 
     /// Facts for the plan: those of the model, and whether adapters are folded in. Names of adapters stay out: another
@@ -289,7 +307,7 @@ pub(crate) fn schedule(graph: &Graph, host: &HostTarget) -> Result<Schedule> {
 
 /// Weights are packed for inference only: a training step reads them both ways round.
 fn host_cut(graph: &Graph, host: &HostTarget) -> CutOptions<'static> {
-    let trains = graph.entries.iter().any(|e| e.name == "accumulate");
+    let trains = graph.entries.iter().any(|e| e.name == ACCUMULATE || e.name == STEP);
     CutOptions { supported: &compile::supported, panels: if trains { &[] } else { panel_widths(host.isa) } }
 }
 
@@ -312,6 +330,7 @@ pub(crate) fn compile_here(request: &Request) -> Result<Vec<Row>> {
     }
     let model = request.open()?;
     let graph = request.import(&model)?;
+    let request = &request.steps_made_at_once(&model, &graph);
     let mut rows = vec![Row {
         nodes_after: Some(pleach_passes::manager::node_count(&graph)),
         ..Row::stage("import", ms(clock), imported(&model, &request.meta(&model)?))
@@ -325,12 +344,12 @@ pub(crate) fn compile_here(request: &Request) -> Result<Vec<Row>> {
         }
     };
     rows.extend(reports.iter().map(Row::pass));
-    let mut meta = meta;
-    if let Some(r) = reports.iter().rev().find(|r| !r.saved.is_empty()) {
-        meta.extra.insert("saved".into(), r.saved.iter().map(saved).collect());
-    }
-    let (plan, more) = lower(&graph, request, meta)?;
+    let (mut plan, more) = lower(&graph, request, meta)?;
     rows.extend(more);
+    let kept: Vec<Saved> = kept(&graph, &request.options());
+    if !kept.is_empty() {
+        plan.meta.extra.insert("saved".into(), kept.iter().map(saved).collect());
+    }
     plan.write(&request.out)?;
     Ok(rows)
 }
@@ -357,6 +376,12 @@ fn compile_graph(request: &Request) -> Result<Vec<Row>> {
     rows.extend(more);
     plan.write(&request.out)?;
     Ok(rows)
+}
+
+/// What the backward half of a step reads of the forward half, with or without the pass that decides it.
+fn kept(graph: &Graph, options: &Options) -> Vec<Saved> {
+    let steps = graph.entries.iter().filter(|e| e.name == ACCUMULATE || e.name == STEP);
+    steps.flat_map(|e| recompute::saved(graph, e, options)).collect()
 }
 
 /// A kept value for the plan's facts; its bytes are `unit_bytes` times the count of `symbol` (`1`: once).

@@ -26,8 +26,8 @@ pub(crate) struct Training {
 /// Tokens of a row when nothing is said.
 const LENGTH: u64 = 512;
 
-/// Entries that a training plan must have.
-const ENTRIES: [&str; 3] = ["accumulate", "update", "evaluate"];
+/// Entries that a training plan must have, but for those of a step.
+const ENTRIES: [&str; 1] = ["evaluate"];
 
 impl Training {
     /// Finds, reads or compiles the plan.
@@ -43,7 +43,16 @@ impl Training {
             if method.any() {
                 return Err(Failure::usage("a compiled plan has its method; leave out --method and its options"));
             }
-            ready::from_plan(model, &ENTRIES)?
+            let ready = ready::from_plan(model, &ENTRIES)?;
+            let has = |names: &[&str]| names.iter().all(|n| ready.plan.entry(n).is_ok());
+            if !has(&["accumulate", "update"]) && !(has(&["step"]) && shape.one_run_a_step()) {
+                return Err(Failure::usage(if has(&["step"]) {
+                    "the plan makes a step of one micro-batch without clipping; compile the model for --accum or --max-grad-norm"
+                } else {
+                    "the plan does not train; give a model folder"
+                }));
+            }
+            ready
         } else {
             ready::no_weights(model)?;
             compile(ui, model, method, shape)?
@@ -189,5 +198,6 @@ pub(crate) fn request(model: &ModelArgs, method: &MethodArgs, shape: &ShapeArgs)
         sequences: shape.batch,
         positions,
         budget: shape.budget.map(|b| b.0),
+        at_once: shape.one_run_a_step(),
     })
 }

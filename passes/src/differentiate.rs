@@ -9,6 +9,10 @@
 //! `grad.p`, `adam.m.p`, `adam.v.p`, f32, role `State`, zeros at first. An entry `optimizer` says what a step does beside AdamW
 //! ([`program`]); it becomes part of `update`.
 //!
+//! With the option `step_at_once` both become one entry `step` that adds nothing up and clips nothing: no `grad.p` exists, every
+//! gradient is used up where it is made. It has the inputs of both and gives `loss` and `grad_norm`; a loss that is no number changes
+//! nothing.
+//!
 //! Assumes that `train` has one output `loss`, f32 of rank 0, and that the indices of a `scatter_set` whose update is
 //! trained are distinct. Leaves alone: every other entry; the whole graph when there is no entry `train` or its loss
 //! depends on no trained parameter. It knows roles only: neither methods nor models.
@@ -39,6 +43,8 @@ pub const TRAIN: &str = "train";
 pub const ACCUMULATE: &str = "accumulate";
 /// The entry that steps the trained parameters and clears the gradients.
 pub const UPDATE: &str = "update";
+/// The entry that does both at once.
+pub const STEP: &str = "step";
 /// The entry with what `update` does beside AdamW.
 pub const OPTIMIZER: &str = "optimizer";
 
@@ -47,7 +53,7 @@ pub const OPTIMIZER: &str = "optimizer";
 /// # Errors
 /// [`PassError::Refused`] when `train` has no scalar output `loss`, a trained parameter is not f32, or the loss depends
 /// on one through an operator without a gradient; [`PassError::Build`] would be a fault of this pass.
-pub fn run(g: &Graph, _: &Options, report: &mut Report) -> Result<Graph, PassError> {
+pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, PassError> {
     let Some(at) = g.entries.iter().position(|e| e.name == TRAIN) else { return Ok(g.clone()) };
     let train = &g.entries[at];
     let loss = loss_of(train).ok_or_else(|| refused("the entry train needs one output \"loss\", f32 of rank 0"))?;
@@ -71,19 +77,32 @@ pub fn run(g: &Graph, _: &Options, report: &mut Report) -> Result<Graph, PassErr
     let mut out = g.clone();
     let optimizer = g.entry(OPTIMIZER);
     let moments = |p: ParamId| program::output_type(optimizer?, &format!("grad.{}", g.params[p.index()].name));
-    let states: Vec<update::State> = trained.iter().map(|p| update::declare(&mut out, *p, moments(*p))).collect();
-    let fault = |e| PassError::build(NAME, ACCUMULATE)(e);
-    let accumulate = backward(&out.params, train, loss, &active, &states).map_err(fault)?;
+    let mut declare = |p: &ParamId| update::declare(&mut out, *p, moments(*p), !opts.step_at_once);
+    let states: Vec<update::State> = trained.iter().map(&mut declare).collect();
+    let name = if opts.step_at_once { STEP } else { ACCUMULATE };
+    let fault = |e| PassError::build(NAME, name)(e);
+    let b = backward(&out.params, train, loss, &active, &states, name).map_err(fault)?;
+    let (first, second) = if opts.step_at_once {
+        let gradients = update::Gradients { values: b.gradients, squares: b.squares, loss: b.loss };
+        let mut e = update::go_on(b.tape, &out.params, &states, optimizer, gradients).map_err(fault)?;
+        drop(e.roots.splice(..0, b.roots));
+        (e, None)
+    } else {
+        let mut e = b.tape.finish();
+        e.roots = b.roots;
+        states.iter().zip(&b.gradients).for_each(|(s, v)| s.grad.into_iter().for_each(|g| e.assign(g, *v)));
+        let update = update::entry(&out.params, &states, optimizer).map_err(PassError::build(NAME, UPDATE))?;
+        (e, Some(update))
+    };
     report.note = format!(
         "{} trained parameters; {} nodes forward, {} in all",
         states.len(),
         train.nodes.len(),
-        accumulate.nodes.len()
+        first.nodes.len()
     );
-    out.entries[at] = accumulate;
-    let update = update::entry(&out.params, &states, optimizer).map_err(PassError::build(NAME, UPDATE))?;
+    out.entries[at] = first;
     out.entries.retain(|e| e.name != OPTIMIZER);
-    out.entries.push(update);
+    out.entries.extend(second);
     Ok(out)
 }
 
@@ -131,15 +150,27 @@ fn trained_params(e: &Entry, active: &[bool]) -> Vec<ParamId> {
     all
 }
 
-/// The entry `accumulate`.
-fn backward(
-    params: &[Param],
+/// Forward and backward half under construction.
+struct Backward<'a> {
+    tape: Tape<'a>,
+    /// The roots of `train`.
+    roots: Vec<pleach_ir::Root>,
+    loss: ValueId,
+    /// Of each trained parameter; added to what is in its `grad.p`, if it has one.
+    gradients: Vec<ValueId>,
+    /// The sum of the gradient's squares, where there is no `grad.p`.
+    squares: Vec<Option<ValueId>>,
+}
+
+fn backward<'a>(
+    params: &'a [Param],
     train: &Entry,
     loss: ValueId,
     active: &[bool],
     states: &[update::State],
-) -> Result<Entry, IrError> {
-    let mut tape = Tape::new(params, ACCUMULATE);
+    name: &str,
+) -> Result<Backward<'a>, IrError> {
+    let mut tape = Tape::new(params, name);
     // the forward part, in which stop_gradient is done with
     let live = train.live();
     let mut map: Vec<ValueId> = Vec::with_capacity(train.nodes.len());
@@ -157,11 +188,30 @@ fn backward(
     let seed = tape.number(1.0)?;
     cotangents[loss.index()].push(Cotangent::Dense(seed));
     let mut of_param: BTreeMap<ParamId, Vec<Cotangent>> = BTreeMap::new();
+    // Reads of each parameter that are still to come.
+    let mut reads: BTreeMap<ParamId, usize> = BTreeMap::new();
+    for v in train.values().filter(|v| active[v.index()]) {
+        if let Op::Param(p) = train.node(v).op {
+            *reads.entry(p).or_default() += 1;
+        }
+    }
+    let (mut gradients, mut squares) = (vec![None; states.len()], vec![None; states.len()]);
     for v in train.values().rev().filter(|v| active[v.index()]) {
         let parts = std::mem::take(&mut cotangents[v.index()]);
         let n = train.node(v);
         if let Op::Param(p) = n.op {
             of_param.entry(p).or_default().extend(parts);
+            let left = reads.entry(p).or_default();
+            *left = left.saturating_sub(1);
+            if let Some(i) = states.iter().position(|s| s.param == p && s.grad.is_none()).filter(|_| *left == 0) {
+                // Used up as soon as it is whole.
+                let parts = of_param.remove(&p).unwrap_or_default();
+                tape.at(None);
+                let g = sum::total(&mut tape, parts, &params[p.index()].ty, None)?;
+                let square = tape.mul(g, g)?;
+                squares[i] = Some(tape.sum_to(square, &[])?);
+                gradients[i] = Some(g);
+            }
             continue;
         }
         tape.at(n.origin.clone());
@@ -176,20 +226,24 @@ fn backward(
             cotangents[n.inputs[i].index()].push(c);
         }
     }
-    let mut e_roots = vec![];
-    for s in states {
-        let parts = of_param.remove(&s.param).unwrap_or_default();
-        tape.at(None);
-        let old = tape.push(Op::Param(s.grad), &[])?;
-        let new = sum::total(&mut tape, parts, &params[s.param.index()].ty, Some(old))?;
-        e_roots.push((s.grad, new));
+    tape.at(None);
+    let mut all = vec![];
+    for (s, g) in states.iter().zip(gradients) {
+        all.push(match g {
+            Some(g) => g,
+            None => {
+                let parts = of_param.remove(&s.param).unwrap_or_default();
+                let old = s.grad.map(|g| tape.push(Op::Param(g), &[])).transpose()?;
+                sum::total(&mut tape, parts, &params[s.param.index()].ty, old)?
+            }
+        });
     }
-    let mut e = tape.finish();
-    for r in &train.roots {
-        e.roots.push(pleach_ir::Root { kind: r.kind.clone(), value: map[r.value.index()] });
-    }
-    for (p, v) in e_roots {
-        e.assign(p, v);
-    }
-    Ok(e)
+    let root = |r: &pleach_ir::Root| pleach_ir::Root { kind: r.kind.clone(), value: map[r.value.index()] };
+    Ok(Backward {
+        roots: train.roots.iter().map(root).collect(),
+        loss: map[loss.index()],
+        gradients: all,
+        squares,
+        tape,
+    })
 }

@@ -15,6 +15,7 @@
 //! on a run's counts; state. A derived parameter has the type of the value, the role `Frozen` and is named after the
 //! largest parameter it is made of.
 
+use crate::differentiate::{STEP, UPDATE};
 use crate::error::PassError;
 use crate::manager::Report;
 use crate::options::Options;
@@ -25,8 +26,10 @@ use std::sync::Arc;
 
 const NAME: &str = "fold-params";
 
-/// The entry that assigns trained parameters.
-const UPDATE: &str = "update";
+/// Whether an entry assigns trained parameters.
+fn updates(e: &Entry) -> bool {
+    matches!(e.name.as_str(), UPDATE | STEP)
+}
 
 /// A value over parameters, by structure.
 struct Form {
@@ -63,7 +66,7 @@ struct Forms {
 /// [`PassError::Build`] if a moved node does not type-check, which would be a fault of this pass.
 pub fn run(g: &Graph, _: &Options, report: &mut Report) -> Result<Graph, PassError> {
     let mut out = Graph { phase: g.phase, params: g.params.clone(), entries: vec![] };
-    let mut forms = Forms { renewed: g.entry(UPDATE).is_some(), ..Forms::default() };
+    let mut forms = Forms { renewed: g.entries.iter().any(updates), ..Forms::default() };
     let (prepare, run): (Vec<&Entry>, Vec<&Entry>) = g.entries.iter().partition(|e| is_prepare(&e.name));
     for e in &prepare {
         let of = forms.intern(g, e);
@@ -77,9 +80,9 @@ pub fn run(g: &Graph, _: &Options, report: &mut Report) -> Result<Graph, PassErr
     let before = out.params.len();
     let mut done: BTreeMap<&str, Entry> = BTreeMap::new();
     // `update` comes last, when it is known what it has to renew
-    for e in run.iter().filter(|e| e.name != UPDATE).chain(run.iter().filter(|e| e.name == UPDATE)) {
-        let renewed = match e.name == UPDATE {
-            true => Some(renew::renew(&out, e, &forms).map_err(PassError::build(NAME, UPDATE))?),
+    for e in run.iter().filter(|e| !updates(e)).chain(run.iter().filter(|e| updates(e))) {
+        let renewed = match updates(e) {
+            true => Some(renew::renew(&out, e, &forms).map_err(PassError::build(NAME, &e.name))?),
             false => None,
         };
         let source = renewed.as_ref().unwrap_or(e);

@@ -72,6 +72,9 @@ pub struct Options {
     /// What a byte kept for the backward half is worth when terms are chosen, microseconds. `None`: what it costs in
     /// time alone, to be written and read once.
     pub saved_byte_us: Option<f64>,
+    /// An optimizer step has one micro-batch, and nothing needs all gradients together: `differentiate` makes one entry of
+    /// forward, backward and optimizer, in which a gradient lives until its parameter is stepped.
+    pub step_at_once: bool,
     /// What a kept byte is worth when it is decided which values are built again; `None` for the same as above.
     pub recompute: Option<Price>,
 }
@@ -87,6 +90,7 @@ impl Default for Options {
             node_limit: 20_000,
             dtype: DType::F32,
             saved_byte_us: None,
+            step_at_once: false,
             recompute: None,
         }
     }

@@ -315,12 +315,12 @@ fn swapped(case: &TrainCase) -> Result<(), String> {
     close("the output of the second adapter", &got, &dump(&dumps(case)?, "logits")?, TOLERANCE)
 }
 
-/// All optimizer steps by compiled kernels, for this many processor classes.
+/// All optimizer steps by compiled kernels, for this many processor classes; each as one entry, if asked for.
 ///
 /// # Errors
 /// Whatever refuses, and what differs.
 #[cfg(feature = "llvm")]
-pub fn compiled(case: &TrainCase, classes: usize) -> Result<(), String> {
+pub fn compiled(case: &TrainCase, classes: usize, step_at_once: bool) -> Result<(), String> {
     use crate::compiled::{plan_with, session, targets};
     let o = case.open()?;
     let graph = o.graph()?;
@@ -328,8 +328,9 @@ pub fn compiled(case: &TrainCase, classes: usize) -> Result<(), String> {
     let start = crate::compare::Start { symbols: Default::default(), params, inputs: Default::default() };
     let (tokens, sequences) = o.capacity();
     let meta = pleach_plan::Meta { vocab: o.checkpoint.config.vocab(), max_positions: 64, ..Default::default() };
+    let options = Options { step_at_once, ..options(&o) };
     for target in targets().into_iter().take(classes) {
-        let plan = Arc::new(plan_with(&graph, &Pipeline::default(), false, &options(&o), &target, meta.clone())?);
+        let plan = Arc::new(plan_with(&graph, &Pipeline::default(), false, &options, &target, meta.clone())?);
         let capacities = [("T", tokens), ("L", tokens), ("S", sequences), ("P", 64), ("C", 1)];
         let all =
             capacities.iter().fold(pleach_runtime::Options::default().threads(2), |all, (s, n)| all.capacity(s, *n));
@@ -342,7 +343,7 @@ pub fn compiled(case: &TrainCase, classes: usize) -> Result<(), String> {
 /// Options for the sizes of a fixture.
 pub fn options(o: &Opened) -> Options {
     let (tokens, _) = o.capacity();
-    let hint = ["train", "accumulate", "evaluate"].map(|e| (e.to_string(), tokens));
+    let hint = ["train", "accumulate", "step", "evaluate"].map(|e| (e.to_string(), tokens));
     Options { tokens_hint: hint.into_iter().collect(), ..Options::default() }
 }
 

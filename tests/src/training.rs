@@ -423,8 +423,14 @@ impl Interpreted {
     }
 }
 
-impl Machine for Interpreted {
-    fn run(&mut self, entry: &str, inputs: &[(&str, Values<'_>)], output: &str) -> pleach_runtime::Result<f32> {
+impl Interpreted {
+    /// Runs an entry and gives outputs that are single numbers.
+    fn numbers<const N: usize>(
+        &mut self,
+        entry: &str,
+        inputs: &[(&str, Values<'_>)],
+        outputs: [&str; N],
+    ) -> pleach_runtime::Result<[f32; N]> {
         let tensor = |(name, v): &(&str, Values<'_>)| {
             let scalar = [
                 "loss_scale",
@@ -446,10 +452,27 @@ impl Machine for Interpreted {
         };
         let inputs = inputs.iter().map(tensor).collect();
         let result = self.entry(entry, &inputs).map_err(RuntimeError::Values)?;
-        match result.outputs.get(output).map(|t| &t.data) {
-            Some(Data::F32(x)) if x.len() == 1 => Ok(x[0]),
-            _ => Err(RuntimeError::Values(format!("{entry} has no number {output}"))),
+        let mut found = [0.0; N];
+        for (to, output) in found.iter_mut().zip(outputs) {
+            *to = match result.outputs.get(output).map(|t| &t.data) {
+                Some(Data::F32(x)) if x.len() == 1 => x[0],
+                _ => return Err(RuntimeError::Values(format!("{entry} has no number {output}"))),
+            };
         }
+        Ok(found)
+    }
+}
+
+impl Machine for Interpreted {
+    fn run(&mut self, entry: &str, inputs: &[(&str, Values<'_>)], output: &str) -> pleach_runtime::Result<f32> {
+        self.numbers(entry, inputs, [output]).map(|[x]| x)
+    }
+
+    fn step(&mut self, inputs: &[(&str, Values<'_>)]) -> Option<pleach_runtime::Result<[f32; 2]>> {
+        if !self.entries.iter().any(|e| e == "step") {
+            return None;
+        }
+        Some(self.numbers("step", inputs, ["loss", "grad_norm"]))
     }
 
     fn changing(&self) -> Vec<String> {

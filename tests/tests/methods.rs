@@ -20,7 +20,7 @@ fn main() -> ExitCode {
                 #[cfg(feature = "llvm")]
                 trials.push(Trial::test(format!("{}/compiled", case.name), move || {
                     if case.trains(&case.open()?) {
-                        pleach_tests::methods::compiled(&case, 1)?;
+                        pleach_tests::methods::compiled(&case, 1, false)?;
                     }
                     Ok(())
                 }));

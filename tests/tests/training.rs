@@ -3,9 +3,9 @@
 
 use libtest_mimic::{Arguments, Trial};
 use pleach_passes::fuse_kernels::{self, CutOptions};
-use pleach_passes::{Pipeline, manager};
+use pleach_passes::{Options, Pipeline, manager};
 use pleach_tests::methods::{self, options};
-use pleach_tests::training::{CHANGE, Interpreted, LOSS, Program, TrainCase, cases};
+use pleach_tests::training::{CHANGE, Interpreted, LOSS, Opened, Program, TrainCase, cases};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -18,10 +18,11 @@ fn main() -> ExitCode {
                     let case = case.clone();
                     trials.push(Trial::test(format!("{}/{kind}", case.name), move || Ok(run(&case)?)));
                 };
-                trial("differentiated", |c| interpreted(c, &Pipeline::of(&["differentiate"]), false));
-                trial("passes", |c| interpreted(c, &Pipeline::default(), false));
-                trial("kernels", |c| interpreted(c, &Pipeline::default(), true));
+                trial("differentiated", |c| interpreted(&c.open()?, &Pipeline::of(&["differentiate"]), false, false));
+                trial("passes", |c| interpreted(&c.open()?, &Pipeline::default(), false, false));
+                trial("kernels", |c| interpreted(&c.open()?, &Pipeline::default(), true, false));
                 trial("merged", merged);
+                trial("at once", at_once);
                 #[cfg(feature = "llvm")]
                 trial("compiled", compiled);
             }
@@ -30,9 +31,12 @@ fn main() -> ExitCode {
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
-fn interpreted(case: &TrainCase, passes: &Pipeline, kernels: bool) -> Result<(), String> {
-    let o = case.open()?;
-    let graph = manager::run(&o.graph()?, passes, &options(&o)).map_err(|e| e.to_string())?.graph;
+fn interpreted(o: &Opened, passes: &Pipeline, kernels: bool, step_at_once: bool) -> Result<(), String> {
+    let options = Options { step_at_once, ..options(o) };
+    let graph = manager::run(&o.graph()?, passes, &options).map_err(|e| e.to_string())?.graph;
+    if graph.entry("step").is_some() != step_at_once {
+        return Err("the entry `step` is there when it is asked for, and only then".into());
+    }
     let program = match kernels {
         false => Program::Graph(graph),
         true => {
@@ -40,8 +44,21 @@ fn interpreted(case: &TrainCase, passes: &Pipeline, kernels: bool) -> Result<(),
             Program::Schedule(fuse_kernels::schedule(&graph, &cut).map_err(|e| e.to_string())?)
         }
     };
-    let mut machine = Interpreted::new(program, &o)?;
+    let mut machine = Interpreted::new(program, o)?;
     o.train(&mut machine, LOSS, CHANGE)
+}
+
+/// Steps of one micro-batch without clipping, as one entry.
+fn at_once(case: &TrainCase) -> Result<(), String> {
+    let o = case.open()?;
+    if o.settings.accum > 1 || o.settings.max_grad_norm.is_some() || o.events()?.is_some() {
+        return Ok(());
+    }
+    interpreted(&o, &Pipeline::of(&["differentiate"]), false, true)?;
+    interpreted(&o, &Pipeline::default(), true, true)?;
+    #[cfg(feature = "llvm")]
+    methods::compiled(case, 1, true)?;
+    Ok(())
 }
 
 fn merged(case: &TrainCase) -> Result<(), String> {
@@ -52,5 +69,5 @@ fn merged(case: &TrainCase) -> Result<(), String> {
 fn compiled(case: &TrainCase) -> Result<(), String> {
     // Every processor class for one case of each kind of graph; the best one for the others.
     let all_classes = ["llama-lora", "llama-dora", "llama-paca"].contains(&case.name.as_str());
-    methods::compiled(case, if all_classes { usize::MAX } else { 1 })
+    methods::compiled(case, if all_classes { usize::MAX } else { 1 }, false)
 }

@@ -125,9 +125,22 @@ pub(crate) struct ShapeArgs {
     /// Tokens at which rows are cut [default: 512, or what the model was made for]
     #[arg(long, value_name = "L", value_parser = clap::value_parser!(u64).range(2..1 << 24))]
     pub max_length: Option<u64>,
+    /// Micro-batches of an optimizer step
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..1 << 20))]
+    pub accum: u64,
+    /// Clip the gradient's norm; off without
+    #[arg(long, value_name = "X")]
+    pub max_grad_norm: Option<f64>,
     /// Memory for weights, adapter, optimizer and everything between: 8GiB, 500MB, …
     #[arg(long, value_name = "SIZE")]
     pub budget: Option<Size>,
+}
+
+impl ShapeArgs {
+    /// Whether each step has one micro-batch whose gradients nothing needs together.
+    pub(crate) fn one_run_a_step(&self) -> bool {
+        self.accum == 1 && self.max_grad_norm.is_none()
+    }
 }
 
 /// How the rate moves.
@@ -171,9 +184,6 @@ pub(crate) struct TrainArgs {
     /// Passes over the rows [default: 1]
     #[arg(long, value_name = "N")]
     pub epochs: Option<f64>,
-    /// Micro-batches of an optimizer step
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..1 << 20))]
-    pub accum: u64,
     /// Peak learning rate
     #[arg(long, value_name = "RATE", default_value_t = 2e-4)]
     pub lr: f64,
@@ -186,9 +196,6 @@ pub(crate) struct TrainArgs {
     /// Decoupled weight decay on all trained tensors
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     pub weight_decay: f64,
-    /// Clip the gradient's norm; off without
-    #[arg(long, value_name = "X")]
-    pub max_grad_norm: Option<f64>,
     /// Seed of shuffles and initial values
     #[arg(long, value_name = "S", default_value_t = 0)]
     pub seed: u64,
@@ -258,9 +265,6 @@ pub(crate) struct BenchTrainArgs {
     pub method: MethodArgs,
     #[command(flatten)]
     pub shape: ShapeArgs,
-    /// Micro-batches of an optimizer step
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..1 << 20))]
-    pub accum: u64,
     /// Optimizer steps to measure
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
     pub steps: u64,

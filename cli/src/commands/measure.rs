@@ -4,7 +4,7 @@
 //! The child gets the arguments of `pleach train`, trains the weights in question whole for the batches asked for without
 //! ever updating them, and answers with the sums of squares by column.
 
-use crate::args::{MethodArgs, ModelArgs, TrainArgs};
+use crate::args::{MethodArgs, ModelArgs, ShapeArgs, TrainArgs};
 use crate::failure::{Failure, Result};
 use crate::report::{self, Ui};
 use crate::rows;
@@ -66,7 +66,9 @@ pub(crate) fn serve(ui: &Ui, args: &TrainArgs) -> Result<()> {
     let modules: Vec<String> = list.iter().map(|(k, _)| module(k)).collect();
     let method =
         MethodArgs { method: Some("full".into()), target_modules: Some(modules.join(",")), ..MethodArgs::default() };
-    let training = Training::open(ui, &model, &method, &args.shape)?;
+    // Gradients are to be looked at: nothing may use them up.
+    let shape = ShapeArgs { accum: args.shape.accum.max(2), ..args.shape.clone() };
+    let training = Training::open(ui, &model, &method, &shape)?;
     let data = rows::read(&args.data, &folder, training.ready.plan.meta.vocab, training.max_length)?.rows;
     let mut session = training.session(ui, training.ready.weights()?, args.seed, &Measured::new())?;
     let mut order = Order::new(data.len(), (!args.no_shuffle).then_some(args.seed));

@@ -109,7 +109,7 @@ fn prepare_folder(args: &TrainArgs) -> Result<Resume> {
 
 /// What decides the numbers.
 fn settings(args: &TrainArgs, rows: &Rows, max_length: u64) -> Result<Settings> {
-    let (batch, accum) = (args.shape.batch, args.accum);
+    let (batch, accum) = (args.shape.batch, args.shape.accum);
     let epochs = args.epochs.unwrap_or(1.0);
     if !(epochs.is_finite() && epochs > 0.0) {
         return Err(Failure::usage("--epochs must be above 0"));
@@ -132,7 +132,7 @@ fn settings(args: &TrainArgs, rows: &Rows, max_length: u64) -> Result<Settings> 
             .parse()
             .map_err(|e: pleach_runtime::RuntimeError| Failure::usage(format!("--warmup: {e}")))?,
         weight_decay: args.weight_decay,
-        max_grad_norm: args.max_grad_norm,
+        max_grad_norm: args.shape.max_grad_norm,
         ..Settings::default()
     };
     s.check().map_err(|e| Failure::usage(e.to_string()))?;

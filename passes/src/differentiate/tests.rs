@@ -390,3 +390,57 @@ fn optimizer_steps_as_written() {
         assert!(values[2].floats().iter().all(|g| *g == 0.0), "gradients are cleared");
     }
 }
+
+/// The entry `step` does what `accumulate` and `update` do without clipping, and nothing where the loss is no number.
+#[test]
+fn a_step_at_once() {
+    let mut c = Case::new();
+    let (x, z) = (c.trained(&[3, 4], 0.0), c.trained(&[5], 0.0));
+    let r = c.p(Op::Reduce { op: ReduceOp::Sum, axis: 0 }, &[z]);
+    let y = c.p(Op::Binary(BinaryOp::Mul), &[x, r]);
+    // read twice: its gradient is whole after the second
+    let y = c.p(Op::Binary(BinaryOp::Mul), &[y, x]);
+    let g = c.loss(y);
+    let two = run(&g, &Options::default(), &mut Report::default()).unwrap();
+    let opts = Options { step_at_once: true, ..Options::default() };
+    let one = run(&g, &opts, &mut Report::default()).unwrap();
+    verify(&one).unwrap();
+    let names = |g: &Graph| g.entries.iter().map(|e| e.name.clone()).collect::<Vec<_>>();
+    assert_eq!((names(&two), names(&one)), (vec![ACCUMULATE.into(), UPDATE.into()], vec![STEP.to_string()]));
+    assert!(one.params.iter().all(|p| !p.name.starts_with("grad.")));
+    let inputs = [("lr", 0.05), ("beta1", 0.9), ("beta2", 0.99), ("eps", 1e-6), ("weight_decay", 0.1)];
+    let more = [("correction1", 0.1), ("correction2", 0.01), ("max_grad_norm", f32::INFINITY)];
+    c.inputs.extend(inputs.into_iter().chain(more).map(|(n, x)| (n.to_string(), Tensor::f32([], vec![x]))));
+    let fill = |g: &Graph| -> Vec<Tensor> {
+        let shape = |p: &Param| p.ty.shape.iter().map(|d| d.known().unwrap()).collect::<Vec<_>>();
+        let state = g.params[c.values.len()..].iter().map(|p| {
+            let n: u64 = shape(p).iter().product();
+            Tensor::f32(shape(p), vec![if p.name.starts_with("adam") { 0.25 } else { 0.0 }; n as usize])
+        });
+        c.values.iter().cloned().chain(state).collect()
+    };
+    let mut values = fill(&two);
+    let loss = c.loss_at(&two, ACCUMULATE, &values);
+    loss.assigns.into_iter().for_each(|(p, t)| values[p.index()] = t);
+    let want = c.loss_at(&two, UPDATE, &values);
+    let got = c.loss_at(&one, STEP, &fill(&one));
+    assert_eq!(got.outputs["loss"], loss.outputs["loss"]);
+    assert!(got.outputs["grad_norm"].relative_error(&want.outputs["grad_norm"]) < 1e-6);
+    assert_eq!(got.assigns.len(), 6);
+    let start = fill(&one);
+    for (p, t) in &got.assigns {
+        let name = &one.params[p.index()].name;
+        let (_, w) = want.assigns.iter().find(|(q, _)| two.params[q.index()].name == *name).unwrap();
+        assert!(t.relative_error(w) < 1e-6 && *t != start[p.index()], "{name}");
+    }
+    let mut broken = fill(&one);
+    if let Data::F32(x) = &mut broken[0].data {
+        x[0] = f32::NAN;
+    }
+    let none = c.loss_at(&one, STEP, &broken);
+    assert!(none.outputs["loss"].floats()[0].is_nan());
+    for (p, t) in &none.assigns {
+        let bits = |t: &Tensor| t.floats().iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(t), bits(&broken[p.index()]), "{}", one.params[p.index()].name);
+    }
+}

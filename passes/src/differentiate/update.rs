@@ -1,6 +1,9 @@
 //! The entry `update`: one step of AdamW (Loshchilov & Hutter 2019) on every trained parameter, after clipping all
 //! gradients together by their norm.
 //!
+//! In an entry that steps at once there is no clipping, gradients are values of the entry, and what is assigned stays as it was
+//! where the loss is no number.
+//!
 //! Written in plain operators with the arithmetic of `torch.optim.AdamW` and `clip_grad_norm_`. What changes from step to
 //! step comes in as scalars, so schedules need no recompilation.
 //!
@@ -25,16 +28,17 @@ pub(super) const INPUTS: [&str; 8] =
 #[derive(Clone, Copy, Debug)]
 pub(super) struct State {
     pub(super) param: ParamId,
-    /// Sum of gradients since the last step.
-    pub(super) grad: ParamId,
+    /// Sum of gradients since the last step; none where steps are made at once.
+    pub(super) grad: Option<ParamId>,
     /// Running mean of gradients.
     m: ParamId,
     /// Running mean of squared gradients.
     v: ParamId,
 }
 
-/// Adds the state of a trained parameter to the graph, or finds it again. The moments have the type `moments`.
-pub(super) fn declare(g: &mut Graph, param: ParamId, moments: Option<&TensorType>) -> State {
+/// Adds the state of a trained parameter to the graph, or finds it again. The moments have the type `moments`. `sums`: gradients
+/// are added up.
+pub(super) fn declare(g: &mut Graph, param: ParamId, moments: Option<&TensorType>, sums: bool) -> State {
     let of = g.params[param.index()].clone();
     let mut state = |prefix: &str, ty: &TensorType| {
         let name = format!("{prefix}.{}", of.name);
@@ -42,22 +46,45 @@ pub(super) fn declare(g: &mut Graph, param: ParamId, moments: Option<&TensorType
             .unwrap_or_else(|| g.add_param(Param { name, ty: ty.clone(), role: Role::State, source: Source::Zeros }))
     };
     let moments = moments.unwrap_or(&of.ty);
-    State { param, grad: state("grad", &of.ty), m: state("adam.m", moments), v: state("adam.v", moments) }
+    let grad = sums.then(|| state("grad", &of.ty));
+    State { param, grad, m: state("adam.m", moments), v: state("adam.v", moments) }
 }
 
 /// The entry. Inputs f32 []: [`INPUTS`]. Output `grad_norm` f32 [], before clipping.
 pub(super) fn entry(params: &[Param], states: &[State], program: Option<&Entry>) -> Result<Entry, IrError> {
-    let mut s = Stepper::new(params, states)?;
-    let mut program = program.map(Program::new);
-    let mut assigns = vec![];
-    for (at, state) in states.iter().enumerate() {
-        let value = s.value(&mut program, at)?;
-        let (m, v) = s.moments(&mut program, at)?;
-        let clear = s.t.zeros(&params[state.param.index()].ty.shape)?;
-        assigns.extend([(state.param, value), (state.m, m), (state.v, v), (state.grad, clear)]);
-    }
-    if let Some(p) = &mut program {
-        assigns.extend(p.assigns(&mut s)?);
+    let mut s = Stepper::new(Tape::new(params, UPDATE), params, states, None)?;
+    let assigns = s.steps(program)?;
+    let mut e = s.t.finish();
+    e.output("grad_norm", s.norm);
+    assigns.into_iter().for_each(|(p, v)| e.assign(p, v));
+    Ok(e)
+}
+
+/// Gradients that the entry itself makes.
+pub(super) struct Gradients {
+    pub(super) values: Vec<ValueId>,
+    /// Sums of their squares, where they are made already.
+    pub(super) squares: Vec<Option<ValueId>>,
+    pub(super) loss: ValueId,
+}
+
+/// The same at the end of an entry that makes the gradients. The input `max_grad_norm` is there, but not used.
+pub(super) fn go_on<'a>(
+    tape: Tape<'a>,
+    params: &'a [Param],
+    states: &'a [State],
+    program: Option<&Entry>,
+    gradients: Gradients,
+) -> Result<Entry, IrError> {
+    let loss = gradients.loss;
+    let mut s = Stepper::new(tape, params, states, Some(gradients))?;
+    let size = s.t.unary(UnaryOp::Abs, loss)?;
+    let infinite = s.t.number(f32::INFINITY)?;
+    let sound = s.t.binary(BinaryOp::Lt, size, infinite)?;
+    let mut assigns = s.steps(program)?;
+    for (p, new) in &mut assigns {
+        let old = s.t.push(Op::Param(*p), &[])?;
+        *new = s.t.select(sound, *new, old)?;
     }
     let mut e = s.t.finish();
     e.output("grad_norm", s.norm);
@@ -92,8 +119,13 @@ pub(super) struct Stepper<'a> {
 }
 
 impl<'a> Stepper<'a> {
-    fn new(params: &'a [Param], states: &'a [State]) -> Result<Stepper<'a>, IrError> {
-        let mut t = Tape::new(params, UPDATE);
+    /// `made`: the gradients are values of the entry, and stay as they are; else they are in memory, and are clipped.
+    fn new(
+        mut t: Tape<'a>,
+        params: &'a [Param],
+        states: &'a [State],
+        made: Option<Gradients>,
+    ) -> Result<Stepper<'a>, IrError> {
         let mut inputs = [ValueId(0); 8];
         for (v, name) in inputs.iter_mut().zip(INPUTS) {
             *v = t.input(name)?;
@@ -118,15 +150,28 @@ impl<'a> Stepper<'a> {
         s.root(correction2)?;
         s.kept(lr, decay)?;
 
+        let clips = made.is_none();
         let mut squares = vec![];
-        for state in states {
-            let g = s.t.push(Op::Param(state.grad), &[])?;
-            let square = s.t.mul(g, g)?;
-            squares.push(s.t.sum_to(square, &[])?);
+        for (at, state) in states.iter().enumerate() {
+            let g = match (&made, state.grad) {
+                (Some(m), _) => m.values[at],
+                (None, Some(grad)) => s.t.push(Op::Param(grad), &[])?,
+                (None, None) => s.t.zeros(&params[state.param.index()].ty.shape)?,
+            };
+            squares.push(match made.as_ref().and_then(|m| m.squares[at]) {
+                Some(sum) => sum,
+                None => {
+                    let square = s.t.mul(g, g)?;
+                    s.t.sum_to(square, &[])?
+                }
+            });
             s.gradients.push(g);
         }
         let total = if let [only] = squares[..] { only } else { s.t.push(Op::Add, &squares)? };
         s.norm = s.t.unary(UnaryOp::Sqrt, total)?;
+        if !clips {
+            return Ok(s);
+        }
         let small = s.t.number(CLIP_EPS)?;
         let shifted = s.t.add(s.norm, small)?;
         let clip = s.t.div(most, shifted)?;
@@ -135,6 +180,25 @@ impl<'a> Stepper<'a> {
             *g = s.t.mul(*g, clip)?;
         }
         Ok(s)
+    }
+
+    /// What every trained parameter and its state become, and what the program assigns.
+    fn steps(&mut self, program: Option<&Entry>) -> Result<Vec<(ParamId, ValueId)>, IrError> {
+        let mut program = program.map(Program::new);
+        let (states, params) = (self.states, self.params);
+        let mut assigns = vec![];
+        for (at, state) in states.iter().enumerate() {
+            let value = self.value(&mut program, at)?;
+            let (m, v) = self.moments(&mut program, at)?;
+            assigns.extend([(state.param, value), (state.m, m), (state.v, v)]);
+            if let Some(grad) = state.grad {
+                assigns.push((grad, self.t.zeros(&params[state.param.index()].ty.shape)?));
+            }
+        }
+        if let Some(p) = &mut program {
+            assigns.extend(p.assigns(self)?);
+        }
+        Ok(assigns)
     }
 
     /// The place of the trained parameter of this name.

@@ -8,7 +8,7 @@
 use super::body::Region;
 use super::group::Partition;
 use pleach_ir::{Class, Entry, Layout, Op, Param, ParamId, RootKind, ValueId};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 impl Partition {
     /// Decides anew, for the groups as they are now.
@@ -17,6 +17,13 @@ impl Partition {
         self.overwrites.clear();
         self.refresh();
         let mut taken: BTreeSet<ParamId> = BTreeSet::new();
+        let mut nodes: BTreeMap<ParamId, Vec<ValueId>> = BTreeMap::new();
+        for v in e.values().filter(|v| !self.is_dead(*v)) {
+            if let Op::Param(p) = e.node(v).op {
+                nodes.entry(p).or_default().push(v);
+            }
+        }
+        let none = vec![];
         for r in &e.roots {
             let RootKind::Assign(p) = r.kind else { continue };
             let mut chain = vec![self.alias_base(e, r.value)];
@@ -31,7 +38,10 @@ impl Partition {
                 chain.push(t);
             }
             let fresh = chain.iter().all(|v| self.is_computed(*v) && !self.in_place.contains_key(v));
-            if fresh && taken.insert(p) && self.may_overwrite(e, params, p, &chain) {
+            if fresh
+                && taken.insert(p)
+                && self.may_overwrite(e, &params[p.index()], nodes.get(&p).unwrap_or(&none), &chain)
+            {
                 for v in chain {
                     self.in_place.insert(v, p);
                 }
@@ -52,14 +62,18 @@ impl Partition {
         e.roots.iter().any(|r| self.alias_base(e, r.value) == v)
     }
 
-    /// Whether the values of `chain` (the assigned one first, then what it updates) can lie in the buffer of `p`; if so,
-    /// the groups that read `p` are put before the one that writes it first.
-    fn may_overwrite(&mut self, e: &Entry, params: &[(Param, Layout)], p: ParamId, chain: &[ValueId]) -> bool {
-        let (param, layout) = &params[p.index()];
+    /// Whether the values of `chain` (the assigned one first, then what it updates) can lie in the buffer of a parameter, which
+    /// `nodes` stand for; if so, the groups that read it are put before the one that writes it first.
+    fn may_overwrite(
+        &mut self,
+        e: &Entry,
+        (param, layout): &(Param, Layout),
+        nodes: &[ValueId],
+        chain: &[ValueId],
+    ) -> bool {
         if *layout != Layout::RowMajor || chain.iter().any(|v| self.kept_out.contains(v)) {
             return false;
         }
-        let nodes: Vec<ValueId> = e.values().filter(|x| e.node(*x).op == Op::Param(p) && !self.is_dead(*x)).collect();
         if nodes.iter().any(|x| self.is_root(e, *x)) {
             return false;
         }

@@ -7,13 +7,23 @@ use crate::run::Values;
 use crate::session::Session;
 use pleach_plan::{DType, Role, Source};
 
-/// The computing side of training. [`Session`] is one, given a plan with the entries `accumulate` and `update`.
+/// The computing side of training. [`Session`] is one, given a plan with the entries `accumulate` and `update`, or
+/// `step`.
 pub trait Machine {
     /// Runs an entry with those of these inputs that it takes, and gives one number of what it computes.
     ///
     /// # Errors
     /// Inputs that the entry refuses, and an output that is no number `[]`.
     fn run(&mut self, entry: &str, inputs: &[(&str, Values<'_>)], output: &str) -> Result<f32>;
+
+    /// Runs the entry `step`, which makes a whole optimizer step of one micro-batch, and gives its loss and the gradient's norm;
+    /// `None` where there is no such entry.
+    ///
+    /// # Errors
+    /// As [`Machine::run`].
+    fn step(&mut self, _: &[(&str, Values<'_>)]) -> Option<Result<[f32; 2]>> {
+        None
+    }
 
     /// Names of everything that a run changes and a checkpoint must hold: trained tensors, moments, statistics.
     fn changing(&self) -> Vec<String>;
@@ -36,14 +46,12 @@ pub trait Machine {
 
 impl Machine for Session {
     fn run(&mut self, entry: &str, inputs: &[(&str, Values<'_>)], output: &str) -> Result<f32> {
-        let e = self.plan().entry(entry)?;
-        let takes = |n: &str| e.inputs.iter().any(|x| x.name == n);
-        let given: Vec<(&str, Values<'_>)> = inputs.iter().filter(|(n, _)| takes(n)).copied().collect();
-        let out = Session::run(self, entry, &given)?;
-        let values = out.f32(output)?;
-        values.first().copied().ok_or_else(|| {
-            crate::error::RuntimeError::Values(format!("output `{output}` of `{entry}` is empty, expected one number"))
-        })
+        numbers(self, entry, inputs, [output]).map(|[x]| x)
+    }
+
+    fn step(&mut self, inputs: &[(&str, Values<'_>)]) -> Option<Result<[f32; 2]>> {
+        let there = self.plan().entry("step").is_ok();
+        there.then(|| numbers(self, "step", inputs, ["loss", "grad_norm"]))
     }
 
     fn changing(&self) -> Vec<String> {
@@ -67,6 +75,26 @@ impl Machine for Session {
     fn write(&mut self, name: &str, dtype: DType, bytes: &[u8]) -> Result<()> {
         self.write_param(name, dtype, bytes)
     }
+}
+
+/// Runs an entry with those of these inputs that it takes, and gives outputs that are single numbers.
+fn numbers<const N: usize>(
+    session: &mut Session,
+    entry: &str,
+    inputs: &[(&str, Values<'_>)],
+    outputs: [&str; N],
+) -> Result<[f32; N]> {
+    let e = session.plan().entry(entry)?;
+    let takes = |n: &str| e.inputs.iter().any(|x| x.name == n);
+    let given: Vec<(&str, Values<'_>)> = inputs.iter().filter(|(n, _)| takes(n)).copied().collect();
+    let out = Session::run(session, entry, &given)?;
+    let mut found = [0.0; N];
+    for (to, output) in found.iter_mut().zip(outputs) {
+        *to = out.f32(output)?.first().copied().ok_or_else(|| {
+            crate::error::RuntimeError::Values(format!("output `{output}` of `{entry}` is empty, expected one number"))
+        })?;
+    }
+    Ok(found)
 }
 
 impl MicroBatch {

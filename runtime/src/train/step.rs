@@ -1,7 +1,8 @@
 //! One optimizer step: micro-batches, loss over all their counted targets, AdamW.
 //!
 //! The loss of a step is the mean over all counted targets of all its micro-batches; their number is known beforehand,
-//! so each micro-batch is scaled by its inverse. Sums over micro-batches are made here, in order, in f64.
+//! so each micro-batch is scaled by its inverse. Sums over micro-batches are made here, in order, in f64. A machine with an
+//! entry `step` makes a step of one micro-batch, without clipping and events, in one run.
 
 use super::data::{Order, Rows};
 use super::events::{Events, Moment};
@@ -152,24 +153,8 @@ pub fn step_with(
     let targets: u64 = batches.iter().map(|b| b.labels.len() as u64).sum();
     let tokens = batches.iter().map(|b| b.input_ids.len() as u64).sum();
     let scale = [1.0 / targets.max(1) as f32];
-    at(Moment::Before, machine)?;
-    let mut loss = 0.0;
-    for b in &batches {
-        // Without a target there is neither loss nor gradient.
-        if !b.labels.is_empty() {
-            loss += f64::from(machine.run("accumulate", &b.values(&scale), "loss")?);
-        }
-    }
-    let number = step + 1;
-    let fail = |what: &str, x: f64| {
-        let why = "lower the learning rate or clip the gradient (--max-grad-norm), and check the data";
-        Err(RuntimeError::Values(format!("the {what} of step {number} is {x}; {why}")))
-    };
-    if !loss.is_finite() {
-        return fail("loss", loss);
-    }
-    at(Moment::Gradients, machine)?;
     let lr = settings.rate(step);
+    let number = step + 1;
     let correction = |beta: f64| 1.0 - beta.powf(number as f64);
     let values: [(&str, f64); 8] = [
         ("lr", lr),
@@ -183,6 +168,37 @@ pub fn step_with(
     ];
     let values = values.map(|(n, x)| (n, [x as f32]));
     let inputs: Vec<(&str, Values<'_>)> = values.iter().map(|(n, x)| (*n, Values::F32(x))).collect();
+    let fail = |what: &str, x: f64| {
+        let why = "lower the learning rate or clip the gradient (--max-grad-norm), and check the data";
+        Err(RuntimeError::Values(format!("the {what} of step {number} is {x}; {why}")))
+    };
+    if let ([b], None, None) = (&batches[..], settings.max_grad_norm, events)
+        && !b.labels.is_empty()
+    {
+        let all: Vec<(&str, Values<'_>)> = b.values(&scale).into_iter().chain(inputs.iter().copied()).collect();
+        if let Some(made) = machine.step(&all) {
+            let [loss, grad_norm] = made?.map(f64::from);
+            if !loss.is_finite() {
+                return fail("loss", loss);
+            }
+            if !grad_norm.is_finite() {
+                return fail("gradient's norm", grad_norm);
+            }
+            return Ok(Stepped { step: number, loss, lr, grad_norm, tokens, targets });
+        }
+    }
+    at(Moment::Before, machine)?;
+    let mut loss = 0.0;
+    for b in &batches {
+        // Without a target there is neither loss nor gradient.
+        if !b.labels.is_empty() {
+            loss += f64::from(machine.run("accumulate", &b.values(&scale), "loss")?);
+        }
+    }
+    if !loss.is_finite() {
+        return fail("loss", loss);
+    }
+    at(Moment::Gradients, machine)?;
     let grad_norm = f64::from(machine.run("update", &inputs, "grad_norm")?);
     if !grad_norm.is_finite() {
         return fail("gradient's norm", grad_norm);

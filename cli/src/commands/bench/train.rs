@@ -29,11 +29,12 @@ pub(super) fn train(ui: &Ui, args: &BenchTrainArgs) -> Result<()> {
     let mut session = open(ui, &training, weights)?;
     session.prepare_all()?;
     let open_ms = opened.elapsed().as_secs_f64() * 1e3;
-    let rows = random_rows(&training, args.accum);
+    let rows = random_rows(&training, args.shape.accum);
     let settings = Settings {
         batch: args.shape.batch,
-        accum: args.accum,
+        accum: args.shape.accum,
         steps: args.steps + 1,
+        max_grad_norm: args.shape.max_grad_norm,
         max_length: training.max_length,
         shuffle: false,
         ..Settings::default()
@@ -62,14 +63,14 @@ pub(super) fn train(ui: &Ui, args: &BenchTrainArgs) -> Result<()> {
     let mut gauge = on_host(&training.ready.plan).then(|| Gauge::flops(ui)).transpose()?;
     measured(&mut gauge)?;
     let peak = measured(&mut gauge)?;
-    let tokens = args.shape.batch * training.max_length * args.accum;
-    let flops = flops(&training, args.accum)?;
+    let tokens = args.shape.batch * training.max_length * args.shape.accum;
+    let flops = flops(&training, args.shape.accum)?;
     let mut out = Map::new();
     let mut put = |k: &str, v: Value| drop(out.insert(k.into(), v));
     put("method", args.method.method.clone().into());
     put("batch", args.shape.batch.into());
     put("max_length", training.max_length.into());
-    put("accum", args.accum.into());
+    put("accum", args.shape.accum.into());
     put("threads", session.threads().into());
     put("step_ms", json!({"median": median_ms, "min": times[0]}));
     put("first_step_ms", first_ms.into());
@@ -130,8 +131,8 @@ fn flops(training: &Training, accum: u64) -> Result<u64> {
         })
     })?;
     let mut sum = 0u64;
-    for (name, times) in [("accumulate", accum), ("update", 1)] {
-        for step in &plan.entry(name)?.steps {
+    for (name, times) in [("accumulate", accum), ("update", 1), ("step", 1)] {
+        for step in plan.entry(name).map_or(&[][..], |e| &e.steps) {
             let k = &plan.kernels[step.kernel as usize];
             if k.class == "contraction" {
                 sum += times * k.flops.eval(&env)?;
