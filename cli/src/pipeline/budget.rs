@@ -18,8 +18,10 @@ use pleach_runtime::{TensorSource, plan_memory};
 /// the forward half stops (every second one is about a layer). At the last ones whatever can be built again is.
 const LADDER: [(f64, usize); 8] = [(2.0, 2), (4.0, 2), (8.0, 2), (16.0, 2), (32.0, 2), (64.0, 2), (1e5, 4), (1e5, 8)];
 
-/// Trials of the price, and of the share of the forward half.
-const TRIALS: usize = 3;
+/// Trials of the price.
+const PRICES: usize = 3;
+/// Trials of the share of the forward half: the last one is about a layer.
+const SHARES: usize = 5;
 
 /// The graph after all passes, and their reports.
 ///
@@ -76,7 +78,7 @@ pub(super) fn passes(
             low = price.byte_us;
         }
         if let Some(mut high) = high {
-            for _ in 0..TRIALS {
+            for _ in 0..PRICES {
                 let price = Price { every: high.every, ..Price::flat((low * high.byte_us).sqrt()) };
                 let next = finish(Some(price))?;
                 if total(&next.0)? <= budget {
@@ -86,7 +88,7 @@ pub(super) fn passes(
                 }
             }
             let (mut none, mut all) = (0.0, 1.0);
-            for _ in 0..TRIALS {
+            for _ in 0..SHARES {
                 let early = (none + all) / 2.0;
                 let next = finish(Some(Price { byte_us: low, early, ..high }))?;
                 if total(&next.0)? <= budget {

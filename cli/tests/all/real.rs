@@ -83,3 +83,40 @@ fn minilm() {
     let flat: Vec<f64> = cosine.into_iter().flatten().collect();
     assert!(relative(&flat, &want["cosine"].1) <= TOLERANCE, "{flat:?}");
 }
+
+/// What PaCA keeps for the backward half beside LoRA of the same rank, before anything is built again: next to nothing only because a
+/// weight is trained, and less in all. What is left in common are mostly the values of activation functions and norms, in f32.
+#[test]
+fn trained_columns_keep_less_in_smollm2() {
+    let gguf = root("models/smollm2.gguf");
+    if !gguf.is_file() {
+        println!("skipped: models/smollm2.gguf is not there, run `make models`");
+        return;
+    }
+    let folder = Folder::new("smollm2-kept");
+    let pleach = Pleach::new(&folder);
+    let model = text(&folder.join("smollm2"));
+    pleach.ok(&["import", &text(&gguf), "--out", &model, "--quiet"]);
+    for (dtype, most) in [("f32", 0.83), ("bf16", 0.88)] {
+        let kept = |method: &str| -> (f64, f64) {
+            let head =
+                ["plan", &model, "--method", method, "--r", "16", "--target-modules", "all-linear", "--dtype", dtype];
+            let tail = ["--batch", "4", "--max-length", "128", "--disable", "recompute", "--json", "--quiet"];
+            let v: serde_json::Value = serde_json::from_str(&pleach.ok(&[&head[..], &tail].concat())).unwrap();
+            let list = v["saved"].as_array().unwrap();
+            let sum = |only: bool| {
+                let counted = list.iter().filter(|s| !only || s["trained_only"] == true);
+                counted.map(|s| s["bytes"].as_f64().unwrap()).sum::<f64>()
+            };
+            (sum(false), sum(true))
+        };
+        let (columns, low_rank) = (kept("paca"), kept("lora"));
+        println!(
+            "{dtype}: {:.3} of LoRA's bytes, {:.3} of those for trained weights",
+            columns.0 / low_rank.0,
+            columns.1 / low_rank.1
+        );
+        assert!(columns.1 <= 0.05 * low_rank.1, "{dtype}: {columns:?} beside {low_rank:?}");
+        assert!(columns.0 <= most * low_rank.0, "{dtype}: {columns:?} beside {low_rank:?}");
+    }
+}

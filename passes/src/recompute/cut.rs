@@ -6,11 +6,12 @@
 //! are always there. Costs are integers, so the cut is the same everywhere.
 
 use super::{gradients, narrow};
+use crate::chunk;
 use crate::options::Options;
 use petgraph::algo::maximum_flow::dinics;
 use petgraph::graph::{DiGraph, NodeIndex};
 use petgraph::visit::EdgeRef;
-use pleach_ir::{Entry, Op, Sym, TensorType, UnaryOp, ValueId};
+use pleach_ir::{Dim, Entry, Op, Sym, TensorType, UnaryOp, ValueId};
 
 /// No finite sum of costs reaches this.
 const NEVER: u64 = 1 << 52;
@@ -31,6 +32,19 @@ pub(super) fn counts(tokens: u64) -> impl Fn(Sym) -> Option<u64> {
 /// Bytes of a type at these counts.
 pub(super) fn bytes(ty: &TensorType, tokens: u64) -> u64 {
     ty.bytes(&counts(tokens)).unwrap_or(0)
+}
+
+/// Which values exist for a few rows at a time only: huge ones over a symbol that no attention ties together, which `chunk` runs
+/// window by window, forward and backward half of a window one after the other. Keeping them costs nothing that building them
+/// again would save.
+pub(super) fn windowed(e: &Entry, tokens: u64) -> Vec<bool> {
+    let rows = |v: ValueId| match e.ty(v).shape.first() {
+        Some(Dim::Symbol(s)) => Some(*s),
+        _ => None,
+    };
+    let tied: Vec<Option<Sym>> = e.values().filter(|v| e.node(*v).op.is_attention()).map(rows).collect();
+    let free = |s: Option<Sym>| s.is_some() && s != Some(Sym::S) && s != Some(Sym::S1) && !tied.contains(&s);
+    e.values().map(|v| free(rows(v)) && bytes(e.ty(v), tokens) > chunk::LEAST).collect()
 }
 
 /// Microseconds to compute a value again, as a member of a fused kernel.
@@ -82,6 +96,7 @@ pub(super) fn rebuilt(e: &Entry, opts: &Options) -> Vec<bool> {
             e.node(v).inputs.iter().filter(|i| !gradient[i.index()]).for_each(|i| wanted[i.index()] = true);
         }
     }
+    let windowed = windowed(e, tokens);
     let crossing = narrow::Forward::new(e, &forward_result, opts).crossing(opts.price().every);
     let count = gradient.iter().filter(|x| !**x).count().max(1) as f64;
     let mut position = 0.0;
@@ -95,11 +110,12 @@ pub(super) fn rebuilt(e: &Entry, opts: &Options) -> Vec<bool> {
         let price = opts.price();
         let byte_us = if position / count <= price.early { price.early_byte_us } else { price.byte_us };
         let cost = |us: f64| ((us * UNIT).round() as u64).min(NEVER);
-        g.add_edge(needed, again, cost(bytes(e.ty(v), tokens) as f64 * byte_us).max(1));
+        let kept = if windowed[v.index()] { 0.0 } else { bytes(e.ty(v), tokens) as f64 * byte_us };
+        g.add_edge(needed, again, cost(kept).max(1));
         // what no forward result needs is computed once either way
         let once = !forward_result[v.index()] && !matches!(e.node(v).op, Op::AttentionLse(_));
         let time = if once { 0.0 } else { time_us(e, v, opts) };
-        g.add_edge(again, sink, if crossing[v.index()] { NEVER } else { cost(time) });
+        g.add_edge(again, sink, if crossing[v.index()] || windowed[v.index()] { NEVER } else { cost(time) });
         for i in &e.node(v).inputs {
             if let Some((needed, _)) = at[i.index()] {
                 g.add_edge(again, needed, NEVER);
@@ -135,7 +151,7 @@ pub(super) fn rebuilt(e: &Entry, opts: &Options) -> Vec<bool> {
 }
 
 /// Which values a result needs that depends on no gradient but the loss itself.
-fn forward(e: &Entry, gradient: &[bool]) -> Vec<bool> {
+pub(super) fn forward(e: &Entry, gradient: &[bool]) -> Vec<bool> {
     let mut out = vec![false; e.nodes.len()];
     for r in &e.roots {
         if matches!(r.kind, pleach_ir::RootKind::Output(_)) {

@@ -107,3 +107,94 @@ fn depth_first(e: &Entry, marked: &[bool]) -> Vec<ValueId> {
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recompute::{Price, gradients, saved as kept};
+    use crate::testing::same_results;
+    use crate::{Pipeline, run};
+    use pleach_ir::Graph;
+    use pleach_ir::text::parse;
+
+    /// Blocks that widen a stream, bend it and narrow it again, and add the result to the stream; then the gradient of the
+    /// stream's sum back through them. Also the values of the stream after each block.
+    fn chain(blocks: usize, width: u64) -> (Graph, Vec<ValueId>) {
+        let (wide, thin) = (format!("f32[T,{width}]"), "f32[T,8]");
+        let mut text = format!(
+            "graph core\nparam @0 \"up\" f32[8,{width}] frozen checkpoint(\"up\")\n\
+             param @1 \"down\" f32[{width},8] frozen checkpoint(\"down\")\n\
+             param @2 \"g\" f32[8,8] state zeros\nentry \"accumulate\" {{\n\
+             %0 = input \"x\" : {thin}\n%1 = input \"loss_scale\" : f32[]\n%2 = param @0 : f32[8,{width}]\n\
+             %3 = param @1 : f32[{width},8]\n%4 = param @2 : f32[8,8]\n%5 = neg(%0) : {thin}\n"
+        );
+        let (mut n, mut stream, mut streams, mut bent) = (6, 5, vec![], vec![]);
+        let mut push = |line: String| {
+            text += &format!("%{n} = {line}\n");
+            n += 1;
+            n - 1
+        };
+        for _ in 0..blocks {
+            let up = push(format!("matmul(%{stream}, %2) : {wide}"));
+            let exp = push(format!("sigmoid(%{up}) : {wide}"));
+            let down = push(format!("matmul(%{exp}, %3) : {thin}"));
+            stream = push(format!("add(%{stream}, %{down}) : {thin}"));
+            streams.push(ValueId(stream));
+            bent.push(exp);
+        }
+        let rows = push(format!("reduce_sum(%{stream}) {{axis = 1}} : f32[T]"));
+        let sum = push(format!("reduce_sum(%{rows}) {{axis = 0}} : f32[]"));
+        let loss = push(format!("mul(%1, %{sum}) : f32[]"));
+        let mut dy = push(format!("broadcast(%1) {{axes = []}} : {thin}"));
+        for exp in bent.iter().rev() {
+            let dexp = push(format!("matmul(%{dy}, %3) {{tb}} : {wide}"));
+            let dup = push(format!("mul(%{dexp}, %{exp}) : {wide}"));
+            let dx = push(format!("matmul(%{dup}, %2) {{tb}} : {thin}"));
+            dy = push(format!("add(%{dy}, %{dx}) : {thin}"));
+        }
+        let dw = push(format!("matmul(%0, %{dy}) {{ta}} : f32[8,8]"));
+        let g = push(format!("add(%4, %{dw}) : f32[8,8]"));
+        text += &format!("output \"loss\" %{loss}\nassign @2 %{g}\n}}\n");
+        (parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}")), streams)
+    }
+
+    fn crossing(g: &Graph, every: usize) -> Vec<ValueId> {
+        let e = &g.entries[0];
+        let forward = cut::forward(e, &gradients(e));
+        let marked = Forward::new(e, &forward, &Options::default()).crossing(every);
+        e.values().filter(|v| marked[v.index()]).collect()
+    }
+
+    #[test]
+    fn the_stream_between_blocks_is_what_crosses() {
+        let (g, streams) = chain(5, 64);
+        assert_eq!(crossing(&g, 1), streams[..4], "one place between two blocks, none after the last");
+        // counted from the last
+        assert_eq!(crossing(&g, 2), [streams[1], streams[3]]);
+        assert_eq!(crossing(&g, 4), [streams[3]]);
+        assert_eq!(crossing(&g, 0), []);
+    }
+
+    #[test]
+    fn without_a_rise_on_both_sides_nothing_is_narrow() {
+        // one value as wide as the stream beside it: live bytes never double
+        assert_eq!(crossing(&chain(5, 2).0, 1), []);
+        assert_eq!(crossing(&chain(1, 64).0, 1), [], "a single block has no place between two");
+    }
+
+    #[test]
+    fn at_a_high_price_what_crosses_a_stop_is_kept_and_nothing_else() {
+        let (g, streams) = chain(5, 64);
+        let wanted = |every: usize, streams: &[ValueId]| {
+            let opts = Options { recompute: Some(Price { every, ..Price::flat(1e6) }), ..Options::default() };
+            let out = run(&g, &Pipeline::of(&["recompute"]), &opts).unwrap_or_else(|e| panic!("{e}"));
+            same_results(&g, &out.graph, 1e-5);
+            let e = &out.graph.entries[0];
+            let list = kept(&out.graph, e, &opts);
+            assert!(list.iter().all(|s| s.ty == *g.entries[0].ty(streams[0])), "{list:?}");
+            assert_eq!(list.len(), streams.len(), "{list:?}");
+        };
+        wanted(1, &streams[..4]);
+        wanted(2, &[streams[1], streams[3]]);
+    }
+}

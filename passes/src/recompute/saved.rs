@@ -46,7 +46,18 @@ pub(super) fn base(e: &Entry, mut v: ValueId) -> ValueId {
     }
 }
 
-/// The values that an entry keeps for its backward half, in the order they are made. Empty without a backward half.
+/// Which values are made of an input that has elements: what only parameters and settings are made of is no activation.
+fn of_inputs(e: &Entry) -> Vec<bool> {
+    let mut out: Vec<bool> = Vec::with_capacity(e.nodes.len());
+    for n in &e.nodes {
+        let input = matches!(n.op, Op::Input { .. }) && n.ty.rank() > 0;
+        out.push(input || n.inputs.iter().any(|i| out[i.index()]));
+    }
+    out
+}
+
+/// The values that an entry keeps for its backward half, in the order they are made, but for those that exist window by window only
+/// and those that no input goes into. Empty without a backward half.
 pub fn saved(_: &Graph, e: &Entry, opts: &Options) -> Vec<Saved> {
     let seeded = gradients(e);
     // a clone belongs to the backward half as well: its leaves wait for a gradient
@@ -61,8 +72,10 @@ pub fn saved(_: &Graph, e: &Entry, opts: &Options) -> Vec<Saved> {
         }
     }
     let tokens = opts.tokens(&e.name);
+    let (windowed, made) = (cut::windowed(e, tokens), of_inputs(e));
     readers
         .into_iter()
+        .filter(|(v, _)| !windowed[v.index()] && made[v.index()])
         .map(|(v, by)| {
             let n = e.node(v);
             let product = |r: &ValueId| {
