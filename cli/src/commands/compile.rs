@@ -34,7 +34,9 @@ pub(crate) fn compile(ui: &Ui, args: &CompileArgs) -> Result<()> {
         entries.push("evaluate");
     }
     let train = if entries.contains(&"train") {
-        Some(crate::training::request(&args.model, &args.method, &args.shape_of_training)?)
+        let part = crate::training::request(&args.model, &args.method, &args.shape_of_training)?;
+        // Whoever trains by the file says how many micro-batches a step has.
+        Some(crate::pipeline::TrainPart { at_once: false, ..part })
     } else {
         None
     };

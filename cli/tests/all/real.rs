@@ -97,7 +97,7 @@ fn trained_columns_keep_less_in_smollm2() {
     let pleach = Pleach::new(&folder);
     let model = text(&folder.join("smollm2"));
     pleach.ok(&["import", &text(&gguf), "--out", &model, "--quiet"]);
-    for (dtype, most) in [("f32", 0.83), ("bf16", 0.88)] {
+    for (dtype, most) in [("f32", 0.835), ("bf16", 0.885)] {
         let kept = |method: &str| -> (f64, f64) {
             let head =
                 ["plan", &model, "--method", method, "--r", "16", "--target-modules", "all-linear", "--dtype", dtype];
