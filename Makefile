@@ -27,10 +27,11 @@ models: setup
 demo: build models
 	@bash demo/run.sh
 
-# Tests that need ptxas or a fetched model skip visibly where it could not be fetched.
+# Tests that need ptxas, a fetched model or a browser skip visibly where it could not be fetched.
 test: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --features pleach-tests/llvm -- -D warnings
+	@bash scripts/setup_chromium.sh || echo "Chromium could not be installed: the tests of the page are skipped" >&2
 	@$(PYTHON) scripts/fetch_models.py || echo "the models could not be fetched: their tests are skipped" >&2
 	@ptxas=$$($(PYTHON) scripts/fetch_ptxas.py) && export PLEACH_PTXAS="$$ptxas" || \
 	    echo "ptxas could not be fetched: its tests are skipped" >&2; \

@@ -241,6 +241,9 @@ pub(crate) struct RunArgs {
     /// Write the result: `logits` [T, V] or `last_hidden_state` [T, d], f32
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
+    /// Measure every launch (each alone) and write the times: a chrome trace, which `inspect --profile` reads too
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
     /// Encoders: cosine similarities of the mean-pooled sequences
     #[arg(long)]
     pub similarity: bool,
@@ -278,6 +281,9 @@ pub(crate) struct GenerateArgs {
     /// Seed of the samples
     #[arg(long, value_name = "S", default_value_t = 0)]
     pub seed: u64,
+    /// Measure every launch (each alone) and write the times: a chrome trace, which `inspect --profile` reads too
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
     /// Print the new ids, comma separated, instead of text
     #[arg(long)]
     pub print_ids: bool,
@@ -327,7 +333,7 @@ pub(crate) struct InspectArgs {
     /// The graph as text
     #[arg(long)]
     pub ir: bool,
-    /// With --ir: `imported`, the name or number of a pass, or `final`
+    /// With --ir, --dot or --model-explorer: `imported`, the name or number of a pass, or `final`
     #[arg(long, value_name = "STAGE", default_value = "final")]
     pub stage: String,
     /// The graph for graphviz
@@ -354,12 +360,38 @@ pub(crate) struct InspectArgs {
     /// Rewrite rules: how often each fired and was chosen
     #[arg(long)]
     pub rules: bool,
-    /// Capacities for --memory
+    /// Capacities for --memory, --kernels and --html
     #[arg(long, value_name = "SYMBOL=N", value_delimiter = ',')]
     pub capacity: Vec<Count>,
+    /// One page with the graph, the passes, the memory and the kernels; it needs no network
+    #[cfg(feature = "compiler")]
+    #[arg(long, value_name = "OUT.html")]
+    pub html: Option<PathBuf>,
+    /// With --html: times that `run`, `generate` or `train` wrote with --profile
+    #[cfg(feature = "compiler")]
+    #[arg(long, value_name = "FILE", requires = "html")]
+    pub profile: Option<PathBuf>,
+    /// With --html: a page written before, to show beside this one; repeatable
+    #[cfg(feature = "compiler")]
+    #[arg(long, value_name = "OTHER.html", requires = "html")]
+    pub compare: Vec<PathBuf>,
+    /// Write the graph of --stage as JSON for Model Explorer
+    #[cfg(feature = "compiler")]
+    #[arg(long, value_name = "OUT.json")]
+    pub model_explorer: Option<PathBuf>,
     /// Everything as one JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+impl InspectArgs {
+    /// Whether a file for Model Explorer is asked for.
+    pub(crate) fn wants_explorer(&self) -> bool {
+        #[cfg(feature = "compiler")]
+        return self.model_explorer.is_some();
+        #[cfg(not(feature = "compiler"))]
+        false
+    }
 }
 
 /// `pleach merge`.

@@ -19,6 +19,7 @@ mod method;
 mod model;
 #[cfg(feature = "compiler")]
 mod pipeline;
+mod profile;
 mod ready;
 mod report;
 #[cfg(feature = "models")]

@@ -15,7 +15,7 @@ use pleach_codegen::emit::gpu::GpuChip;
 use pleach_frontend::adapter::{AdapterPlan, EventsPlan};
 use pleach_frontend::peft::MethodConfig;
 use pleach_frontend::{Adapter, Import, ModelConfig, eos_ids};
-use pleach_ir::{Dim, Graph, Role, Schedule};
+use pleach_ir::{Dim, Graph, Role};
 use pleach_passes::differentiate::{ACCUMULATE, STEP};
 use pleach_passes::fuse_kernels::{self, CutOptions};
 use pleach_passes::recompute::Saved;
@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 mod budget;
+pub(crate) mod stages;
 
 /// What to compile, and where the plan goes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -297,14 +298,6 @@ pub(crate) fn passes(graph: &Graph, request: &Request, keep_texts: bool) -> Resu
     Ok(pleach_passes::run(graph, &pipeline, &request.options())?)
 }
 
-/// Cuts a graph into kernels for the host.
-///
-/// # Errors
-/// A single operator that the target refuses.
-pub(crate) fn schedule(graph: &Graph, host: &HostTarget) -> Result<Schedule> {
-    Ok(fuse_kernels::schedule(graph, &host_cut(graph, host))?)
-}
-
 /// Weights are packed for inference only: a training step reads them both ways round.
 fn host_cut(graph: &Graph, host: &HostTarget) -> CutOptions<'static> {
     let trains = graph.entries.iter().any(|e| e.name == ACCUMULATE || e.name == STEP);
@@ -337,7 +330,10 @@ pub(crate) fn compile_here(request: &Request) -> Result<Vec<Row>> {
     }];
     let meta = request.meta(&model)?;
     let (graph, reports) = match &request.train {
-        Some(train) => budget::passes(&graph, request, train, &meta, &*model.weights()?)?,
+        Some(train) => {
+            let (graph, reports, _) = budget::passes(&graph, request, train, &meta, &*model.weights()?)?;
+            (graph, reports)
+        }
         None => {
             let outcome = passes(&graph, request, false)?;
             (outcome.graph, outcome.reports)

@@ -32,5 +32,5 @@ mod schedule;
 mod tests;
 
 pub use parse::parse;
-pub use print::{Place, lines, print, print_entry, print_node, print_param, quote};
+pub use print::{Place, lines, print, print_attributes, print_entry, print_node, print_param, quote};
 pub use schedule::{print_kernel, print_layout, print_schedule};

@@ -95,6 +95,8 @@ pub struct Report {
     pub note: String,
     /// Rewrite rules that did something.
     pub rules: Vec<RuleCount>,
+    /// What was rewritten into what, each distinct form once.
+    pub forms: Vec<rewrite::Form>,
     /// What is kept for the backward half, where the pass decides it.
     pub saved: Vec<recompute::Saved>,
 }
@@ -116,6 +118,8 @@ pub struct PassReport {
     pub note: String,
     /// Rewrite rules that did something.
     pub rules: Vec<RuleCount>,
+    /// What was rewritten into what, each distinct form once.
+    pub forms: Vec<rewrite::Form>,
     /// What is kept for the backward half, where the pass decides it.
     pub saved: Vec<recompute::Saved>,
 }
@@ -227,6 +231,7 @@ pub fn run_watched(
             ms,
             note: report.note,
             rules: report.rules,
+            forms: report.forms,
             saved: report.saved,
         });
         if changed && pipeline.print_ir_after_change {

@@ -15,6 +15,7 @@
 
 pub mod cost;
 pub mod extract;
+mod forms;
 pub mod halves;
 pub mod lang;
 pub mod region;
@@ -30,6 +31,7 @@ use crate::options::Options;
 use cost::{Extraction, Kind, Part, Setting};
 use egg::{Id, Language};
 use extract::Choice;
+pub use forms::{Form, Step};
 use halves::Halves;
 use lang::{ENode, Known, Label, SOURCE, Stage, World};
 use pleach_ir::{BinaryOp, Entry, Graph, IrError, Op, Root, ValueId};
@@ -130,6 +132,7 @@ pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, Pass
         });
     }
     fill(report, &found, &solved, &chosen);
+    report.forms = forms::forms(g, &found, &solved);
     Ok(out)
 }
 

@@ -27,6 +27,8 @@ pub struct Wave<'a> {
     pub dims: &'a [i64],
     /// The same, for expressions.
     pub env: &'a [u64],
+    /// Number of the first kernel's step in the entry; the others follow it.
+    pub first: usize,
     /// What each worker will read afterwards, as far as it is known.
     pub ahead: &'a [Window],
     /// In a loop: number of the loop in its entry, and of the window.
@@ -105,7 +107,8 @@ impl<'a> Steps<'a> {
                 let from = waves[i] as usize * self.bound.workers;
                 let ahead = self.bound.ahead.get(from..from + self.bound.workers).filter(|_| p.window.is_none());
                 let ahead = ahead.unwrap_or_default();
-                each(&Wave { works: &works, dims: &dims, env: p.env, ahead, window: p.window })?;
+                let first = i + 1 - works.len();
+                each(&Wave { works: &works, dims: &dims, env: p.env, first, ahead, window: p.window })?;
                 works.clear();
             }
         }

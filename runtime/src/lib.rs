@@ -41,7 +41,7 @@ pub use memory::{Memory, give_back, peak_rss, plan_memory};
 pub use params::ParamValues;
 pub use pleach_plan::random::Philox;
 pub use pool::{KernelFn, Launch, Pool};
-pub use profile::KernelTime;
+pub use profile::{KernelTime, Launched, StepTime, TIMELINE};
 pub use region::Region;
 pub use run::{Output, Outputs, Values};
 pub use sample::{Sampling, pick};

@@ -235,10 +235,10 @@ impl Session {
             return unsafe { self.device.run(&all) };
         };
         all.waves(env, &mut |wave| {
-            for w in wave.works {
+            for (i, w) in wave.works.iter().enumerate() {
                 // SAFETY: as above.
                 let time = unsafe { self.device.time(std::slice::from_ref(w), wave.dims)? };
-                profile.add(w.kernel, time, &plan.kernels[w.kernel as usize], wave.env);
+                profile.add(&plan, (index, wave.first + i), time, wave.env);
             }
             Ok(())
         })

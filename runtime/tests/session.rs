@@ -326,8 +326,17 @@ fn the_profile_counts_launches() {
     let p = s.profile();
     assert_eq!(p.len(), 3);
     assert!(p.iter().all(|k| k.calls == 3 && k.flops == 3 * 3 * D as u64));
+    // by step, and as a timeline: launches one after another
+    let (steps, line) = (s.step_times(), s.timeline());
+    assert_eq!((steps.len(), line.len()), (3, 9));
+    for t in &steps {
+        let of: Vec<u64> = line.iter().filter(|l| (l.entry, l.step) == (t.entry, t.step)).map(|l| l.ns).collect();
+        assert_eq!((of.len() as u64, of.iter().sum::<u64>(), of.iter().min()), (t.calls, t.ns, Some(&t.least_ns)));
+    }
+    assert!(line.windows(2).all(|w| w[0].start_ns + w[0].ns <= w[1].start_ns));
+    assert_eq!(steps.iter().map(|t| t.ns).sum::<u64>(), p.iter().map(|k| k.ns).sum::<u64>());
     s.set_profile(false);
-    assert!(s.profile().is_empty());
+    assert!(s.profile().is_empty() && s.timeline().is_empty());
 }
 
 #[test]

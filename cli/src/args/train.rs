@@ -220,6 +220,9 @@ pub(crate) struct TrainArgs {
     /// Also evaluate every so many steps
     #[arg(long, value_name = "N", requires = "eval")]
     pub eval_every: Option<u64>,
+    /// Measure every launch (each alone) and write the times: a chrome trace, which `inspect --profile` reads too
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
     /// What to write beside the metrics: jsonl, tensorboard
     #[arg(long, value_enum, value_delimiter = ',', default_value = "jsonl")]
     pub log: Vec<LogKind>,

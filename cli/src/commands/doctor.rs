@@ -23,7 +23,9 @@ pub(crate) fn doctor(args: &DoctorArgs) -> Result<()> {
         ("processor", processor()),
         ("cores", std::thread::available_parallelism().map_or("unknown".into(), |n| n.to_string())),
         ("vectors", vectors()),
+        ("caches", caches()),
         ("memory", memory()),
+        ("huge pages", huge_pages()),
     ];
     #[cfg(feature = "compiler")]
     facts.extend(compiler());
@@ -68,9 +70,53 @@ fn processor() -> String {
 
 fn vectors() -> String {
     let flags = field(&read("/proc/cpuinfo"), "flags").unwrap_or_default();
-    let known = ["avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16"];
+    let known = [
+        "avx2",
+        "fma",
+        "f16c",
+        "avx_vnni",
+        "avx512f",
+        "avx512bw",
+        "avx512cd",
+        "avx512dq",
+        "avx512vl",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx512_fp16",
+        "amx_tile",
+        "amx_bf16",
+    ];
     let have: Vec<&str> = known.into_iter().filter(|k| flags.split(' ').any(|f| f == *k)).collect();
     if have.is_empty() { "none that is used".into() } else { have.join(" ") }
+}
+
+/// The caches of the first core, as the system tells them.
+fn caches() -> String {
+    let one = |i: u32| {
+        let of = |what: &str| read(&format!("/sys/devices/system/cpu/cpu0/cache/index{i}/{what}")).trim().to_string();
+        let (level, kind, size) = (of("level"), of("type"), of("size"));
+        let shared = of("shared_cpu_list");
+        let kind = match kind.as_str() {
+            "Data" => "d",
+            "Instruction" => "i",
+            _ => "",
+        };
+        (!size.is_empty()).then(|| format!("L{level}{kind} {size} (cores {shared})"))
+    };
+    let list: Vec<String> = (0..8).filter_map(one).collect();
+    if list.is_empty() { "unknown".into() } else { list.join(", ") }
+}
+
+/// Transparent huge pages: which of the modes is on, how large they are, and what is reserved beside.
+fn huge_pages() -> String {
+    let folder = "/sys/kernel/mm/transparent_hugepage";
+    let mode = |name: &str| {
+        let text = read(&format!("{folder}/{name}"));
+        text.split('[').nth(1).and_then(|t| t.split(']').next()).unwrap_or("unknown").to_string()
+    };
+    let size = read(&format!("{folder}/hpage_pmd_size")).trim().parse().map_or("unknown size".into(), bytes);
+    let reserved = field(&read("/proc/meminfo"), "HugePages_Total").unwrap_or_else(|| "0".into());
+    format!("transparent: {} (of files: {}), {size}; reserved: {reserved}", mode("enabled"), mode("shmem_enabled"))
 }
 
 fn memory() -> String {
@@ -93,10 +139,19 @@ fn compiler() -> Vec<(&'static str, String)> {
     };
     vec![
         ("LLVM and MLIR", "22, built in".into()),
+        ("targets", targets()),
         ("processor class", class),
         ("linker", first_line(Command::new(std::env::var("CC").unwrap_or_else(|_| "cc".into())).arg("--version"))),
         ("compile cache", cache),
     ]
+}
+
+/// What plans can be compiled for.
+#[cfg(feature = "compiler")]
+fn targets() -> String {
+    use pleach_codegen::emit::gpu::GpuChip;
+    let chips = GpuChip::ALL.map(GpuChip::name);
+    format!("x86_64 (avx2, avx512), NVPTX ({})", chips.join(", "))
 }
 
 #[cfg(feature = "compiler")]

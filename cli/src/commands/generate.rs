@@ -3,6 +3,7 @@
 use crate::args::GenerateArgs;
 use crate::failure::{Failure, Result};
 use crate::inputs::parse_ids;
+use crate::profile;
 use crate::ready::ready;
 use crate::report::{self, Ui};
 use crate::text;
@@ -39,6 +40,7 @@ pub(crate) fn generate(ui: &Ui, args: &GenerateArgs) -> Result<()> {
     }
     let needed = [("T", (prompt.len() as u64).min(CHUNK)), ("S", 1), ("C", length), ("P", length)];
     let mut session = ready.session(ui, &args.capacity, &needed)?;
+    session.set_profile(args.profile.is_some());
     let params = GenerateParams {
         max_new_tokens: usize::try_from(args.max_new_tokens).unwrap_or(usize::MAX),
         sampling,
@@ -57,6 +59,9 @@ pub(crate) fn generate(ui: &Ui, args: &GenerateArgs) -> Result<()> {
         return Err(e);
     }
     shown.finish()?;
+    if let Some(file) = &args.profile {
+        profile::write(ui, &session, "pleach generate", file)?;
+    }
     let s = done.stats;
     let rate = |n: u64, t: std::time::Duration| if n > 0 { n as f64 / t.as_secs_f64().max(1e-9) } else { 0.0 };
     ui.note(&format!(

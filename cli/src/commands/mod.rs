@@ -3,7 +3,7 @@
 #[cfg(feature = "models")]
 mod adapter;
 #[cfg(feature = "compiler")]
-mod bench;
+pub(crate) mod bench;
 #[cfg(feature = "compiler")]
 mod compile;
 mod doctor;

@@ -2,6 +2,7 @@
 
 use crate::args::RunArgs;
 use crate::failure::{Failure, Result};
+use crate::profile;
 use crate::inputs::{InferInputs, Sequences, parse_ids, read_sequences, write_tensors};
 use crate::ready::ready;
 use crate::report::{self, Table, Ui};
@@ -32,6 +33,14 @@ pub(crate) fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
         [("T", sequences.ids.len() as u64), ("S", sequences.len() as u64), ("C", 1), ("P", sequences.longest())];
     let mut session = ready.session(ui, &args.capacity, &needed)?;
     let inputs = InferInputs::new(&sequences, encoder);
+    if let Some(file) = &args.profile {
+        // Weights are packed and pages come in before the clock starts.
+        session.run("infer", &inputs.values())?;
+        session.set_profile(true);
+        session.run("infer", &inputs.values())?;
+        profile::write(ui, &session, "pleach run", file)?;
+        session.set_profile(false);
+    }
     let outputs = session.run("infer", &inputs.values())?;
     let name = if encoder { "last_hidden_state" } else { "logits" };
     let output = outputs.get(name)?;

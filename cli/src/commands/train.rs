@@ -2,6 +2,7 @@
 
 use crate::args::{LogKind, ScheduleName, TrainArgs};
 use crate::failure::{Failure, Result};
+use crate::profile;
 use crate::report::{self, Ui, bytes, count};
 use crate::rows;
 use crate::tensorboard::{self, Events};
@@ -72,9 +73,13 @@ pub(crate) fn train(ui: &Ui, args: &TrainArgs) -> Result<()> {
         eval_every: args.eval_every,
         planned_peak_bytes: memory.total(),
     };
+    session.set_profile(args.profile.is_some());
     let clock = Instant::now();
     let sum = run(ui, args, &mut session, &job)?;
     let seconds = clock.elapsed().as_secs_f64();
+    if let Some(file) = &args.profile {
+        profile::write(ui, &session, "pleach train", file)?;
+    }
     done(ui, args, &sum, seconds, memory.total());
     Ok(())
 }

@@ -23,7 +23,7 @@ const PRICES: usize = 1;
 /// Trials of the share of the forward half: the last one is about a layer.
 const SHARES: usize = 5;
 
-/// The graph after all passes, and their reports.
+/// The graph after all passes, their reports, and the price that `recompute` ran with.
 ///
 /// # Errors
 /// The error of a pass. A budget that cannot be met gives the smallest plan seen; whoever opens it compares.
@@ -33,18 +33,18 @@ pub(super) fn passes(
     train: &TrainPart,
     meta: &Meta,
     weights: &dyn TensorSource,
-) -> Result<(Graph, Vec<PassReport>)> {
+) -> Result<(Graph, Vec<PassReport>, Option<Price>)> {
     let opts = request.options();
     let disable = request.disable.clone();
     let (last, first): (Vec<String>, Vec<String>) =
         Pipeline::default().passes.into_iter().partition(|p| p == "recompute");
     let before =
         pleach_passes::run(graph, &Pipeline { passes: first, disable: disable.clone(), ..Pipeline::default() }, &opts)?;
-    let finish = |price: Option<Price>| -> Result<(Graph, Vec<PassReport>)> {
+    let finish = |price: Option<Price>| -> Result<(Graph, Vec<PassReport>, Option<Price>)> {
         let opts = Options { recompute: price, ..opts.clone() };
         let pipeline = Pipeline { passes: last.clone(), disable: disable.clone(), ..Pipeline::default() };
         let out = pleach_passes::run(&before.graph, &pipeline, &opts)?;
-        Ok((out.graph, out.reports))
+        Ok((out.graph, out.reports, price))
     };
     let total = |graph: &Graph| -> Result<u64> {
         let mut s = fuse_kernels::cut(graph, &cut_of(request, graph)?)?;
@@ -101,5 +101,5 @@ pub(super) fn passes(
     }
     let mut reports = before.reports;
     reports.extend(best.1);
-    Ok((best.0, reports))
+    Ok((best.0, reports, best.2))
 }

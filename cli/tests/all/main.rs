@@ -1,12 +1,14 @@
 //! The built `pleach` binary, driven as a user drives it. One test program, so that one link is paid.
 #![allow(clippy::print_stdout, reason = "a test that is skipped says so")]
 
+mod browser;
 mod cases;
 mod commands;
 mod cuda;
 mod damaged;
 mod docs;
 mod kit;
+mod page;
 mod real;
 mod solvers;
 mod train;

@@ -7,10 +7,12 @@
 //!
 //! Every thread has a context of its own; nothing is shared between threads but LLVM's target registry.
 
+mod lines;
 mod llvm;
 mod target;
 
 use crate::error::CodegenError;
+pub use lines::{assembly_with_lines, ptx_with_lines};
 use llvm::{LlvmModule, Machine};
 use melior::Context;
 use melior::dialect::DialectRegistry;
@@ -92,11 +94,21 @@ impl Worker {
     }
 
     fn lower(&self, text: &str, target: &HostTarget, t: &mut Stages) -> Result<(LlvmModule, Machine), CodegenError> {
+        self.lower_by(text, target, HOST_PIPELINE, t)
+    }
+
+    fn lower_by(
+        &self,
+        text: &str,
+        target: &HostTarget,
+        pipeline: &str,
+        t: &mut Stages,
+    ) -> Result<(LlvmModule, Machine), CodegenError> {
         let clock = Instant::now();
         let mut module = self.parse(text)?;
         t.parse = clock.elapsed();
         let clock = Instant::now();
-        self.run(&mut module, HOST_PIPELINE)?;
+        self.run(&mut module, pipeline)?;
         t.passes = clock.elapsed();
         let clock = Instant::now();
         let machine = Machine::host(target)?;
@@ -231,20 +243,28 @@ pub fn assembly(module_text: &str, target: &HostTarget) -> Result<String, Codege
 /// # Errors
 /// [`CodegenError::Lowering`]. An operator that the chip lacks may abort the process instead: callers check first.
 pub fn compile_ptx(module_text: &str, chip: &str) -> Result<String, CodegenError> {
+    ptx_by(module_text, &gpu_pipeline(chip)?)
+}
+
+/// Lowering of kernels for a chip, to PTX.
+fn gpu_pipeline(chip: &str) -> Result<String, CodegenError> {
     let number: u32 = chip.strip_prefix("sm_").map_or("", |s| s.trim_end_matches('a')).parse().unwrap_or(0);
     if number < 70 {
         let why = format!("{chip} is no supported chip; use sm_70 or later, such as sm_80");
         return Err(CodegenError::Lowering { stage: "target", why });
     }
     let isa = if number >= 90 { "+ptx83" } else { "+ptx78" };
-    let pipeline = format!(
+    Ok(format!(
         "builtin.module(convert-scf-to-cf,convert-cf-to-llvm,gpu.module(convert-vector-to-llvm,convert-math-to-llvm,\
          convert-arith-to-llvm,convert-nvvm-to-llvm,canonicalize,cse,reconcile-unrealized-casts),\
          nvvm-attach-target{{chip={chip} features={isa} O=3}},gpu-module-to-binary{{format=isa}})"
-    );
+    ))
+}
+
+fn ptx_by(module_text: &str, pipeline: &str) -> Result<String, CodegenError> {
     with_worker(|w| {
         let mut module = w.parse(module_text)?;
-        w.run(&mut module, &pipeline)?;
+        w.run(&mut module, pipeline)?;
         llvm::gpu_object(&module).ok_or_else(|| w.error("emission", "the module has no gpu.module"))
     })
 }

@@ -102,7 +102,7 @@ pub fn print_node(v: ValueId, n: &Node) -> String {
         let ids: Vec<String> = n.inputs.iter().map(ValueId::to_string).collect();
         let _ = write!(s, "({})", ids.join(", "));
     }
-    s.push_str(&attributes(&n.op));
+    s.push_str(&print_attributes(&n.op));
     let _ = write!(s, " : {}", n.ty);
     if let Some(o) = &n.origin {
         let _ = write!(s, " from {}", quote(o));
@@ -110,8 +110,8 @@ pub fn print_node(v: ValueId, n: &Node) -> String {
     s
 }
 
-/// What an operator's line holds besides its operands and type, with the space before it.
-fn attributes(op: &Op) -> String {
+/// What an operator's line holds besides its operands and type, with the space before it; empty where there is nothing.
+pub fn print_attributes(op: &Op) -> String {
     match op {
         Op::Input { name, .. } => format!(" {}", quote(name)),
         Op::Param(p) => format!(" {p}"),

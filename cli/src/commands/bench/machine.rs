@@ -23,7 +23,7 @@ const REPEATS: usize = 5;
 
 /// One way of measuring the machine, to be repeated beside what is compared with it: the machine is shared, and its best
 /// moment counts.
-pub(super) struct Gauge {
+pub(crate) struct Gauge {
     session: Session,
     entry: &'static str,
     work: f64,
@@ -35,7 +35,7 @@ impl Gauge {
     ///
     /// # Errors
     /// The code cannot be compiled or loaded.
-    pub(super) fn flops(ui: &Ui) -> Result<Gauge> {
+    pub(crate) fn flops(ui: &Ui) -> Result<Gauge> {
         let host = host()?;
         let chains = if host.isa == HostIsa::Avx512 { 16 } else { 10 };
         let lanes = host.isa.lanes() as u64;
@@ -58,7 +58,7 @@ impl Gauge {
     ///
     /// # Errors
     /// The code cannot be compiled or loaded, or there is no room.
-    pub(super) fn bandwidth(ui: &Ui, bytes: u64) -> Result<Gauge> {
+    pub(crate) fn bandwidth(ui: &Ui, bytes: u64) -> Result<Gauge> {
         let host = host()?;
         let lanes = host.isa.lanes() as u64;
         let tasks = bytes.div_ceil(CHUNK).max(1);
@@ -89,7 +89,7 @@ impl Gauge {
     ///
     /// # Errors
     /// None but what a run gives.
-    pub(super) fn measure(&mut self) -> Result<f64> {
+    pub(crate) fn measure(&mut self) -> Result<f64> {
         for _ in 0..REPEATS {
             let clock = Instant::now();
             self.session.run(self.entry, &[])?;

@@ -11,7 +11,7 @@ use crate::inputs::{InferInputs, Sequences};
 use crate::pipeline::total;
 use crate::ready::{Ready, ready};
 use crate::report::{self, Table, Ui};
-use machine::Gauge;
+pub(crate) use machine::Gauge;
 use pleach_plan::{BufferKind, Plan};
 use pleach_runtime::{GenerateParams, KernelTime, Philox, Sampling, Session, random_weights};
 use serde_json::{Map, Value, json};

@@ -2,6 +2,10 @@
 
 #[cfg(feature = "compiler")]
 mod model;
+#[cfg(feature = "compiler")]
+mod model_explorer;
+#[cfg(feature = "compiler")]
+mod page;
 mod plan;
 
 use crate::args::InspectArgs;
@@ -14,18 +18,17 @@ use crate::report::Ui;
 /// Files that are refused, a stage that does not exist, and whatever the passes refuse.
 pub(crate) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
     if crate::ready::looks_like_a_plan(&args.model.model) {
-        if args.ir || args.mlir || args.asm || args.ptx || args.rules || args.dot {
+        if args.ir || args.mlir || args.asm || args.rules || args.dot || args.wants_explorer() {
             let why =
-                "a plan holds no graph: give the model folder to see --ir, --mlir, --asm, --ptx, --rules or --dot";
+                "a plan holds no graph: give the model folder to see --ir, --mlir, --asm, --rules, --dot or --model-explorer";
             return Err(Failure::usage(why));
         }
-        return plan::inspect(args);
+        return plan::inspect(ui, args);
     }
     #[cfg(feature = "compiler")]
     return model::inspect(ui, args);
     #[cfg(not(feature = "compiler"))]
     {
-        let _ = ui;
         Err(Failure::usage("this build has no compiler and inspects plans only (F.pleach)"))
     }
 }

@@ -1,24 +1,35 @@
 //! Every stage of a model folder: the graph as imported, after each pass, cut into kernels, and their code.
 
-use super::plan;
-use crate::args::InspectArgs;
+use super::page::{self, Made, Subject};
+use super::{model_explorer, plan};
+use crate::args::{Count, InspectArgs};
 use crate::failure::{Failure, Result};
+use crate::pipeline::stages::{self, Stages};
 use crate::pipeline::{self, Request, table};
+use crate::ready::Ready;
 use crate::report::{self, Table, Ui};
 use pleach_codegen::emit::gpu;
 use pleach_codegen::{compile, mlir};
 use pleach_ir::{Class, Graph, Schedule, Sym, text};
 use pleach_passes::fuse_kernels::{self, CutOptions};
-use pleach_passes::{Outcome, PassReport};
+use pleach_passes::PassReport;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
-/// Stages up to the schedule.
-struct Stages {
+/// A compilation with everything on its way.
+struct Seen {
     request: Request,
-    imported: Graph,
-    outcome: Outcome,
-    schedule: Schedule,
+    stages: Stages,
+}
+
+impl Seen {
+    fn last(&self) -> &Graph {
+        self.stages.last()
+    }
+
+    fn schedule(&self) -> &Schedule {
+        &self.stages.schedule
+    }
 }
 
 pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
@@ -38,21 +49,30 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
     let entries = if chosen.is_empty() { all.to_vec() } else { chosen };
     request = Request { train: request.train, ..Request::new(ui, &args.model, &entries, &[])? };
     let imported = request.import(&model)?;
-    if args.ir && args.stage == "imported" {
-        report::print(&text::print(&imported));
-        return Ok(());
+    let s = Seen { stages: stages::stages(imported, &request, &model)?, request };
+    let ready = || -> Result<Ready> {
+        Ok(crate::ready::compile(ui, &args.model, &entries, &[], s.request.train.clone())?.1)
+    };
+    if let Some(out) = &args.html {
+        let ready = ready()?;
+        let env = plan::env(&ready.plan, &capacity(args, &s.request))?;
+        let made = Some(Made { stages: &s.stages, request: &s.request, rows: &ready.origin.rows });
+        page::write(ui, args, &Subject { plan: &ready.plan, env, made }, out)?;
     }
-    let outcome = pipeline::passes(&imported, &request, args.ir)?;
-    let schedule = pipeline::schedule(&outcome.graph, &request.host()?)?;
-    let s = Stages { request, imported, outcome, schedule };
+    if let Some(out) = &args.model_explorer {
+        let graph = graph(&s, &args.stage)?;
+        let text = model_explorer::collection(&args.model.model, graph).to_string();
+        std::fs::write(out, text).map_err(Failure::io("write", out))?;
+        ui.note(&format!("{} written", out.display()));
+    }
     if args.json {
-        return as_json(ui, args, &s, &entries);
+        return as_json(args, &s, &ready()?);
     }
     if args.ir {
         report::print(&stage(&s, &args.stage)?);
     }
     if args.dot {
-        for e in &s.outcome.graph.entries {
+        for e in &graph(&s, &args.stage)?.entries {
             report::print(&pleach_ir::view::to_dot(e));
         }
     }
@@ -63,48 +83,70 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
         ptx(args, &s)?;
     }
     if args.rules {
-        report::print(&rules(&s.outcome.reports));
+        report::print(&rules(&s.stages.reports));
     }
     if args.kernels || args.memory {
-        let (_, ready) = crate::ready::compile(ui, &args.model, &entries, &[], s.request.train.clone())?;
+        let ready = ready()?;
+        let capacity = capacity(args, &s.request);
         if args.kernels {
-            report::print(&plan::kernels(&ready.plan, args.kernel.as_deref(), &args.capacity)?);
+            report::print(&plan::kernels(&ready.plan, args.kernel.as_deref(), &capacity)?);
         }
         if args.memory {
-            report::print(&plan::memory(&ready.plan, &args.capacity)?);
+            report::print(&plan::memory(&ready.plan, &capacity)?);
         }
     }
-    if !(args.ir || args.dot || args.mlir || args.asm || args.ptx || args.rules || args.kernels || args.memory) {
+    let shown = [args.ir, args.dot, args.mlir, args.asm, args.ptx, args.rules, args.kernels, args.memory];
+    if !shown.contains(&true) && args.html.is_none() && args.model_explorer.is_none() {
         report::print(&summary(&s));
     }
     Ok(())
 }
 
-/// The text of a stage, by name, number or as the last one.
-fn stage(s: &Stages, name: &str) -> Result<String> {
-    match name {
-        "final" => return Ok(text::print(&s.outcome.graph)),
-        "schedule" => return Ok(text::print_schedule(&s.schedule)),
-        _ => {}
+/// Counts that sizes are shown for: those given, then those that training was asked for.
+fn capacity(args: &InspectArgs, request: &Request) -> Vec<Count> {
+    let mut out = args.capacity.clone();
+    if let Some(t) = &request.train {
+        for (symbol, value) in t.capacities().capacities {
+            if !out.iter().any(|c| c.symbol == symbol) {
+                out.push(Count { symbol, value });
+            }
+        }
+    }
+    out
+}
+
+/// The graph of a stage, by its label, the name or number of a pass (the last of that name), `imported` or `final`.
+fn graph<'s>(s: &'s Seen, name: &str) -> Result<&'s Graph> {
+    if name == "final" {
+        return Ok(s.last());
     }
     let wanted = |label: &str| {
-        let (number, pass) = label.split_once("-after-").unwrap_or(("", label));
-        label == name || pass == name || number.parse::<u32>().ok() == name.parse().ok()
+        let (number, pass) = label.split_once('-').unwrap_or(("", label));
+        let number_is = number.parse::<u32>().is_ok_and(|n| name.parse() == Ok(n));
+        label == name || label == name.replacen("-after-", "-", 1) || pass == name || number_is
     };
-    if let Some((_, text)) = s.outcome.dumps.iter().rfind(|(label, _)| wanted(label)) {
-        return Ok(text.clone());
+    let graphs = &s.stages.graphs;
+    if let Some((_, g)) = graphs.iter().rfind(|(label, _)| wanted(label)) {
+        return Ok(g);
     }
-    let known = s.outcome.dumps.iter().map(|d| d.0.as_str());
-    let list: Vec<&str> = ["imported"].into_iter().chain(known).chain(["final", "schedule"]).collect();
-    Err(Failure::usage(format!("no stage `{name}` changed the graph; there are: {}", list.join(", "))))
+    let known: Vec<&str> = graphs.iter().map(|g| g.0.as_str()).chain(["final", "schedule"]).collect();
+    Err(Failure::usage(format!("there is no stage `{name}`; there are: {}", known.join(", "))))
+}
+
+/// The text of a stage.
+fn stage(s: &Seen, name: &str) -> Result<String> {
+    match name {
+        "schedule" => Ok(text::print_schedule(s.schedule())),
+        name => Ok(text::print(graph(s, name)?)),
+    }
 }
 
 /// The kernels as MLIR or as assembly.
-fn code(args: &InspectArgs, s: &Stages) -> Result<()> {
+fn code(args: &InspectArgs, s: &Seen) -> Result<()> {
     let host = s.request.host()?;
-    let emitted = compile::emit_all(&s.schedule, &host)?;
+    let emitted = compile::emit_all(s.schedule(), &host)?;
     let only = args.kernel.as_deref().unwrap_or_default();
-    for (k, e) in s.schedule.kernels.iter().zip(&emitted).filter(|(k, _)| k.name.contains(only)) {
+    for (k, e) in s.schedule().kernels.iter().zip(&emitted).filter(|(k, _)| k.name.contains(only)) {
         if args.mlir {
             report::print(&format!("// {}\n{}\n", k.name, e.text.trim_end()));
         }
@@ -116,10 +158,10 @@ fn code(args: &InspectArgs, s: &Stages) -> Result<()> {
 }
 
 /// The kernels as PTX; weights are row-major there.
-fn ptx(args: &InspectArgs, s: &Stages) -> Result<()> {
+fn ptx(args: &InspectArgs, s: &Seen) -> Result<()> {
     let chip = s.request.gpu().unwrap_or(gpu::GpuChip::Sm80);
     let cut = CutOptions { supported: &compile::supported_gpu, panels: &[] };
-    let schedule = fuse_kernels::schedule(&s.outcome.graph, &cut)?;
+    let schedule = fuse_kernels::schedule(s.last(), &cut)?;
     let symbols: Vec<Sym> = compile::plan_symbols(&schedule).iter().filter_map(|x| Sym::new(&x.name)).collect();
     let only = args.kernel.as_deref().unwrap_or_default();
     for k in schedule.kernels.iter().filter(|k| k.name.contains(only)) {
@@ -139,8 +181,8 @@ fn operators(g: &Graph) -> BTreeMap<&'static str, usize> {
     n
 }
 
-fn summary(s: &Stages) -> String {
-    let (before, after) = (operators(&s.imported), operators(&s.outcome.graph));
+fn summary(s: &Seen) -> String {
+    let (before, after) = (operators(&s.stages.graphs[0].1), operators(s.last()));
     let mut t = Table::new(&["operator", "imported", "final"]);
     let mut names: Vec<&str> = before.keys().chain(after.keys()).copied().collect();
     names.sort_unstable();
@@ -149,12 +191,12 @@ fn summary(s: &Stages) -> String {
         let of = |m: &BTreeMap<&str, usize>| m.get(n).copied().unwrap_or(0).to_string();
         t.row([n.to_string(), of(&before), of(&after)]);
     }
-    let rows: Vec<pipeline::Row> = s.outcome.reports.iter().map(pipeline::Row::pass).collect();
+    let rows: Vec<pipeline::Row> = s.stages.reports.iter().map(pipeline::Row::pass).collect();
     let mut e = Table::new(&["entry", "nodes", "launches"]);
-    for (g, c) in s.outcome.graph.entries.iter().zip(&s.schedule.entries) {
+    for (g, c) in s.last().entries.iter().zip(&s.schedule().entries) {
         e.row([g.name.clone(), g.nodes.len().to_string(), c.steps.len().to_string()]);
     }
-    format!("{}\n{}\n{}{} kernels\n", t.text(), table(&rows), e.text(), s.schedule.kernels.len())
+    format!("{}\n{}\n{}{} kernels\n", t.text(), table(&rows), e.text(), s.schedule().kernels.len())
 }
 
 fn rules(reports: &[PassReport]) -> String {
@@ -167,10 +209,9 @@ fn rules(reports: &[PassReport]) -> String {
     t.text()
 }
 
-fn as_json(ui: &Ui, args: &InspectArgs, s: &Stages, entries: &[&str]) -> Result<()> {
-    let stage = |name: &str, g: &Graph| json!({"stage": name, "nodes": pleach_passes::manager::node_count(g), "operators": operators(g)});
+fn as_json(args: &InspectArgs, s: &Seen, ready: &Ready) -> Result<()> {
     let passes: Vec<Value> = s
-        .outcome
+        .stages
         .reports
         .iter()
         .map(|r| {
@@ -182,34 +223,36 @@ fn as_json(ui: &Ui, args: &InspectArgs, s: &Stages, entries: &[&str]) -> Result<
             })
         })
         .collect();
+    let capacity = capacity(args, &s.request);
     let mut out = Map::new();
-    out.insert("stages".into(), stages(s, &stage)?.into());
+    out.insert("stages".into(), stages_json(s).into());
     out.insert("passes".into(), passes.into());
-    let (_, ready) = crate::ready::compile(ui, &args.model, entries, &[], s.request.train.clone())?;
-    out.insert("kernels".into(), plan::kernels_json(&ready.plan, &args.capacity)?);
-    out.insert("memory".into(), plan::memory_json(&ready.plan, &args.capacity)?);
+    out.insert("kernels".into(), plan::kernels_json(&ready.plan, &capacity)?);
+    out.insert("memory".into(), plan::memory_json(&ready.plan, &capacity)?);
     if let Some(list) = ready.plan.meta.extra.get("saved") {
         out.insert("saved".into(), list.clone());
     }
     if args.ir {
-        out.insert("ir".into(), self::stage(s, &args.stage)?.into());
+        out.insert("ir".into(), stage(s, &args.stage)?.into());
+    }
+    if args.dot {
+        let list = graph(s, &args.stage)?.entries.iter().map(pleach_ir::view::to_dot);
+        out.insert("dot".into(), list.collect::<Vec<_>>().into());
     }
     report::json(&Value::Object(out));
     Ok(())
 }
 
-/// Operator counts of every stage: one more pass each time.
-fn stages(s: &Stages, stage: &dyn Fn(&str, &Graph) -> Value) -> Result<Vec<Value>> {
-    let mut list = vec![stage("imported", &s.imported)];
-    let default = pleach_passes::Pipeline::default();
-    let mut graph = s.imported.clone();
-    let passes: Vec<&String> = default.passes.iter().filter(|p| !s.request.disable.contains(p)).collect();
-    for name in passes {
-        graph = pleach_passes::run(&graph, &pleach_passes::Pipeline::of(&[name]), &s.request.options())?.graph;
-        list.push(stage(name, &graph));
-    }
+/// Operator counts of every stage.
+fn stages_json(s: &Seen) -> Vec<Value> {
+    let stage = |(label, g): &(String, Graph)| {
+        let name = label.split_once('-').map_or(&label[..], |l| l.1);
+        json!({"stage": name, "nodes": pleach_passes::manager::node_count(g), "operators": operators(g)})
+    };
+    let mut list: Vec<Value> = s.stages.graphs.iter().map(stage).collect();
     let mut n: BTreeMap<&str, usize> = BTreeMap::new();
-    for k in s.schedule.entries.iter().flat_map(|e| &e.steps).map(|x| &s.schedule.kernels[x.kernel.0 as usize]) {
+    let schedule = s.schedule();
+    for k in schedule.entries.iter().flat_map(|e| &e.steps).map(|x| &schedule.kernels[x.kernel.0 as usize]) {
         let class = match k.class {
             Class::Row => "row",
             Class::Contraction => "contraction",
@@ -218,6 +261,6 @@ fn stages(s: &Stages, stage: &dyn Fn(&str, &Graph) -> Value) -> Result<Vec<Value
         };
         *n.entry(class).or_insert(0) += 1;
     }
-    list.push(json!({"stage": "schedule", "kernels": s.schedule.kernels.len(), "launches": n}));
-    Ok(list)
+    list.push(json!({"stage": "schedule", "kernels": schedule.kernels.len(), "launches": n}));
+    list
 }

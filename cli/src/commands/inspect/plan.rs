@@ -2,19 +2,25 @@
 
 use crate::args::{Count, InspectArgs};
 use crate::failure::{Failure, Result};
-use crate::report::{self, Table, bytes, count};
-use pleach_plan::{Plan, Residency, Source};
+use crate::report::{self, Table, Ui, bytes, count};
+use pleach_plan::{BlobKind, Plan, Residency, Source};
 use serde_json::{Value, json};
 
 /// Tokens, cache slots and sequences that sizes are shown for when none are given.
 const CAPACITY: [(&str, u64); 4] = [("T", 512), ("L", 512), ("C", 1024), ("S", 1)];
 
-pub(super) fn inspect(args: &InspectArgs) -> Result<()> {
+pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
     let path = &args.model.model;
     let plan = Plan::read(path).map_err(|e| match e {
         e @ pleach_plan::PlanError::Io { .. } => Failure::from(e),
         e => Failure::from(e).within(&path.display().to_string()),
     })?;
+    #[cfg(feature = "compiler")]
+    if let Some(out) = &args.html {
+        let subject = super::page::Subject { plan: &plan, env: env(&plan, &args.capacity)?, made: None };
+        return super::page::write(ui, args, &subject, out);
+    }
+    let _ = ui;
     if args.json {
         report::json(&json!({
             "target": plan.target, "meta": plan.meta, "entries": entries_json(&plan),
@@ -22,7 +28,15 @@ pub(super) fn inspect(args: &InspectArgs) -> Result<()> {
         }));
         return Ok(());
     }
-    if !args.kernels && !args.memory {
+    if args.ptx {
+        let texts = plan.blobs.iter().filter(|b| b.kind == BlobKind::Ptx);
+        let all: String = texts.map(|b| format!("// {}\n{}\n", b.name, String::from_utf8_lossy(&b.bytes))).collect();
+        if all.is_empty() {
+            return Err(Failure::usage("this plan is for a processor: it holds machine code, no PTX"));
+        }
+        report::print(&all);
+    }
+    if !args.kernels && !args.memory && !args.ptx {
         report::print(&summary(&plan));
     }
     if args.kernels {
@@ -35,7 +49,7 @@ pub(super) fn inspect(args: &InspectArgs) -> Result<()> {
 }
 
 /// Values of the symbols: those given, else a nominal capacity.
-fn env(plan: &Plan, given: &[Count]) -> Result<Vec<u64>> {
+pub(super) fn env(plan: &Plan, given: &[Count]) -> Result<Vec<u64>> {
     let value = |name: &str| {
         let given = given.iter().find(|c| c.symbol == name).map(|c| c.value);
         let nominal = CAPACITY.iter().find(|c| c.0 == name).map(|c| c.1);
