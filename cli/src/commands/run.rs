@@ -2,8 +2,8 @@
 
 use crate::args::RunArgs;
 use crate::failure::{Failure, Result};
-use crate::profile;
 use crate::inputs::{InferInputs, Sequences, parse_ids, read_sequences, write_tensors};
+use crate::profile;
 use crate::ready::ready;
 use crate::report::{self, Table, Ui};
 use crate::text;

@@ -158,7 +158,13 @@ impl Browser {
     /// A key, or a text, typed.
     pub(crate) fn press(&mut self, key: &str) {
         for kind in ["keyDown", "keyUp"] {
-            let text = if key == "Enter" { "\r" } else if key.len() == 1 { key } else { "" };
+            let text = if key == "Enter" {
+                "\r"
+            } else if key.len() == 1 {
+                key
+            } else {
+                ""
+            };
             let code = match key {
                 "Enter" => 13,
                 "Escape" => 27,

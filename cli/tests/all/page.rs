@@ -10,7 +10,9 @@ use std::path::Path;
 fn program() -> Option<String> {
     let p = browser::program();
     if p.is_none() {
-        println!("skipped: no Chromium is there; scripts/setup_chromium.sh installs Debian's, PLEACH_CHROMIUM names another");
+        println!(
+            "skipped: no Chromium is there; scripts/setup_chromium.sh installs Debian's, PLEACH_CHROMIUM names another"
+        );
     }
     p
 }
@@ -90,7 +92,8 @@ fn trained() -> Trained {
     let (model, data) = (text(&fixture("llama-tiny")), text(&fixture("train/rows.jsonl")));
     let (out, profile, page) =
         (text(&folder.join("out")), text(&folder.join("p.json")), text(&folder.join("train.html")));
-    let method = ["--method", "lora", "--r", "4", "--target-modules", "all-linear", "--batch", "2", "--max-length", "16"];
+    let method =
+        ["--method", "lora", "--r", "4", "--target-modules", "all-linear", "--batch", "2", "--max-length", "16"];
     let run = ["train", &model, "--data", &data, "--out", &out, "--max-steps", "3", "--profile", &profile];
     pleach.ok(&[&run[..], &method[..]].concat());
     trace_is_sound(&profile);
@@ -110,7 +113,8 @@ fn trace_is_sound(file: &str) {
     let steps = v["pleach"]["entries"].as_array().unwrap().iter().flat_map(|e| e["steps"].as_array().unwrap());
     let told: f64 = steps.map(|s| number(s, "ns") / 1e3).sum();
     assert!((sum - told).abs() <= 1e-6 * told, "{sum} µs of launches, {told} µs told");
-    let names: Vec<&str> = v["pleach"]["entries"].as_array().unwrap().iter().filter_map(|e| e["entry"].as_str()).collect();
+    let names: Vec<&str> =
+        v["pleach"]["entries"].as_array().unwrap().iter().filter_map(|e| e["entry"].as_str()).collect();
     assert!(names.contains(&"accumulate") && names.contains(&"update"), "{names:?}");
 }
 
@@ -121,7 +125,13 @@ fn a_training_run_in_every_tab() {
     for dark in [false, true] {
         let theme = if dark { "dark" } else { "light" };
         let mut b = Browser::open(&program, Path::new(&t.page), dark);
-        let tabs = [("graph", "aside h2"), ("passes", ".diff-row"), ("memory", ".arena canvas"), ("kernels", ".ln"), ("profile", "canvas.timeline")];
+        let tabs = [
+            ("graph", "aside h2"),
+            ("passes", ".diff-row"),
+            ("memory", ".arena canvas"),
+            ("kernels", ".ln"),
+            ("profile", "canvas.timeline"),
+        ];
         for (tab, inside) in tabs {
             b.click(&format!("#tab-{tab}"));
             b.wait(&format!("!document.querySelector('#panel-{tab}').hidden"));
@@ -151,7 +161,10 @@ fn search_finds(b: &mut Browser) {
     for word in ["matmul", "down_proj", "dtype", "shape", "Inputs", "Users"] {
         assert!(shown.contains(word), "{word} is not in: {shown}");
     }
-    assert!(b.js(&format!("{GRAPH}.scene.shown[{GRAPH}.selected.i] >= 0 && {GRAPH}.elemOf({GRAPH}.selected).kind")) == "node");
+    assert!(
+        b.js(&format!("{GRAPH}.scene.shown[{GRAPH}.selected.i] >= 0 && {GRAPH}.elemOf({GRAPH}.selected).kind"))
+            == "node"
+    );
     b.picture("tiny-search");
     b.press("Enter");
     b.wait(&format!("{GRAPH}.found === 1 && {GRAPH}.results.length === {found}"));
@@ -173,7 +186,9 @@ fn layers_fold(b: &mut Browser) {
     b.click(&sign("e.item.stack", 45, 16));
     b.wait(&format!("{GRAPH}.scene.elems.length === {folded}"));
     b.click(&sign("e.kind === 'stack'", 14, 16));
-    b.wait(&format!("{GRAPH}.scene.elems.length > {folded} && {GRAPH}.scene.elems.find((e) => e.kind === 'stack').item.open"));
+    b.wait(&format!(
+        "{GRAPH}.scene.elems.length > {folded} && {GRAPH}.scene.elems.find((e) => e.kind === 'stack').item.open"
+    ));
     b.picture("tiny-open");
     b.js(&format!("{GRAPH}.all(true)"));
     // everything is in sight: one element for each node that is no parameter
@@ -224,14 +239,16 @@ fn the_rest_is_there(b: &mut Browser) {
     // every kernel has all three texts, and some lines of machine code know where they stem from
     let texts = b.js("pleach.data.kernels.every((k) => k.ir && k.mlir && k.code && k.lines.length === k.code.trimEnd().split('\\n').length)");
     assert_eq!(texts, true);
-    let linked = b.js("pleach.data.kernels.every((k) => k.lines.some((l) => l > 1 && l <= k.mlir.split('\\n').length))");
+    let linked =
+        b.js("pleach.data.kernels.every((k) => k.lines.some((l) => l > 1 && l <= k.mlir.split('\\n').length))");
     assert_eq!(linked, true);
 }
 
 fn two_plans(program: &str, t: &Trained) {
     let model = text(&fixture("llama-tiny"));
     let both = text(&t.folder.join("both.html"));
-    let method = ["--method", "paca", "--r", "4", "--target-modules", "all-linear", "--batch", "2", "--max-length", "16"];
+    let method =
+        ["--method", "paca", "--r", "4", "--target-modules", "all-linear", "--batch", "2", "--max-length", "16"];
     t.pleach.ok(&[&["inspect", &model, "--html", &both, "--compare", &t.page][..], &method[..]].concat());
     let mut b = Browser::open(program, Path::new(&both), false);
     b.click("#tab-memory");
@@ -259,7 +276,8 @@ fn a_plan_file_shows_what_it_has() {
     let steps = b.js("pleach.data.graphs[0].entries.map((e) => e.n)");
     assert!(steps.as_array().unwrap().iter().any(|n| n.as_u64() > Some(10)), "{steps}");
     b.was_quiet();
-    let message = pleach.fails(1, &["inspect", &plan, "--html", &page, "--compare", &text(&fixture("llama-tiny").join("config.json"))]);
+    let message = pleach
+        .fails(1, &["inspect", &plan, "--html", &page, "--compare", &text(&fixture("llama-tiny").join("config.json"))]);
     assert!(message.contains("holds no data"), "{message}");
 }
 
@@ -269,7 +287,8 @@ fn thirty_two_layers_are_small_and_fluid() {
     let pleach = Pleach::new(&folder);
     let (model, page) = (folder.join("model"), text(&folder.join("large.html")));
     shaped(&model, 32, 4096, 14336, 32, 8, 128_256);
-    let method = ["--method", "lora", "--r", "16", "--target-modules", "all-linear", "--batch", "1", "--max-length", "2048"];
+    let method =
+        ["--method", "lora", "--r", "16", "--target-modules", "all-linear", "--batch", "1", "--max-length", "2048"];
     pleach.ok(&[&["inspect", &text(&model), "--html", &page, "--dtype", "bf16"][..], &method[..]].concat());
     let size = std::fs::metadata(&page).unwrap().len();
     println!("a page of 32 layers: {:.2} MB", size as f64 / 1e6);
@@ -277,12 +296,18 @@ fn thirty_two_layers_are_small_and_fluid() {
     let Some(program) = program() else { return };
     let mut b = Browser::open(&program, Path::new(&page), false);
     b.picture("large");
-    let layers = b.js(&format!("{GRAPH}.scene.elems.filter((e) => e.kind === 'stack').map((e) => e.item.members.length)"));
+    let layers =
+        b.js(&format!("{GRAPH}.scene.elems.filter((e) => e.kind === 'stack').map((e) => e.item.members.length)"));
     assert!(layers.as_array().unwrap().iter().any(|n| n.as_u64() >= Some(28)), "equal layers are one stack: {layers}");
     // all of a stage opened at once: at least 20,000 nodes over the entries, the largest alone drawn
     let opened = b.js(&format!("(() => {{ const t = performance.now(); {GRAPH}.all(true); return [{GRAPH}.entry.n, {GRAPH}.scene.elems.length, performance.now() - t]; }})()"));
     let frames = b.js(FRAMES);
-    println!("{} nodes, {} elements opened and laid out in {:.0} ms; drawing, ms median and worst: {frames}", opened[0], opened[1], opened[2].as_f64().unwrap());
+    println!(
+        "{} nodes, {} elements opened and laid out in {:.0} ms; drawing, ms median and worst: {frames}",
+        opened[0],
+        opened[1],
+        opened[2].as_f64().unwrap()
+    );
     b.picture("large-all-open");
     b.was_quiet();
 }

@@ -61,7 +61,8 @@ fn take_lines(text: &str) -> (String, Vec<u32>) {
             at = 0;
         }
         // Only instructions stem from anything.
-        let instruction = !word.is_empty() && !word.starts_with(['.', '#', '/', '$', '{', '}', ')']) && !word.ends_with(':');
+        let instruction =
+            !word.is_empty() && !word.starts_with(['.', '#', '/', '$', '{', '}', ')']) && !word.ends_with(':');
         lines.push(if instruction { at } else { 0 });
         out.push_str(line);
         out.push('\n');

@@ -11,8 +11,8 @@ use crate::report::{self, Table, Ui};
 use pleach_codegen::emit::gpu;
 use pleach_codegen::{compile, mlir};
 use pleach_ir::{Class, Graph, Schedule, Sym, text};
-use pleach_passes::fuse_kernels::{self, CutOptions};
 use pleach_passes::PassReport;
+use pleach_passes::fuse_kernels::{self, CutOptions};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
@@ -50,9 +50,8 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
     request = Request { train: request.train, ..Request::new(ui, &args.model, &entries, &[])? };
     let imported = request.import(&model)?;
     let s = Seen { stages: stages::stages(imported, &request, &model)?, request };
-    let ready = || -> Result<Ready> {
-        Ok(crate::ready::compile(ui, &args.model, &entries, &[], s.request.train.clone())?.1)
-    };
+    let ready =
+        || -> Result<Ready> { Ok(crate::ready::compile(ui, &args.model, &entries, &[], s.request.train.clone())?.1) };
     if let Some(out) = &args.html {
         let ready = ready()?;
         let env = plan::env(&ready.plan, &capacity(args, &s.request))?;

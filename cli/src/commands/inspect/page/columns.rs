@@ -35,7 +35,8 @@ pub(super) type Env<'a> = &'a dyn Fn(Sym) -> Option<u64>;
 /// An entry of a graph. Inputs are distances back, so that equal layers give equal columns; an operator is its name and,
 /// after a tab, its attributes as the text form prints them.
 fn entry(e: &Entry, strings: &mut Strings, env: Env<'_>) -> Value {
-    let (mut op, mut ty, mut origin, mut arity, mut inputs, mut work) = (vec![], vec![], vec![], vec![], vec![], vec![]);
+    let (mut op, mut ty, mut origin, mut arity, mut inputs, mut work) =
+        (vec![], vec![], vec![], vec![], vec![], vec![]);
     for v in e.values() {
         let n = e.node(v);
         op.push(strings.id(&format!("{}\t{}", n.op.name(), print_attributes(&n.op).trim_start())));

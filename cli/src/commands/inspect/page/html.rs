@@ -35,9 +35,10 @@ const OPEN: &str = "<script type=\"application/octet-stream\" class=\"payload\">
 /// Data as it stands in a page: JSON, gzipped, base64.
 pub(super) fn packed(data: &Value) -> Result<String> {
     let mut z = GzEncoder::new(vec![], Compression::best());
-    z.write_all(data.to_string().as_bytes()).and_then(|()| z.finish()).map(|b| base64(&b)).map_err(|e| {
-        Failure::new(format!("cannot compress the page's data: {e}"))
-    })
+    z.write_all(data.to_string().as_bytes())
+        .and_then(|()| z.finish())
+        .map(|b| base64(&b))
+        .map_err(|e| Failure::new(format!("cannot compress the page's data: {e}")))
 }
 
 /// The data of a page that was written before, as it stands there.

@@ -23,7 +23,8 @@ pub(super) fn facts(plan: &Plan, env: &[u64]) -> Result<Vec<Map<String, Value>>>
         m.insert("flops".into(), k.flops.eval(env)?.into());
         m.insert("bytes".into(), k.bytes.eval(env)?.into());
         m.insert("scratch".into(), k.scratch_bytes.eval(env)?.into());
-        let sizes = |l: &[pleach_plan::Expr]| l.iter().map(|e| e.eval(env)).collect::<std::result::Result<Vec<u64>, _>>();
+        let sizes =
+            |l: &[pleach_plan::Expr]| l.iter().map(|e| e.eval(env)).collect::<std::result::Result<Vec<u64>, _>>();
         m.insert("reads".into(), sizes(&k.operands)?.into());
         m.insert("writes".into(), sizes(&k.results)?.into());
         let mut launches = vec![];

@@ -22,7 +22,8 @@ pub(super) fn plan(plan: &Plan, env: &[u64], strings: &mut Strings) -> Result<Va
 }
 
 fn params(plan: &Plan, env: &[u64], strings: &mut Strings) -> Result<Value> {
-    let (mut name, mut ty, mut bytes, mut role, mut source, mut stays) = (vec![], vec![], vec![], vec![], vec![], vec![]);
+    let (mut name, mut ty, mut bytes, mut role, mut source, mut stays) =
+        (vec![], vec![], vec![], vec![], vec![], vec![]);
     for p in &plan.params {
         name.push(p.name.clone());
         let dims: Vec<String> = p.shape.iter().map(|d| d.display(&plan.symbols).to_string()).collect();
@@ -87,11 +88,15 @@ fn entry(plan: &Plan, e: &Entry, env: &[u64], strings: &mut Strings) -> Result<V
         bytes.push(b.bytes.eval(env)?);
         names.push(strings.id(&b.name));
     }
-    let dims = |shape: &[Expr]| shape.iter().map(|d| d.display(&plan.symbols).to_string()).collect::<Vec<_>>().join(",");
+    let dims =
+        |shape: &[Expr]| shape.iter().map(|d| d.display(&plan.symbols).to_string()).collect::<Vec<_>>().join(",");
     let inputs: Vec<Value> =
         e.inputs.iter().map(|i| json!([i.name, format!("{}[{}]", i.dtype.name(), dims(&i.shape))])).collect();
-    let outputs: Vec<Value> =
-        e.outputs.iter().map(|o| json!([o.name, format!("{}[{}]", o.dtype.name(), dims(&o.shape)), o.buffer])).collect();
+    let outputs: Vec<Value> = e
+        .outputs
+        .iter()
+        .map(|o| json!([o.name, format!("{}[{}]", o.dtype.name(), dims(&o.shape)), o.buffer]))
+        .collect();
     let loops: Vec<Value> =
         e.loops.iter().map(|l| json!([l.first, l.last, plan.symbols[l.symbol as usize].name, l.chunk])).collect();
     Ok(json!({
@@ -140,7 +145,8 @@ fn arena(plan: &Plan, e: &Entry, env: &[u64], late: &[bool]) -> Result<Value> {
         at.push(layout.offsets[i].unwrap_or(0));
         kind.push(is);
     }
-    let reads: Vec<Value> = layout.requests.iter().map(|(b, _)| json!([writer[*b as usize], readers[*b as usize]])).collect();
+    let reads: Vec<Value> =
+        layout.requests.iter().map(|(b, _)| json!([writer[*b as usize], readers[*b as usize]])).collect();
     Ok(json!({
         "total": layout.total, "peak": layout.lower_bound, "buffer": id, "first": first, "last": last, "at": at,
         "size": size, "kind": kind, "uses": reads,

@@ -80,7 +80,9 @@ pub(super) fn rules() -> Value {
 
 /// What is kept for the backward half: the entry, the number of the graph, and the values with their reasons.
 pub(super) fn saved(s: &Stages) -> Value {
-    let Some((i, r)) = s.reports.iter().enumerate().rev().find(|(_, r)| !r.saved.is_empty()) else { return Value::Null };
+    let Some((i, r)) = s.reports.iter().enumerate().rev().find(|(_, r)| !r.saved.is_empty()) else {
+        return Value::Null;
+    };
     let g = &s.graphs[i + 1].1;
     let entry = g.entries.iter().find(|e| e.inputs().iter().any(|(_, n)| *n == SEED)).map(|e| e.name.clone());
     let one = |s: &Saved| json!([s.value.0, s.name, s.bytes, s.reason, u8::from(s.trained_only), s.rebuild_us]);

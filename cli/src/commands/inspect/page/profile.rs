@@ -17,11 +17,14 @@ pub(super) fn read(path: &Path, plan: &Plan) -> Result<Value> {
     let shown = path.display().to_string();
     let file: Value = serde_json::from_slice(&bytes).map_err(|e| Failure::new(e.to_string()).within(&shown))?;
     let facts = file.get("pleach").filter(|p| p["version"] == 1).ok_or_else(|| {
-        Failure::new(format!("{shown}: is no profile; `pleach run`, `generate` and `train` write one with --profile FILE"))
+        Failure::new(format!(
+            "{shown}: is no profile; `pleach run`, `generate` and `train` write one with --profile FILE"
+        ))
     })?;
     let mut entries = vec![];
     for e in facts["entries"].as_array().into_iter().flatten() {
-        let (name, steps) = (e["entry"].as_str().unwrap_or_default(), e["steps"].as_array().cloned().unwrap_or_default());
+        let (name, steps) =
+            (e["entry"].as_str().unwrap_or_default(), e["steps"].as_array().cloned().unwrap_or_default());
         if steps.is_empty() {
             continue;
         }
@@ -38,10 +41,15 @@ pub(super) fn read(path: &Path, plan: &Plan) -> Result<Value> {
         for s in &steps {
             let n = |key: &str| s[key].as_u64().unwrap_or(0);
             let (kernel, origin) = (s["kernel"].as_str().unwrap_or_default(), s["origin"].as_str().unwrap_or_default());
-            let here = entry.steps.get(n("step") as usize).map(|x| (&plan.kernels[x.kernel as usize].symbol, &x.origin));
+            let here =
+                entry.steps.get(n("step") as usize).map(|x| (&plan.kernels[x.kernel as usize].symbol, &x.origin));
             if here.is_none_or(|(k, o)| label(k) != label(kernel) || o != origin) {
                 let is = here.map_or("nothing".into(), |(k, o)| format!("{} of {o}", label(k)));
-                return Err(other(format!("step {} of `{name}` is {is}, not {} of {origin}", n("step"), label(kernel))));
+                return Err(other(format!(
+                    "step {} of `{name}` is {is}, not {} of {origin}",
+                    n("step"),
+                    label(kernel)
+                )));
             }
             step.push(n("step"));
             calls.push(n("calls"));
@@ -94,6 +102,9 @@ mod tests {
 
     #[test]
     fn the_number_of_a_kernel_does_not_count() {
-        assert_eq!((label("k12_mm_add"), label("k7_row"), label("kernel_a"), label("x")), ("mm_add", "row", "kernel_a", "x"));
+        assert_eq!(
+            (label("k12_mm_add"), label("k7_row"), label("kernel_a"), label("x")),
+            ("mm_add", "row", "kernel_a", "x")
+        );
     }
 }
