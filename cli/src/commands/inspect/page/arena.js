@@ -1,6 +1,6 @@
 // The arena of one entry: rectangles over launches and addresses, and the curve of live bytes above them.
 
-const LIFE = { kept: 'kept for backward', forward: 'forward', gradient: 'backward', activation: 'activation', window: 'inside a loop', output: 'output' };
+const LIFE = { kept: 'kept for backward', forward: 'forward', rebuilt: 'built again', gradient: 'backward', activation: 'activation', window: 'inside a loop', output: 'output' };
 const CURVE = 86, LEFT = 62, FOOT = 22;
 
 class Arena {
@@ -25,12 +25,15 @@ class Arena {
   /** Kept values by rectangle: the plan's list says why; it names them by module, type size and count. */
   matchSaved() {
     const free = this.data.plan.saved.map((s) => ({ ...s, bytes: s.unit_bytes * (this.data.symbols[s.symbol] || 1) })), out = new Map();
-    for (let k = 0; k < this.a.buffer.length; k++) {
-      if (this.a.kind[k] !== 'kept') continue;
-      const from = this.owner(k), size = this.data.plan.entries.length && this.entry.buffers.bytes[this.a.buffer[k]];
-      const clean = (s) => s.split(' [')[0];
-      const at = free.findIndex((s) => !s.taken && s.bytes === size && clean(s.name.replace(/ \S+$/, '')) === clean(from));
-      if (at >= 0) { free[at].taken = true; out.set(k, free[at]); }
+    const clean = (s) => s.split(' [')[0], module = (s) => clean(s.name.replace(/ \S+$/, ''));
+    // a launch that makes several values bears the name of one: then the module around has to do
+    const around = (a, b) => { const [x, y] = [a.split('.'), b.split('.')]; let n = 0; while (n < x.length && x[n] === y[n]) n++; return n >= Math.min(3, x.length, y.length); };
+    for (const fits of [(s, from) => module(s) === from, (s, from) => around(module(s), from)]) {
+      for (let k = 0; k < this.a.buffer.length; k++) {
+        if (this.a.kind[k] !== 'kept' || out.has(k)) continue;
+        const size = this.entry.buffers.bytes[this.a.buffer[k]], at = free.findIndex((s) => !s.taken && s.bytes === size && fits(s, clean(this.owner(k))));
+        if (at >= 0) { free[at].taken = true; out.set(k, free[at]); }
+      }
     }
     return out;
   }
@@ -50,7 +53,8 @@ class Arena {
     if (kind === 'kept') {
       rows.push(['why kept', s ? s.reason : `the backward half reads it: step ${this.step(readers.at(-1))}`]);
       rows.push(['to drop it', s ? dropText({ only: s.trained_only, us: s.rebuild_us }) : 'a smaller --budget builds it again where it can']);
-    } else if (kind === 'output') rows.push(['why kept', 'returned to the caller: lives until the entry ends']);
+    } else if (kind === 'rebuilt') rows.push(['why', 'a forward value that was dropped to save memory, built again for the gradients that read it']);
+    else if (kind === 'output') rows.push(['why kept', 'returned to the caller: lives until the entry ends']);
     return rows;
   }
 

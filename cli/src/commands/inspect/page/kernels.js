@@ -55,7 +55,7 @@ class KernelsView {
     this.rows.querySelectorAll('tr').forEach((t) => t.setAttribute('aria-selected', String(Number(t.dataset.kernel) === i)));
     clear(this.code);
     if (i < 0) return;
-    const k = this.data.kernels[i], r = this.list[i], where = new Map();
+    const k = this.data.kernels[i], where = new Map();
     for (const e of this.data.plan.entries) {
       const n = e.steps.kernel.filter((x) => x === i).length;
       if (n) where.set(e.name, n);
@@ -71,7 +71,8 @@ class KernelsView {
     this.link(mlir, asm, k.lines);
     this.code.append(el('div', { class: 'panes' }, ir, mlir, asm));
     for (const p of [ir, mlir, asm]) p.list.set(p.lines.length);
-    void r;
+    const first = k.lines.findIndex((l) => l > 0);
+    if (first > 0) asm.list.show(first + 12);
   }
 
   pane(title, text, from) {

@@ -120,7 +120,7 @@ class MemoryView {
 
   differences(sides) {
     const of = ({ e }) => { const m = new Map(); e.arena.kind.forEach((k, i) => m.set(k, (m.get(k) || 0) + e.arena.size[i])); return m; };
-    const [a, b] = sides.map(of), row = (t, x, y) => el('tr', {}, el('td', { text: t }), el('td', { class: 'num', text: bytes(x) }), el('td', { class: 'num', text: bytes(y) }), el('td', { class: `num ${y > x ? 'plus' : y < x ? 'minus' : ''}`, text: y === x ? '=' : `${y > x ? '+' : '−'}${bytes(Math.abs(y - x))}` }));
+    const [a, b] = sides.map(of), row = (t, x, y) => el('tr', {}, el('td', { text: t }), el('td', { class: 'num', text: bytes(x) }), el('td', { class: 'num', text: bytes(y) }), el('td', { class: `num ${y > x ? 'minus' : y < x ? 'plus' : ''}`, text: y === x ? '=' : `${y > x ? '+' : '−'}${bytes(Math.abs(y - x))}` }));
     return el('section', { class: 'differences' }, el('h3', { text: 'Difference' }), el('table', {}, el('thead', {}, el('tr', {}, el('th'), el('th', { class: 'num', text: sides[0].d.title }), el('th', { class: 'num', text: sides[1].d.title }), el('th', { class: 'num', text: 'second − first' }))),
       el('tbody', {}, row('arena', sides[0].e.arena.total, sides[1].e.arena.total), row('most alive at once', sides[0].e.arena.peak, sides[1].e.arena.peak),
         ...Object.keys(LIFE).filter((k) => a.has(k) || b.has(k)).map((k) => row(`buffers: ${LIFE[k]}`, a.get(k) || 0, b.get(k) || 0)))));

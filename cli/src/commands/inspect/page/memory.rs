@@ -51,8 +51,9 @@ fn saved(plan: &Plan) -> Value {
     plan.meta.extra.get("saved").cloned().unwrap_or_else(|| json!([]))
 }
 
-/// Steps that depend on the factor of the loss: the backward half.
-fn backward(plan: &Plan, e: &Entry) -> Vec<bool> {
+/// Steps of the backward half: those that depend on the factor of the loss, and those after the first of them, which build
+/// values of the forward half again. The second list marks the latter.
+fn backward(plan: &Plan, e: &Entry) -> (Vec<bool>, Vec<bool>) {
     let seed = |b: &Buffer| matches!(b.kind, BufferKind::Input(i) if e.inputs[i as usize].name == SEED);
     let mut late: Vec<bool> = e.buffers.iter().map(seed).collect();
     let mut out = vec![];
@@ -64,11 +65,14 @@ fn backward(plan: &Plan, e: &Entry) -> Vec<bool> {
         }
         out.push(is);
     }
-    out
+    let first = out.iter().position(|l| *l).unwrap_or(out.len());
+    let again = out.iter().enumerate().map(|(i, l)| i > first && !l).collect();
+    out.iter_mut().skip(first).for_each(|l| *l = true);
+    (out, again)
 }
 
 fn entry(plan: &Plan, e: &Entry, env: &[u64], strings: &mut Strings) -> Result<Value> {
-    let late = backward(plan, e);
+    let (late, again) = backward(plan, e);
     let waves = pleach_plan::waves(e, &plan.kernels);
     let (mut kernel, mut origin, mut reads, mut buffers) = (vec![], vec![], vec![], vec![]);
     for s in &e.steps {
@@ -104,12 +108,12 @@ fn entry(plan: &Plan, e: &Entry, env: &[u64], strings: &mut Strings) -> Result<V
         "steps": {"kernel": kernel, "from": origin, "reads": reads, "buffers": buffers, "wave": waves,
                   "late": late.iter().map(|l| u8::from(*l)).collect::<Vec<_>>()},
         "buffers": {"kind": kind, "bytes": bytes, "from": names},
-        "arena": arena(plan, e, env, &late)?,
+        "arena": arena(plan, e, env, &late, &again)?,
     }))
 }
 
 /// Rectangles: buffer, first wave, one past the last, address, size, and what it is for.
-fn arena(plan: &Plan, e: &Entry, env: &[u64], late: &[bool]) -> Result<Value> {
+fn arena(plan: &Plan, e: &Entry, env: &[u64], late: &[bool], again: &[bool]) -> Result<Value> {
     let layout = pleach_plan::arena(e, &plan.kernels, env)?;
     let both = late.contains(&true) && late.contains(&false);
     // the step that first writes each buffer, and all that read it
@@ -133,6 +137,8 @@ fn arena(plan: &Plan, e: &Entry, env: &[u64], late: &[bool]) -> Result<Value> {
             "window"
         } else if !both {
             "activation"
+        } else if w.is_some_and(|w| again[w]) {
+            "rebuilt"
         } else if forward {
             "forward"
         } else {

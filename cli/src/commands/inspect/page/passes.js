@@ -64,13 +64,26 @@ class PassesView {
       card.addEventListener('toggle', () => {
         if (!card.open || body.childElementCount) return;
         const names = made.map((r) => el('li', { value: r + 1 }, el('b', { text: this.data.rules[r][0] }), ` ${this.data.rules[r][1]}`));
-        body.append(el('div', { class: 'pair' }, el('figure', {}, el('figcaption', { text: 'before' }), sketch(f.before, f.outputs.map((o) => o[0]))),
-          el('figure', {}, el('figcaption', { text: 'after' }), sketch(f.after, f.outputs.map((o) => o[1])))), el('ol', { class: 'made' }, names));
+        body.append(this.pair(f), el('ol', { class: 'made' }, names));
       });
       return card;
     });
     if (cards.length) cards[0].open = true;
     return el('section', {}, el('h3', { text: `Rewritten regions (${p.forms.length} distinct, ${count(p.forms.reduce((n, f) => n + f.sites.length, 0))} sites)` }), ...cards);
+  }
+
+  /** Before and after, at first only what was touched and its neighbours. */
+  pair(f) {
+    const box = el('div', { class: 'pair' }), sides = [['before', f.before, f.after, 0], ['after', f.after, f.before, 1]];
+    const draw = (all) => clear(box).append(...sides.map(([name, mine, other, k]) => {
+      const outputs = f.outputs.map((o) => o[k]), { keep, own } = touched(mine, other), part = all || keep.size < 2 ? null : partOf(mine, outputs, keep);
+      const gone = k ? new Set() : new Set([...own].map((v) => (part ? part.order.indexOf(v) : v)));
+      return el('figure', {}, el('figcaption', {}, `${name}: ${part ? `${keep.size} of ` : ''}${mine.length} nodes `,
+        k && keep.size < mine.length ? el('button', { type: 'button', class: 'link', text: all ? 'only what was touched' : 'show all', onclick: () => draw(!all) }) : null),
+      el('div', { class: 'scroll-x' }, part ? sketch(part.steps, part.outputs, gone) : sketch(mine, outputs, gone)));
+    }));
+    draw(false);
+    return box;
   }
 
   diff(i) {

@@ -9,8 +9,29 @@ function svg(tag, props, ...children) {
   return e;
 }
 
-/** `steps`: [text, inputs, leaf, type, rule or null]. Nodes that a rule made are marked with its number. */
-function sketch(steps, outputs) {
+/** The steps that a rewrite touched, with what they read and what reads them: of `mine` those that do not occur in `other`. */
+function touched(mine, other) {
+  const sign = (list) => list.map(([text, ins]) => `${text}(${ins.map((i) => list[i][0]).join(',')})`), left = new Map();
+  for (const s of sign(other)) left.set(s, (left.get(s) || 0) + 1);
+  const keep = new Set(), own = new Set();
+  sign(mine).forEach((s, i) => {
+    const n = left.get(s) || 0;
+    if (n && mine[i][4] === null) left.set(s, n - 1); else if (!mine[i][2]) own.add(i);
+  });
+  mine.forEach(([, ins], i) => {
+    if (own.has(i)) { keep.add(i); ins.forEach((u) => keep.add(u)); } else if (ins.some((u) => own.has(u))) keep.add(i);
+  });
+  return { keep, own };
+}
+
+/** Some of the steps, renumbered. */
+function partOf(steps, outputs, keep) {
+  const order = [...keep].sort((a, b) => a - b), at = new Map(order.map((v, k) => [v, k]));
+  return { steps: order.map((v) => [steps[v][0], steps[v][1].filter((u) => at.has(u)).map((u) => at.get(u)), ...steps[v].slice(2)]), outputs: outputs.filter((o) => at.has(o)).map((o) => at.get(o)), order };
+}
+
+/** `steps`: [text, inputs, leaf, type, rule or null]. Nodes that a rule made are marked with its number, those in `gone` as going. */
+function sketch(steps, outputs, gone = new Set()) {
   const size = steps.map(([text, , leaf, ty]) => [clamp(Math.max(text.length * 6.6, ty.length * 5.9) + 18, 50, 210), leaf ? 32 : 34]);
   const edges = steps.flatMap(([, ins], i) => ins.map((u) => [u, i])), l = layered(size, edges), w = Math.max(60, l.w) + 24, h = l.h + 44;
   const g = svg('svg', { viewBox: `0 0 ${w} ${h}`, width: w, height: h, role: 'img', 'aria-label': `${steps.length} nodes` });
@@ -22,7 +43,7 @@ function sketch(steps, outputs) {
   });
   steps.forEach(([text, , leaf, ty, rule], i) => {
     const x = l.x[i] + 12, y = l.y[i] + 12, [bw, bh] = size[i];
-    const box = svg('g', { class: leaf ? 'leaf' : rule === null ? 'plain' : 'ruled' });
+    const box = svg('g', { class: leaf ? 'leaf' : gone.has(i) ? 'going' : rule === null ? 'plain' : 'ruled' });
     box.append(svg('rect', { x, y, width: bw, height: bh, rx: leaf ? 15 : 5 }));
     const name = svg('text', { x: x + bw / 2, y: y + 14, class: 'name' });
     name.textContent = leaf ? { run: 'input', train: 'trained', slot: 'adapter', base: 'weight', const: 'constant' }[text.split(' ')[0]] ?? text : text.slice(0, 30);
