@@ -111,3 +111,59 @@ impl Sketch {
         self.types.push(ty);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manager::Report;
+    use crate::options::Options;
+    use pleach_ir::text::parse;
+
+    /// y = x·Wᵀ + (x·Aᵀ)·Bᵀ twice, with a function between that is not linear.
+    const TWO: &str = r#"graph core
+param @0 "l.0.w" f32[8,8] frozen checkpoint("l.0.w")
+param @1 "l.0.a" f32[2,8] frozen adapter(0, "l.0.a")
+param @2 "l.0.b" f32[8,2] frozen adapter(0, "l.0.b")
+param @3 "l.1.w" f32[8,8] frozen checkpoint("l.1.w")
+param @4 "l.1.a" f32[2,8] frozen adapter(0, "l.1.a")
+param @5 "l.1.b" f32[8,2] frozen adapter(0, "l.1.b")
+entry "infer" {
+  %0 = input "x" : f32[T,8]
+  %1 = param @0 : f32[8,8]
+  %2 = param @1 : f32[2,8]
+  %3 = param @2 : f32[8,2]
+  %4 = matmul(%0, %1) {tb} : f32[T,8] from "l.0"
+  %5 = matmul(%0, %2) {tb} : f32[T,2] from "l.0"
+  %6 = matmul(%5, %3) {tb} : f32[T,8] from "l.0"
+  %7 = add(%4, %6) : f32[T,8] from "l.0"
+  %8 = exp(%7) : f32[T,8]
+  %9 = param @3 : f32[8,8]
+  %10 = param @4 : f32[2,8]
+  %11 = param @5 : f32[8,2]
+  %12 = matmul(%8, %9) {tb} : f32[T,8] from "l.1"
+  %13 = matmul(%8, %10) {tb} : f32[T,2] from "l.1"
+  %14 = matmul(%13, %11) {tb} : f32[T,8] from "l.1"
+  %15 = add(%12, %14) : f32[T,8] from "l.1"
+  output "y" %15
+}
+"#;
+
+    #[test]
+    fn a_form_has_its_places_and_the_rules_that_made_it() {
+        let g = parse(TWO).unwrap();
+        let mut report = Report::default();
+        super::super::run(&g, &Options { merge: true, ..Options::default() }, &mut report).unwrap();
+        let [f] = report.forms.as_slice() else { panic!("{:?}", report.forms) };
+        let at = |m: &str| ("infer".to_string(), m.to_string());
+        assert_eq!(f.sites, [at("l.0"), at("l.1")]);
+        let factor = RULES.iter().position(|r| r.name == "factor");
+        assert!(f.after.iter().any(|s| s.rule == factor && !s.leaf), "{:?}", f.after);
+        assert!(f.before.iter().all(|s| s.rule.is_none()));
+        // one product with an input of the run is left of the three
+        let run = |list: &[Step]| list.iter().filter(|s| s.text.starts_with("matmul") && s.ty.contains('T')).count();
+        assert_eq!((run(&f.before), run(&f.after)), (3, 1));
+        assert!(f.cost.1 < f.cost.0 && f.outputs.len() == 1);
+        let operands = |list: &[Step]| list.iter().enumerate().all(|(i, s)| s.inputs.iter().all(|&u| u < i));
+        assert!(operands(&f.before) && operands(&f.after), "operands come first");
+    }
+}

@@ -1,6 +1,6 @@
 // A small picture of a region before or after a rewrite.
 
-const SVG = 'http://www.w3.org/2000/svg';
+const SVG = new DOMParser().parseFromString('<svg></svg>', 'text/html').body.firstChild.namespaceURI;
 
 function svg(tag, props, ...children) {
   const e = document.createElementNS(SVG, tag);

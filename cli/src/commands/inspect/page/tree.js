@@ -65,8 +65,10 @@ class Tree {
     for (let i = 0; i < entry.n; i++) {
       if (this.hidden(i)) continue;
       let box = this.root, path = '';
-      const half = both ? [late[i] ? 'backward' : 'forward'] : [];
-      for (const name of [...half, ...levels(entry.module(i))]) {
+      // a leaf without a module of its own stands with the first that reads it
+      const user = entry.isLeaf(i) ? entry.users()[i][0] ?? i : i, reader = entry.module(i) ? i : user;
+      const half = both ? [late[reader] ? 'backward' : 'forward'] : [];
+      for (const name of [...half, ...levels(entry.module(reader))]) {
         path += `/${name}`;
         let next = byPath.get(path);
         if (!next) {
@@ -74,10 +76,10 @@ class Tree {
           byPath.set(path, next);
           box.items.push(next);
         }
-        next.first = Math.min(next.first, i);
+        next.first = Math.min(next.first, user);
         box = next;
       }
-      box.items.push({ kind: 'node', i, first: i, parent: box });
+      box.items.push({ kind: 'node', i, first: user, parent: box });
       this.home[i] = box;
     }
     this.tidy(this.root);
