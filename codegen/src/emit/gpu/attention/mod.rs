@@ -1,7 +1,9 @@
 //! Attention kernels on the GPU: forward with log-sum-exp, and the gradients of queries, keys and values.
 //!
-//! [`plain`] takes any head width and any types with a warp to a row.
+//! [`flash`] takes bf16 through tensor cores; [`plain`] takes any head width and any types with a warp to a row, and few
+//! queries for a sequence.
 
+mod flash;
 mod packed;
 mod plain;
 
@@ -67,5 +69,8 @@ impl Config {
 /// Emits an attention kernel.
 pub(super) fn emit(k: &Kernel, symbols: &[Sym], _chip: GpuChip) -> Result<Parts, CodegenError> {
     let c = Config::new(k)?;
-    plain::emit(k, symbols, &c)
+    match flash::emit(k, symbols, &c)? {
+        Some(parts) => Ok(parts),
+        None => plain::emit(k, symbols, &c, false),
+    }
 }

@@ -20,8 +20,8 @@ use pleach_plan::Expr;
 const THREADS: i64 = 128;
 const WARPS: i64 = THREADS / 32;
 
-/// Emits the launches of a kernel.
-pub(super) fn emit(k: &Kernel, symbols: &[Sym], c: &Config) -> Result<Parts, CodegenError> {
+/// Emits the launches of a kernel. `few`: they do nothing where sequences have many queries on average.
+pub(super) fn emit(k: &Kernel, symbols: &[Sym], c: &Config, few: bool) -> Result<Parts, CodegenError> {
     let (mut text, mut launches) = (String::new(), vec![]);
     let by_query = c.out.is_some() || c.lse.is_some() || c.grads[0].is_some();
     let by_key = c.grads[1].is_some() || c.grads[2].is_some();
@@ -31,7 +31,7 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], c: &Config) -> Result<Parts, Cod
         }
         let heads = if side == 0 { c.at.heads } else { c.at.kv_heads };
         let rows = k.body.ty(c.inputs[side]).shape[0];
-        let mut unit = Unit::new(k, suffix, false);
+        let mut unit = Unit::new(k, &format!("{suffix}{}", if few { "_few" } else { "" }), false);
         let f = &mut unit.f;
         let mut p = Pull::new(f, k, symbols);
         let (tid, block, head) = (special(f, "tid.x"), special(f, "ctaid.x"), special(f, "ctaid.y"));
@@ -40,7 +40,13 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], c: &Config) -> Result<Parts, Cod
         let row = f.add(&first, &warp);
         let mut w = Warp::new(f, c, lane);
         let end = p.dim(f, rows);
-        let inside = f.cmp("slt", &row, &end);
+        let mut inside = f.cmp("slt", &row, &end);
+        if few {
+            let many = super::flash::many(f, &mut p, c);
+            let yes = f.konst("true");
+            let not = f.op(format!("arith.xori {many}, {yes} : i1"));
+            inside = f.op(format!("arith.andi {inside}, {not} : i1"));
+        }
         f.if_(&inside, |f| match side {
             0 if c.grads[0].is_some() => w.query_gradient(f, &mut p, &row, &head),
             0 => w.forward(f, &mut p, &row, &head),
