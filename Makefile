@@ -3,6 +3,7 @@
 # models   fetches the two models of the demo into models/
 # demo     compiles a model with an adapter, generates with and without, embeds three sentences
 # test     formatting, lints and all tests
+# test-gpu-full  every fixture's GPU code in the simulator, on both chips
 # gpu-bundle  builds target/gpu-bundle, the folder that is carried to a GPU machine; its run.sh checks and measures there
 # bench    measures against PyTorch + transformers + PEFT in the same run
 #
@@ -13,7 +14,7 @@ TARGET := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
 export PLEACH := $(TARGET)/release/pleach
 
 .NOTPARALLEL:
-.PHONY: setup build models demo test bench gpu-bundle
+.PHONY: setup build models demo test test-gpu-full bench gpu-bundle
 
 setup:
 	@bash scripts/setup.sh
@@ -36,6 +37,9 @@ test: setup
 	@ptxas=$$($(PYTHON) scripts/fetch_ptxas.py) && export PLEACH_PTXAS="$$ptxas" || \
 	    echo "ptxas could not be fetched: its tests are skipped" >&2; \
 	set -x; cargo test --workspace --features pleach-tests/llvm
+
+test-gpu-full: setup
+	PLEACH_GPU_FULL=1 cargo test -p pleach-tests --features llvm --test gpu_sim -- --nocapture
 
 bench: build models
 	@bash benches/run.sh

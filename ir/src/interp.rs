@@ -19,7 +19,7 @@ mod tensor;
 mod tests;
 
 pub use half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
-pub use schedule::{run_kernel, run_schedule, run_schedule_with};
+pub use schedule::{run_kernel, run_kernel_with, run_schedule, run_schedule_with};
 pub use tensor::{Data, Tensor};
 
 use crate::error::IrError;

@@ -9,6 +9,8 @@ pub mod compare;
 pub mod compiled;
 pub mod fixtures;
 pub mod golden;
+#[cfg(feature = "llvm")]
+pub mod gpu;
 pub mod matrix;
 pub mod methods;
 pub mod random;

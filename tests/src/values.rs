@@ -95,6 +95,11 @@ pub fn inputs(e: &Entry, symbols: &Symbols, seed: u64) -> BTreeMap<String, Tenso
     e.inputs().into_iter().map(one).collect()
 }
 
+/// Integers that suit what reads input `v` of an entry; `None` when nothing particular reads it.
+pub fn indices(e: &Entry, v: pleach_ir::ValueId, symbols: &Symbols, seed: u64, name: &str) -> Option<Tensor> {
+    integers(e, v, e.ty(v), symbols, seed, name)
+}
+
 /// Integers of rank 1 that suit the operators reading `v`; `None` when nothing particular reads it.
 fn integers(
     e: &Entry,
@@ -117,9 +122,12 @@ fn integers(
                 let len = size(e.ty(node.inputs[0]).shape[*axis as usize]);
                 limit = Some(limit.map_or(len, |l| l.min(len)));
             }
-            Op::Attention(_) if at(3) || at(4) || at(5) => {
+            op if op.is_attention() && node.inputs[node.inputs.len() - 3..].contains(&v) => {
+                // The last three operands: where sequences start, where their keys start, how many keys they have.
+                let first = node.inputs.len() - 3;
+                let at = |i: usize| at(first + i - 3);
                 let (q, k) = (e.ty(node.inputs[0]).shape[0], e.ty(node.inputs[1]).shape[0]);
-                let sequences = shape(e.ty(node.inputs[4]), symbols)[0].max(1);
+                let sequences = shape(e.ty(node.inputs[first + 1]), symbols)[0].max(1);
                 let tokens = size(q);
                 let cut = |s: u64| s * tokens / sequences;
                 // Keys of this run, or a cache in which every sequence has an equal share.

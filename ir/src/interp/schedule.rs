@@ -18,8 +18,16 @@ use std::collections::BTreeMap;
 /// # Errors
 /// [`IrError::Interpret`] as for an entry.
 pub fn run_kernel(kernel: &Kernel, operands: &[Tensor]) -> Result<Vec<Tensor>, IrError> {
+    run_kernel_with(kernel, operands, &Symbols::new())
+}
+
+/// As [`run_kernel`], with the values of symbols that no operand has in its shape.
+///
+/// # Errors
+/// As [`run_kernel`].
+pub fn run_kernel_with(kernel: &Kernel, operands: &[Tensor], symbols: &Symbols) -> Result<Vec<Tensor>, IrError> {
     let views: Vec<&Tensor> = operands.iter().collect();
-    run_body(kernel, &views, &Symbols::new())
+    run_body(kernel, &views, symbols)
 }
 
 fn run_body(kernel: &Kernel, operands: &[&Tensor], symbols: &Symbols) -> Result<Vec<Tensor>, IrError> {

@@ -6,7 +6,7 @@
 
 use crate::error::Fault;
 use crate::isa::{Collective, Inst, Op};
-use crate::launch::{Launch, Mode, TensorMap};
+use crate::launch::{Launch, Mode, Order, TensorMap};
 use crate::shared::{Clock, Shared};
 use crate::warp::{Group, Warp};
 use crate::{Counts, Kernel, Memory, SHARED_BASE, SimError};
@@ -121,7 +121,8 @@ impl<'a> Block<'a> {
     pub(crate) fn run(mut self, counts: &mut Counts, done: &mut [u64]) -> Result<(), SimError> {
         loop {
             let (mut progress, mut alive) = (false, false);
-            for i in 0..self.warps.len() {
+            for n in 0..self.warps.len() {
+                let i = if self.l.order == Order::Forward { n } else { self.warps.len() - 1 - n };
                 let mut w = std::mem::take(&mut self.warps[i]);
                 let r = self.run_warp(&mut w, done);
                 alive |= w.live != 0;

@@ -25,6 +25,19 @@ impl Counts {
         self.by_opcode.iter().filter(|(k, _)| k.starts_with(opcode)).map(|(_, n)| n).sum()
     }
 
+    /// As much as `blocks` do where `run` of them were counted.
+    pub(crate) fn scale(&mut self, blocks: u64, run: u64) {
+        let scale = |n: &mut u64| *n = (u128::from(*n) * u128::from(blocks) / u128::from(run.max(1))) as u64;
+        let sums = [
+            &mut self.warp_instructions,
+            &mut self.lane_instructions,
+            &mut self.global_read,
+            &mut self.global_written,
+            &mut self.mma_flops,
+        ];
+        sums.into_iter().chain(self.by_opcode.values_mut()).for_each(scale);
+    }
+
     /// Adds another launch.
     pub fn add(&mut self, other: &Counts) {
         self.warp_instructions += other.warp_instructions;

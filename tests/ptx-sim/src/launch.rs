@@ -13,6 +13,16 @@ pub enum Mode {
     AtOnce,
 }
 
+/// Which blocks of a grid, and which warps of a block, go first. A kernel whose result depends on it has a race.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Order {
+    /// The first ones.
+    #[default]
+    Forward,
+    /// The last ones.
+    Backward,
+}
+
 /// What is checked besides bounds and alignment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Checks {
@@ -68,7 +78,10 @@ pub struct Launch<'a> {
     /// Arguments in order.
     pub params: &'a [Param],
     pub mode: Mode,
+    pub order: Order,
     pub checks: Checks,
+    /// Runs at most so many blocks, evenly spread over the grid; counts are scaled as if the others did the same.
+    pub sample: Option<u64>,
     /// Warp instructions of one block before it is given up as endless.
     pub max_steps: u64,
 }
@@ -81,7 +94,9 @@ impl Default for Launch<'_> {
             dynamic_shared: 0,
             params: &[],
             mode: Mode::Late,
+            order: Order::Forward,
             checks: Checks::default(),
+            sample: None,
             max_steps: 1 << 28,
         }
     }
@@ -172,19 +187,19 @@ impl Kernel {
         mem.begin(l.checks.races, l.checks.uninitialised);
         let mut counts = Counts::default();
         let mut done = vec![0u64; self.code.len()];
-        let mut number = 0;
-        for z in 0..l.grid[2] {
-            for y in 0..l.grid[1] {
-                for x in 0..l.grid[0] {
-                    mem.enter(number);
-                    number += 1;
-                    Block::new(self, mem, &l, &params, &maps, [x, y, z]).run(&mut counts, &mut done)?;
-                }
-            }
+        let [nx, ny, nz] = l.grid.map(u64::from);
+        let blocks = nx * ny * nz;
+        let step = l.sample.map_or(1, |n| blocks.div_ceil(n.max(1)));
+        for i in (0..blocks).step_by(step as usize) {
+            let n = if l.order == Order::Forward { i } else { blocks - 1 - i };
+            mem.enter(n);
+            let at = [n % nx, n / nx % ny, n / nx / ny].map(|x| x as u32);
+            Block::new(self, mem, &l, &params, &maps, at).run(&mut counts, &mut done)?;
         }
         for (i, n) in self.code.iter().zip(done).filter(|(_, n)| *n > 0) {
             *counts.by_opcode.entry(self.opcodes[i.name as usize].clone()).or_default() += n;
         }
+        counts.scale(blocks, blocks.div_ceil(step));
         Ok(counts)
     }
 }

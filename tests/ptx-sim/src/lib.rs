@@ -5,7 +5,7 @@
 //! barriers; barriers for divergence and deadlock. Asynchronous work (`cp.async`, tensor copies, warpgroup products) can
 //! finish as late as the program allows or at once ([`Mode`]): a correct kernel gives the same result both ways.
 //!
-//! Results are deterministic: blocks run one after another, warps in a fixed order. Not modelled: time, bank conflicts,
+//! Results are deterministic: blocks run one after another, warps in a fixed order, which [`Order`] turns around. Not modelled: time, bank conflicts,
 //! register pressure, clusters of several blocks, communication between blocks of one launch (reported as a fault).
 //! `approx` functions are computed in f64 and rounded; matrix products add their terms one by one in f32.
 
@@ -26,7 +26,7 @@ mod warp;
 
 pub use counts::Counts;
 pub use error::{Fault, SimError};
-pub use launch::{Checks, Launch, Mode, Param, TensorMap};
+pub use launch::{Checks, Launch, Mode, Order, Param, TensorMap};
 pub use memory::{Memory, Ptr};
 pub use num::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 

@@ -58,6 +58,8 @@ pub(crate) struct Warp {
     pub(crate) store_group: [u32; 32],
     pub(crate) products: Vec<Product>,
     pub(crate) product_group: u32,
+    /// A wait at an mbarrier has returned once before the phase ended.
+    pub(crate) waited: bool,
 }
 
 impl Warp {

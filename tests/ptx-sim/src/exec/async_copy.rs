@@ -71,8 +71,15 @@ impl Block<'_> {
                     }
                 }
                 if *block && ok != on {
+                    // `try_wait` may return before the phase ends, as it does here at first; who does not ask again goes
+                    // on too early.
+                    if self.late() && !std::mem::replace(&mut w.waited, true) {
+                        w.put_pred(*p, on, 0);
+                        return Ok(Next::Step);
+                    }
                     return Ok(Next::Wait);
                 }
+                w.waited &= !*block;
                 if ok != 0 {
                     self.sh.acquire(w.id as usize, &clock);
                 }
@@ -114,6 +121,10 @@ impl Block<'_> {
             Op::BulkStore { dst, src, bytes } => {
                 let l = self.single(on)?;
                 let n = w.get(*bytes)[l] & 0xffff_ffff;
+                let (from, to) = (addresses(w, src)[l], addresses(w, dst)[l]);
+                if !(n | from | to).is_multiple_of(16) {
+                    return Err(Fault::Misuse(format!("a bulk copy of {n} bytes from {from:#x} to {to:#x}")));
+                }
                 self.store_later(w, l, vec![(addresses(w, src)[l], addresses(w, dst)[l], n)])?;
             }
             Op::BulkCommit => lanes(on).for_each(|l| w.store_group[l] += 1),

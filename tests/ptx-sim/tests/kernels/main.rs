@@ -1,5 +1,9 @@
 //! Small hand-written kernels against plain Rust, and kernels with one deliberate error each.
 
+mod collectives;
+mod copies;
+mod products;
+
 use pleach_ptx_sim::{Checks, Counts, Fault, Launch, Memory, Mode, Module, Param, Ptr, SimError};
 
 const DECL: &str = ".reg .pred %p<8>; .reg .b16 %h<8>; .reg .b32 %r<64>; .reg .b64 %d<32>;\n";
