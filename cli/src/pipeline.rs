@@ -19,7 +19,7 @@ use pleach_ir::{Dim, Graph, Role};
 use pleach_passes::differentiate::{ACCUMULATE, STEP};
 use pleach_passes::fuse_kernels::{self, CutOptions};
 use pleach_passes::recompute::Saved;
-use pleach_passes::{Options, Outcome, PassReport, Pipeline, chunk, recompute};
+use pleach_passes::{Options, Outcome, PassReport, Pipeline, chunk, join, recompute};
 use pleach_plan::{Meta, Plan};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -408,7 +408,11 @@ pub(crate) fn lower(graph: &Graph, request: &Request, meta: Meta) -> Result<(Pla
     rows.push(Row {
         nodes_after: Some(s.kernels.len()),
         changed: Some(loops > 0),
-        ..Row::stage("chunk", ms(clock), format!("{loops} loops over windows of {} rows", chunk::ROWS))
+        ..Row::stage(
+            "chunk",
+            ms(clock),
+            format!("{loops} loops over windows of {} rows", request.options().target.window_rows),
+        )
     });
     let clock = Instant::now();
     let ordered = fuse_kernels::order(&mut s)?;
@@ -417,6 +421,13 @@ pub(crate) fn lower(graph: &Graph, request: &Request, meta: Meta) -> Result<(Pla
         nodes_after: Some(s.kernels.len()),
         changed: Some(ordered > 0),
         ..Row::stage("order", ms(clock), note)
+    });
+    let clock = Instant::now();
+    let joined = join::run(&mut s, &request.options())?;
+    rows.push(Row {
+        nodes_after: Some(s.kernels.len()),
+        changed: Some(joined > 0),
+        ..Row::stage("join", ms(clock), format!("{joined} launches fewer"))
     });
     let (plan, times) = match request.gpu() {
         Some(chip) => compile::compile_gpu(&s, chip, request.threads, meta)?,

@@ -181,7 +181,7 @@ fn gpu_code(emitted: &[GpuEmitted]) -> Vec<Code> {
 }
 
 /// Kernels of one PTX text.
-const PTX_GROUP: usize = 16;
+const PTX_GROUP: usize = 8;
 
 /// What a plan says of a kernel's code.
 struct Code {

@@ -5,6 +5,7 @@ pub mod emit;
 mod error;
 pub mod link;
 pub mod mlir;
+pub mod ptxas;
 
 pub use error::CodegenError;
 pub use mlir::HostTarget;

@@ -16,12 +16,16 @@ mod kit;
 mod launch;
 #[path = "all/ptx.rs"]
 mod ptx;
+#[path = "all/resources.rs"]
+mod resources;
 #[path = "all/row.rs"]
 mod row;
 #[path = "all/row_random.rs"]
 mod row_random;
 #[path = "all/scatter.rs"]
 mod scatter;
+#[path = "all/simulated.rs"]
+mod simulated;
 #[path = "all/toolchain.rs"]
 mod toolchain;
 #[path = "all/train.rs"]

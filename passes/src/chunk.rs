@@ -15,8 +15,6 @@ use std::collections::BTreeSet;
 
 /// Bytes from which a buffer is huge.
 pub const LEAST: u64 = 8 << 20;
-/// Rows of a window.
-pub const ROWS: u64 = 128;
 /// What lies inside a loop is at least this many times what goes in and out.
 pub const GAIN: u64 = 4;
 
@@ -25,7 +23,7 @@ pub const GAIN: u64 = 4;
 /// # Errors
 /// [`PassError`] when the result breaks a rule: a fault of the pass.
 pub fn run(s: &mut Schedule, options: &Options) -> Result<usize, PassError> {
-    run_with(s, &|entry| options.tokens(entry), LEAST, ROWS)
+    run_with(s, &|entry| options.tokens(entry), LEAST, options.target.window_rows)
 }
 
 /// As [`run`], with the counts of an entry, and other sizes.

@@ -13,6 +13,7 @@ pub mod error;
 pub mod extraction;
 pub mod fold_params;
 pub mod fuse_kernels;
+pub mod join;
 pub mod manager;
 pub mod options;
 pub mod order;

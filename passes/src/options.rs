@@ -20,6 +20,9 @@ pub struct Target {
     pub resident_us: f64,
     /// Microseconds one byte built at load time from base weights is worth.
     pub prepare_us: f64,
+    /// Rows of a window where a chain of launches runs window by window: as many as make a product with a large weight
+    /// more than reading the weight.
+    pub window_rows: u64,
 }
 
 impl Target {
@@ -32,6 +35,7 @@ impl Target {
         tile: 32.0,
         resident_us: 1e-7,
         prepare_us: 1e-6,
+        window_rows: 128,
     };
     /// A data-centre accelerator: products are cheap, launches are not.
     pub const GPU: Target = Target {
@@ -42,6 +46,7 @@ impl Target {
         tile: 128.0,
         resident_us: 1e-9,
         prepare_us: 1e-8,
+        window_rows: 512,
     };
 }
 

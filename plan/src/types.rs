@@ -3,7 +3,7 @@
 //! A plan is data. It holds no weights: parameters are named, and a session finds their values. Nothing here runs or
 //! reads anything; [`crate::validate`] says what every consumer may rely on.
 
-use crate::expr::Expr;
+use crate::expr::{Expr, ExprError};
 use serde::{Deserialize, Serialize};
 
 /// Element type.
@@ -247,6 +247,33 @@ pub struct Launch {
     pub shared_bytes: u32,
     /// What each parameter of the entry is.
     pub params: Vec<LaunchParam>,
+    /// Counts for which it runs, where another launch of the kernel takes the others; `None`: it always runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub when: Option<When>,
+}
+
+impl Launch {
+    /// Whether it runs at these counts: those that its grid is evaluated at, which smaller counts may follow.
+    ///
+    /// # Errors
+    /// As [`Expr::eval`].
+    pub fn runs(&self, env: &[u64]) -> Result<bool, ExprError> {
+        let Some(w) = &self.when else { return Ok(true) };
+        let n = w.count.eval(env)?;
+        Ok(n > w.above && w.most.is_none_or(|m| n <= m))
+    }
+}
+
+/// A range of a count: `above < count <= most`. A launch chosen at a count is right for every smaller one.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct When {
+    /// What is counted.
+    pub count: Expr,
+    /// The count is larger than this.
+    pub above: u64,
+    /// And not larger than this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub most: Option<u64>,
 }
 
 fn is_zero(n: &u32) -> bool {
@@ -259,6 +286,8 @@ fn is_zero(n: &u32) -> bool {
 pub enum LaunchParam {
     /// Pointer to the buffer of that number: operands, then results.
     Buffer(u32),
+    /// Pointers to many buffers, side by side, as one parameter by value.
+    Buffers(Vec<u32>),
     /// Pointer to the kernel's scratch memory, whose contents last from launch to launch of one run.
     Scratch,
     /// Pointer to the i64 values of all the plan's symbols.

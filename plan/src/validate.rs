@@ -158,6 +158,9 @@ fn kernels(plan: &Plan, envs: &[Vec<u64>], f: &mut Faults) {
     }
 }
 
+/// Pointers in the parameters of an entry: these take 4096 bytes at most.
+const MAX_POINTERS: usize = 500;
+
 /// PTX needs launches, host code has none.
 fn launches(plan: &Plan, k: &Kernel, envs: &[Vec<u64>], f: &mut Faults) {
     let s = &k.symbol;
@@ -169,10 +172,14 @@ fn launches(plan: &Plan, k: &Kernel, envs: &[Vec<u64>], f: &mut Faults) {
         f.check(ok, || format!("kernel {s}: a launch of {} threads of `{}`", l.block, l.function));
         let positive = |e: &Expr| values(e, envs).is_some_and(|v| v.iter().all(|n| *n > 0));
         f.check(l.grid.iter().all(positive), || format!("kernel {s}: a launch without blocks"));
+        let counted =
+            l.when.as_ref().is_none_or(|w| values(&w.count, envs).is_some() && w.most.is_none_or(|m| m > w.above));
+        f.check(counted, || format!("kernel {s}: `{}` runs for no count", l.function));
         f.check(l.params.len() <= 256, || format!("kernel {s}: {} parameters", l.params.len()));
         for p in &l.params {
             let ok = match p {
                 LaunchParam::Buffer(b) => *b < buffers,
+                LaunchParam::Buffers(list) => list.len() <= MAX_POINTERS && list.iter().all(|b| *b < buffers),
                 LaunchParam::Scratch | LaunchParam::Dims => true,
                 LaunchParam::TensorMap(m) => {
                     let rank = m.sizes.len();

@@ -15,6 +15,7 @@ pub mod matrix;
 pub mod methods;
 pub mod random;
 pub mod readers;
+pub mod shaped;
 pub mod training;
 pub mod values;
 

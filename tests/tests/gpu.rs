@@ -5,59 +5,74 @@
 
 use pleach_codegen::compile::{compile_gpu, supported_gpu};
 use pleach_codegen::emit::gpu::GpuChip;
-use pleach_ir::DType;
+use pleach_codegen::ptxas;
+use pleach_ir::{DType, Graph, Schedule};
 use pleach_passes::fuse_kernels::{self, CutOptions};
-use pleach_passes::{Options, Pipeline, Target, chunk, manager};
+use pleach_passes::{Options, Pipeline, Target, chunk, join, manager};
 use pleach_plan::{LaunchParam, Meta, Plan};
+use pleach_tests::shaped;
 use pleach_tests::training::cases;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::process::Command;
 
-/// The plan of a training fixture.
-fn plan(name: &str, dtype: DType, chip: GpuChip) -> Plan {
-    let case = cases().unwrap().into_iter().find(|c| c.name == name).unwrap();
+/// A graph cut into kernels.
+fn schedule(graph: &Graph, dtype: DType) -> Schedule {
     let options = Options { target: Target::GPU, dtype, ..Options::default() };
-    let graph = manager::run(&case.open().unwrap().graph().unwrap(), &Pipeline::default(), &options).unwrap().graph;
+    let clock = std::time::Instant::now();
+    let graph = manager::run(graph, &Pipeline::default(), &options).unwrap().graph;
+    let passes = clock.elapsed();
     let cut = CutOptions { supported: &supported_gpu, panels: &[] };
     let mut s = fuse_kernels::cut(&graph, &cut).unwrap();
     chunk::run(&mut s, &options).unwrap();
     fuse_kernels::order(&mut s).unwrap();
+    let joined = join::run(&mut s, &options).unwrap();
+    eprintln!("{joined} launches joined");
+    eprintln!("passes {passes:.1?}, kernels {:.1?}", clock.elapsed() - passes);
+    s
+}
+
+/// The plan of a training fixture.
+fn plan(name: &str, dtype: DType, chip: GpuChip) -> Plan {
+    let case = cases().unwrap().into_iter().find(|c| c.name == name).unwrap();
+    let s = schedule(&case.open().unwrap().graph().unwrap(), dtype);
     let (plan, _) = compile_gpu(&s, chip, 2, Meta::default()).unwrap();
     let bytes = plan.to_bytes().unwrap();
     assert_eq!(compile_gpu(&s, chip, 1, Meta::default()).unwrap().0.to_bytes().unwrap(), bytes, "threads show");
     Plan::from_bytes(&bytes).unwrap()
 }
 
-/// `PLEACH_PTXAS`, or the one of the Python package in `.venv`.
-fn ptxas() -> Option<PathBuf> {
-    if let Some(p) = std::env::var_os("PLEACH_PTXAS") {
-        return Some(p.into());
-    }
+/// The assembler: `PLEACH_PTXAS`, one in `PATH`, or that of the Python package in `.venv`.
+fn assembler() -> Option<PathBuf> {
     let list = |p: PathBuf| -> Vec<PathBuf> {
         let mut v: Vec<PathBuf> = std::fs::read_dir(p).into_iter().flatten().flatten().map(|d| d.path()).collect();
         v.sort();
         v
     };
-    let root = pleach_tests::root().join(".venv/lib");
-    let nvidia = list(root).into_iter().flat_map(|p| list(p.join("site-packages/nvidia")));
-    nvidia.map(|p| p.join("bin/ptxas")).find(|p| p.exists())
+    ptxas::find().or_else(|| {
+        let root = pleach_tests::root().join(".venv/lib");
+        let nvidia = list(root).into_iter().flat_map(|p| list(p.join("site-packages/nvidia")));
+        nvidia.map(|p| p.join("bin/ptxas")).find(|p| p.exists())
+    })
 }
 
-fn assemble(name: &str, chip: GpuChip, ptx: &[u8]) {
-    let Some(ptxas) = ptxas() else {
+/// Assembles the code of a plan: no spills, no stack.
+fn assemble(name: &str, plan: &Plan) {
+    let Some(ptxas) = assembler() else {
         eprintln!("skipped: {name} is not assembled, there is no ptxas; set PLEACH_PTXAS or run `make setup`");
         return;
     };
-    let dir = std::env::temp_dir().join(format!("pleach-gpu-{}-{name}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
-    std::fs::write(dir.join("k.ptx"), ptx).unwrap();
-    let arch = format!("-arch={}", chip.name());
-    let run = Command::new(ptxas).args(["-v", &arch, "k.ptx", "-o", "k.cubin"]).current_dir(&dir).output().unwrap();
-    std::fs::remove_dir_all(&dir).unwrap();
-    let said = String::from_utf8_lossy(&run.stderr).into_owned() + &String::from_utf8_lossy(&run.stdout);
-    assert!(run.status.success(), "{said}");
-    let spills = said.lines().filter(|l| l.contains("bytes spill") && !l.contains(" 0 bytes spill stores, 0 bytes"));
-    assert_eq!(spills.count(), 0, "{said}");
+    let mut all = BTreeMap::new();
+    for b in &plan.blobs {
+        all.extend(ptxas::assemble(&ptxas, &b.bytes, &plan.target.arch).unwrap_or_else(|e| panic!("{name}: {e}")));
+    }
+    let table = std::env::var_os("PLEACH_RESOURCES").is_some();
+    for l in plan.kernels.iter().flat_map(|k| &k.launches) {
+        let r = all[&l.function];
+        if table {
+            eprintln!("{name} {:60} {:4} threads {:6} shared {r:?}", l.function, l.block, l.shared_bytes);
+        }
+        assert!(r.spills == 0 && r.stack == 0, "{name}: {} has {r:?}", l.function);
+    }
 }
 
 fn check(name: &str, dtype: DType, chip: GpuChip) {
@@ -72,12 +87,12 @@ fn check(name: &str, dtype: DType, chip: GpuChip) {
             assert!(l.params.contains(&LaunchParam::Dims));
         }
     }
+    assemble(&format!("{name} {dtype}"), &plan);
     for (i, b) in plan.blobs.iter().enumerate() {
-        assemble(&format!("{name}-{dtype}-{}-{i}", chip.name()), chip, &b.bytes);
         let text = std::str::from_utf8(&b.bytes).unwrap();
         assert!(!text.contains("call") && !text.contains("atom."), "{name}: blob {i}");
     }
-    let products = plan.blobs.iter().any(|b| b.bytes.windows(8).any(|w| w == b"mma.sync"));
+    let products = plan.blobs.iter().any(|b| b.bytes.windows(8).any(|w| w == b"mma.sync" || w == b"wgmma.mm"));
     assert_eq!(products, dtype == DType::BF16);
 }
 
@@ -97,4 +112,51 @@ fn other_models_and_methods() {
     check("qwen2-dora", DType::F32, GpuChip::Sm80);
     check("mistral-lora", DType::BF16, GpuChip::Sm80);
     check("llama-full", DType::BF16, GpuChip::Sm80);
+}
+
+/// Compiles a graph for a chip and assembles it.
+fn shaped_plan(name: &str, graph: &Graph, dtype: DType, chip: GpuChip) -> Plan {
+    let s = schedule(graph, dtype);
+    let (plan, times) = compile_gpu(&s, chip, 2, Meta::default()).unwrap();
+    let launches: usize = plan.entries.iter().map(|e| e.steps.len()).sum();
+    eprintln!("{name} {}: {} kernels, {launches} launches, {times:?}", chip.name(), plan.kernels.len());
+    assemble(&format!("{name} {}", chip.name()), &plan);
+    plan
+}
+
+#[test]
+fn a_layer_of_a_large_model_trains() {
+    let graph = shaped::LLAMA_3_8B.open(1).unwrap().training("lora", 16).unwrap();
+    shaped_plan("llama-3-8b lora", &graph, DType::BF16, GpuChip::Sm90a);
+}
+
+#[test]
+fn small_models_run() {
+    let graph = shaped::SMOLLM2.open(2).unwrap().inference(&["infer", "generate"], 8).unwrap();
+    shaped_plan("smollm2", &graph, DType::BF16, GpuChip::Sm90a);
+    let graph = shaped::minilm().unwrap().inference(&["infer"], 0).unwrap();
+    shaped_plan("minilm", &graph, DType::F32, GpuChip::Sm80);
+}
+
+/// Everything that the numbers of the project are about, whole: training with several methods, and inference.
+#[test]
+#[ignore = "takes minutes: `make test-gpu-full`"]
+fn whole_models() {
+    for chip in GpuChip::ALL {
+        let large = shaped::LLAMA_3_8B.open(32).unwrap();
+        for method in ["lora", "paca", "dora"] {
+            let graph = large.training(method, 16).unwrap();
+            shaped_plan(&format!("llama-3-8b {method}"), &graph, DType::BF16, chip);
+        }
+        let graph = large.inference(&["infer", "generate"], 16).unwrap();
+        shaped_plan("llama-3-8b infer, generate", &graph, DType::BF16, chip);
+        let small = shaped::SMOLLM2.open(30).unwrap();
+        for dtype in [DType::BF16, DType::F32] {
+            shaped_plan("smollm2 lora", &small.training("lora", 8).unwrap(), dtype, chip);
+            let graph = small.inference(&["infer", "generate"], 8).unwrap();
+            shaped_plan("smollm2 infer, generate", &graph, dtype, chip);
+            let graph = shaped::minilm().unwrap().inference(&["infer"], 0).unwrap();
+            shaped_plan("minilm", &graph, dtype, chip);
+        }
+    }
 }

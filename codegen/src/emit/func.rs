@@ -51,8 +51,12 @@ pub struct Func {
     body: String,
     consts: BTreeMap<String, Val>,
     order: Vec<String>,
+    named: Vec<String>,
     next: u32,
     depth: usize,
+    /// For a GPU: address arithmetic that is there already, for each region that encloses the current position. Equal
+    /// expressions are one value, so that the same position has the same name.
+    known: Vec<BTreeMap<String, Val>>,
 }
 
 impl Func {
@@ -66,8 +70,10 @@ impl Func {
             body: String::new(),
             consts: BTreeMap::new(),
             order: vec![],
+            named: vec![],
             next: 0,
             depth: 1,
+            known: vec![BTreeMap::new()],
         }
     }
 
@@ -87,8 +93,17 @@ impl Func {
 
     /// The argument of that name.
     pub fn arg(&self, name: &str) -> Val {
-        debug_assert!(self.args.iter().any(|a| a.0 == name), "no argument {name}");
+        debug_assert!(
+            self.args.iter().any(|a| a.0 == name) || self.named.iter().any(|n| n == name),
+            "no argument {name}"
+        );
         Val::named(&format!("%{name}"))
+    }
+
+    /// A value that stands for an argument of that name from here on.
+    pub fn name(&mut self, name: &str, text: &str) {
+        self.stmt(&format!("%{name} = {text}"));
+        self.named.push(name.to_string());
     }
 
     fn fresh(&mut self) -> Val {
@@ -106,6 +121,31 @@ impl Func {
         let v = self.fresh();
         self.stmt(&format!("{v} = {}", text.as_ref()));
         v
+    }
+
+    /// An operator without effects: on a GPU, an equal one that is there already.
+    fn pure(&mut self, text: String) -> Val {
+        if !self.gpu {
+            return self.op(text);
+        }
+        if let Some(v) = self.known.iter().rev().find_map(|k| k.get(&text)) {
+            return v.clone();
+        }
+        let v = self.op(&text);
+        if let Some(k) = self.known.last_mut() {
+            k.insert(text, v.clone());
+        }
+        v
+    }
+
+    fn enter(&mut self) {
+        self.depth += 1;
+        self.known.push(BTreeMap::new());
+    }
+
+    fn leave(&mut self) {
+        self.depth -= 1;
+        self.known.pop();
     }
 
     /// A constant by its text, such as `dense<0.0> : vector<16xf32>`; defined once, at the head of the function.
@@ -146,7 +186,7 @@ impl Func {
     // ---- i64 arithmetic, folded ----
 
     fn int2(&mut self, op: &str, a: &Val, b: &Val) -> Val {
-        self.op(format!("arith.{op} {a}, {b} : i64"))
+        self.pure(format!("arith.{op} {a}, {b} : i64"))
     }
 
     /// a + b.
@@ -245,7 +285,7 @@ impl Func {
 
     /// An i1: `pred` is MLIR's, such as `slt`, `uge`, `eq`.
     pub fn cmp(&mut self, pred: &str, a: &Val, b: &Val) -> Val {
-        self.op(format!("arith.cmpi {pred}, {a}, {b} : i64"))
+        self.pure(format!("arith.cmpi {pred}, {a}, {b} : i64"))
     }
 
     // ---- memory ----
@@ -257,9 +297,9 @@ impl Func {
         }
         match index.konst {
             Some(c) if i32::try_from(c).is_ok() => {
-                self.op(format!("llvm.getelementptr {base}[{c}] : (!llvm.ptr) -> !llvm.ptr, {elem}"))
+                self.pure(format!("llvm.getelementptr {base}[{c}] : (!llvm.ptr) -> !llvm.ptr, {elem}"))
             }
-            _ => self.op(format!("llvm.getelementptr {base}[{index}] : (!llvm.ptr, i64) -> !llvm.ptr, {elem}")),
+            _ => self.pure(format!("llvm.getelementptr {base}[{index}] : (!llvm.ptr, i64) -> !llvm.ptr, {elem}")),
         }
     }
 
@@ -374,6 +414,18 @@ impl Func {
         body: impl FnOnce(&mut Func, &Val, &[Val]) -> Vec<Val>,
     ) -> Vec<Val> {
         let step = self.i64(step);
+        self.for_by(lo, hi, &step, inits, body)
+    }
+
+    /// [`Func::for_`] with a step that is known when it runs.
+    pub fn for_by(
+        &mut self,
+        lo: &Val,
+        hi: &Val,
+        step: &Val,
+        inits: &[(Val, String)],
+        body: impl FnOnce(&mut Func, &Val, &[Val]) -> Vec<Val>,
+    ) -> Vec<Val> {
         let iv = self.fresh();
         let args: Vec<Val> = inits.iter().map(|_| self.fresh()).collect();
         let mut head = format!("scf.for {iv} = {lo} to {hi} step {step}");
@@ -385,14 +437,14 @@ impl Func {
             head = format!("{res}:{n} = {head} iter_args({list}) -> ({types})");
         }
         self.stmt(&format!("{head} : i64 {{"));
-        self.depth += 1;
+        self.enter();
         let out = body(self, &iv, &args);
         debug_assert_eq!(out.len(), inits.len());
         if !inits.is_empty() {
             let list = out.iter().map(|v| v.to_string()).collect::<Vec<_>>().join(", ");
             self.stmt(&format!("scf.yield {list} : {types}"));
         }
-        self.depth -= 1;
+        self.leave();
         self.stmt("}");
         (0..inits.len()).map(|i| Val::named(&format!("{res}#{i}"))).collect()
     }
@@ -409,18 +461,18 @@ impl Func {
         let list = before.iter().zip(inits).map(|(a, (v, _))| format!("{a} = {v}")).collect::<Vec<_>>().join(", ");
         let (res, n) = (self.fresh(), inits.len());
         self.stmt(&format!("{res}:{n} = scf.while ({list}) : ({types}) -> ({types}) {{"));
-        self.depth += 1;
+        self.enter();
         let go = cond(self, &before);
         let names = |v: &[Val]| v.iter().map(|v| v.to_string()).collect::<Vec<_>>().join(", ");
         self.stmt(&format!("scf.condition({go}) {} : {types}", names(&before)));
-        self.depth -= 1;
+        self.leave();
         self.stmt("} do {");
         let args = after.iter().zip(inits).map(|(a, (_, t))| format!("{a}: {t}")).collect::<Vec<_>>().join(", ");
         self.stmt(&format!("^bb0({args}):"));
-        self.depth += 1;
+        self.enter();
         let out = body(self, &after);
         self.stmt(&format!("scf.yield {} : {types}", names(&out)));
-        self.depth -= 1;
+        self.leave();
         self.stmt("}");
         (0..n).map(|i| Val::named(&format!("{res}#{i}"))).collect()
     }
@@ -436,9 +488,9 @@ impl Func {
     /// `if cond { body }`.
     pub fn if_(&mut self, cond: &Val, body: impl FnOnce(&mut Func)) {
         self.stmt(&format!("scf.if {cond} {{"));
-        self.depth += 1;
+        self.enter();
         body(self);
-        self.depth -= 1;
+        self.leave();
         self.stmt("}");
     }
 
@@ -463,13 +515,13 @@ impl Func {
                 let v = out.iter().map(|v| v.to_string()).collect::<Vec<_>>().join(", ");
                 f.stmt(&format!("scf.yield {v} : {list}"));
             }
-            f.depth -= 1;
+            f.leave();
         };
-        self.depth += 1;
+        self.enter();
         let out = a(self);
         arm(self, out);
         self.stmt("} else {");
-        self.depth += 1;
+        self.enter();
         let out = b(self);
         arm(self, out);
         self.stmt("}");

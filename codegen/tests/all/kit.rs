@@ -4,6 +4,7 @@ use pleach_codegen::emit::Emitted;
 use pleach_codegen::{CodegenError, HostTarget, link, mlir};
 use pleach_ir::interp::Tensor;
 use pleach_ir::{Kernel, Layout, Sym};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The host ABI of kernels.
@@ -60,6 +61,20 @@ pub(crate) fn targets() -> Vec<HostTarget> {
             vec![]
         }
     }
+}
+
+/// The assembler: `PLEACH_PTXAS`, one in `PATH`, or that of the Python package in `.venv`.
+pub(crate) fn ptxas() -> Option<PathBuf> {
+    let list = |p: PathBuf| -> Vec<PathBuf> {
+        let mut v: Vec<PathBuf> = std::fs::read_dir(p).into_iter().flatten().flatten().map(|d| d.path()).collect();
+        v.sort();
+        v
+    };
+    pleach_codegen::ptxas::find().or_else(|| {
+        let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../.venv/lib");
+        let nvidia = list(root).into_iter().flat_map(|p| list(p.join("site-packages/nvidia")));
+        nvidia.map(|p| p.join("bin/ptxas")).find(|p| p.exists())
+    })
 }
 
 /// The emitter of a class of kernels.

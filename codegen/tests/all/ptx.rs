@@ -1,10 +1,9 @@
 //! Kernels of the host, unchanged, as PTX: emitted for sm_80, and assembled by `ptxas` where it is at hand.
 
 use pleach_codegen::emit::gpu::{self, GpuChip, GpuEmitted};
-use pleach_codegen::{HostTarget, emit, mlir};
+use pleach_codegen::{HostTarget, emit, mlir, ptxas};
 use pleach_ir::{Class, DType, Dim, Entry, Kernel, Layout, Op, ReduceOp, Sym, UnaryOp, ValueId};
 use std::path::PathBuf;
-use std::process::Command;
 
 const SYMBOLS: [Sym; 1] = [Sym::T];
 
@@ -68,40 +67,14 @@ fn linear(depth: u64, columns: u64, rank: u64) -> Kernel {
     kernel("linear", Class::Contraction, e)
 }
 
-/// `PLEACH_PTXAS`, or the one of the Python package in `.venv`.
-fn ptxas() -> Option<PathBuf> {
-    if let Some(p) = std::env::var_os("PLEACH_PTXAS") {
-        return Some(p.into());
-    }
-    let list = |p: PathBuf| -> Vec<PathBuf> {
-        let mut v: Vec<PathBuf> = std::fs::read_dir(p).into_iter().flatten().flatten().map(|d| d.path()).collect();
-        v.sort();
-        v
-    };
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../.venv/lib");
-    let nvidia = list(root).into_iter().flat_map(|p| list(p.join("site-packages/nvidia")));
-    nvidia.map(|p| p.join("bin/ptxas")).find(|p| p.exists())
-}
-
 /// Assembles for sm_80, and fails on any spill.
 fn assemble(name: &str, ptx: &str) {
-    let Some(ptxas) = ptxas() else {
+    let Some(ptxas) = crate::kit::ptxas() else {
         eprintln!("skipped: {name} is not assembled, there is no ptxas; set PLEACH_PTXAS or run `make setup`");
         return;
     };
-    let dir = std::env::temp_dir().join(format!("pleach-ptx-{}-{name}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
-    std::fs::write(dir.join("k.ptx"), ptx).unwrap();
-    let run = Command::new(ptxas).args(["-v", "-arch=sm_80", "k.ptx", "-o", "k.cubin"]).current_dir(&dir).output();
-    let run = run.unwrap();
-    let cubin = std::fs::metadata(dir.join("k.cubin")).map_or(0, |m| m.len());
-    std::fs::remove_dir_all(&dir).unwrap();
-    let said = String::from_utf8_lossy(&run.stderr).into_owned() + &String::from_utf8_lossy(&run.stdout);
-    assert!(run.status.success() && cubin > 0, "{said}");
-    assert!(
-        said.contains("0 bytes spill stores, 0 bytes spill loads") && said.contains("0 bytes stack frame"),
-        "{said}"
-    );
+    let all = ptxas::assemble(&ptxas, ptx.as_bytes(), "sm_80").unwrap();
+    assert!(!all.is_empty() && all.values().all(|r| r.spills == 0 && r.stack == 0 && r.registers > 0), "{all:?}");
 }
 
 fn on_gpu(k: &Kernel, symbols: &[Sym]) -> GpuEmitted {

@@ -5,6 +5,7 @@ use crate::failure::{Failure, Result};
 use crate::report::{self, Table, Ui, bytes, count};
 use pleach_plan::{BlobKind, Plan, Residency, Source};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
 /// Tokens, cache slots and sequences that sizes are shown for when none are given.
 const CAPACITY: [(&str, u64); 4] = [("T", 512), ("L", 512), ("C", 1024), ("S", 1)];
@@ -134,15 +135,67 @@ pub(super) fn kernels(plan: &Plan, only: Option<&str>, given: &[Count]) -> Resul
             bytes(k.bytes.eval(&env)?),
         ]);
     }
-    Ok(format!("{}per launch at {}\n", t.text(), shown(plan, &env)))
+    Ok(format!("{}per launch at {}\n{}", t.text(), shown(plan, &env), resources(plan, only)?))
+}
+
+/// What entries of GPU code take of a multiprocessor: registers of a thread, bytes of static shared memory, bytes spilled.
+type Taken = BTreeMap<String, [u32; 3]>;
+
+/// The launches of a GPU plan with what they take, where there is an assembler to ask.
+fn resources(plan: &Plan, only: Option<&str>) -> Result<String> {
+    let kernels = plan.kernels.iter().filter(|k| only.is_none_or(|o| k.symbol.contains(o)));
+    let launches: Vec<&pleach_plan::Launch> = kernels.flat_map(|k| &k.launches).collect();
+    if launches.is_empty() {
+        return Ok(String::new());
+    }
+    let all = taken(plan)?;
+    let mut t = Table::new(&["launch", "threads", "shared", "registers", "spilled"]);
+    for l in launches {
+        let told = |i: usize| all.get(&l.function).map(|r| r[i]);
+        let shown = |n: Option<u32>| n.map_or("?".to_string(), |n| n.to_string());
+        let shared = u64::from(l.shared_bytes) + u64::from(told(1).unwrap_or(0));
+        t.row([l.function.clone(), l.block.to_string(), bytes(shared), shown(told(0)), shown(told(2))]);
+    }
+    let unknown = "registers and spills are known where ptxas is: in PATH, or named by PLEACH_PTXAS\n";
+    Ok(format!("\n{}{}", t.text(), if all.is_empty() { unknown } else { "" }))
+}
+
+/// What the assembler says of the code of a plan; nothing where there is none.
+#[cfg(feature = "compiler")]
+fn taken(plan: &Plan) -> Result<Taken> {
+    let Some(ptxas) = pleach_codegen::ptxas::find() else { return Ok(Taken::new()) };
+    let mut all = Taken::new();
+    for b in plan.blobs.iter().filter(|b| b.kind == pleach_plan::BlobKind::Ptx) {
+        let list = pleach_codegen::ptxas::assemble(&ptxas, &b.bytes, &plan.target.arch)?;
+        all.extend(list.into_iter().map(|(n, r)| (n, [r.registers, r.shared, r.spills])));
+    }
+    Ok(all)
+}
+
+/// Without a compiler nothing is asked.
+#[cfg(not(feature = "compiler"))]
+#[allow(clippy::unnecessary_wraps, reason = "as the other one")]
+fn taken(_: &Plan) -> Result<Taken> {
+    Ok(Taken::new())
 }
 
 pub(super) fn kernels_json(plan: &Plan, given: &[Count]) -> Result<Value> {
     let env = env(plan, given)?;
+    let all = taken(plan)?;
+    let launch = |l: &pleach_plan::Launch| {
+        let mut out = json!({"function": l.function, "threads": l.block, "dynamic_shared_bytes": l.shared_bytes});
+        if let Some([registers, shared, spilled]) = all.get(&l.function) {
+            out["registers"] = (*registers).into();
+            out["static_shared_bytes"] = (*shared).into();
+            out["spilled_bytes"] = (*spilled).into();
+        }
+        out
+    };
     let row = |(k, (n, p)): (&pleach_plan::Kernel, (usize, usize))| {
         Ok(json!({
             "name": k.symbol, "class": k.class, "launches": n, "prepare_launches": p, "tasks": k.tasks.eval(&env)?,
             "flops": k.flops.eval(&env)?, "bytes": k.bytes.eval(&env)?, "scratch_bytes": k.scratch_bytes.eval(&env)?,
+            "gpu": k.launches.iter().map(launch).collect::<Vec<_>>(),
         }))
     };
     let rows: Result<Vec<Value>> = plan.kernels.iter().zip(launches(plan)).map(row).collect();

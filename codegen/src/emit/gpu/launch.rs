@@ -1,8 +1,9 @@
 //! Entries of a kernel: parameters, attributes, static shared memory.
 
+use super::special;
 use crate::emit::func::{Func, Val};
 use pleach_ir::Kernel;
-use pleach_plan::{Expr, Launch, LaunchParam};
+use pleach_plan::{Expr, Launch, LaunchParam, TensorMap};
 
 /// An entry under construction.
 pub(super) struct Unit {
@@ -16,6 +17,11 @@ impl Unit {
     /// An entry with all buffers of a kernel, scratch memory if asked for, and counts: arguments `p0…`, `scratch`, `dims`.
     /// What `constant` names is not written by it.
     pub(super) fn new(k: &Kernel, suffix: &str, scratch: bool) -> Unit {
+        Unit::with_maps(k, suffix, scratch, &[])
+    }
+
+    /// [`Unit::new`] with tensor maps: arguments `map0…`.
+    pub(super) fn with_maps(k: &Kernel, suffix: &str, scratch: bool, maps: &[TensorMap]) -> Unit {
         let n = k.operands.len();
         let mut args: Vec<(String, String)> = vec![];
         let mut params = vec![];
@@ -34,12 +40,48 @@ impl Unit {
             args.push(("scratch".into(), "!llvm.ptr {llvm.noalias}".into()));
             params.push(LaunchParam::Scratch);
         }
+        for (i, m) in maps.iter().enumerate() {
+            // Without `grid_constant` the map would be copied to local memory, where a tensor copy cannot read it.
+            let ty = "!llvm.ptr {llvm.byval = !llvm.array<128 x i8>, llvm.align = 64 : i64, nvvm.grid_constant, \
+                      llvm.noalias, llvm.readonly}";
+            args.push((format!("map{i}"), ty.into()));
+            params.push(LaunchParam::TensorMap(m.clone()));
+        }
         args.push(("dims".into(), "!llvm.ptr {llvm.noalias, llvm.readonly}".into()));
         params.push(LaunchParam::Dims);
         let list: Vec<(&str, &str)> = args.iter().map(|(n, t)| (n.as_str(), t.as_str())).collect();
         let mut f = Func::new(&format!("{}{suffix}", k.name), &list);
         f.gpu = true;
         f.round_bf16 = true;
+        Unit { f, params, statics: 0 }
+    }
+
+    /// An entry for `copies` launches of a kernel as one: the second axis of its grid says which one a block belongs to, and a
+    /// table among the parameters has the buffers of all, operands of one after the other, then results.
+    pub(super) fn repeated(k: &Kernel, copies: usize) -> Unit {
+        let (n, r) = (k.operands.len(), k.results.len());
+        let all = (n + r) * copies;
+        let table = format!(
+            "!llvm.ptr {{llvm.byval = !llvm.array<{all} x i64>, llvm.align = 8 : i64, nvvm.grid_constant, llvm.noalias, \
+             llvm.readonly}}"
+        );
+        let mut f =
+            Func::new(&k.name, &[("table", table.as_str()), ("dims", "!llvm.ptr {llvm.noalias, llvm.readonly}")]);
+        f.gpu = true;
+        f.round_bf16 = true;
+        let (copy, base) = (special(&mut f, "ctaid.y"), f.arg("table"));
+        for (first, count, from) in [(0, n, 0), (n * copies, r, n)] {
+            let start = f.mulc(&copy, count as i64);
+            for i in 0..count {
+                let at = f.addc(&start, (first + i) as i64);
+                let at = f.gep(&base, &at, "i64");
+                // Said to be global, so that accesses need not find out.
+                let p = f.op(format!("llvm.load {at} : !llvm.ptr -> !llvm.ptr"));
+                let p = f.op(format!("llvm.addrspacecast {p} : !llvm.ptr to !llvm.ptr<1>"));
+                f.name(&format!("p{}", from + i), &format!("llvm.addrspacecast {p} : !llvm.ptr<1> to !llvm.ptr"));
+            }
+        }
+        let params = vec![LaunchParam::Buffers((0..all as u32).collect()), LaunchParam::Dims];
         Unit { f, params, statics: 0 }
     }
 
@@ -71,6 +113,7 @@ impl Unit {
             block: threads,
             shared_bytes: dynamic,
             params: self.params,
+            when: None,
         };
         (format!("{global}{body}  llvm.return\n}}\n"), launch)
     }

@@ -9,48 +9,24 @@
 
 mod at;
 mod attention;
+mod chip;
 mod contraction;
 mod launch;
 mod pull;
 mod reduce;
+mod repeat;
 mod row;
 mod scatter;
 
 use super::func::{Func, Val};
 use super::{bytes_expr, dim_expr, unsupported};
 use crate::error::CodegenError;
+pub use chip::GpuChip;
 use pleach_ir::{Class, Dim, Kernel, Layout, Op, Sym};
 use pleach_plan::{Expr, Launch};
 
 /// Buffers that a kernel may have: parameters of an entry take at most 4096 bytes.
 const MAX_BUFFERS: usize = 500;
-
-/// A GPU that code is made for.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum GpuChip {
-    /// Compute capability 8.0 and every later one.
-    Sm80,
-    /// Compute capability 9.0 and no other: warpgroup products and tensor copies.
-    Sm90a,
-}
-
-impl GpuChip {
-    /// Every chip.
-    pub const ALL: [GpuChip; 2] = [GpuChip::Sm80, GpuChip::Sm90a];
-
-    /// The name that `ptxas` knows.
-    pub fn name(self) -> &'static str {
-        match self {
-            GpuChip::Sm80 => "sm_80",
-            GpuChip::Sm90a => "sm_90a",
-        }
-    }
-
-    /// The chip of that name.
-    pub fn from_name(name: &str) -> Option<GpuChip> {
-        GpuChip::ALL.into_iter().find(|c| c.name() == name)
-    }
-}
 
 /// A GPU kernel as text, with its launch data.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -79,6 +55,9 @@ pub fn emit(k: &Kernel, symbols: &[Sym], chip: GpuChip) -> Result<GpuEmitted, Co
         Class::Attention => attention::emit(k, symbols, chip)?,
         Class::Scatter => scatter::emit(k, symbols)?,
     };
+    if let Some(op) = chip::lacking(&text, chip) {
+        return Err(unsupported(k, format!("{op} does not exist on {}", chip.name())));
+    }
     Ok(GpuEmitted { text, launches, scratch_bytes, flops: flops(k, symbols)?, bytes: bytes(k, symbols)? })
 }
 

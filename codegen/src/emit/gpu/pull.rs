@@ -8,7 +8,7 @@
 //! # In place
 //! A result over an operand is right as long as threads read that operand only where they write, and before they do.
 //! [`Pull::store`] checks what was read against what is written; [`Pull::begin_writes`] says that all threads of a row have
-//! read it.
+//! read it, [`Pull::apart`] that other elements follow.
 
 use super::at::{At, gcd};
 use crate::emit::elementwise;
@@ -210,6 +210,12 @@ impl<'a> Pull<'a> {
             self.fail("a result overwrites an operand that is still needed");
         }
         self.reads.clear();
+    }
+
+    /// What is written next are other elements than those so far, and threads read what they write over only there.
+    pub(super) fn apart(&mut self) {
+        self.reads.clear();
+        self.written.clear();
     }
 
     /// Writes results at indices, after all of them are computed.

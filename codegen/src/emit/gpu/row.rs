@@ -9,6 +9,7 @@
 use super::at::At;
 use super::launch::Unit;
 use super::pull::{Pull, combine, start};
+use super::repeat::repeated;
 use super::{Parts, reduce, special};
 use crate::emit::elementwise::register_type;
 use crate::emit::func::{Func, Val};
@@ -43,8 +44,15 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym]) -> Result<Parts, CodegenError> {
     if let Some((n, _)) = body.nodes.iter().zip(&live).find(|(n, l)| **l && !fits(&n.op)) {
         return Err(unsupported(k, format!("a row kernel cannot hold {}", n.op.name())));
     }
-    let rows = Rows::of(k, &live);
-    if rows.reductions.is_empty() { flat(k, symbols) } else { rows.emit(k, symbols) }
+    let (one, copies) = repeated(k).unwrap_or_else(|| (k.clone(), 1));
+    let live = one.body.live();
+    let rows = Rows::of(&one, &live);
+    if rows.reductions.is_empty() { flat(&one, copies, symbols) } else { rows.emit(&one, copies, symbols) }
+}
+
+/// The entry of a kernel, or of many launches of it.
+fn unit(k: &Kernel, copies: usize) -> Unit {
+    if copies > 1 { Unit::repeated(k, copies) } else { Unit::new(k, "", false) }
 }
 
 /// Results by shape.
@@ -71,8 +79,8 @@ fn width(k: &Kernel, last: Option<&Dim>) -> i64 {
 }
 
 /// Every element by itself.
-fn flat(k: &Kernel, symbols: &[Sym]) -> Result<Parts, CodegenError> {
-    let mut unit = Unit::new(k, "", false);
+fn flat(k: &Kernel, copies: usize, symbols: &[Sym]) -> Result<Parts, CodegenError> {
+    let mut unit = unit(k, copies);
     let f = &mut unit.f;
     let mut p = Pull::new(f, k, symbols);
     let (block, lane) = (special(f, "ctaid.x"), special(f, "tid.x"));
@@ -102,7 +110,7 @@ fn flat(k: &Kernel, symbols: &[Sym]) -> Result<Parts, CodegenError> {
         grid = grid.max(elements.ceil_div((THREADS * v) as u64));
     }
     p.finish()?;
-    let (text, launch) = unit.finish([grid, Expr::Const(1), Expr::Const(1)], THREADS as u32, 0, 1);
+    let (text, launch) = unit.finish([grid, Expr::Const(copies as u64), Expr::Const(1)], THREADS as u32, 0, 1);
     Ok((text, vec![launch], Expr::Const(0)))
 }
 
@@ -144,7 +152,7 @@ impl Rows {
         out
     }
 
-    fn emit(&self, k: &Kernel, symbols: &[Sym]) -> Result<Parts, CodegenError> {
+    fn emit(&self, k: &Kernel, copies: usize, symbols: &[Sym]) -> Result<Parts, CodegenError> {
         let sizes = self.reductions.keys().map(|x| x.1).map(|d| d.known().map_or(TYPICAL, |n| n as i64));
         let longest = sizes.max().unwrap_or(TYPICAL);
         let by_warp = longest <= WARP_ROW && self.rows.is_some();
@@ -152,7 +160,7 @@ impl Rows {
             true => THREADS,
             false => ((longest / 16) as u64).next_power_of_two().clamp(128, 1024) as i64,
         };
-        let mut unit = Unit::new(k, "", false);
+        let mut unit = unit(k, copies);
         let count: usize = self.reductions.values().map(Vec::len).sum();
         let shared = if by_warp { None } else { Some(unit.shared((count as i64 * threads / 32 * 4) as u64)) };
         let f = &mut unit.f;
@@ -196,7 +204,7 @@ impl Rows {
             None => Expr::Const(1),
         };
         let grid = if by_warp { all.ceil_div((THREADS / 32) as u64) } else { all };
-        let (text, launch) = unit.finish([grid, Expr::Const(1), Expr::Const(1)], threads as u32, 0, 1);
+        let (text, launch) = unit.finish([grid, Expr::Const(copies as u64), Expr::Const(1)], threads as u32, 0, 1);
         Ok((text, vec![launch], Expr::Const(0)))
     }
 }

@@ -108,7 +108,7 @@ fn write(f: &mut Func, p: &mut Pull<'_>, a: &Analysis, at: &Place, batch: &[At],
                 let mut index = batch.to_vec();
                 index.push(At::of(f, &m, 1));
                 index.push(At::of(f, &n, v));
-                epilogue(f, p, a, &index, &own);
+                epilogue(f, p, a, &index, &(0..v).collect::<Vec<_>>(), &own);
             });
         }
     }

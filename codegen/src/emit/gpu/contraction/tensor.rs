@@ -3,15 +3,18 @@
 //! A block of 8 warps computes a tile; tiles of the operands go through four stages of shared memory by asynchronous copies
 //! of 16 bytes, with zeros past the ends. An operand may lie along the sum or across it: `ldmatrix` transposes what lies
 //! across. 16-byte pieces are permuted within rows of a tile, so that neither copies nor matrix loads collide in banks.
-//! Products of one sum follow each other on the same accumulators; what is scaled comes first. The epilogue takes two
-//! neighbouring elements at a time straight from the accumulators.
+//! Products of one sum follow each other on the same accumulators; what is scaled comes first. Groups of accumulators that
+//! read the same left operand share its tiles. Long sums with few results are shared by blocks ([`split`]). [`fragment`]
+//! takes the accumulators to the results.
 
-use super::epilogue;
 use super::operand::{Matrix, axes, matrix};
-use crate::emit::contraction::analyze::{Analysis, Product, Right};
+use super::passes::{Taken, passes};
+use super::{fragment, split, write};
+use crate::emit::contraction::analyze::{Analysis, Group, Product, Right};
 use crate::emit::dim_expr;
 use crate::emit::func::{Func, Val};
 use crate::emit::gpu::at::At;
+use crate::emit::gpu::chip::Limits;
 use crate::emit::gpu::launch::Unit;
 use crate::emit::gpu::pull::Pull;
 use crate::emit::gpu::{Parts, barrier, special};
@@ -26,11 +29,13 @@ const STAGES: i64 = 4;
 /// Elements of 16 bytes.
 const PIECE: i64 = 8;
 
-/// How the work is cut: rows and columns of a block, and of its warps.
+/// How the work is cut: rows, and columns of a set of accumulators, of a block and of its warps.
 #[derive(Clone, Copy)]
 struct Cut {
     size: [i64; 2],
     warps: [i64; 2],
+    /// Right operands in a stage at most.
+    parts: i64,
 }
 
 impl Cut {
@@ -41,32 +46,35 @@ impl Cut {
 
     /// Bytes of a stage.
     fn stage(&self) -> i64 {
-        (self.size[0] + self.size[1]) * STEP * 2
+        (self.size[0] + self.parts * self.size[1]) * STEP * 2
     }
 }
 
 /// How a kernel is cut; `None` where tensor cores have no form of it.
-fn cut(a: &Analysis) -> Option<Cut> {
+fn cut(a: &Analysis, passes: &[Vec<Taken>]) -> Option<Cut> {
     let fits = |x: &Product| x.dtype == DType::BF16 && (0..2).all(|side| along(a, x, side).is_some());
     let offsets = a.groups.iter().all(|g| (g.offset as i64) % PIECE == 0);
-    let two_columns = a.n.known().is_some_and(|n| n % 2 == 0);
-    if !a.products.iter().all(fits) || !offsets || !two_columns {
+    let four_columns = a.n.known().is_some_and(|n| n as i64 % fragment::TOGETHER == 0);
+    if !a.products.iter().all(fits) || !offsets || !four_columns {
         return None;
     }
     let short = |d: Dim, n: u64| d.known().is_some_and(|d| d <= n);
-    let sets = sets(a);
-    Some(match sets {
-        1 if short(a.n, 32) => Cut { size: [128, 32], warps: [4, 2] },
-        1 if short(a.m, 32) => Cut { size: [32, 128], warps: [2, 4] },
-        1 => Cut { size: [128, 128], warps: [2, 4] },
-        2..=3 => Cut { size: [64, 128], warps: [2, 4] },
+    let large = a.m.known().is_none_or(|m| m >= 1024) && a.n.known().is_some_and(|n| n >= 1024 && n % 256 == 0);
+    let parts = passes.iter().map(Vec::len).max().unwrap_or(1) as i64;
+    let (size, warps) = match sets(a) {
+        1 if short(a.n, 32) => ([128, 32], [4, 2]),
+        1 if short(a.m, 32) => ([32, 128], [2, 4]),
+        1 if large => ([128, 256], [2, 4]),
+        1 => ([128, 128], [2, 4]),
+        2..=3 => ([128, 64], [4, 2]),
         _ => return None,
-    })
+    };
+    Some(Cut { size, warps, parts })
 }
 
 /// Sets of accumulators that live at once: one for every sum, and one more for a scaled product that is not the first.
 fn sets(a: &Analysis) -> usize {
-    let scaled = |g: &crate::emit::contraction::analyze::Group| g.products.iter().filter(|p| p.1.is_some()).count() > 1;
+    let scaled = |g: &Group| g.products.iter().filter(|p| p.1.is_some()).count() > 1;
     a.groups.len() + usize::from(a.groups.iter().any(scaled))
 }
 
@@ -115,9 +123,11 @@ struct Side {
 }
 
 /// Emits the kernel, if it has this form.
-pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<Parts>, CodegenError> {
-    let Some(cut) = cut(a) else { return Ok(None) };
-    let mut unit = Unit::new(k, "", false);
+pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis, limits: &Limits) -> Result<Option<Parts>, CodegenError> {
+    let passes = passes(a);
+    let Some(cut) = cut(a, &passes) else { return Ok(None) };
+    let parts = split::parts(a, cut.size, limits);
+    let mut unit = Unit::new(k, "", parts > 1);
     let f = &mut unit.f;
     let mut p = Pull::new(f, k, symbols);
     let smem = f.op("llvm.mlir.addressof @smem : !llvm.ptr<3>");
@@ -131,32 +141,45 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<P
     let warp = [f.mulc(&row, cut.size[0] / cut.warps[0]), f.mulc(&column, cut.size[1] / cut.warps[1])];
     let size = [p.dim(f, a.m), p.dim(f, a.n)];
     let z = special(f, "ctaid.z");
-    let z = At::of(f, &z, 1);
-    let batch = p.index(f, &a.batch, &z);
+    let at = if parts > 1 { At::known(f, 0) } else { At::of(f, &z, 1) };
+    let batch = p.index(f, &a.batch, &at);
     let batch_values: Vec<Val> = batch.iter().map(|b| b.val(f)).collect();
     let place = Place { cut, tid, lane, block, warp, size, smem };
-    let outer = f.cmp("slt", &place.block[0], &place.size[0]);
-    f.if_(&outer, |f| {
-        let mut sums = vec![];
-        for g in &a.groups {
-            let mut total: Option<Vec<Val>> = None;
-            for (x, scale) in &g.products {
-                let x = &a.products[*x];
-                let sides = [0, 1].map(|s| Side {
-                    x: matrix(f, &mut p, x, s, &batch_values, g.offset),
-                    along: along(a, x, s) == Some(true),
-                    lines: cut.size[s],
-                    start: if s == 0 { 0 } else { cut.size[0] * STEP * 2 },
-                });
-                let none = f.f32(0.0, 1);
-                let zeros = vec![none; (cut.own()[0] * cut.own()[1] * 4) as usize];
-                let depth = p.dim(f, x.k);
-                total = Some(match (scale, total) {
-                    (None, before) => place.accumulate(f, &sides, &depth, before.unwrap_or(zeros)),
-                    (Some(s), before) => {
+    let (rows, columns) =
+        (f.cmp("slt", &place.block[0], &place.size[0]), f.cmp("slt", &place.block[1], &place.size[1]));
+    let some = f.op(format!("arith.andi {rows}, {columns} : i1"));
+    f.if_(&some, |f| {
+        let mut totals: Vec<Option<Vec<Val>>> = vec![None; a.groups.len()];
+        for pass in &passes {
+            let side = |f: &mut Func, p: &mut Pull<'_>, i: usize, s: usize, offset: u64, start: i64| {
+                let x = &a.products[i];
+                let along = along(a, x, s) == Some(true);
+                Side { x: matrix(f, p, x, s, &batch_values, offset), along, lines: cut.size[s], start }
+            };
+            let left = side(f, &mut p, pass[0].1, 0, 0, 0);
+            let mut rights = vec![];
+            for (i, (g, product, _)) in pass.iter().enumerate() {
+                let start = (cut.size[0] + i as i64 * cut.size[1]) * STEP * 2;
+                rights.push(side(f, &mut p, *product, 1, a.groups[*g].offset, start));
+            }
+            let none = f.f32(0.0, 1);
+            let begin: Vec<Val> = pass
+                .iter()
+                .flat_map(|(g, _, s)| match (s, &totals[*g]) {
+                    (None, Some(t)) => t.clone(),
+                    _ => vec![none.clone(); place.elements()],
+                })
+                .collect();
+            let depth = p.dim(f, a.products[pass[0].1].k);
+            let range = share(f, &depth, &z, parts);
+            let sums = place.accumulate(f, &left, &rights, &range, begin);
+            for ((g, _, scale), sum) in pass.iter().zip(sums.chunks(place.elements())) {
+                let before = totals[*g].take();
+                totals[*g] = Some(match scale {
+                    None => sum.to_vec(),
+                    Some(s) => {
                         let s = p.eval(f, *s, &[]);
-                        let own = place.accumulate(f, &sides, &depth, zeros);
-                        let scaled = own.iter().enumerate().map(|(i, x)| match &before {
+                        let scaled = sum.iter().enumerate().map(|(i, x)| match &before {
                             Some(b) => f.op(format!("math.fma {x}, {s}, {} : f32", b[i])),
                             None => f.op(format!("arith.mulf {x}, {s} : f32")),
                         });
@@ -164,20 +187,42 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<P
                     }
                 });
             }
-            sums.push(total.unwrap_or_default());
         }
-        place.write(f, &mut p, a, &batch, &sums);
+        let sums: Vec<Vec<Val>> = totals.into_iter().flatten().collect();
+        place.each(f, &sums, |f, tile, sums| match parts {
+            1 => write(f, &mut p, a, &batch, tile, sums),
+            _ => fragment::each(f, tile, sums, |f, at, places, x| split::keep(f, &place.size, &z, at, places, x)),
+        });
     });
     p.finish()?;
     let blocks = |d: Dim, n: i64| -> Result<Expr, CodegenError> { Ok(dim_expr(k, d, symbols)?.ceil_div(n as u64)) };
-    let mut batches = Expr::Const(1);
+    let mut batches = Expr::Const(parts);
     for d in &a.batch {
         batches = batches.mul(dim_expr(k, *d, symbols)?);
     }
     let grid = [blocks(a.n, cut.size[1])?, blocks(a.m, cut.size[0])?, batches];
-    let simple = sets(a) == 1 && k.body.roots.len() == 1;
-    let (text, launch) = unit.finish(grid, THREADS as u32, (STAGES * cut.stage()) as u32, if simple { 2 } else { 1 });
-    Ok(Some((text, vec![launch], Expr::Const(0))))
+    let simple = sets(a) == 1 && k.body.roots.len() == 1 && cut.size[0] * cut.size[1] <= 128 * 128;
+    let (mut text, launch) =
+        unit.finish(grid, THREADS as u32, (STAGES * cut.stage()) as u32, if simple { 2 } else { 1 });
+    if parts == 1 {
+        return Ok(Some((text, vec![launch], Expr::Const(0))));
+    }
+    let (more, second) = split::finish(k, symbols, a, parts)?;
+    text += &more;
+    Ok(Some((text, vec![launch, second], split::scratch(k, symbols, a, parts)?)))
+}
+
+/// What block `z` of `parts` takes of a sum: first step and end.
+fn share(f: &mut Func, depth: &Val, z: &Val, parts: u64) -> [Val; 2] {
+    if parts == 1 {
+        return [f.i64(0), depth.clone()];
+    }
+    let steps = f.ceil_divc(depth, STEP);
+    let own = f.ceil_divc(&steps, parts as i64);
+    let own = f.mulc(&own, STEP);
+    let first = f.mul(z, &own);
+    let end = f.add(&first, &own);
+    [first, f.min(&end, depth)]
 }
 
 impl Place {
@@ -199,6 +244,11 @@ impl Place {
         let turned = f.op(format!("arith.xori {piece}, {turn} : i64"));
         let (a, b) = (f.mulc(row, bytes), f.mulc(&turned, 16));
         f.add(&a, &b)
+    }
+
+    /// Accumulators of a thread for one product.
+    fn elements(&self) -> usize {
+        (self.cut.own()[0] * self.cut.own()[1] * 4) as usize
     }
 
     /// Starts the copies of step `k0` of an operand into a stage.
@@ -271,17 +321,23 @@ impl Place {
         [0, 1, 2, 3].map(|i| f.op(format!("llvm.extractvalue {q}[{i}] : !llvm.struct<(i32, i32, i32, i32)>")))
     }
 
-    /// The thread's sums of one product, added to what is there: four for every product of a warp.
-    fn accumulate(&self, f: &mut Func, sides: &[Side; 2], depth: &Val, init: Vec<Val>) -> Vec<Val> {
+    /// The thread's sums of products of one left operand over a range of steps, added to what is there: four for every
+    /// 16 by 8 product of a warp.
+    fn accumulate(&self, f: &mut Func, left: &Side, rights: &[Side], range: &[Val; 2], init: Vec<Val>) -> Vec<Val> {
         let stage = self.cut.stage();
-        for i in 0..STAGES - 1 {
-            let (at, k0) = (f.i64(i * stage), f.i64(i * STEP));
-            for (side, s) in sides.iter().enumerate() {
-                self.fill(f, side, s, &at, &k0, depth);
-            }
+        let [first, end] = range;
+        let fill = |f: &mut Func, at: &Val, step: &Val| {
+            self.fill(f, 0, left, at, step, end);
+            rights.iter().for_each(|s| self.fill(f, 1, s, at, step, end));
             f.stmt("nvvm.cp.async.commit.group");
+        };
+        for i in 0..STAGES - 1 {
+            let (at, k0) = (f.i64(i * stage), f.addc(first, i * STEP));
+            fill(f, &at, &k0);
         }
-        let (zero, steps) = (f.i64(0), f.ceil_divc(depth, STEP));
+        let (zero, length) = (f.i64(0), f.sub(end, first));
+        let length = f.max(&length, &zero);
+        let steps = f.ceil_divc(&length, STEP);
         let init: Vec<(Val, String)> = init.into_iter().map(|x| (x, "f32".to_string())).collect();
         let out = f.for_(&zero, &steps, 1, &init, |f, t, acc| {
             f.stmt(&format!("nvvm.cp.async.wait.group {}", STAGES - 2));
@@ -289,15 +345,13 @@ impl Place {
             let next = f.addc(t, STAGES - 1);
             let slot = f.remc(&next, STAGES);
             let (slot, k0) = (f.mulc(&slot, stage), f.mulc(&next, STEP));
-            for (side, s) in sides.iter().enumerate() {
-                self.fill(f, side, s, &slot, &k0, depth);
-            }
-            f.stmt("nvvm.cp.async.commit.group");
+            let k0 = f.add(first, &k0);
+            fill(f, &slot, &k0);
             let now = f.remc(t, STAGES);
             let now = f.mulc(&now, stage);
             let mut acc = acc.to_vec();
-            for step in [0, 16] {
-                self.multiply(f, sides, &now, step, &mut acc);
+            for step in (0..STEP).step_by(16) {
+                self.multiply(f, left, rights, &now, step, &mut acc);
             }
             acc
         });
@@ -307,52 +361,46 @@ impl Place {
         out
     }
 
-    fn multiply(&self, f: &mut Func, sides: &[Side; 2], stage: &Val, step: i64, acc: &mut [Val]) {
+    fn multiply(&self, f: &mut Func, left: &Side, rights: &[Side], stage: &Val, step: i64, acc: &mut [Val]) {
         let [rows, columns] = self.cut.own();
-        let a: Vec<[Val; 4]> = (0..rows).map(|i| self.matrices(f, 0, &sides[0], stage, 16 * i, step)).collect();
-        let b: Vec<[Val; 4]> = (0..columns / 2).map(|j| self.matrices(f, 1, &sides[1], stage, 16 * j, step)).collect();
-        for (i, a) in a.iter().enumerate() {
-            for j in 0..columns as usize {
-                let b = &b[j / 2][2 * (j % 2)..];
-                let c = &mut acc[4 * (i * columns as usize + j)..][..4];
-                let d = f.op(format!(
-                    "nvvm.mma.sync A[{}, {}, {}, {}] B[{}, {}] C[{}, {}, {}, {}] {{layoutA = #nvvm.mma_layout<row>, layoutB = \
-                     #nvvm.mma_layout<col>, multiplicandAPtxType = #nvvm.mma_type<bf16>, multiplicandBPtxType = \
-                     #nvvm.mma_type<bf16>, shape = #nvvm.shape<m = 16, n = 8, k = 16>}} : (i32, i32, f32) -> \
-                     !llvm.struct<(f32, f32, f32, f32)>",
-                    a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2], c[3]
-                ));
-                for (e, c) in c.iter_mut().enumerate() {
-                    *c = f.op(format!("llvm.extractvalue {d}[{e}] : !llvm.struct<(f32, f32, f32, f32)>"));
+        let a: Vec<[Val; 4]> = (0..rows).map(|i| self.matrices(f, 0, left, stage, 16 * i, step)).collect();
+        for (right, acc) in rights.iter().zip(acc.chunks_mut(self.elements())) {
+            let b: Vec<[Val; 4]> = (0..columns / 2).map(|j| self.matrices(f, 1, right, stage, 16 * j, step)).collect();
+            for (i, a) in a.iter().enumerate() {
+                for j in 0..columns as usize {
+                    let b = &b[j / 2][2 * (j % 2)..];
+                    let c = &mut acc[4 * (i * columns as usize + j)..][..4];
+                    let d = f.op(format!(
+                        "nvvm.mma.sync A[{}, {}, {}, {}] B[{}, {}] C[{}, {}, {}, {}] {{layoutA = #nvvm.mma_layout<row>, layoutB = \
+                         #nvvm.mma_layout<col>, multiplicandAPtxType = #nvvm.mma_type<bf16>, multiplicandBPtxType = \
+                         #nvvm.mma_type<bf16>, shape = #nvvm.shape<m = 16, n = 8, k = 16>}} : (i32, i32, f32) -> \
+                         !llvm.struct<(f32, f32, f32, f32)>",
+                        a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2], c[3]
+                    ));
+                    for (e, c) in c.iter_mut().enumerate() {
+                        *c = f.op(format!("llvm.extractvalue {d}[{e}] : !llvm.struct<(f32, f32, f32, f32)>"));
+                    }
                 }
             }
         }
     }
 
-    fn write(&self, f: &mut Func, p: &mut Pull<'_>, a: &Analysis, batch: &[At], sums: &[Vec<Val>]) {
-        p.together = 2;
+    /// Calls `put` with every 16 rows of the warp and the accumulators of each group in them.
+    fn each(&self, f: &mut Func, sums: &[Vec<Val>], mut put: impl FnMut(&mut Func, &fragment::Tile<'_>, &[Vec<Val>])) {
         let [rows, columns] = self.cut.own();
-        let (row, pair) = (f.divc(&self.lane, 4), f.remc(&self.lane, 4));
         let (m0, n0) = (f.add(&self.block[0], &self.warp[0]), f.add(&self.block[1], &self.warp[1]));
-        let pair = f.mulc(&pair, 2);
-        let (m0, n0) = (f.add(&m0, &row), f.add(&n0, &pair));
-        for i in 0..2 * rows {
-            let m = f.addc(&m0, 8 * i);
-            let in_rows = f.cmp("slt", &m, &self.size[0]);
-            f.if_(&in_rows, |f| {
-                for j in 0..columns {
-                    let n = f.addc(&n0, 8 * j);
-                    let inside = f.cmp("slt", &n, &self.size[1]);
-                    let first = (4 * (i / 2 * columns + j) + 2 * (i % 2)) as usize;
-                    let own: Vec<Vec<Val>> = sums.iter().map(|s| s[first..first + 2].to_vec()).collect();
-                    f.if_(&inside, |f| {
-                        let mut index = batch.to_vec();
-                        index.push(At::of(f, &m, 1));
-                        index.push(At::of(f, &n, 2));
-                        epilogue(f, p, a, &index, &own);
-                    });
-                }
-            });
+        for i in 0..rows {
+            let m = f.addc(&m0, 16 * i);
+            let tile = fragment::Tile {
+                lane: &self.lane,
+                at: [&m, &n0],
+                size: [&self.size[0], &self.size[1]],
+                columns: 8 * columns,
+                tile: self.cut.size[1],
+            };
+            let own: Vec<Vec<Val>> =
+                sums.iter().map(|s| s[(4 * i * columns) as usize..][..4 * columns as usize].to_vec()).collect();
+            put(f, &tile, &own);
         }
     }
 }

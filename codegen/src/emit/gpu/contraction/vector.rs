@@ -1,0 +1,246 @@
+//! Products of bf16 with few rows, as in decoding: the weights are read once, and that is all the time there is.
+//!
+//! A block takes 16 columns; its warps share the sum. Weights and rows of the left operand go from memory to registers 16
+//! bytes at a time and straight into `mma.sync`, the weights as its left operand: which of the summed elements meet in
+//! one instruction is free, so a lane takes 16 neighbours. The warps' sums are added in shared memory in a fixed order.
+
+use super::epilogue;
+use super::operand::{Matrix, axes, matrix};
+use super::passes::passes;
+use crate::emit::contraction::analyze::{Analysis, Product, Right};
+use crate::emit::func::{Func, Val};
+use crate::emit::gpu::at::At;
+use crate::emit::gpu::launch::{Unit, shared_at, shared_load, shared_store};
+use crate::emit::gpu::pull::Pull;
+use crate::emit::gpu::{barrier, special};
+use crate::error::CodegenError;
+use pleach_ir::{DType, Dim, Kernel, Sym};
+use pleach_plan::{Expr, Launch};
+
+/// Rows at most.
+pub(super) const ROWS: i64 = 8;
+/// Columns of a block.
+const COLUMNS: i64 = 16;
+const WARPS: i64 = 8;
+/// Summed elements that a warp takes at once, and of those a lane.
+const STEP: i64 = 64;
+const OWN: i64 = 16;
+/// Columns that a thread writes.
+const TOGETHER: i64 = 4;
+/// Groups of accumulators at most.
+const GROUPS: usize = 4;
+
+/// Whether both operands lie along the sum in whole aligned pieces of 16 bytes.
+fn fits(x: &Product) -> bool {
+    let (Right::Rows(w) | Right::Strided(w)) = &x.right else { return false };
+    let piece = |n: u64| n.is_multiple_of(8);
+    let along = |side: usize| {
+        let view = if side == 0 { &x.left } else { w };
+        let (line, step) = axes(view, side);
+        step.known() == Some(1) && piece(line.factor) && view.offset.iter().all(|(n, s)| piece(n * s.factor))
+    };
+    x.dtype == DType::BF16 && x.k.known().is_some_and(piece) && along(0) && along(1)
+}
+
+/// Emits the launch, if the kernel has this form; it is right for up to [`ROWS`] rows.
+pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<(String, Launch)>, CodegenError> {
+    let (Some(n), Dim::Symbol(_)) = (a.n.known(), a.m) else { return Ok(None) };
+    let few = a.groups.len() <= GROUPS && a.batch.is_empty() && n as i64 % TOGETHER == 0;
+    if !few || !a.products.iter().all(fits) {
+        return Ok(None);
+    }
+    let groups = a.groups.len() as i64;
+    let mut unit = Unit::new(k, "_few", false);
+    let shared = unit.shared((WARPS * groups * ROWS * COLUMNS * 4) as u64);
+    let f = &mut unit.f;
+    let mut p = Pull::new(f, k, symbols);
+    let (tid, block) = (special(f, "tid.x"), special(f, "ctaid.x"));
+    let (warp, lane) = (f.divc(&tid, 32), f.remc(&tid, 32));
+    let (line, quarter) = (f.divc(&lane, 4), f.remc(&lane, 4));
+    let first = f.mulc(&block, COLUMNS);
+    let size = [p.dim(f, a.m), p.dim(f, a.n)];
+    let inside = f.cmp("slt", &first, &size[1]);
+    f.if_(&inside, |f| {
+        let none = f.f32(0.0, 1);
+        let mut totals: Vec<Option<[Val; 4]>> = vec![None; a.groups.len()];
+        for pass in passes(a) {
+            let left = &a.products[pass[0].1];
+            let depth = left.k.known().unwrap_or(0) as i64;
+            let x = matrix(f, &mut p, left, 0, &[], 0);
+            // What lies past the ends is computed with something that exists, and not written.
+            let row = clamp(f, &line, &size[0]);
+            let x = Line::new(f, &x, &row);
+            let mut weights = vec![];
+            for (g, product, _) in &pass {
+                let w = matrix(f, &mut p, &a.products[*product], 1, &[], a.groups[*g].offset);
+                for half in 0..2 {
+                    let column = f.addc(&line, 8 * half);
+                    let column = f.add(&first, &column);
+                    let column = clamp(f, &column, &size[1]);
+                    weights.push(Line::new(f, &w, &column));
+                }
+            }
+            let begin: Vec<Val> = pass
+                .iter()
+                .flat_map(|(g, _, s)| match (s, &totals[*g]) {
+                    (None, Some(t)) => t.clone(),
+                    _ => [0; 4].map(|_| none.clone()),
+                })
+                .collect();
+            let sums = accumulate(f, &x, &weights, [&warp, &quarter], depth, begin);
+            for ((g, _, scale), sum) in pass.iter().zip(sums.chunks(4)) {
+                let mut sum = [0, 1, 2, 3].map(|i| sum[i].clone());
+                if let Some(s) = scale {
+                    let s = p.eval(f, *s, &[]);
+                    for (i, x) in sum.iter_mut().enumerate() {
+                        *x = match &totals[*g] {
+                            Some(t) => f.op(format!("math.fma {x}, {s}, {} : f32", t[i])),
+                            None => f.op(format!("arith.mulf {x}, {s} : f32")),
+                        };
+                    }
+                }
+                totals[*g] = Some(sum);
+            }
+        }
+        // Sums of a warp: [group][row][column].
+        let own = f.mulc(&warp, groups);
+        for (g, t) in totals.iter().flatten().enumerate() {
+            let base = f.addc(&own, g as i64);
+            let base = f.mulc(&base, ROWS * COLUMNS);
+            for (i, x) in t.iter().enumerate() {
+                let row = f.mulc(&quarter, 2);
+                let row = f.addc(&row, i as i64 % 2);
+                let at = f.mulc(&row, COLUMNS);
+                let at = f.add(&at, &line);
+                let at = f.addc(&at, i as i64 / 2 * 8);
+                let at = f.add(&base, &at);
+                let to = shared_at(f, &shared, &at, "f32");
+                shared_store(f, x, &to, "f32", 4);
+            }
+        }
+        barrier(f);
+        let (row, column) = (f.divc(&tid, COLUMNS / TOGETHER), f.remc(&tid, COLUMNS / TOGETHER));
+        let column = f.mulc(&column, TOGETHER);
+        let rows = f.i64(ROWS);
+        let within = f.min(&size[0], &rows);
+        let column_of_all = f.add(&first, &column);
+        let (a1, b1) = (f.cmp("slt", &row, &within), f.cmp("slt", &column_of_all, &size[1]));
+        let writes = f.op(format!("arith.andi {a1}, {b1} : i1"));
+        f.if_(&writes, |f| {
+            let at = f.mulc(&row, COLUMNS);
+            let at = f.add(&at, &column);
+            let mut sums = vec![];
+            for g in 0..groups {
+                let mut total: Vec<Val> = vec![];
+                for w in 0..WARPS {
+                    let at = f.addc(&at, (w * groups + g) * ROWS * COLUMNS);
+                    let from = shared_at(f, &shared, &at, "f32");
+                    let x = shared_load(f, &from, "vector<4xf32>", 16);
+                    for i in 0..TOGETHER as usize {
+                        let x = f.op(format!("vector.extract {x}[{i}] : f32 from vector<4xf32>"));
+                        match total.get(i).cloned() {
+                            Some(t) => total[i] = f.op(format!("arith.addf {t}, {x} : f32")),
+                            None => total.push(x),
+                        }
+                    }
+                }
+                sums.push(total);
+            }
+            p.together = TOGETHER;
+            let index = [At::of(f, &row, 1), At::of(f, &column_of_all, TOGETHER)];
+            epilogue(f, &mut p, a, &index, &[0, 1, 2, 3], &sums);
+        });
+    });
+    p.finish()?;
+    let grid = [Expr::Const(n.div_ceil(COLUMNS as u64)), Expr::Const(1), Expr::Const(1)];
+    Ok(Some(unit.finish(grid, 32 * WARPS as u32, 0, 2)))
+}
+
+/// The index, or the last one there is.
+fn clamp(f: &mut Func, at: &Val, size: &Val) -> Val {
+    let last = f.addc(size, -1);
+    f.min(at, &last)
+}
+
+/// A line of a matrix along the sum.
+struct Line {
+    base: Val,
+}
+
+impl Line {
+    fn new(f: &mut Func, x: &Matrix, line: &Val) -> Line {
+        let at = f.mul(line, &x.line);
+        Line { base: f.gep(&x.base, &at, "i16") }
+    }
+
+    /// Eight elements as four pairs; zeros where `ok` says so.
+    fn load(&self, f: &mut Func, at: &Val, ok: Option<&Val>) -> [Val; 4] {
+        let from = f.gep(&self.base, at, "i16");
+        let x = f.op(format!("llvm.load {from} {{alignment = 16 : i64}} : !llvm.ptr -> vector<4xi32>"));
+        [0, 1, 2, 3].map(|i| {
+            let x = f.op(format!("vector.extract {x}[{i}] : i32 from vector<4xi32>"));
+            match ok {
+                Some(ok) => {
+                    let zero = f.i32(0, 1);
+                    f.op(format!("arith.select {ok}, {x}, {zero} : i32"))
+                }
+                None => x,
+            }
+        })
+    }
+}
+
+/// The warp's sums of some products of one left operand, added to what is there: four for each. `weights` are two lines of
+/// each, 8 apart.
+fn accumulate(
+    f: &mut Func,
+    x: &Line,
+    weights: &[Line],
+    [warp, quarter]: [&Val; 2],
+    depth: i64,
+    begin: Vec<Val>,
+) -> Vec<Val> {
+    // As many steps at once as divide the warps' share, else one at a time with a look at the end.
+    let round = STEP * WARPS;
+    let most = if weights.len() > 2 { 2 } else { 4 };
+    let together = (1..=most).rev().find(|u| depth % (round * u) == 0);
+    let (zero, end) = (f.i64(0), f.i64((depth + round - 1) / round * round));
+    let own = f.mulc(quarter, OWN);
+    let shift = f.mulc(warp, STEP);
+    let own = f.add(&own, &shift);
+    let init: Vec<(Val, String)> = begin.into_iter().map(|x| (x, "f32".to_string())).collect();
+    f.for_(&zero, &end, round * together.unwrap_or(1), &init, |f, at, sums| {
+        let at = f.add(&own, at);
+        let mut loaded = vec![];
+        for piece in 0..2 * together.unwrap_or(1) {
+            let mut at = f.addc(&at, piece / 2 * round + piece % 2 * 8);
+            let ok = together.is_none().then(|| {
+                let (end, last) = (f.i64(depth), f.i64(depth - 8));
+                let ok = f.cmp("slt", &at, &end);
+                at = f.min(&at, &last);
+                ok
+            });
+            let rows = x.load(f, &at, ok.as_ref());
+            let lines: Vec<[Val; 4]> = weights.iter().map(|w| w.load(f, &at, ok.as_ref())).collect();
+            loaded.push((rows, lines));
+        }
+        let mut sums = sums.to_vec();
+        for (rows, lines) in &loaded {
+            for (pair, c) in lines.chunks(2).zip(sums.chunks_mut(4)) {
+                for h in [0, 2] {
+                    let d = f.op(format!(
+                        "nvvm.mma.sync A[{}, {}, {}, {}] B[{}, {}] C[{}, {}, {}, {}] {{layoutA = #nvvm.mma_layout<row>, \
+                         layoutB = #nvvm.mma_layout<col>, multiplicandAPtxType = #nvvm.mma_type<bf16>, \
+                         multiplicandBPtxType = #nvvm.mma_type<bf16>, shape = #nvvm.shape<m = 16, n = 8, k = 16>}} : (i32, \
+                         i32, f32) -> !llvm.struct<(f32, f32, f32, f32)>",
+                        pair[0][h], pair[1][h], pair[0][h + 1], pair[1][h + 1], rows[h], rows[h + 1], c[0], c[1], c[2], c[3]
+                    ));
+                    for (e, c) in c.iter_mut().enumerate() {
+                        *c = f.op(format!("llvm.extractvalue {d}[{e}] : !llvm.struct<(f32, f32, f32, f32)>"));
+                    }
+                }
+            }
+        }
+        sums
+    })
+}

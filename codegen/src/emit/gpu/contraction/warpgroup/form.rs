@@ -1,0 +1,263 @@
+//! How a contraction is cut for warpgroup products: tiles, passes over the contracted dimension, tensor maps.
+
+use crate::emit::contraction::analyze::{Analysis, Product, Right};
+use crate::emit::contraction::view::{Stride, View};
+use crate::emit::dim_expr;
+use crate::emit::gpu::chip::Limits;
+use crate::emit::gpu::contraction::operand::axes;
+use crate::emit::gpu::contraction::passes::passes;
+use crate::error::CodegenError;
+use pleach_ir::{DType, Dim, Kernel, Sym, ValueId};
+use pleach_plan::{Expr, TensorMap};
+
+/// Steps of the contracted dimension in a stage: rows of 128 bytes, which one swizzle covers.
+pub(super) const STEP: i64 = 64;
+/// Rows of a warpgroup.
+pub(super) const ROWS: i64 = 64;
+/// Bytes of 64 rows or columns of a stage.
+pub(super) const BLOCK: i64 = ROWS * STEP * 2;
+/// Rows that a symbol is taken for where a choice depends on it.
+const TYPICAL_ROWS: u64 = 4096;
+/// Accumulators of a thread at most.
+const ACCUMULATORS: i64 = 128;
+/// Elements of 16 bytes.
+const PIECE: u64 = 8;
+
+/// The tile of a block.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Cut {
+    /// Warpgroups that multiply, 64 rows each.
+    pub(super) consumers: i64,
+    /// Columns of a set of accumulators.
+    pub(super) columns: i64,
+    /// Right operands in a stage at most.
+    pub(super) parts: i64,
+    /// Stages of the ring.
+    pub(super) stages: i64,
+}
+
+impl Cut {
+    pub(super) fn rows(&self) -> i64 {
+        ROWS * self.consumers
+    }
+
+    /// Bytes of the left operand, and of one right operand, in a stage.
+    pub(super) fn left(&self) -> i64 {
+        BLOCK * self.consumers
+    }
+
+    pub(super) fn right(&self) -> i64 {
+        self.columns * STEP * 2
+    }
+
+    pub(super) fn stage(&self) -> i64 {
+        self.left() + self.parts * self.right()
+    }
+
+    /// Where the barriers lie: one of each kind for a stage.
+    pub(super) fn barriers(&self) -> i64 {
+        self.stages * self.stage()
+    }
+
+    /// Dynamic shared memory, bytes.
+    pub(super) fn shared(&self) -> i64 {
+        self.barriers() + 16 * self.stages
+    }
+
+    pub(super) fn threads(&self) -> i64 {
+        128 * (self.consumers + 1)
+    }
+
+    /// Blocks that one multiprocessor holds.
+    pub(super) fn resident(&self) -> i64 {
+        if self.consumers == 1 { 2 } else { 1 }
+    }
+}
+
+/// An operand as tensor copies read it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Operand {
+    /// Number of the tensor map.
+    pub(super) map: usize,
+    /// Lies along the sum; else across it.
+    pub(super) along: bool,
+    /// First row (of the result: row or column) and first step in the map.
+    pub(super) first: [i64; 2],
+}
+
+/// A product that a pass adds to a group.
+pub(super) struct Part {
+    pub(super) group: usize,
+    pub(super) right: Operand,
+    pub(super) scale: Option<ValueId>,
+}
+
+/// Products of one left operand, taken together.
+pub(super) struct Pass {
+    pub(super) left: Operand,
+    /// Length of the sum.
+    pub(super) depth: Dim,
+    pub(super) parts: Vec<Part>,
+}
+
+/// A contraction ready to be written.
+pub(super) struct Form {
+    pub(super) cut: Cut,
+    pub(super) passes: Vec<Pass>,
+    pub(super) maps: Vec<TensorMap>,
+}
+
+/// A matrix of a product: rows of the result by steps of the sum.
+struct Place<'a> {
+    view: &'a View,
+    along: bool,
+    first: [u64; 2],
+    lines: Dim,
+}
+
+/// An operand that tensor copies can read; `None` for any other.
+fn place<'a>(a: &Analysis, x: &'a Product, side: usize) -> Option<Place<'a>> {
+    let view = match (side, &x.right) {
+        (0, _) => &x.left,
+        (_, Right::Rows(v) | Right::Strided(v)) => v,
+        (_, Right::Panels { .. }) => return None,
+    };
+    let (line, step) = axes(view, side);
+    let mut first = [0, 0];
+    for (n, s) in &view.offset {
+        match () {
+            () if s == line => first[0] += n,
+            () if s == step => first[1] += n,
+            () => return None,
+        }
+    }
+    let along = match (line.known(), step.known()) {
+        (_, Some(1)) if line.factor % PIECE == 0 && line.factor > 0 => true,
+        (Some(1), _) if step.factor % PIECE == 0 && step.factor > 0 => false,
+        _ => return None,
+    };
+    Some(Place { view, along, first, lines: if side == 0 { a.m } else { x.n } })
+}
+
+/// How the kernel is taken; `None` where this class of products has no form of it, or gains nothing.
+pub(super) fn form(k: &Kernel, symbols: &[Sym], a: &Analysis, limits: &Limits) -> Result<Option<Form>, CodegenError> {
+    let rows = a.m.known();
+    let (Some(columns), true) = (a.n.known(), a.batch.is_empty()) else { return Ok(None) };
+    // A sum of unknown length would have to be cut off within a tile: a branch that the products would wait for.
+    let fits = |x: &Product| {
+        x.dtype == DType::BF16 && x.k.known().is_some_and(|k| k > 0) && (0..2).all(|s| place(a, x, s).is_some())
+    };
+    if columns % 4 != 0 || rows.is_some_and(|m| m < ROWS as u64) || !a.products.iter().all(fits) {
+        return Ok(None);
+    }
+    let order = passes(a);
+    let scaled = a.groups.iter().any(|g| g.products.iter().filter(|p| p.1.is_some()).count() > 1);
+    let sets = a.groups.len() as i64 + i64::from(scaled);
+    let parts = order.iter().map(|p| p.len()).max().unwrap_or(1) as i64;
+    let across = a.products.iter().any(|x| place(a, x, 1).is_some_and(|p| !p.along));
+    let depth: u64 = order.iter().filter_map(|p| a.products[p[0].1].k.known()).map(|k| k.div_ceil(STEP as u64)).sum();
+    let shape = Shape { rows: rows.unwrap_or(TYPICAL_ROWS), columns, sets, parts, depth, across };
+    let Some(cut) = shape.best(limits) else { return Ok(None) };
+
+    let mut maps: Vec<TensorMap> = vec![];
+    let mut passes = vec![];
+    for pass in order {
+        let mut operand = |i: usize, side: usize, offset: u64| -> Result<Option<Operand>, CodegenError> {
+            let Some(at) = place(a, &a.products[i], side) else { return Ok(None) };
+            let box_lines = if side == 0 { cut.rows() } else { cut.columns };
+            let map = tensor_map(k, symbols, &at, side, a.products[i].k, box_lines)?;
+            let map = maps.iter().position(|m| *m == map).unwrap_or_else(|| {
+                maps.push(map);
+                maps.len() - 1
+            });
+            let first = [(at.first[0] + offset) as i64, at.first[1] as i64];
+            Ok(Some(Operand { map, along: at.along, first }))
+        };
+        let Some(left) = operand(pass[0].1, 0, 0)? else { return Ok(None) };
+        let mut parts = vec![];
+        for (group, product, scale) in &pass {
+            let Some(right) = operand(*product, 1, a.groups[*group].offset)? else { return Ok(None) };
+            parts.push(Part { group: *group, right, scale: *scale });
+        }
+        passes.push(Pass { left, depth: a.products[pass[0].1].k, parts });
+    }
+    Ok(Some(Form { cut, passes, maps }))
+}
+
+/// The map of an operand: its extent bounds what is read, zeros lie outside.
+fn tensor_map(
+    k: &Kernel,
+    symbols: &[Sym],
+    at: &Place<'_>,
+    side: usize,
+    depth: Dim,
+    box_lines: i64,
+) -> Result<TensorMap, CodegenError> {
+    let (line, step) = axes(at.view, side);
+    let bytes = |s: &Stride| -> Result<Expr, CodegenError> {
+        let mut e = Expr::Const(s.factor * 2);
+        for sym in &s.syms {
+            e = e.mul(dim_expr(k, Dim::Symbol(*sym), symbols)?);
+        }
+        Ok(e)
+    };
+    let lines = dim_expr(k, at.lines, symbols)?.add(at.first[0]);
+    let steps = dim_expr(k, depth, symbols)?.add(at.first[1]);
+    let (sizes, stride, boxes) = match at.along {
+        true => (vec![steps, lines], bytes(line)?, vec![STEP as u32, box_lines as u32]),
+        false => (vec![lines, steps], bytes(step)?, vec![ROWS as u32, STEP as u32]),
+    };
+    let buffer = at.view.arg as u32;
+    Ok(TensorMap { buffer, dtype: pleach_plan::DType::BF16, sizes, strides: vec![stride], boxes, swizzle: 128 })
+}
+
+/// What the choice of a tile depends on.
+struct Shape {
+    rows: u64,
+    columns: u64,
+    sets: i64,
+    parts: i64,
+    /// Stages that a tile takes from the ring.
+    depth: u64,
+    /// A right operand lies across the sum: it comes in blocks of 64 columns.
+    across: bool,
+}
+
+impl Shape {
+    fn best(&self, limits: &Limits) -> Option<Cut> {
+        let mut best: Option<(u64, Cut)> = None;
+        for consumers in [2, 1] {
+            for columns in [256, 192, 128, 96, 64, 32] {
+                let shared = if consumers == 1 { limits.shared_sm / 2 - 1024 } else { limits.shared_block };
+                let mut cut = Cut { consumers, columns, parts: self.parts, stages: 0 };
+                cut.stages = (i64::from(shared) / (cut.stage() + 16)).min(8);
+                // Where two blocks share a multiprocessor, a thread has half as many registers.
+                let most = ACCUMULATORS / cut.resident();
+                let fits = self.sets * columns / 2 <= most && cut.stages >= 3;
+                if !fits || (self.across && columns % ROWS != 0) {
+                    continue;
+                }
+                let cost = self.cost(&cut, limits);
+                if best.is_none_or(|b| cost < b.0) {
+                    best = Some((cost, cut));
+                }
+            }
+        }
+        best.map(|b| b.1)
+    }
+
+    /// Cycles, roughly: tensor cores against the cache's bandwidth, in whole rounds of all multiprocessors.
+    fn cost(&self, cut: &Cut, limits: &Limits) -> u64 {
+        let tiles = self.rows.div_ceil(cut.rows() as u64) * self.columns.div_ceil(cut.columns as u64);
+        let n = (cut.columns * self.parts) as u64;
+        let (sms, consumers) = (u64::from(limits.multiprocessors), cut.consumers as u64);
+        // A product of 64 by n by 16 takes n / 2 cycles, or as long as shared memory gives its operands.
+        let product = (n / 2).max((2048 * self.parts as u64 + 32 * n) / 112);
+        let multiply = 4 * consumers * product;
+        let copy = cut.stage() as u64 / u64::from(limits.cache_bytes_per_cycle);
+        let write = cut.rows() as u64 * cut.columns as u64 * self.sets as u64 / 24 + 1500;
+        let tile = self.depth * multiply.max(copy) + write;
+        let resident = (cut.resident() as u64).min(tiles.div_ceil(sms));
+        tiles.div_ceil(sms * resident) * resident * tile
+    }
+}

@@ -1,0 +1,183 @@
+//! Joins launches of one kernel that do not depend on each other, where a launch costs more than little work takes.
+//!
+//! An optimizer's update, or the casts of a preparation, are hundreds of equal small launches. Row kernels of static shapes
+//! that can run at the same moment become one kernel whose body is theirs side by side, so that a target may run it as one
+//! launch. Nothing here knows what the kernels compute; the body of a joined kernel means what its parts mean, one after
+//! the other. Entries with loops, and launches with much between them in the arena, stay as they are.
+
+use crate::error::PassError;
+use crate::options::Options;
+use crate::order::dependences;
+use pleach_ir::{BufferKind, Class, Entry, Kernel, KernelId, Op, Schedule, ScheduledEntry, Step, ValueId};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Microseconds of a launch from which launches are joined.
+const LEAST_US: f64 = 1.0;
+/// Buffers of a joined kernel at most.
+const BUFFERS: usize = 480;
+/// Bytes of the arena that a launch may touch.
+const ARENA: u64 = 64 << 10;
+
+/// Joins launches of every entry. Returns by how many there are fewer.
+///
+/// # Errors
+/// [`PassError`] when the result breaks a rule: a fault of the pass.
+pub fn run(s: &mut Schedule, options: &Options) -> Result<usize, PassError> {
+    if options.target.launch_us < LEAST_US {
+        return Ok(0);
+    }
+    let fault = |e: pleach_ir::IrError| PassError::Refused { pass: "join".into(), why: e.to_string() };
+    let mut made: BTreeMap<(KernelId, usize), KernelId> = BTreeMap::new();
+    let mut saved = 0;
+    for i in 0..s.entries.len() {
+        if !s.entries[i].loops.is_empty() {
+            continue;
+        }
+        let mut steps: Vec<Option<Step>> = s.entries[i].steps.iter().cloned().map(Some).collect();
+        let before = dependences(&s.entries[i]);
+        let mut blocks: Vec<Vec<usize>> = vec![];
+        for list in equal(s, &s.entries[i], &before).into_values() {
+            let k = &s.kernels[steps[list[0]].as_ref().map_or(0, |x| x.kernel.0 as usize)];
+            let most = BUFFERS / (k.operands.len() + k.results.len()).max(1);
+            blocks.extend(list.chunks(most.max(1)).map(<[usize]>::to_vec));
+        }
+        let order = in_order(blocks, &before);
+        let mut out = vec![];
+        for block in order {
+            let parts: Vec<Step> = block.iter().filter_map(|x| steps[*x].take()).collect();
+            let [first, rest @ ..] = parts.as_slice() else { continue };
+            if rest.is_empty() {
+                out.push(first.clone());
+                continue;
+            }
+            let key = (first.kernel, parts.len());
+            let kernel = match made.get(&key) {
+                Some(k) => *k,
+                None => {
+                    let id = KernelId(s.kernels.len() as u32);
+                    let mut k = side_by_side(&s.kernels[first.kernel.0 as usize], parts.len()).map_err(fault)?;
+                    k.name = format!("{}_{}x", k.name, parts.len());
+                    s.kernels.push(k);
+                    made.insert(key, id);
+                    id
+                }
+            };
+            saved += rest.len();
+            let all = |f: &dyn Fn(&Step) -> Vec<pleach_ir::BufferId>| parts.iter().flat_map(f).collect::<Vec<_>>();
+            let mut after = all(&|x| x.after.clone());
+            after.sort_unstable();
+            after.dedup();
+            let (reads, writes) = (all(&|x| x.reads.clone()), all(&|x| x.writes.clone()));
+            out.push(Step { kernel, reads, writes, after, origin: first.origin.clone() });
+        }
+        s.entries[i].steps = out;
+    }
+    if saved > 0 {
+        drop_unused(s);
+        s.check().map_err(fault)?;
+    }
+    Ok(saved)
+}
+
+/// Launches that may be joined, by how many must run before them at least and by kernel; every other launch alone.
+fn equal(s: &Schedule, e: &ScheduledEntry, before: &[BTreeSet<usize>]) -> BTreeMap<(usize, usize, u32), Vec<usize>> {
+    let mut level = vec![0usize; e.steps.len()];
+    let mut out: BTreeMap<(usize, usize, u32), Vec<usize>> = BTreeMap::new();
+    for (i, step) in e.steps.iter().enumerate() {
+        level[i] = before[i].iter().map(|b| level[*b] + 1).max().unwrap_or(0);
+        let k = &s.kernels[step.kernel.0 as usize];
+        let fixed = k.body.nodes.iter().all(|n| n.ty.symbols().is_empty());
+        let arena: u64 = step
+            .reads
+            .iter()
+            .chain(&step.writes)
+            .map(|b| &e.buffers[b.0 as usize])
+            .filter(|b| matches!(b.kind, BufferKind::Arena | BufferKind::Output(_)))
+            .map(|b| b.ty.bytes(&|_| None).unwrap_or(u64::MAX))
+            .fold(0, u64::saturating_add);
+        let joins = k.class == Class::Row && fixed && arena <= ARENA;
+        // A key of its own keeps a launch alone.
+        let own = if joins { 0 } else { i + 1 };
+        out.entry((level[i], own, step.kernel.0)).or_default().push(i);
+    }
+    out
+}
+
+/// Blocks of launches in an order that keeps every dependence, and else that of their first launches.
+fn in_order(mut blocks: Vec<Vec<usize>>, before: &[BTreeSet<usize>]) -> Vec<Vec<usize>> {
+    blocks.sort_by_key(|b| b[0]);
+    let mut of = vec![0; before.len()];
+    for (i, b) in blocks.iter().enumerate() {
+        b.iter().for_each(|x| of[*x] = i);
+    }
+    let mut waits: Vec<BTreeSet<usize>> = vec![BTreeSet::new(); blocks.len()];
+    let mut then: Vec<Vec<usize>> = vec![vec![]; blocks.len()];
+    for (x, list) in before.iter().enumerate() {
+        for y in list.iter().map(|y| of[*y]).filter(|y| *y != of[x]) {
+            if waits[of[x]].insert(y) {
+                then[y].push(of[x]);
+            }
+        }
+    }
+    let mut left: Vec<usize> = waits.iter().map(BTreeSet::len).collect();
+    let mut ready: BTreeSet<usize> = (0..blocks.len()).filter(|b| left[*b] == 0).collect();
+    let mut out = vec![];
+    while let Some(b) = ready.pop_first() {
+        for t in &then[b] {
+            left[*t] -= 1;
+            if left[*t] == 0 {
+                ready.insert(*t);
+            }
+        }
+        out.push(std::mem::take(&mut blocks[b]));
+    }
+    out
+}
+
+/// A kernel that does what `n` launches of `k` do: operands and results one launch after the other.
+fn side_by_side(k: &Kernel, n: usize) -> Result<Kernel, pleach_ir::IrError> {
+    let (operands, results) = (k.operands.len(), k.results.len());
+    let mut body = Entry::new("kernel");
+    let mut roots = vec![];
+    for c in 0..n {
+        let mut at: Vec<ValueId> = vec![];
+        for node in &k.body.nodes {
+            let op = match &node.op {
+                Op::Input { name, dtype, shape } => {
+                    let number: usize = name.trim_start_matches('a').parse().unwrap_or(0);
+                    Op::Input { name: format!("a{}", c * operands + number), dtype: *dtype, shape: shape.clone() }
+                }
+                op => op.clone(),
+            };
+            let inputs: Vec<ValueId> = node.inputs.iter().map(|i| at[i.index()]).collect();
+            at.push(body.push(&[], op, &inputs)?);
+        }
+        roots.extend(k.body.roots.iter().map(|r| at[r.value.index()]));
+    }
+    for (i, r) in roots.into_iter().enumerate() {
+        body.output(format!("r{i}"), r);
+    }
+    let alias = |i: usize| k.aliases[i % results].map(|a| a + (i / results * operands) as u32);
+    Ok(Kernel {
+        name: k.name.clone(),
+        class: k.class,
+        body,
+        operands: k.operands.repeat(n),
+        results: k.results.repeat(n),
+        aliases: (0..n * results).map(alias).collect(),
+    })
+}
+
+/// Removes kernels that no launch is left of.
+fn drop_unused(s: &mut Schedule) {
+    let used: BTreeSet<u32> = s.entries.iter().flat_map(|e| e.steps.iter().map(|x| x.kernel.0)).collect();
+    let number: BTreeMap<u32, u32> = used.iter().enumerate().map(|(new, old)| (*old, new as u32)).collect();
+    let mut i = 0;
+    s.kernels.retain(|_| {
+        i += 1;
+        used.contains(&(i - 1))
+    });
+    for step in s.entries.iter_mut().flat_map(|e| &mut e.steps) {
+        step.kernel = KernelId(number[&step.kernel.0]);
+    }
+}
