@@ -6,6 +6,7 @@
 # test-gpu-full  every fixture's GPU code in the simulator, on both chips
 # gpu-bundle  builds target/gpu-bundle, the folder that is carried to a GPU machine; its run.sh checks and measures there
 # bench    measures against PyTorch + transformers + PEFT in the same run
+# bench-methods  measures every adapter method against LoRA and against PEFT's own implementation
 #
 # CARGO_TARGET_DIR moves the build folder; MLIR_SYS_220_PREFIX names another LLVM 22; PYTHON another python3.
 
@@ -14,7 +15,7 @@ TARGET := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
 export PLEACH := $(TARGET)/release/pleach
 
 .NOTPARALLEL:
-.PHONY: setup build models demo test test-gpu-full bench gpu-bundle
+.PHONY: setup build models demo test test-gpu-full bench bench-methods gpu-bundle
 
 setup:
 	@bash scripts/setup.sh
@@ -43,6 +44,9 @@ test-gpu-full: setup
 
 bench: build models
 	@bash benches/run.sh
+
+bench-methods: build models
+	@BENCH=methods.py bash benches/run.sh
 
 gpu-bundle: build
 	cargo build --release -p pleach-runtime --example measure

@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
 """One training run of PyTorch + PEFT on the CPU in a process of its own, so that its peak memory is its own.
 
-    rival_train.py MODEL --rows rows.json --out OUT [--method lora|dora|rslora|full] [--dtype f32|bf16] [--compile] [--start DIR] [--steps N]
+    rival_train.py MODEL --rows rows.json --out OUT [--method lora|dora|rslora|full | --config FILE] [--dtype f32|bf16] [--compile] [--start DIR]
+                   [--noise STD] [--steps N]
+
+`--config` names a JSON file with `peft_type` and keys of PEFT's configuration of that type; `--noise` moves what is trained away from where it
+starts, so that the first loss says something about the adapter.
 
 Rows are lists of ids, all of one length; every optimizer step takes the next `--batch` of them, AdamW as PyTorch has it. Prints one
 JSON object: losses, step times in milliseconds, peak resident bytes. Writes the start (`OUT/start`) unless given, and the
@@ -16,6 +20,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM
 
 
@@ -25,6 +30,8 @@ def main():
     p.add_argument("--rows", type=Path, required=True)
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--method", default="lora")
+    p.add_argument("--config", type=Path)
+    p.add_argument("--noise", type=float, default=0.0)
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--dtype", default="f32")
     p.add_argument("--compile", action="store_true")
@@ -44,11 +51,18 @@ def main():
     elif a.start:
         model = PeftModel.from_pretrained(model, a.start, is_trainable=True)
     else:
-        config = LoraConfig(
-            r=a.rank, lora_alpha=a.rank, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0,
-            use_dora=a.method == "dora", use_rslora=a.method == "rslora",
-        )
+        if a.config:
+            keys = json.loads(a.config.read_text())
+            config = PEFT_TYPE_TO_CONFIG_MAPPING[keys.pop("peft_type")](task_type="CAUSAL_LM", **keys)
+        else:
+            config = LoraConfig(
+                r=a.rank, lora_alpha=a.rank, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0,
+                use_dora=a.method == "dora", use_rslora=a.method == "rslora",
+            )
         model = get_peft_model(model, config)
+        with torch.no_grad():
+            for w in (w for w in model.parameters() if w.requires_grad and a.noise):
+                w.add_(a.noise * torch.randn_like(w))
         model.save_pretrained(a.out / "start")
     model.train()
     run = torch.compile(model) if a.compile else model

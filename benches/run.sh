@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Benchmark against PyTorch + transformers + PEFT; `make bench` builds and fetches first. PLEACH names the binary.
 # RIVAL_PYTHON names a python that has benches/requirements.txt; without it they are installed once into .venv/rival
-# (about 3 GB). Arguments go to benches/compare.py.
+# (about 3 GB). BENCH names another script of this folder than compare.py; arguments go to it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 pleach=${PLEACH:-target/release/pleach}
@@ -20,4 +20,4 @@ case " $* " in
 *" --rival-only "* | *" --model "*) ;;
 *) [ -f models/smollm2/config.json ] || "$pleach" import models/smollm2.gguf --out models/smollm2 ;;
 esac
-exec "$python" benches/compare.py --pleach "$pleach" "$@"
+exec "$python" "benches/${BENCH:-compare.py}" --pleach "$pleach" "$@"

@@ -9,6 +9,7 @@ pub mod adapter;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+pub mod coupling;
 pub mod error;
 pub mod gguf;
 mod json;

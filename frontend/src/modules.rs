@@ -6,6 +6,7 @@
 //! worth reporting. Modules without parameters (activations, dropout) are listed as [`ModuleKind::Other`].
 
 use crate::config::{BertConfig, LlamaConfig, LlamaFamily, ModelConfig};
+use crate::coupling::{Member, couple};
 
 /// What a module is, with its sizes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +47,8 @@ pub struct Module {
     pub kind: ModuleKind,
     /// Whether it is the output head, which "all-linear" leaves out.
     pub output_head: bool,
+    /// Its part in a coupling.
+    pub member: Option<Member>,
 }
 
 /// Whether an entry computes this module: an encoder's pooler comes after the last hidden state.
@@ -124,6 +127,14 @@ impl ModuleTable {
         self.scaled_targets
     }
 
+    /// Last names of the consumers of couplings.
+    pub fn consumers(&self) -> &'static [&'static str] {
+        match self.wrapper {
+            "model" => &["o_proj", "down_proj"],
+            _ => &["output.dense"],
+        }
+    }
+
     /// The prefix ("model." or "bert.") that other transformers classes of this family add or leave out.
     pub fn wrapper(&self) -> &'static str {
         self.wrapper
@@ -140,19 +151,19 @@ impl ModuleTable {
         let prefix = format!("{}.", self.wrapper);
         let (mut modules, mut origins) = (Vec::new(), Vec::new());
         if !self.wrapped {
-            modules.push(Module { path: self.wrapper.into(), kind: ModuleKind::Other, output_head: false });
+            let path = self.wrapper.into();
+            modules.push(Module { path, kind: ModuleKind::Other, output_head: false, member: None });
             origins.push(String::new());
         }
+        let rename = |path: &str| match self.wrapped {
+            true => path.strip_prefix(&prefix).map(str::to_owned),
+            false => Some(format!("{prefix}{path}")),
+        };
         for module in &self.modules {
-            let path = match self.wrapped {
-                true => match module.path.strip_prefix(&prefix) {
-                    Some(rest) => rest.to_owned(),
-                    None => continue,
-                },
-                false => format!("{prefix}{}", module.path),
-            };
+            let Some(path) = rename(&module.path) else { continue };
             origins.push(module.path.clone());
-            modules.push(Module { path, ..module.clone() });
+            let member = module.member.clone().and_then(|m| Some(Member { consumer: rename(&m.consumer)?, ..m }));
+            modules.push(Module { path, member, ..module.clone() });
         }
         let (wrapped, wrapper, default_targets) = (!self.wrapped, self.wrapper, self.default_targets);
         (ModuleTable { modules, wrapper, wrapped, default_targets, scaled_targets: self.scaled_targets }, origins)
@@ -163,7 +174,7 @@ struct Builder(Vec<Module>);
 
 impl Builder {
     fn add(&mut self, path: String, kind: ModuleKind) {
-        self.0.push(Module { path, kind, output_head: false });
+        self.0.push(Module { path, kind, output_head: false, member: None });
     }
 
     fn linear(&mut self, path: String, input: u64, output: u64, bias: bool) {
@@ -197,6 +208,12 @@ fn llama(c: &LlamaConfig) -> ModuleTable {
         b.other(&[format!("{p}.mlp.act_fn")]);
         b.add(format!("{p}.input_layernorm"), norm);
         b.add(format!("{p}.post_attention_layernorm"), norm);
+        let group = c.heads / c.kv_heads.max(1) * c.head_dim;
+        let attention = [("q", group), ("k", c.head_dim), ("v", c.head_dim)];
+        let attention = attention.map(|(n, width)| (format!("{p}.self_attn.{n}_proj"), width));
+        couple(&mut b.0, c.kv_heads, &attention, (&format!("{p}.self_attn.o_proj"), group));
+        let feedforward = ["gate", "up"].map(|n| (format!("{p}.mlp.{n}_proj"), 1));
+        couple(&mut b.0, c.intermediate, &feedforward, (&format!("{p}.mlp.down_proj"), 1));
     }
     b.add("model.norm".into(), norm);
     b.other(&["model.rotary_emb".into()]);
@@ -239,6 +256,10 @@ fn bert(c: &BertConfig) -> ModuleTable {
         b.linear(format!("{p}.output.dense"), c.intermediate, d, true);
         b.add(format!("{p}.output.LayerNorm"), norm);
         b.other(&[format!("{p}.output.dropout")]);
+        let attention = ["query", "key", "value"].map(|n| (format!("{p}.attention.self.{n}"), d / c.heads.max(1)));
+        couple(&mut b.0, c.heads, &attention, (&format!("{p}.attention.output.dense"), d / c.heads.max(1)));
+        let feedforward = [(format!("{p}.intermediate.dense"), 1)];
+        couple(&mut b.0, c.intermediate, &feedforward, (&format!("{p}.output.dense"), 1));
     }
     b.other(&["pooler".into()]);
     b.linear("pooler.dense".into(), d, d, true);

@@ -162,6 +162,17 @@ fn rule(params: &[Param], op: &Op, x: &[&TensorType]) -> Result<TensorType, Stri
             t.shape.remove(*axis as usize);
             t
         }
+        Op::TopK { k, indices } => {
+            arity(x, 1)?;
+            need(x[0].dtype == DType::F32 && x[0].rank() > 0, "needs f32 rows")?;
+            let axis = x[0].rank() - 1;
+            let n = known_axis(x[0], axis as u8)?;
+            need((1..=n).contains(k), &format!("{k} must be from 1 to the {n} elements of a row"))?;
+            let mut t = x[0].clone();
+            t.shape[axis] = Dim::Known(*k);
+            t.dtype = if *indices { DType::I32 } else { DType::F32 };
+            t
+        }
         Op::Reshape(shape) => {
             arity(x, 1)?;
             need(measure(shape)? == measure(&x[0].shape)?, "both shapes must have the same elements")?;

@@ -243,6 +243,7 @@ fn apply(op: &Op, x: &[&Tensor], shape: &[u64]) -> Result<Tensor, String> {
         Op::Cast(d) => Ok(elementwise::cast(*d, x[0])),
         Op::MatMul { ta, tb } => contract::matmul(*ta, *tb, x[0], x[1]),
         Op::Reduce { op, axis } => contract::reduce(*op, *axis as usize, x[0]),
+        Op::TopK { k, indices } => contract::top_k(*k as usize, *indices, x[0]),
         Op::Reshape(_) => Ok(Tensor { shape: shape.to_vec(), data: x[0].data.clone() }),
         Op::Transpose(perm) => movement::transpose(perm, x[0]),
         Op::Broadcast { axes, .. } => movement::broadcast(axes, x[0], shape),

@@ -214,6 +214,16 @@ pub enum Op {
         axis: u8,
     },
 
+    /// The `k` largest elements of every row of an f32 tensor, the last axis being the row: `[…, n]` → `[…, k]`, from the largest down, of
+    /// equals the one with the smaller index first. An element's place is the number of elements that are larger, or equal with a smaller
+    /// index; so rows with a NaN, which is neither, have places that none or several take, and give 0 or the sum there.
+    TopK {
+        /// How many.
+        k: u64,
+        /// Their indices, i32, in place of their values.
+        indices: bool,
+    },
+
     // ---- movement ----
     /// The same elements in row-major order under another shape.
     Reshape(Vec<Dim>),
@@ -320,6 +330,8 @@ impl Op {
             Op::Cast(_) => "cast",
             Op::MatMul { .. } => "matmul",
             Op::Reduce { op, .. } => ReduceOp::ALL.iter().find(|(v, _)| v == op).map_or("reduce", |x| x.1),
+            Op::TopK { indices: false, .. } => "top_k_values",
+            Op::TopK { indices: true, .. } => "top_k_indices",
             Op::Reshape(_) => "reshape",
             Op::Transpose(_) => "transpose",
             Op::Broadcast { .. } => "broadcast",

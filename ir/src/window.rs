@@ -168,6 +168,7 @@ fn value(
             (Rows, 0, ReduceOp::Sum) | (Part, _, ReduceOp::Sum) => Part,
             _ => return mixed(),
         },
+        Op::TopK { .. } if of(0) == Rows && n.ty.rank() > 1 => Rows,
         Op::Reshape(_) if matches!(of(0), Rows | Part | Added(_)) => of(0),
         Op::Transpose(p) if of(0) == Part || of(0) == Rows && p.first() == Some(&0) => of(0),
         Op::Broadcast { axes, .. } if of(0) == Part || of(0) == Rows && axes.first() == Some(&0) => of(0),

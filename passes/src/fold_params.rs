@@ -8,14 +8,16 @@
 //!
 //! Where an `update` entry assigns trained parameters, values over those are derived parameters as well: prepare
 //! entries fill them, and `update` assigns them again from the new values ([`renew`]), so nothing over parameters is
-//! computed in a forward or backward run.
+//! computed in a forward or backward run. Except what grows: a value much larger than the trained parameters in it that costs little beside
+//! a product with it (a weight with a low-rank change in every element) is built where it is read, instead of lying in memory
+//! once per layer ([`grown`]).
 //!
 //! Assumes a verified graph in which prepare entries, if any, stem from this pass. Leaves alone: bare parameters,
 //! constants, and views of them (reshape, slice, broadcast), which cost nothing at run time; values whose size depends
 //! on a run's counts; state. A derived parameter has the type of the value, the role `Frozen` and is named after the
 //! largest parameter it is made of.
 
-use crate::differentiate::{STEP, UPDATE};
+use crate::differentiate::{ACCUMULATE, STEP, UPDATE};
 use crate::error::PassError;
 use crate::manager::Report;
 use crate::options::Options;
@@ -45,6 +47,10 @@ struct Form {
     largest: Option<ParamId>,
     /// Depends on a trained parameter.
     trained: bool,
+    /// Built where it is read, not kept.
+    grown: bool,
+    /// Operations to build it from parameters and what is kept.
+    flops: f64,
 }
 
 /// Every value over parameters of all entries, each structure once.
@@ -58,15 +64,18 @@ struct Forms {
     meaning: BTreeMap<u32, usize>,
     /// Trained parameters count as parameters: an `update` entry renews what is derived from them.
     renewed: bool,
+    /// Tokens of a run that trains.
+    tokens: u64,
 }
 
 /// The pass.
 ///
 /// # Errors
 /// [`PassError::Build`] if a moved node does not type-check, which would be a fault of this pass.
-pub fn run(g: &Graph, _: &Options, report: &mut Report) -> Result<Graph, PassError> {
+pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, PassError> {
     let mut out = Graph { phase: g.phase, params: g.params.clone(), entries: vec![] };
-    let mut forms = Forms { renewed: g.entries.iter().any(updates), ..Forms::default() };
+    let tokens = opts.tokens(if g.entry(STEP).is_some() { STEP } else { ACCUMULATE });
+    let mut forms = Forms { renewed: g.entries.iter().any(updates), tokens, ..Forms::default() };
     let (prepare, run): (Vec<&Entry>, Vec<&Entry>) = g.entries.iter().partition(|e| is_prepare(&e.name));
     for e in &prepare {
         let of = forms.intern(g, e);
@@ -186,8 +195,11 @@ impl Forms {
             known,
             largest,
             trained,
+            grown: false,
+            flops: 0.0,
         };
         self.list.push(form);
+        grown::decide(g, self, f);
         self.seen.insert(key, f);
         Some(f)
     }
@@ -225,7 +237,7 @@ fn rewire(g: &mut Graph, e: &Entry, of: &[Option<usize>], forms: &mut Forms) -> 
         None => true,
         Some(f) => {
             let part = matches!(e.node(v).op, Op::Slice { .. }) && factor[v.index()];
-            !part && (forms.trivial(f) || forms.view(f) || forms.widened(f))
+            !part && (forms.trivial(f) || forms.view(f) || forms.widened(f) || forms.list[f].grown)
         }
     };
     let mut wanted: Vec<bool> = vec![false; e.nodes.len()];
@@ -334,6 +346,7 @@ fn prepare_entry(g: &Graph, name: &str, list: &[(ParamId, usize)], forms: &Forms
     Ok(out)
 }
 
+mod grown;
 mod renew;
 #[cfg(test)]
 mod tests;

@@ -10,6 +10,7 @@ pub mod canonicalize;
 pub mod chunk;
 pub mod differentiate;
 pub mod error;
+pub mod expand;
 pub mod extraction;
 pub mod fold_params;
 pub mod fuse_kernels;

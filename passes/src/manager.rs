@@ -5,7 +5,7 @@
 
 use crate::error::PassError;
 use crate::options::Options;
-use crate::{canonicalize, differentiate, fold_params, precision, recompute, rewrite};
+use crate::{canonicalize, differentiate, expand, fold_params, precision, recompute, rewrite};
 use pleach_ir::Graph;
 use pleach_ir::text::print;
 use pleach_ir::verify::verify;
@@ -38,6 +38,7 @@ const PASSES: &[Pass] = &[
         about: "the entry train becomes accumulate (forward and backward) and update (the optimizer)",
         run: differentiate::run,
     },
+    Pass { name: "expand", about: "operators that no kernel computes become ones that kernels do", run: expand::run },
     Pass {
         name: "rewrite",
         about: "the cheapest equal form of the linear algebra, by equality saturation",
@@ -146,6 +147,7 @@ impl Default for Pipeline {
                 "canonicalize",
                 "precision",
                 "differentiate",
+                "expand",
                 "canonicalize",
                 "rewrite",
                 "fold-params",

@@ -81,12 +81,17 @@ pub fn table(cases: &[Fixture]) -> Result<String, String> {
     Ok(out)
 }
 
-/// Compares the README with the table; `PLEACH_BLESS=1` writes it.
+/// What stands above the methods' matrix.
+const METHODS: &str = "Every method against PEFT or a PyTorch reference (first values, forward, gradients, five steps; [METHODS.md](METHODS.md) has the cases). Export: whose \
+                       folder is written, and whether `adapter convert` makes LoRA of it.";
+
+/// Compares the README with the table and the methods' matrix; `PLEACH_BLESS=1` writes them.
 ///
 /// # Errors
 /// The README lacks the marks, or differs.
 pub fn check(cases: &[Fixture]) -> Result<(), String> {
-    between("README.md", MARKS, &table(cases)?)
+    let methods = crate::methods::summary(&crate::training::cases_in("methods")?)?;
+    between("README.md", MARKS, &format!("{}\n{METHODS}\n\n{methods}", table(cases)?))
 }
 
 /// Compares what lies between two marks of a file with a table; `PLEACH_BLESS=1` writes it.

@@ -73,20 +73,25 @@ fn fresh(o: &Opened, case: &TrainCase) -> Result<Adapter, String> {
     let plan: Saved = serde_json::from_value(plan.to_json()).map_err(text)?;
     let weights = open_weights(&o.checkpoint.dir).map_err(text)?;
     let values = initial_values(&plan, &*weights, 7, &Measured::new()).map_err(text)?;
+    let made = |keys: &[String]| {
+        let found = keys.iter().find_map(|k| values.tensor(k));
+        let t = found.ok_or_else(|| format!("no first value of {}", keys.join(" or ")))?;
+        let words = t.bytes.as_chunks().0.iter();
+        let data = match t.dtype {
+            pleach_plan::DType::I32 => SlotData::I32(words.map(|b| i32::from_le_bytes(*b)).collect()),
+            _ => SlotData::F32(words.map(|b| f32::from_le_bytes(*b)).collect()),
+        };
+        Ok::<_, String>(SlotValue::Made(Arc::new(SlotTensor { shape: t.shape.to_vec(), data })))
+    };
+    for o in &mut adapter.orders {
+        o.value = made(&[o.key()])?;
+    }
     for site in &mut adapter.sites {
         for (part, value) in &mut site.values {
-            let key = format!("{}.{part}", site.module);
-            // What all sites share has no module in its key.
-            let t = values
-                .tensor(&key)
-                .or_else(|| values.tensor(part))
-                .ok_or_else(|| format!("no first value of {key}"))?;
-            let words = t.bytes.as_chunks().0.iter();
-            let data = match t.dtype {
-                pleach_plan::DType::I32 => SlotData::I32(words.map(|b| i32::from_le_bytes(*b)).collect()),
-                _ => SlotData::F32(words.map(|b| f32::from_le_bytes(*b)).collect()),
-            };
-            *value = SlotValue::Made(Arc::new(SlotTensor { shape: t.shape.to_vec(), data }));
+            // What all sites share has no module in its key, an order that of the coupling's consumer.
+            let mut keys = vec![format!("{}.{part}", site.module), (*part).to_owned()];
+            keys.extend(site.member.iter().map(|m| format!("{}.{part}", m.consumer)));
+            *value = made(&keys)?;
         }
     }
     Ok(adapter)
@@ -370,6 +375,46 @@ pub fn matrix(cases: &[TrainCase]) -> Result<String, String> {
         let (method, peft) = (adapter.config.method.name(), adapter.config.method.peft_type());
         let (trains, lora) = (yes(case.trains(&o)), yes(lora));
         out += &format!("| {} | {method} | {peft} | {trains} | yes | {merge} | {lora} | yes |\n", case.name);
+    }
+    Ok(out)
+}
+
+/// The support matrix by method, for the README: what holds for every case of a method.
+///
+/// # Errors
+/// A case that cannot be opened.
+pub fn summary(cases: &[TrainCase]) -> Result<String, String> {
+    /// One case: name, trained, why it does not merge, where its folder is read.
+    type Seen = (String, bool, Option<String>, String);
+    let mut by: BTreeMap<String, Vec<Seen>> = BTreeMap::new();
+    for case in cases {
+        let o = case.open()?;
+        let adapter = &o.adapters[0];
+        let why = obstacle(adapter, &o.checkpoint).map_err(text)?;
+        let folder = temporary(&format!("{}-summary", case.name))?;
+        let lora = to_lora(adapter, &o.checkpoint, &folder).is_ok();
+        let _ = std::fs::remove_dir_all(&folder);
+        let peft = adapter.config.raw.get("peft_version").is_some();
+        let place = format!("{}{}", if peft { "PEFT" } else { "pleach" }, if lora { ", LoRA" } else { "" });
+        let seen = (case.name.clone(), case.trains(&o), why, place);
+        by.entry(adapter.config.method.name().into()).or_default().push(seen);
+    }
+    let mut out =
+        String::from("| method | train | run | merge | export | swap |\n| --- | --- | --- | --- | --- | --- |\n");
+    for (method, list) in by {
+        let train = if list.iter().all(|s| s.1) { "yes" } else { "–" };
+        let against: Vec<&Seen> = list.iter().filter(|s| s.2.is_some()).collect();
+        let merge = match (against.as_slice(), against.len() == list.len()) {
+            ([], _) => "yes".to_owned(),
+            ([first, ..], true) => format!("no: {}", first.2.as_deref().unwrap_or_default()),
+            (some, false) => {
+                let names: Vec<&str> = some.iter().map(|s| s.0.as_str()).collect();
+                format!("yes, but not {}", names.join(", "))
+            }
+        };
+        let mut places: Vec<&str> = list.iter().map(|s| s.3.as_str()).collect();
+        places.dedup();
+        out += &format!("| {method} | {train} | yes | {merge} | {} | yes |\n", places.join("; "));
     }
     Ok(out)
 }

@@ -103,7 +103,7 @@ fn targets(model: &Path, spec: &str, rank: u64, as_json: bool) -> Result<()> {
     Ok(())
 }
 
-/// PaCA to LoRA.
+/// To LoRA.
 fn convert(ui: &Ui, from: &Path, out: &Path, model: Option<&Path>, overwrite: bool) -> Result<()> {
     may_write(&[from], out, overwrite)?;
     let base = model.map_or_else(|| base_of(from), |dir| Ok(dir.to_owned()))?;
@@ -112,7 +112,8 @@ fn convert(ui: &Ui, from: &Path, out: &Path, model: Option<&Path>, overwrite: bo
     write_folder(out, |dir| Ok(to_lora(&adapter, &checkpoint, dir)?))?;
     if !ui.quiet {
         let (sites, parameters) = (adapter.sites.len(), adapter.parameters());
-        report::line(&format!("{}: LoRA, {sites} modules, {} parameters of PaCA", out.display(), count(parameters)));
+        let from = adapter.config.method.peft_type();
+        report::line(&format!("{}: LoRA, {sites} modules, {} parameters of {from}", out.display(), count(parameters)));
     }
     Ok(())
 }

@@ -1,44 +1,51 @@
-//! PaCA to LoRA without loss: D becomes B bit for bit, and row k of A picks input column I[k].
+//! Adapters whose update has the form of LoRA, written as LoRA: what [`Method::low_rank`](super::Method::low_rank) says, evaluated.
 
 use std::path::Path;
 
-use serde_json::{Value, json};
+use pleach_ir::Entry;
+use serde_json::{Map, Value, json};
 
-use super::{DELTA, INDICES, SlotData, SlotTensor};
+use super::fold::evaluate;
+use super::{Scope, SlotData};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::lower::Builder;
 use crate::peft::{Adapter, PREFIX};
 use crate::safetensors::Writer;
 use crate::tensors::Dtype;
 
-/// Writes an equivalent LoRA adapter, `adapter_config.json` and `adapter_model.safetensors`, into the folder `out`, which must exist. Ranks
-/// and scales stay, and so do modules that the adapter replaces as a whole.
+/// Writes an equivalent LoRA adapter, `adapter_config.json` and `adapter_model.safetensors`, into the folder `out`, which must exist.
+/// Modules that the adapter replaces as a whole stay.
 ///
 /// # Errors
-/// An adapter that is not PaCA, values that cannot be read, files that cannot be written.
+/// A method without such a form, values that cannot be read, files that cannot be written.
 pub fn to_lora(adapter: &Adapter, base: &Checkpoint, out: &Path) -> Result<()> {
     let config = &adapter.config;
-    if config.method.peft_type() != "PACA" {
-        let what = format!("is {}; only PaCA adapters are converted to LoRA", config.method.name());
-        return Err(Error::key(&adapter.dir.join("adapter_config.json"), "peft_type", what));
+    let method = &config.method;
+    let refused = |what: String| Err(Error::key(&adapter.dir.join("adapter_config.json"), "peft_type", what));
+    if method.peft_type() == "LORA" {
+        return refused(format!("is {} already; there is nothing to convert", method.name()));
     }
     let mut tensors: Vec<(String, Vec<u64>, Vec<f32>)> = vec![];
+    // Module, rank and scale.
+    let mut sites: Vec<(&str, u64, f64)> = vec![];
     for site in &adapter.sites {
-        let value = |part: &str| -> Result<SlotTensor> {
-            let value = site.values.get(part).ok_or_else(|| Error::Graph(format!("no value for `{part}`")))?;
-            value.read(base)
+        let mut b = Builder::new(base, &[], None)?;
+        b.start(Entry::new("low rank"));
+        let Some(found) = method.low_rank(&mut Scope::new(&mut b, 0, &**method, site))? else {
+            return refused(format!("is {}, whose update has no form as LoRA", method.name()));
         };
-        let (SlotData::I32(indices), SlotData::F32(delta)) = (value(INDICES)?.data, value(DELTA)?.data) else {
-            return Err(Error::Graph("indices are i32, differences f32".into()));
-        };
-        let width = site.input as usize;
-        let mut selector = vec![0.0; indices.len() * width];
-        for (row, index) in selector.chunks_mut(width).zip(&indices) {
-            row[*index as usize] = 1.0;
+        b.output("lora_A", found.down);
+        b.output("lora_B", found.up);
+        b.finish();
+        let mut values = evaluate(&b.into_graph(), "low rank", site, base, None)?;
+        for part in ["lora_A", "lora_B"] {
+            let (shape, x) = values.remove(part).ok_or_else(|| Error::Graph(format!("{part} is not f32")))?;
+            if part == "lora_A" {
+                sites.push((&site.module, shape.first().copied().unwrap_or(1), found.scale));
+            }
+            tensors.push((format!("{PREFIX}{}.{part}.weight", site.module), shape, x));
         }
-        let name = |part: &str| format!("{PREFIX}{}.{part}.weight", site.module);
-        tensors.push((name("lora_A"), vec![site.rank, site.input], selector));
-        tensors.push((name("lora_B"), vec![site.output, site.rank], delta));
     }
     for r in &adapter.replaced {
         let t = r.value.read(base)?;
@@ -53,27 +60,51 @@ pub fn to_lora(adapter: &Adapter, base: &Checkpoint, out: &Path) -> Result<()> {
     }
     writer.finish()?;
 
+    let path = out.join("adapter_config.json");
+    std::fs::write(&path, format!("{:#}\n", Value::Object(lora_config(adapter, &sites))))
+        .map_err(Error::io("write", &path))
+}
+
+/// The configuration, with the ranks and scales of the sites.
+fn lora_config(adapter: &Adapter, sites: &[(&str, u64, f64)]) -> Map<String, Value> {
+    let (config, method) = (&adapter.config, &adapter.config.method);
     let mut map = config.saved();
-    for key in ["paca_alpha", "init_weights", "random_seed", "gradient_accumulation_steps"] {
+    let own = method.config().into_iter().map(|(key, _)| key);
+    for key in own.chain(method.alpha_key()).chain(["random_seed", "gradient_accumulation_steps"]) {
         map.remove(key);
     }
-    let bias = if map.get("bias").and_then(Value::as_str) == Some("paca_only") {
-        json!("lora_only")
-    } else {
-        json!(map.get("bias"))
+    let only = format!("{}_only", method.peft_type().to_lowercase());
+    let bias = match map.get("bias").and_then(Value::as_str) {
+        Some(b) if b == only => "lora_only",
+        Some(b) => b,
+        None => "none",
     };
+    let bias = json!(bias);
+    let (rank, scale) = sites.first().map_or((config.rank, 1.0), |s| (s.1, s.2));
+    let number = |x: f64| if x.fract() == 0.0 { json!(x as i64) } else { json!(x) };
+    let (mut ranks, mut alphas) = (Map::new(), Map::new());
+    for (module, r, s) in sites {
+        if *r != rank {
+            ranks.insert((*module).to_owned(), json!(r));
+        }
+        if s * *r as f64 != scale * rank as f64 {
+            alphas.insert((*module).to_owned(), number(s * *r as f64));
+        }
+    }
     let more = [
+        ("alpha_pattern", Value::Object(alphas)),
         ("base_model_name_or_path", json!(config.raw.get("base_model_name_or_path"))),
-        ("bias", if bias.is_null() { json!("none") } else { bias }),
+        ("bias", bias),
         ("init_lora_weights", json!(true)),
-        ("lora_alpha", json!(config.alpha)),
+        ("lora_alpha", number(scale * rank as f64)),
         ("lora_dropout", json!(0.0)),
         ("peft_type", json!("LORA")),
+        ("r", json!(rank)),
+        ("rank_pattern", Value::Object(ranks)),
         ("use_dora", json!(false)),
         ("use_rslora", json!(false)),
     ];
     map.extend(more.map(|(key, value)| (key.to_owned(), value)));
     map.sort_keys();
-    let path = out.join("adapter_config.json");
-    std::fs::write(&path, format!("{:#}\n", Value::Object(map))).map_err(Error::io("write", &path))
+    map
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use pleach_ir::interp::{Data, Symbols, Tensor, run_entry_with};
-use pleach_ir::{BinaryOp, DType, Entry, Op, ParamId, ReduceOp, Source, UnaryOp, ValueId};
+use pleach_ir::{BinaryOp, DType, Entry, Graph, Op, ParamId, ReduceOp, Source, UnaryOp, ValueId};
 
 use super::{Site, SlotData};
 use crate::checkpoint::Checkpoint;
@@ -27,6 +27,24 @@ pub fn merged(adapter: &Adapter, site: &Site, base: &Checkpoint, weight: &[f32])
     if let Some(why) = graph.entry("merged").filter(|_| !site.embedding).and_then(|e| not_linear(e, product)) {
         return Err(Error::Graph(format!("`{}` has no single weight: {why}", site.module)));
     }
+    match evaluate(&graph, "merged", site, base, Some(weight))?.remove("weight") {
+        Some((_, x)) => Ok(x),
+        None => Err(Error::Graph("the merged weight is not f32".into())),
+    }
+}
+
+/// Runs an entry over the buffers of a site, on the rows of the identity where it has an input; f32 outputs with their shapes.
+/// Every other parameter is the site's weight.
+///
+/// # Errors
+/// Values that cannot be read; [`Error::Graph`] for an entry that does not run.
+pub(super) fn evaluate(
+    graph: &Graph,
+    name: &str,
+    site: &Site,
+    base: &Checkpoint,
+    weight: Option<&[f32]>,
+) -> Result<BTreeMap<String, (Vec<u64>, Vec<f32>)>> {
     let mut params = vec![];
     for p in &graph.params {
         params.push(match &p.source {
@@ -39,26 +57,30 @@ pub fn merged(adapter: &Adapter, site: &Site, base: &Checkpoint, weight: &[f32])
                     SlotData::I32(x) => Tensor::i32(t.shape, x),
                 }
             }
-            _ => Tensor::f32(shape(site), weight.to_vec()),
+            _ => Tensor::f32(shape(site), weight.map_or_else(Vec::new, <[f32]>::to_vec)),
         });
     }
-    let rows = if site.embedding {
-        Tensor::i32([site.input], (0..site.input as i32).collect())
-    } else {
-        let n = site.input as usize;
-        let mut identity = vec![0.0; n * n];
-        (0..n).for_each(|i| identity[i * n + i] = 1.0);
-        Tensor::f32([site.input, site.input], identity)
-    };
-    let inputs = BTreeMap::from([("x".to_owned(), rows)]);
-    let entry = graph.entry("merged").ok_or_else(|| Error::Graph("the entry is gone".into()))?;
+    let entry = graph.entry(name).ok_or_else(|| Error::Graph("the entry is gone".into()))?;
+    let mut inputs = BTreeMap::new();
+    if entry.nodes.iter().any(|n| matches!(n.op, Op::Input { .. })) {
+        let rows = if site.embedding {
+            Tensor::i32([site.input], (0..site.input as i32).collect())
+        } else {
+            let n = site.input as usize;
+            let mut identity = vec![0.0; n * n];
+            (0..n).for_each(|i| identity[i * n + i] = 1.0);
+            Tensor::f32([site.input, site.input], identity)
+        };
+        inputs.insert("x".to_owned(), rows);
+    }
     let value = |id: ParamId| params.get(id.index());
     let result = run_entry_with(&graph.params, &value, entry, &inputs, &Symbols::new());
-    let mut result = result.map_err(|e| Error::Graph(e.to_string()))?;
-    match result.outputs.remove("weight").map(|t| t.data) {
-        Some(Data::F32(x)) => Ok(x),
-        _ => Err(Error::Graph("the merged weight is not f32".into())),
-    }
+    let result = result.map_err(|e| Error::Graph(e.to_string()))?;
+    let floats = |(name, t): (String, Tensor)| match t.data {
+        Data::F32(x) => Some((name, (t.shape.clone(), x))),
+        _ => None,
+    };
+    Ok(result.outputs.into_iter().filter_map(floats).collect())
 }
 
 /// Why no single weight can take the place of base and adapter; `None` where one can. Decided by the operators that the method

@@ -67,6 +67,16 @@ pub enum Init {
         /// Its columns.
         columns: u64,
     },
+    /// `first` of the numbers below `units`, ascending, and where the buffer holds more, the others behind them, ascending. Drawn without
+    /// preference, or those with the largest scores; the smaller number wins a tie.
+    Units {
+        /// One past the largest number.
+        units: u64,
+        /// How many are chosen.
+        first: u64,
+        /// What decides.
+        by: Option<Scores>,
+    },
     /// The columns of a weight [out, in] with the largest Euclidean norm, ascending; the smaller index wins a tie.
     LargestColumns {
         /// The weight.
@@ -79,6 +89,26 @@ pub enum Init {
         /// Batches to look at.
         batches: u64,
     },
+}
+
+/// How units of coupled layers are compared.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Scores {
+    /// The weights whose parts count.
+    pub weights: Vec<UnitWeight>,
+    /// The product of the Euclidean norms of a unit's parts, in place of the norm of all of them.
+    pub product: bool,
+}
+
+/// Where units lie in a weight [out, in].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UnitWeight {
+    /// The weight.
+    pub tensor: String,
+    /// Whether units are columns rather than rows.
+    pub columns: bool,
+    /// Rows or columns of one.
+    pub width: u64,
 }
 
 /// What [`Init::RowNorms`] and [`Init::ColumnNorms`] measure.
@@ -108,6 +138,11 @@ impl Init {
                 *tensor = rename(tensor)?;
             }
             Init::RowNorms(n) | Init::ColumnNorms(n) => n.weight = rename(&n.weight)?,
+            Init::Units { by, .. } => {
+                for w in by.iter_mut().flat_map(|s| &mut s.weights) {
+                    w.tensor = rename(&w.tensor)?;
+                }
+            }
             Init::Zeros {}
             | Init::Constant { .. }
             | Init::Uniform { .. }
@@ -132,7 +167,7 @@ impl Init {
     /// One past the largest index, per axis, of a recipe for indices that says so.
     pub(crate) fn below(&self) -> Option<Vec<u64>> {
         match self {
-            Init::RandomIndices { from } => Some(vec![*from]),
+            Init::RandomIndices { from } | Init::Units { units: from, .. } => Some(vec![*from]),
             Init::RandomCells { rows, columns } => Some(vec![*rows, *columns]),
             _ => None,
         }

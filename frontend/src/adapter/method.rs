@@ -11,6 +11,7 @@ use pleach_ir::{BinaryOp, DType, Dim, Op, ParamId, Role, Source, TensorType, Val
 use serde_json::Value;
 
 use super::{Event, Init, Site, Update};
+use crate::coupling::Coupling;
 use crate::error::{Error, Result};
 use crate::json::Fields;
 use crate::lower::Builder;
@@ -55,6 +56,17 @@ impl Buffer {
         let init = Init::Constant { value: value as f32 };
         Buffer { part, dtype: DType::F32, shape: vec![], role: Role::Frozen, file: None, init }
     }
+}
+
+/// scale · B · A.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LowRank {
+    /// A [k, in].
+    pub down: ValueId,
+    /// B [out, k].
+    pub up: ValueId,
+    /// The factor.
+    pub scale: f64,
 }
 
 /// What a method wants to know before training.
@@ -136,6 +148,22 @@ pub trait Method: fmt::Debug + Send + Sync {
     fn shared(&self, site: &Site) -> Vec<Buffer> {
         let _ = site;
         vec![]
+    }
+
+    /// The units that the layers of a coupling hold while the slot is trained, in order: i32 [n], distinct numbers of units; where n is
+    /// smaller than their number, the others are left out. `None`: all of them, as they are. `targeted`: a site is in it.
+    fn order(&self, coupling: &Coupling, targeted: bool) -> Option<Buffer> {
+        let _ = (coupling, targeted);
+        None
+    }
+
+    /// The update of a site as LoRA has it: A [k, in], B [out, k] and the factor of their product. `None` where there is no such form.
+    ///
+    /// # Errors
+    /// An operator that does not fit.
+    fn low_rank(&self, scope: &mut Scope) -> Result<Option<LowRank>> {
+        let _ = scope;
+        Ok(None)
     }
 
     /// What it wants to know of a site before training.
@@ -322,15 +350,17 @@ impl<'s, 'b> Scope<'s, 'b> {
     }
 
     fn find(&self, part: &str) -> Result<&Buffer> {
-        let buffer = self.buffers.iter().chain(&self.shared).find(|b| b.part == part);
+        let buffer = self.buffers.iter().chain(&self.shared).chain(&self.site.order).find(|b| b.part == part);
         buffer.ok_or_else(|| Error::Graph(format!("there is no buffer `{part}`")))
     }
 
-    /// The key of a buffer in its slot: what all sites share has no module in it.
+    /// The key of a buffer in its slot: what all sites share has no module in it, the order of a coupling that of the consumer.
     fn key(&self, part: &str) -> String {
-        match self.shared.iter().any(|b| b.part == part) {
-            true => part.to_owned(),
-            false => format!("{}.{part}", self.site.module),
+        let order = self.site.order.as_ref().filter(|b| b.part == part).and(self.site.member.as_ref());
+        match (self.shared.iter().any(|b| b.part == part), order) {
+            (true, _) => part.to_owned(),
+            (_, Some(member)) => format!("{}.{part}", member.consumer),
+            _ => format!("{}.{part}", self.site.module),
         }
     }
 
@@ -352,6 +382,43 @@ impl<'s, 'b> Scope<'s, 'b> {
     /// Declares a parameter, or finds it again.
     pub(crate) fn declare(&mut self, name: String, ty: TensorType, role: Role, source: Source) -> ParamId {
         self.b.declare(name, ty, role, source)
+    }
+
+    /// Whether the layers of the site's coupling hold units in the order of this slot ([`Method::order`]).
+    pub fn arranged(&self) -> bool {
+        self.site.order.is_some() && self.b.arranges(self.slot)
+    }
+
+    /// The base's weight of the site as the checkpoint has it.
+    ///
+    /// # Errors
+    /// A module without one.
+    pub(crate) fn base_weight(&mut self) -> Result<ValueId> {
+        self.b.weight(&format!("{}.weight", self.site.module))
+    }
+
+    /// The rows or columns of units, i32 [n] → i32 [n · width].
+    pub(crate) fn elements(&mut self, units: ValueId, width: u64) -> Result<ValueId> {
+        self.b.elements(units, width)
+    }
+
+    /// Adds `value` f32 to a statistic of a trained buffer in every forward run of training; [`Update::kept`] reads it, and
+    /// [`Update::keep`] must say what it starts the next step with. Nothing in other entries.
+    ///
+    /// # Errors
+    /// The method has no such buffer.
+    pub fn count(&mut self, part: &str, name: &str, value: ValueId) -> Result<()> {
+        let trained = self.find(part)?.role == Role::Train && self.trains();
+        if !trained || !self.b.counts() {
+            return Ok(());
+        }
+        let ty = TensorType { dtype: DType::F32, shape: self.shape(value).to_vec() };
+        let name = format!("stat.{name}.{}", self.param_name(part));
+        let id = self.b.declare(name, ty, Role::Stat, Source::Zeros);
+        let old = self.b.read(id)?;
+        let new = self.push(Op::Add, &[old, value])?;
+        self.b.assign(id, new);
+        Ok(())
     }
 
     /// Whether the slot is trained. A method with two equal forms may write the one that is cheaper to train.

@@ -19,6 +19,7 @@ mod lokr;
 mod lora;
 mod lora_fa;
 mod lora_plus;
+mod loram;
 mod method;
 mod miss;
 mod nola;
@@ -28,11 +29,14 @@ mod paca;
 mod plan;
 mod projected;
 mod randlora;
+mod s2ft;
 mod schedule;
 mod shira;
+mod smora;
 mod svd;
 #[cfg(test)]
 mod tests;
+mod units;
 mod update;
 mod value;
 mod vera;
@@ -48,15 +52,16 @@ pub use convert::to_lora;
 pub(crate) use fold::all_rows;
 pub use fold::{merged, obstacle};
 pub(crate) use full::NO_TARGET;
-pub use init::{Init, Norms};
+pub use init::{Init, Norms, Scores, UnitWeight};
 use method::Entry;
-pub use method::{Buffer, Method, Request, Scope};
+pub use method::{Buffer, LowRank, Method, Request, Scope};
 pub(crate) use paca::{ABSOLUTE, DELTA, INDICES};
 pub use plan::{AdapterPlan, TensorPlan};
 pub use schedule::{Buffers, Event, Events, EventsPlan, Moment};
 pub use update::Update;
 pub use value::{SlotData, SlotTensor, SlotValue};
 
+use crate::coupling::{Coupling, Member};
 use crate::error::Result;
 use crate::json::Fields;
 use crate::modules::is_computed;
@@ -87,6 +92,9 @@ const METHODS: &[&Entry] = &[
     &shira::ENTRY,
     &hydra::ENTRY,
     &nola::ENTRY,
+    &s2ft::ENTRY,
+    &smora::ENTRY,
+    &loram::ENTRY,
     &full::ENTRY,
     &projected::GALORE,
     &projected::FIRA,
@@ -167,8 +175,36 @@ pub struct Site {
     pub output: u64,
     /// Largest input and largest output of all sites of the adapter.
     pub widest: (u64, u64),
+    /// Its part in a coupling.
+    pub member: Option<Member>,
+    /// The buffer that says which units of the coupling its layers hold ([`Method::order`]), its parameter named after the consumer.
+    pub order: Option<Buffer>,
     /// The values of its buffers, by part.
     pub values: BTreeMap<&'static str, SlotValue>,
+}
+
+/// A coupling whose layers hold their units in an order of the adapter's while it is trained.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ordered {
+    /// The coupling.
+    pub coupling: Coupling,
+    /// The units, i32 [n].
+    pub buffer: Buffer,
+    /// Their numbers.
+    pub value: SlotValue,
+}
+
+impl Ordered {
+    /// Key in the slot.
+    pub fn key(&self) -> String {
+        format!("{}.{}", self.coupling.consumer, self.buffer.part)
+    }
+
+    /// Every path of a module in it.
+    pub(crate) fn paths(&mut self) -> impl Iterator<Item = &mut String> {
+        let members = self.coupling.members.iter_mut().flat_map(|(path, m)| [path, &mut m.consumer]);
+        std::iter::once(&mut self.coupling.consumer).chain(members)
+    }
 }
 
 /// A parameter of the base that an adapter replaces as a whole: of a module in `modules_to_save`, or a trained bias.
@@ -196,6 +232,11 @@ pub fn slot_values(adapter: &Adapter) -> Vec<(String, SlotValue)> {
         .shared()
         .into_iter()
         .filter_map(|b| Some((b.part.to_owned(), adapter.sites.first()?.values.get(b.part)?.clone())));
+    let orders = adapter.orders.iter().map(|o| (o.key(), o.value.clone()));
     let replaced = adapter.replaced.iter().filter(|r| is_computed(&r.path));
-    shared.chain(sites.flat_map(of_site)).chain(replaced.map(|r| (r.path.clone(), r.value.clone()))).collect()
+    shared
+        .chain(orders)
+        .chain(sites.flat_map(of_site))
+        .chain(replaced.map(|r| (r.path.clone(), r.value.clone())))
+        .collect()
 }

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use pleach_ir::{BinaryOp, Op, ValueId};
+use pleach_ir::{BinaryOp, DType, Dim, Op, ValueId};
 use serde_json::{Value, json};
 
 use super::method::{Buffer, Entry, Key, Method, Scope, linear_only};
@@ -20,6 +20,8 @@ use crate::peft::Target;
 pub(super) const ENTRY: Entry =
     Entry { name: "oft", keys: &[("peft_type", Key::Text("OFT"))], read: |f| Ok(Arc::new(Oft::read(f)?)) };
 
+/// Largest block: numbers of its values are exact as f32.
+const LARGEST: u64 = 4096;
 /// Steps of Newton's iteration.
 const NEWTON: usize = 12;
 
@@ -103,22 +105,44 @@ impl Oft {
     }
 }
 
-/// Q [count, size, size] with the trained values above the diagonal and their negatives below.
+/// Q [count, size, size] with the trained values above the diagonal and their negatives below: every element picks its value, which
+/// for (i, j) above the diagonal is number i · (2 · size − i − 1) / 2 + j − i − 1, and gets its sign.
 fn skew(s: &mut Scope, count: u64, size: u64) -> Result<ValueId> {
     let values = s.buffer("oft_R")?;
-    // Row i of the triangle starts at i · (2 · size − i − 1) / 2; each is padded to a whole row.
-    let mut rows = vec![];
-    for i in 0..size.saturating_sub(1) {
-        let start = i * (2 * size - i - 1) / 2;
-        let row = s.push(Op::Slice { axis: 1, start, end: start + size - 1 - i }, &[values])?;
-        rows.push(s.push(Op::Pad { axis: 1, lo: i + 1, hi: 0 }, &[row])?);
+    if size < 2 {
+        let zero = s.number(0.0)?;
+        return s.spread(zero, &[count, size, size], &[]);
     }
-    let zero = s.number(0.0)?;
-    rows.push(s.spread(zero, &[count, size], &[])?);
-    let upper = s.push(Op::Concat { axis: 1 }, &rows)?;
-    let upper = s.reshape(upper, &[count, size, size])?;
-    let lower = s.transpose(upper, &[0, 2, 1])?;
-    s.push(Op::Binary(BinaryOp::Sub), &[upper, lower])
+    let number = |s: &mut Scope, axis: u8| {
+        let shape = vec![Dim::Known(size), Dim::Known(size)];
+        let n = s.push(Op::Iota { shape, axis }, &[])?;
+        // Whole numbers far below 2²⁴.
+        s.push(Op::Cast(DType::F32), &[n])
+    };
+    let (i, j) = (number(s, 0)?, number(s, 1)?);
+    let (low, high) = (s.binary(BinaryOp::Min, i, j)?, s.binary(BinaryOp::Max, i, j)?);
+    let (zero, one, half) = (s.number(0.0)?, s.number(1.0)?, s.number(0.5)?);
+    let all = s.number((2 * size - 1) as f64)?;
+    let rest = s.binary(BinaryOp::Sub, all, low)?;
+    let before = s.mul(low, rest)?;
+    let before = s.mul(half, before)?;
+    let within = s.binary(BinaryOp::Sub, high, low)?;
+    let place = s.sum(&[before, within])?;
+    let place = s.binary(BinaryOp::Sub, place, one)?;
+    // The diagonal picks something, which does not count.
+    let place = s.binary(BinaryOp::Max, place, zero)?;
+    let last = s.number((size * (size - 1) / 2 - 1) as f64)?;
+    let place = s.binary(BinaryOp::Min, place, last)?;
+    let place = s.push(Op::Cast(DType::I32), &[place])?;
+    let place = s.reshape(place, &[size * size])?;
+    let picked = s.push(Op::Gather { axis: 1 }, &[values, place])?;
+    let picked = s.reshape(picked, &[count, size, size])?;
+    let (above, below) = (s.binary(BinaryOp::Lt, i, j)?, s.binary(BinaryOp::Lt, j, i)?);
+    let minus = s.number(-1.0)?;
+    let sign = s.push(Op::Select, &[below, minus, zero])?;
+    let sign = s.push(Op::Select, &[above, one, sign])?;
+    let sign = s.spread(sign, &[count, size, size], &[1, 2])?;
+    s.mul(picked, sign)
 }
 
 /// (I − Q) · (I + Q)⁻¹ = (I − Q)² · M⁻¹ with M = I − Q², whose eigenvalues lie between 1 and c = 1 + ‖Q‖² / 2, for the singular values
@@ -173,7 +197,11 @@ impl Method for Oft {
     }
 
     fn attach(&self, target: &Target) -> std::result::Result<(), String> {
-        linear_only(target)
+        linear_only(target)?;
+        match self.blocks(target.input) {
+            (_, size) if size > LARGEST => Err(format!("has blocks of {size} inputs; at most {LARGEST} are supported")),
+            _ => Ok(()),
+        }
     }
 
     fn buffers(&self, site: &Site) -> Vec<Buffer> {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use pleach_ir::{DType, Op, Role, ScatterMode, ValueId};
 use serde_json::{Value, json};
 
-use super::method::{Buffer, Entry, Key, Method, Request, Scope};
+use super::method::{Buffer, Entry, Key, LowRank, Method, Request, Scope};
 use super::{Init, Site};
 use crate::error::Result;
 use crate::json::Fields;
@@ -129,6 +129,12 @@ impl Method for Paca {
         let step = s.mul(scale, delta)?;
         let columns = s.sum(&[columns, step])?;
         s.push(Op::Scatter { axis: 1, mode: ScatterMode::Set }, &[weight, indices, columns])
+    }
+
+    /// D is B bit for bit, and row k of A picks input column I[k].
+    fn low_rank(&self, s: &mut Scope) -> Result<Option<LowRank>> {
+        let (indices, up, input) = (s.buffer(INDICES)?, s.buffer(DELTA)?, s.site().input);
+        Ok(Some(LowRank { down: s.selector(indices, input)?, up, scale: s.site().scale }))
     }
 
     fn config(&self) -> Vec<(&'static str, Value)> {

@@ -58,6 +58,10 @@ impl AdapterPlan {
             let file = b.file.map(|end| format!("{SHARED}{end}"));
             tensors.push(tensor(b.part.to_owned(), file, &b, base)?);
         }
+        for o in &adapter.orders {
+            let file = o.buffer.file.map(|end| format!("{PREFIX}{}.{end}", o.coupling.consumer));
+            tensors.push(tensor(o.key(), file, &o.buffer, base)?);
+        }
         for site in adapter.sites.iter().filter(|s| is_computed(&s.module)) {
             for b in method.buffers(site) {
                 let file = b.file.map(|end| format!("{PREFIX}{}.{end}", site.module));

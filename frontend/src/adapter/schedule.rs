@@ -175,6 +175,8 @@ impl Events {
             input: *input,
             output: *output,
             widest: (*input, *output),
+            member: None,
+            order: None,
             values: Default::default(),
         };
         let method = MethodConfig::from_json(&plan.config)?.method;
@@ -212,6 +214,8 @@ impl super::Replaced {
             input,
             output,
             widest: (input, output),
+            member: None,
+            order: None,
             values: Default::default(),
         })
     }

@@ -108,7 +108,60 @@ fn paca_adds_to_its_columns_in_both_forms_and_as_lora() {
     close(&merged_all(&converted, &base), &expected);
     let b = converted.sites[1].values["lora_B"].read(&base).unwrap();
     assert_eq!(b.data, SlotData::F32(delta(1)), "bit for bit");
-    assert!(to_lora(&converted, &base, &lora).unwrap_err().to_string().contains("PaCA"));
+    assert!(to_lora(&converted, &base, &lora).unwrap_err().to_string().contains("lora already"));
+}
+
+#[test]
+fn layers_that_hang_together_are_ordered_together() {
+    let (base, _dir) = model(|c| c["attention_bias"] = true.into());
+    let adapter = fresh(&base, "s2ft", json!({"r": 3, "target_modules": ["v_proj", "up_proj"]})).unwrap();
+    // Both layers of the tiny model have an order of heads and one of channels, named after the consumers.
+    let keys: Vec<String> = adapter.orders.iter().map(Ordered::key).collect();
+    assert_eq!(keys.len(), 4);
+    assert_eq!(keys[0], "model.layers.0.self_attn.o_proj.s2ft_order");
+    let plan = AdapterPlan::new(&adapter, 0, &base).unwrap();
+    let order = plan.tensors.iter().find(|t| t.key == keys[1]).unwrap();
+    let channels = order.shape[0];
+    assert_eq!(order.file.as_deref(), Some("base_model.model.model.layers.0.mlp.down_proj.s2ft_order"));
+    assert_eq!(order.init, Init::Units { units: channels, first: 3, by: None });
+    let up = plan.tensors.iter().find(|t| t.key.ends_with("0.mlp.up_proj.s2ft_delta")).unwrap();
+    assert_eq!(up.shape, [3, 16]);
+    let adapters = [adapter];
+    let import = |entry: &str| Import::new(&base).adapters(&adapters).entries(&[entry]).train(0).graph().unwrap();
+    let gathers = |g: &pleach_ir::Graph| {
+        let over = |n: &&pleach_ir::Node| matches!(n.op, pleach_ir::Op::Gather { .. });
+        g.entries[0].nodes.iter().filter(over).count()
+    };
+    let graph = import("train");
+    verify(&graph).unwrap();
+    // 7 weights, 3 biases and 2 trained parts in each layer, embedding, 2 rotary tables, counted rows.
+    assert_eq!(gathers(&graph) - gathers(&import("infer")), 2 * 10 + 1);
+    let pruned = [fresh(&base, "loram", json!({"r": 2, "pruning_ratio": 0.5, "target_modules": ["q_proj"]})).unwrap()];
+    let graph = Import::new(&base).adapters(&pruned).entries(&["train", "infer"]).train(0).graph().unwrap();
+    verify(&graph).unwrap();
+    let heads = |entry: &str| {
+        let found = graph.entry(entry).unwrap().nodes.iter().find_map(|n| match n.op {
+            pleach_ir::Op::Attention(a) => Some((a.heads, a.kv_heads)),
+            _ => None,
+        });
+        found.unwrap()
+    };
+    let (whole, part) = (heads("infer"), heads("train"));
+    assert_eq!((part.0 * 2, part.1 * 2), whole, "half of the heads, groups as they were");
+    let stacked = [adapters[0].clone(), fresh(&base, "lora", json!({"target_modules": ["down_proj"]})).unwrap()];
+    let message = Import::new(&base).adapters(&stacked).entries(&["train"]).train(0).graph().unwrap_err().to_string();
+    assert!(message.contains("down_proj") && message.contains("merge the other one"), "{message}");
+    for (method, options, expected) in [
+        ("s2ft", json!({"target_modules": ["lm_head"]}), "not coupled"),
+        ("s2ft", json!({"r": 1000, "target_modules": ["up_proj"]}), "channels"),
+        ("s2ft", json!({"selection": "best"}), "selection"),
+        ("smora", json!({"r": 2, "top_k": 3}), "top_k"),
+        ("loram", json!({"pruning_ratio": 1.0}), "pruning_ratio"),
+        ("loram", json!({"pruned_layers": [2]}), "pruned_layers"),
+    ] {
+        let message = fresh(&base, method, options).unwrap_err();
+        assert!(message.contains(expected), "{expected}: {message}");
+    }
 }
 
 #[test]

@@ -7,13 +7,15 @@ use pleach_ir::{
     BinaryOp, DType, Dim, Entry, Graph, Op, Param, ParamId, ReduceOp, Role, Source, TensorType, UnaryOp, ValueId,
 };
 
-use crate::adapter::{Buffer, Kind, Scope, Site, Update, all_rows};
+use super::arrange::placed;
+use crate::adapter::{Buffer, Kind, Ordered, Scope, Site, Update, all_rows};
 use crate::checkpoint::Checkpoint;
+use crate::coupling::Member;
 use crate::error::{Error, Result};
 use crate::peft::Adapter;
 
 /// What attaches to a module: slot, method and site, in slot order.
-type Attached<'a> = Vec<(u32, &'a Kind, &'a Site)>;
+pub(super) type Attached<'a> = Vec<(u32, &'a Kind, &'a Site)>;
 
 /// A graph under construction.
 pub(crate) struct Builder<'a> {
@@ -29,6 +31,10 @@ pub(crate) struct Builder<'a> {
     /// Values of parameters in the current entry.
     reads: BTreeMap<ParamId, ValueId>,
     origin: Option<Arc<str>>,
+    /// Layers that hold units in the order of the trained slot: the order's buffer and their part.
+    pub(super) placed: BTreeMap<&'a str, (&'a Ordered, &'a Member)>,
+    /// Whether they do so in the current entry.
+    pub(super) arranges: bool,
 }
 
 impl<'a> Builder<'a> {
@@ -51,6 +57,7 @@ impl<'a> Builder<'a> {
                 }
             }
         }
+        let placed = placed(adapters, train, &attached)?;
         Ok(Builder {
             model,
             attached,
@@ -62,6 +69,8 @@ impl<'a> Builder<'a> {
             entry: Entry::default(),
             reads: BTreeMap::new(),
             origin: None,
+            placed,
+            arranges: false,
         })
     }
 
@@ -69,6 +78,7 @@ impl<'a> Builder<'a> {
         self.entry = entry;
         self.reads.clear();
         self.origin = None;
+        self.arranges = false;
     }
 
     pub(crate) fn finish(&mut self) {
@@ -107,6 +117,11 @@ impl<'a> Builder<'a> {
         Ok(value)
     }
 
+    /// The slot that is trained.
+    pub(super) fn train_slot(&self) -> Option<u32> {
+        self.train
+    }
+
     /// The role of a slot's parameter that its method trains.
     pub(crate) fn trained(&self, slot: u32) -> Role {
         if self.train == Some(slot) { Role::Train } else { Role::Frozen }
@@ -124,7 +139,7 @@ impl<'a> Builder<'a> {
 
     /// The value of a parameter of the base model, by the path of its module ("model.norm.weight"), or of what an adapter
     /// has in its place.
-    pub(super) fn weight(&mut self, path: &str) -> Result<ValueId> {
+    pub(crate) fn weight(&mut self, path: &str) -> Result<ValueId> {
         let tensor = self.model.param(path).ok_or_else(|| Error::Graph(format!("there is no parameter `{path}`")))?;
         let ty = TensorType::new(DType::F32, tensor.shape.iter().copied());
         if let Some(&slot) = self.replaced.get(path) {
@@ -145,8 +160,13 @@ impl<'a> Builder<'a> {
         self.entry.output(name, value);
     }
 
+    /// Whether the entry is the one that is differentiated, in which statistics of a step are counted.
+    pub(crate) fn counts(&self) -> bool {
+        self.entry.name == "train"
+    }
+
     /// Writes a parameter when the entry ends.
-    pub(super) fn assign(&mut self, param: ParamId, value: ValueId) {
+    pub(crate) fn assign(&mut self, param: ParamId, value: ValueId) {
         self.entry.assign(param, value);
     }
 
@@ -249,6 +269,7 @@ impl<'a> Builder<'a> {
         let bias = format!("{module}.bias");
         if self.model.param(&bias).is_some() {
             let bias = self.weight(&bias)?;
+            let bias = self.arranged(module, bias)?;
             terms.push(self.over_rows(bias, terms[0])?);
         }
         let mut y = self.sum(&terms)?;
@@ -275,7 +296,7 @@ impl<'a> Builder<'a> {
         layer: impl FnOnce(&mut Self, ValueId) -> Result<ValueId>,
     ) -> Result<Vec<ValueId>> {
         let attached = self.attached.get(module).cloned().unwrap_or_default();
-        let mut changed = weight;
+        let mut changed = self.arranged(module, weight)?;
         for &(slot, method, site) in &attached {
             changed = method.weight(&mut Scope::new(self, slot, &**method, site), changed)?;
         }

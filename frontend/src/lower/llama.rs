@@ -91,15 +91,18 @@ fn attention(b: &mut Builder, c: &LlamaConfig, layer: u64, h: ValueId, shared: &
     let k = b.linear(&format!("{p}.k_proj"), h)?;
     let v = b.linear(&format!("{p}.v_proj"), h)?;
     b.at(&p);
-    let q = rotate(b, q, c.heads, c.head_dim, shared)?;
-    let k = rotate(b, k, c.kv_heads, c.head_dim, shared)?;
+    // A slot may hold fewer heads while it is trained.
+    let heads = |b: &Builder, x| b.shape(x)[1].known().unwrap_or(0) / c.head_dim;
+    let (heads, kv_heads) = (heads(b, q), heads(b, k));
+    let q = rotate(b, q, heads, c.head_dim, shared)?;
+    let k = rotate(b, k, kv_heads, c.head_dim, shared)?;
     let (k, v) = match shared.slots {
         None => (k, v),
         Some(slots) => (append(b, c, layer, "k", k, slots)?, append(b, c, layer, "v", v, slots)?),
     };
     let attrs = AttentionAttrs {
-        heads: c.heads as u32,
-        kv_heads: c.kv_heads as u32,
+        heads: heads as u32,
+        kv_heads: kv_heads as u32,
         head_dim: c.head_dim as u32,
         scale: ((c.head_dim as f64).sqrt().recip() as f32).to_bits(),
         causal: true,

@@ -3,6 +3,7 @@
 //! Writes plain operators only: nothing is merged or fused here, and no weight value is looked at. The entries, their
 //! inputs and the names of parameters are those of ARCHITECTURE.md, "Entries".
 
+mod arrange;
 mod bert;
 mod builder;
 mod llama;
@@ -97,6 +98,7 @@ impl<'a> Import<'a> {
                 return Err(Error::Graph("the entry `train` needs an adapter that is trained".into()));
             }
             builder.start(Entry::new(name));
+            builder.arranges = matches!(kind, EntryKind::Train | EntryKind::Evaluate);
             match (&self.model.config, kind) {
                 (ModelConfig::Llama(config), kind) => llama::lower(&mut builder, config, kind)?,
                 (ModelConfig::Bert(config), EntryKind::Infer) => bert::lower(&mut builder, config)?,

@@ -10,7 +10,9 @@ use pleach_ir::Role;
 use super::config::{MethodConfig, Targets};
 use super::replaced::replaced;
 use super::targets::{Target, match_modules, matched};
-use crate::adapter::{ABSOLUTE, Buffer, DELTA, INDICES, Init, Replaced, Site, SlotData, SlotTensor, SlotValue};
+use crate::adapter::{
+    ABSOLUTE, Buffer, DELTA, INDICES, Init, Ordered, Replaced, Site, SlotData, SlotTensor, SlotValue,
+};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::modules::{ModuleKind, ModuleTable};
@@ -33,6 +35,8 @@ pub struct Adapter {
     pub config: MethodConfig,
     /// Where it attaches, in module order.
     pub sites: Vec<Site>,
+    /// Couplings whose layers hold their units in an order of its own while it is trained.
+    pub orders: Vec<Ordered>,
     /// Parameters of the base that it replaces, in module order.
     pub replaced: Vec<Replaced>,
     /// Copies of base weights that the file carries (PEFT adds the embedding and the head when they are targeted), by
@@ -61,6 +65,10 @@ impl Adapter {
             let origin: BTreeMap<&str, &str> =
                 other.iter().map(|m| m.path.as_str()).zip(origins.iter().map(String::as_str)).collect();
             let mut bound = bind(dir, &config, &tensors, &other)?;
+            let members = bound.sites.iter_mut().filter_map(|s| s.member.as_mut()).map(|m| &mut m.consumer);
+            for path in members.chain(bound.orders.iter_mut().flat_map(|o| o.paths())) {
+                *path = origin[path.as_str()].to_owned();
+            }
             for path in bound.sites.iter_mut().map(|s| &mut s.module).chain(bound.copies.iter_mut().map(|c| &mut c.0)) {
                 *path = origin[path.as_str()].to_owned();
             }
@@ -74,9 +82,19 @@ impl Adapter {
         };
         let copies = bound.copies.into_iter().map(|(module, tensor)| (format!("{module}.weight"), tensor)).collect();
         let notes = config.notes.clone();
-        let (sites, replaced) = (bound.sites, bound.replaced);
+        let (sites, orders, replaced) = (bound.sites, bound.orders, bound.replaced);
         let config = config.resolved(modules);
-        Ok(Adapter { name, dir: dir.to_owned(), config, sites, replaced, copies, tensors: tensors.len(), notes })
+        Ok(Adapter {
+            name,
+            dir: dir.to_owned(),
+            config,
+            sites,
+            orders,
+            replaced,
+            copies,
+            tensors: tensors.len(),
+            notes,
+        })
     }
 
     /// A new adapter: its values are recipes.
@@ -103,13 +121,14 @@ impl Adapter {
             });
         }
         let mut sites = sites(&targets);
+        let orders = ordered(&config, modules, &mut sites);
         for s in &mut sites {
-            let buffers = config.method.buffers(s).into_iter().chain(config.method.shared(s));
+            let buffers = config.method.buffers(s).into_iter().chain(config.method.shared(s)).chain(s.order.clone());
             s.values = buffers.map(|b| (b.part, SlotValue::New(b.init))).collect();
         }
         let (name, notes) = (config.method.name().to_owned(), config.notes.clone());
         let config = config.resolved(modules);
-        Ok(Adapter { name, dir: PathBuf::new(), config, sites, replaced, copies: vec![], tensors: 0, notes })
+        Ok(Adapter { name, dir: PathBuf::new(), config, sites, orders, replaced, copies: vec![], tensors: 0, notes })
     }
 
     /// Compares the copies of base weights that the file carries with the base itself, value by value.
@@ -169,6 +188,20 @@ fn sites(targets: &[Target]) -> Vec<Site> {
     targets.iter().map(|t| Site { widest, ..site(t) }).collect()
 }
 
+/// The couplings that the method orders, their values still recipes; their sites are told.
+fn ordered(config: &MethodConfig, modules: &ModuleTable, sites: &mut [Site]) -> Vec<Ordered> {
+    let mut list = vec![];
+    for coupling in modules.couplings() {
+        let part = |s: &&mut Site| s.member.as_ref().is_some_and(|m| m.consumer == coupling.consumer);
+        let mut members: Vec<&mut Site> = sites.iter_mut().filter(part).collect();
+        let Some(buffer) = config.method.order(&coupling, !members.is_empty()) else { continue };
+        members.iter_mut().for_each(|s| s.order = Some(buffer.clone()));
+        let value = SlotValue::New(buffer.init.clone());
+        list.push(Ordered { coupling, buffer, value });
+    }
+    list
+}
+
 fn site(t: &Target) -> Site {
     Site {
         module: t.module.clone(),
@@ -179,6 +212,8 @@ fn site(t: &Target) -> Site {
         input: t.input,
         output: t.output,
         widest: (t.input, t.output),
+        member: t.member.clone(),
+        order: None,
         values: BTreeMap::new(),
     }
 }
@@ -218,6 +253,7 @@ fn count_known(tensors: &TensorTable, modules: &ModuleTable) -> usize {
 /// A matched file, by the names of the table it was matched against.
 struct Bound {
     sites: Vec<Site>,
+    orders: Vec<Ordered>,
     replaced: Vec<Replaced>,
     /// Copies of base weights by module.
     copies: Vec<(String, TensorRef)>,
@@ -231,6 +267,7 @@ fn bind(dir: &Path, config: &MethodConfig, tensors: &TensorTable, modules: &Modu
         return Err(Error::key(&path, "ensure_weight_tying", what));
     }
     let mut sites = sites(&targets);
+    let mut orders = ordered(config, modules, &mut sites);
     let mut replaced = replaced(config, modules, &targets)?;
     let name = |module: &str, end: &str| format!("{PREFIX}{module}.{end}");
     for r in &mut replaced {
@@ -251,6 +288,8 @@ fn bind(dir: &Path, config: &MethodConfig, tensors: &TensorTable, modules: &Modu
     }
     let shared = sites.first().map_or(vec![], |s| config.method.shared(s));
     expected.extend(shared.iter().filter_map(|b| Some(format!("{SHARED}{}", b.file?))));
+    let of_order = |o: &Ordered| Some(name(&o.coupling.consumer, o.buffer.file?));
+    expected.extend(orders.iter().filter_map(of_order));
     let copies = find_copies(tensors, modules, &targets, &expected);
     let repeated = find_repeated(tensors, &sites, &shared)?;
     refuse_unexpected(dir, tensors, &expected, &copies, &repeated)?;
@@ -263,8 +302,20 @@ fn bind(dir: &Path, config: &MethodConfig, tensors: &TensorTable, modules: &Modu
         };
         common.insert(b.part, value);
     }
+    for o in &mut orders {
+        o.value = match of_order(o) {
+            None => made(&o.key(), &o.buffer),
+            Some(file_name) => {
+                let why = "the base model and adapter_config.json make it";
+                let tensor = file.find_indices(&file_name, &o.buffer.shape, why)?;
+                SlotValue::Indices { tensor, below: vec![o.coupling.units] }
+            }
+        };
+    }
     for s in &mut sites {
         s.values.clone_from(&common);
+        let order = s.member.as_ref().and_then(|m| orders.iter().find(|o| o.coupling.consumer == m.consumer));
+        s.values.extend(order.map(|o| (o.buffer.part, o.value.clone())));
         for b in config.method.buffers(s) {
             let value = match b.file {
                 None => made(&format!("{}.{}", s.module, b.part), &b),
@@ -277,7 +328,7 @@ fn bind(dir: &Path, config: &MethodConfig, tensors: &TensorTable, modules: &Modu
         let why = "config.json of the base makes it";
         r.value = SlotValue::Tensor(file.find(&format!("{PREFIX}{}", r.file), &r.shape, why)?);
     }
-    Ok(Bound { sites, replaced, copies })
+    Ok(Bound { sites, orders, replaced, copies })
 }
 
 /// The value of a buffer that no file holds: from its recipe where that gives the same at any time.

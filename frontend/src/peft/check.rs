@@ -124,8 +124,19 @@ mod tests {
         let (a, b) = (table.get("a").unwrap().clone(), table.get("b").unwrap().clone());
         let values = [("lora_A", SlotValue::Tensor(a)), ("lora_B", SlotValue::Tensor(b))].into();
         let (module, embedding) = ("m".into(), false);
-        let site =
-            Site { module, embedding, rank: 2, alpha: -4.0, scale: -2.0, input: 3, output: 2, widest: (3, 2), values };
+        let site = Site {
+            module,
+            embedding,
+            rank: 2,
+            alpha: -4.0,
+            scale: -2.0,
+            input: 3,
+            output: 2,
+            widest: (3, 2),
+            member: None,
+            order: None,
+            values,
+        };
         // BA = [[1, 2, 0], [2, 7, -3]], squares sum to 67.
         assert!((low_rank_norm(&site).unwrap() - 2.0 * 67f64.sqrt()).abs() < 1e-12);
     }

@@ -7,6 +7,7 @@
 
 use super::config::{MethodConfig, NameSpec, Targets};
 use super::pattern::Pattern;
+use crate::coupling::Member;
 use crate::error::{Error, Result};
 use crate::modules::{Module, ModuleKind, ModuleTable};
 use crate::nearest::nearest_hint;
@@ -28,6 +29,8 @@ pub struct Target {
     pub alpha: f64,
     /// The factor of the branch.
     pub scale: f64,
+    /// Its part in a coupling.
+    pub member: Option<Member>,
 }
 
 impl Target {
@@ -154,7 +157,8 @@ fn target(module: &Module, rank: u64, alpha: f64, scale: f64) -> Result<Target> 
             });
         }
     };
-    Ok(Target { module: module.path.clone(), input, output, embedding, rank, alpha, scale })
+    let member = module.member.clone();
+    Ok(Target { module: module.path.clone(), input, output, embedding, rank, alpha, scale, member })
 }
 
 fn nothing_matched(spec: Option<&NameSpec>, modules: &ModuleTable) -> Error {

@@ -59,6 +59,26 @@ pub(super) fn matmul(ta: bool, tb: bool, a: &Tensor, b: &Tensor) -> Result<Tenso
     Ok(Tensor::f32(shape, out))
 }
 
+/// The place of every element of a row is counted, so that ties and NaN come out as [`crate::Op::TopK`] says.
+pub(super) fn top_k(k: usize, indices: bool, x: &Tensor) -> Result<Tensor, String> {
+    let Data::F32(v) = &x.data else { return Err(format!("does not take {}", x.dtype())) };
+    let n = *x.shape.last().ok_or("needs rows")? as usize;
+    let mut shape = x.shape.clone();
+    let rows = shape[..shape.len() - 1].iter().product::<u64>() as usize;
+    *shape.last_mut().ok_or("needs rows")? = k as u64;
+    let (mut values, mut places) = (vec![0f32; rows * k], vec![0i32; rows * k]);
+    for (r, row) in v.chunks(n.max(1)).enumerate() {
+        for (i, x) in row.iter().enumerate() {
+            let before = row.iter().enumerate().filter(|(j, y)| *y > x || *y == x && *j < i).count();
+            if before < k {
+                values[r * k + before] += x;
+                places[r * k + before] += i as i32;
+            }
+        }
+    }
+    Ok(Tensor { shape, data: if indices { Data::I32(places) } else { Data::F32(values) } })
+}
+
 pub(super) fn reduce(op: ReduceOp, axis: usize, x: &Tensor) -> Result<Tensor, String> {
     let len = *x.shape.get(axis).ok_or("the axis is out of range")? as usize;
     let outer = x.shape[..axis].iter().product::<u64>() as usize;

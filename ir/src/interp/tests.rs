@@ -83,6 +83,11 @@ fn products() {
     assert_eq!(r(ReduceOp::Sum, 1), f(&[2], &[6.0, 15.0]));
     assert_eq!(r(ReduceOp::Max, 1), f(&[2], &[3.0, 6.0]));
     assert_eq!(r(ReduceOp::Min, 0), f(&[3], &[1.0, 2.0, 3.0]));
+    // Of equals the smaller index comes first.
+    let t = f(&[2, 4], &[1.0, 3.0, 3.0, 2.0, 0.0, -1.0, 5.0, 5.0]);
+    let top = |indices| one(Op::TopK { k: 3, indices }, std::slice::from_ref(&t)).unwrap();
+    assert_eq!(top(false), f(&[2, 3], &[3.0, 3.0, 2.0, 5.0, 5.0, 0.0]));
+    assert_eq!(top(true).data, Data::I32(vec![1, 2, 3, 2, 3, 0]));
 }
 
 #[test]

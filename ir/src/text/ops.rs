@@ -122,6 +122,8 @@ pub(super) fn read_op(mnemonic: &str, a: &mut Attrs, ty: &TensorType) -> Result<
         ("slice", _) => Op::Slice { axis: a.one("axis")?, start: a.one("start")?, end: a.one("end")? },
         ("pad", _) => Op::Pad { axis: a.one("axis")?, lo: a.one("lo")?, hi: a.one("hi")? },
         ("concat", _) => Op::Concat { axis: a.one("axis")? },
+        ("top_k_values", _) => Op::TopK { k: a.one("k")?, indices: false },
+        ("top_k_indices", _) => Op::TopK { k: a.one("k")?, indices: true },
         ("gather", _) => Op::Gather { axis: a.one("axis")? },
         ("scatter_set", _) => Op::Scatter { axis: a.one("axis")?, mode: ScatterMode::Set },
         ("scatter_add", _) => Op::Scatter { axis: a.one("axis")?, mode: ScatterMode::Add },

@@ -123,6 +123,7 @@ pub fn print_attributes(op: &Op) -> String {
             }
         }
         Op::Iota { axis, .. } | Op::Reduce { axis, .. } | Op::Concat { axis } => format!(" {{axis = {axis}}}"),
+        Op::TopK { k, .. } => format!(" {{k = {k}}}"),
         Op::Gather { axis } | Op::Scatter { axis, .. } => format!(" {{axis = {axis}}}"),
         Op::MatMul { ta, tb } => match (ta, tb) {
             (false, false) => String::new(),

@@ -68,6 +68,7 @@ pub fn simplify(e: &Entry, ty: &TensorType, op: &Op, x: &[ValueId]) -> Simpler {
         },
         Op::Slice { axis, start, end } => slice(e, *axis, *start, *end, x[0]),
         Op::Pad { lo: 0, hi: 0, .. } => Value(x[0]),
+        Op::Gather { axis } => gather(e, *axis, x),
         Op::Concat { axis } => concat(e, *axis, x),
         _ => No,
     }
@@ -185,6 +186,17 @@ fn slice(e: &Entry, axis: u8, start: u64, end: u64, x: ValueId) -> Simpler {
                 at += w;
             }
             No
+        }
+        _ => No,
+    }
+}
+
+/// The first elements of an axis, picked one by one.
+fn gather(e: &Entry, axis: u8, x: &[ValueId]) -> Simpler {
+    let (index, whole) = (e.node(x[1]), width(e, x[0], axis));
+    match (&index.op, index.ty.shape.first().and_then(|d| d.known()), whole) {
+        (Op::Iota { axis: 0, .. }, Some(n), Some(whole)) if (1..=whole).contains(&n) => {
+            Node(Op::Slice { axis, start: 0, end: n }, vec![x[0]])
         }
         _ => No,
     }

@@ -23,6 +23,7 @@ pub(super) fn flows(op: &Op, i: usize) -> bool {
     match op {
         Op::Input { .. } | Op::Param(_) | Op::Const { .. } | Op::Iota { .. } | Op::StopGradient => false,
         Op::Unary(UnaryOp::Floor | UnaryOp::Not) => false,
+        Op::TopK { indices, .. } => !indices,
         Op::Binary(b) => !b.is_compare() && !matches!(b, BinaryOp::And | BinaryOp::Or),
         Op::Select => i > 0,
         Op::Gather { .. } | Op::After => i == 0,
@@ -72,6 +73,7 @@ pub(super) fn vjp(t: &mut Tape, s: &Site, dy: ValueId) -> Result<Vec<(usize, Cot
             Op::Cast(_) | Op::After | Op::StopGradient => dense(dy),
             Op::MatMul { ta, tb } => dense(matmul(t, s, *ta, *tb, i, dy)?),
             Op::Reduce { op, axis } => dense(reduce(t, s, *op, *axis, dy)?),
+            Op::TopK { k, .. } => dense(top_k(t, s, *k, dy)?),
             Op::Reshape(_) => {
                 let shape = t.ty(s.x[0]).shape.clone();
                 dense(t.push(Op::Reshape(shape), &[dy])?)
@@ -242,6 +244,22 @@ fn reduce(t: &mut Tape, s: &Site, op: ReduceOp, axis: u8, dy: ValueId) -> Result
     let share = t.div(dy, count)?;
     let share = spread(t, share)?;
     t.select(chosen, share, zero)
+}
+
+/// Each chosen element's cotangent goes where the element came from.
+fn top_k(t: &mut Tape, s: &Site, k: u64, dy: ValueId) -> Result<ValueId, IrError> {
+    let mut shape = t.ty(s.x[0]).shape.clone();
+    let last = shape.len() - 1;
+    shape.insert(last, k.into());
+    let axes: Vec<u8> = (0..=last as u8).collect();
+    let places = t.push(Op::TopK { k, indices: true }, &[s.x[0]])?;
+    let spread = |t: &mut Tape, v| t.push(Op::Broadcast { shape: shape.clone(), axes: axes.clone() }, &[v]);
+    let (places, dy) = (spread(t, places)?, spread(t, dy)?);
+    let column = t.push(Op::Iota { shape: shape.clone(), axis: last as u8 + 1 }, &[])?;
+    let here = t.binary(BinaryOp::Eq, places, column)?;
+    let zero = t.number(0.0)?;
+    let part = t.select(here, dy, zero)?;
+    t.reduce_sum(part, last)
 }
 
 /// The gradients of one attention have equal operands, so that they can be one kernel.

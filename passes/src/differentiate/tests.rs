@@ -174,10 +174,15 @@ fn products_with_every_flag() {
 #[test]
 fn reductions_and_movement() {
     type Make = fn(&mut Case, ValueId, ValueId) -> ValueId;
-    let cases: [(&str, Make); 13] = [
+    let cases: [(&str, Make); 14] = [
         ("reduce_sum", |c, x, _| c.p(Op::Reduce { op: ReduceOp::Sum, axis: 0 }, &[x])),
         ("reduce_max", |c, x, _| c.p(Op::Reduce { op: ReduceOp::Max, axis: 1 }, &[x])),
         ("reduce_min", |c, x, _| c.p(Op::Reduce { op: ReduceOp::Min, axis: 0 }, &[x])),
+        ("top_k_values", |c, x, _| {
+            let i = c.index("i", &[2, 0, 1, 3]);
+            let x = c.p(Op::Gather { axis: 1 }, &[x, i]);
+            c.p(Op::TopK { k: 2, indices: false }, &[x])
+        }),
         ("reshape", |c, x, _| c.p(Op::Reshape(known(&[2, 6])), &[x])),
         ("transpose", |c, x, _| c.p(Op::Transpose(vec![1, 0]), &[x])),
         ("broadcast", |c, x, _| c.p(Op::Broadcast { shape: known(&[2, 3, 5, 4]), axes: vec![1, 3] }, &[x])),

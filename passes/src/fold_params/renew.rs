@@ -2,8 +2,8 @@
 //!
 //! The new value is the form of the derived parameter over the new values of the trained ones. Where that form sets
 //! parts of something that training does not change, at indices that it does not change, only the parts are set again,
-//! in place: with `D = scatter_set(w, i, u)`, `scatter_set(w, i, u') = scatter_set(D, i, u')`. So a weight with trained
-//! columns lives once and is never rebuilt.
+//! in place: with `D = scatter_set(w, i, u)`, `scatter_set(w, i, u') = scatter_set(D, i, u')`. The same holds for trained
+//! operands of a concatenation. So a weight with trained columns lives once and is never rebuilt.
 //!
 //! Assumes forms as `fold-params` interned them. Leaves alone: derived parameters that `update` assigns already.
 
@@ -57,10 +57,41 @@ impl Build<'_> {
     fn renewed(&mut self, e: &mut Entry, p: ParamId, f: usize) -> Result<ValueId, IrError> {
         let Some((around, at)) = self.set(f) else { return self.over_new(e, f) };
         let form = &self.forms.list[at];
+        let mut whole = e.push(&self.g.params, Op::Param(p), &[])?;
+        if let Op::Concat { axis } = form.op {
+            let mut start = 0;
+            for part in &form.inputs {
+                let ty = &self.forms.list[*part].ty;
+                let len = ty.shape[usize::from(axis)].known().unwrap_or(0);
+                if self.forms.list[*part].trained {
+                    let mut index = e.push(&self.g.params, Op::Iota { shape: vec![len.into()], axis: 0 }, &[])?;
+                    if start > 0 {
+                        let first = e.push(&self.g.params, Op::i32(start as i32), &[])?;
+                        index = e.push(&self.g.params, Op::Add, &[index, first])?;
+                    }
+                    let value = self.over_new(e, *part)?;
+                    whole = self.set_part(e, &around, whole, (axis, index), value)?;
+                }
+                start += len;
+            }
+            return Ok(whole);
+        }
         let (index, part) = (form.inputs[1], form.inputs[2]);
-        let Op::Scatter { mut axis, .. } = form.op else { return self.over_new(e, f) };
+        let Op::Scatter { axis, .. } = form.op else { return self.over_new(e, f) };
         let index = self.over_old(e, index)?;
-        let mut value = self.over_new(e, part)?;
+        let value = self.over_new(e, part)?;
+        self.set_part(e, &around, whole, (axis, index), value)
+    }
+
+    /// `whole` with a part set at an index of an axis of the core, inside what is around it.
+    fn set_part(
+        &self,
+        e: &mut Entry,
+        around: &[Around],
+        whole: ValueId,
+        (mut axis, index): (u8, ValueId),
+        mut value: ValueId,
+    ) -> Result<ValueId, IrError> {
         for a in around.iter().rev() {
             let op = match a {
                 Around::Cast(op) => op.clone(),
@@ -71,11 +102,11 @@ impl Build<'_> {
             };
             value = e.push(&self.g.params, op, &[value])?;
         }
-        let whole = e.push(&self.g.params, Op::Param(p), &[])?;
         e.push(&self.g.params, Op::Scatter { axis, mode: ScatterMode::Set }, &[whole, index, value])
     }
 
-    /// The set at the core of a form whose other operands are not trained, and what is around it.
+    /// The set at the core of a form whose other operands are not trained, or the concatenation with one that is not, and
+    /// what is around it.
     fn set(&self, mut f: usize) -> Option<(Vec<Around>, usize)> {
         let mut around = vec![];
         loop {
@@ -84,6 +115,10 @@ impl Build<'_> {
                 Op::Scatter { mode: ScatterMode::Set, .. } => {
                     let fixed = form.inputs[..2].iter().all(|i| !self.forms.list[*i].trained);
                     return fixed.then_some((around, f));
+                }
+                Op::Concat { .. } => {
+                    let some = form.inputs.iter().any(|i| !self.forms.list[*i].trained);
+                    return some.then_some((around, f));
                 }
                 Op::Cast(_) => around.push(Around::Cast(form.op.clone())),
                 Op::Transpose(perm) => around.push(Around::Transpose(perm.clone())),

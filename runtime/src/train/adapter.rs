@@ -68,8 +68,29 @@ pub enum Init {
     RowNorms(Norms),
     ColumnNorms(Norms),
     RandomIndices { from: u64 },
+    Units { units: u64, first: u64, by: Option<Scores> },
     LargestColumns { tensor: String },
     LargestGradientColumns { tensor: String, batches: u64 },
+}
+
+/// How units of coupled layers are compared.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+pub struct Scores {
+    /// The weights whose parts count.
+    pub weights: Vec<UnitWeight>,
+    /// The product of the norms of a unit's parts, in place of the norm of all.
+    pub product: bool,
+}
+
+/// Where units lie in a weight [out, in].
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+pub struct UnitWeight {
+    /// Tensor of the base.
+    pub tensor: String,
+    /// Whether units are columns rather than rows.
+    pub columns: bool,
+    /// Rows or columns of one.
+    pub width: u64,
 }
 
 /// Lengths of the rows (or columns) of W + scale · B · A.

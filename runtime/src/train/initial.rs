@@ -3,7 +3,7 @@
 //! Random recipes are keyed by (seed, key of the tensor): a value depends neither on the order of making nor on threads.
 //! Norms are summed in f64, row by row, so that no second copy of a weight is made.
 
-use super::adapter::{AdapterPlan, Init, Norms, TensorPlan};
+use super::adapter::{AdapterPlan, Init, Norms, Scores, TensorPlan};
 use super::data::fnv1a;
 use crate::cast::cast;
 use crate::error::{Result, RuntimeError};
@@ -79,6 +79,14 @@ fn make(
         Init::RowNorms(norms) => Made::F32(lengths(norms, false, base, made)?),
         Init::ColumnNorms(norms) => Made::F32(lengths(norms, true, base, made)?),
         Init::RandomIndices { from } => Made::I32(draws.distinct(n, *from)?),
+        Init::Units { units, first, by } => {
+            let chosen = match by {
+                None => draws.distinct(*first as usize, *units)?,
+                Some(scores) => largest(&unit_scores(scores, *units as usize, base)?, *first as usize)?,
+            };
+            let rest = (0..*units as i32).filter(|u| chosen.binary_search(u).is_err());
+            Made::I32(chosen.iter().copied().chain(rest).take(n).collect())
+        }
         Init::LargestColumns { tensor } => {
             let w = find(base, tensor)?;
             let mut squares = vec![0.0; w.shape.last().copied().unwrap_or(0) as usize];
@@ -153,6 +161,27 @@ fn lengths(
     });
     base.release(&n.weight);
     Ok(squares.into_iter().map(|s| s.sqrt() as f32).collect())
+}
+
+/// The score of every unit, as logarithms where norms are multiplied.
+fn unit_scores(scores: &Scores, units: usize, base: &dyn TensorSource) -> std::result::Result<Vec<f64>, String> {
+    let mut total = vec![0.0f64; units];
+    for part in &scores.weights {
+        let (w, width) = (find(base, &part.tensor)?, part.width.max(1) as usize);
+        let along = if part.columns { w.shape.last() } else { w.shape.first() };
+        if along != Some(&((units * width) as u64)) {
+            return Err(format!("`{}` is {:?}, which does not hold {units} units of {width}", part.tensor, w.shape));
+        }
+        let mut squares = vec![0.0f64; units];
+        for_rows(w, |i, row| match part.columns {
+            true => row.iter().enumerate().for_each(|(j, x)| squares[j / width] += f64::from(*x) * f64::from(*x)),
+            false => squares[i / width] += row.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>(),
+        });
+        base.release(&part.tensor);
+        let add = |(t, s): (&mut f64, f64)| *t += if scores.product { s.ln() } else { s };
+        total.iter_mut().zip(squares).for_each(add);
+    }
+    Ok(total)
 }
 
 /// The places of the `n` largest values, ascending; the smaller place wins a tie.
@@ -240,7 +269,11 @@ mod tests {
 
     #[test]
     fn recipes_give_what_they_say() {
-        let base = InMemory::new().f32("w", &[2, 3], &[3.0, 0.0, 4.0, 0.0, -5.0, 0.0]);
+        let base = InMemory::new().f32("w", &[2, 3], &[3.0, 0.0, 4.0, 0.0, -5.0, 0.0]).f32(
+            "v",
+            &[1, 4],
+            &[1.0, 0.0, 0.0, 2.0],
+        );
         let j = |t: &str| serde_json::from_str(t).unwrap();
         let plan = [
             tensor("z", &[2], j(r#"{"zeros":{}}"#)),
@@ -254,6 +287,19 @@ mod tests {
             tensor("l", &[2], j(r#"{"largest_columns":{"tensor":"w"}}"#)),
             tensor("g", &[2], j(r#"{"largest_gradient_columns":{"tensor":"w","batches":1}}"#)),
             tensor("r", &[5], j(r#"{"random_indices":{"from":9}}"#)),
+            tensor("ur", &[9], j(r#"{"units":{"units":9,"first":4,"by":null}}"#)),
+            tensor(
+                "uk",
+                &[1],
+                j(r#"{"units":{"units":3,"first":1,"by":{"product":false,"weights":[
+                {"tensor":"w","columns":true,"width":1}]}}}"#),
+            ),
+            tensor(
+                "up",
+                &[2],
+                j(r#"{"units":{"units":2,"first":1,"by":{"product":true,"weights":[
+                {"tensor":"w","columns":false,"width":1},{"tensor":"v","columns":true,"width":2}]}}}"#),
+            ),
             tensor("u", &[4000], j(r#"{"uniform":{"bound":0.25}}"#)),
             tensor("n", &[4000], j(r#"{"normal":{"std":0.5}}"#)),
         ];
@@ -266,6 +312,10 @@ mod tests {
         // Every element grows by 2 · 0.5 · 1.
         assert_eq!(f32s(&v, "mab"), [(16.0f32 + 1.0 + 25.0).sqrt(), (1.0f32 + 16.0 + 1.0).sqrt()]);
         assert_eq!((i32s(&v, "l"), i32s(&v, "g")), (vec![1, 2], vec![1, 2]));
+        assert_eq!((i32s(&v, "uk"), i32s(&v, "up")), (vec![1], vec![1, 0]), "column 1 is longest; 5·1 < 5·2");
+        let all = i32s(&v, "ur");
+        assert!(all[..4].is_sorted() && all[4..].is_sorted() && !all.is_sorted(), "{all:?}");
+        assert_eq!(all.iter().collect::<std::collections::BTreeSet<_>>().len(), 9);
         let r = i32s(&v, "r");
         assert!(r.windows(2).all(|w| w[0] < w[1]) && r.iter().all(|x| (0..9).contains(x)));
         let (u, n) = (f32s(&v, "u"), f32s(&v, "n"));

@@ -14,7 +14,7 @@ mod run;
 mod schedule;
 mod step;
 
-pub use adapter::{AdapterPlan, Init, Norms, TensorPlan};
+pub use adapter::{AdapterPlan, Init, Norms, Scores, TensorPlan, UnitWeight};
 pub use data::{IGNORED, MicroBatch, Order, RowReport, Rows};
 pub use events::{Events, Moment};
 pub use initial::{Measured, initial_values};
