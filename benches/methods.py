@@ -5,9 +5,10 @@ the backward half, planned peak and resident peak, against our LoRA and against 
 Correctness first: where PEFT has the method, both sides train from PEFT's adapter, moved away from where it starts, and the losses of two steps are compared;
 else the first loss of a new adapter must be the base's. Then step times in interleaved rounds, every run a process of its own.
 
-    benches/methods.py [--pleach BIN] [--rounds 2] [--only lora,dora,...] [--json bench-out/methods.json] [--markdown bench-out/methods.md]
+    benches/methods.py [--pleach BIN] [--rounds 2] [--only lora,dora,...] [--phase check|time] [--json ...] [--markdown ...]
 
-A run with `--only` keeps the rows that the file has of other methods; every run measures our LoRA anew and compares with that.
+A run with `--only` keeps the rows that the file has of other methods; every run that times measures our LoRA anew and compares with that. `--phase` does the
+checks without timings, or timings of what the file says is correct.
 """
 
 import argparse
@@ -96,6 +97,9 @@ def markdown(table):
         return "" if x is None else format(x, form)
 
     for r in table:
+        if "step_ms" not in r and "failed" not in r:
+            lines.append(f"| {r['method']} | not timed |" + " |" * (len(head) - 3) + f" {number(r['loss_error'], '.0e')} | |")
+            continue
         if "failed" in r:
             lines.append(f"| {r['method']} | {r['failed']} |" + " |" * (len(head) - 2))
             continue
@@ -116,6 +120,7 @@ def main():
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--only")
+    p.add_argument("--phase", choices=["check", "time"])
     p.add_argument("--json", type=Path, default=OUT / "methods.json")
     p.add_argument("--markdown", type=Path, default=OUT / "methods.md")
     a = p.parse_args()
@@ -129,11 +134,17 @@ def main():
     rows(train.OUT / "rows.json", 64)
     ours = Ours(a.pleach, a.model, a.threads)
 
-    # A new LoRA adapter changes nothing: its first loss is the base's.
-    lora = config_file("lora", LORA)
-    base_loss = ours.train(OUT / "base", "--method-config", lora, steps=1)[0]["loss"]
+    old = {r["method"]: r for r in json.loads(a.json.read_text())["table"]} if a.json.exists() and (a.only or a.phase) else {}
     table = {name: Row(method=name) for name in chosen}
+    # A new LoRA adapter changes nothing: its first loss is the base's.
+    base_loss = ours.train(OUT / "base", "--method-config", config_file("lora", LORA), steps=1)[0]["loss"] if a.phase != "time" else None
     for name, row in table.items():
+        if a.phase == "time":
+            known = old.get(name, {})
+            row |= {k: known[k] for k in ("loss_error", "trained", "failed") if k in known}
+            if "loss_error" not in row:
+                row.fail("not checked", "run with --phase check first")
+            continue
         try:
             row["loss_error"], row["trained"] = check(ours, a.model, name, base_loss)
             if row["loss_error"] is not None and not row["loss_error"] <= LOSS:
@@ -141,7 +152,7 @@ def main():
         except (RuntimeError, OSError) as e:
             row.fail("not checked", e)
     mine, theirs = {name: [] for name in ["lora", *chosen]}, {name: [] for name in chosen}
-    for _ in range(a.rounds):
+    for _ in range(0 if a.phase == "check" else a.rounds):
         for name in mine:
             row = table.get(name)
             if row is not None and "failed" in row:
@@ -160,7 +171,7 @@ def main():
     def middle(list_):
         return statistics.median([r["step_ms"]["median"] if isinstance(r["step_ms"], dict) else statistics.median(r["step_ms"][1:]) for r in list_])
 
-    lora_ms = middle(mine["lora"])
+    lora_ms = middle(mine["lora"]) if mine["lora"] else None
     for name, row in table.items():
         if "failed" in row or not mine[name]:
             continue
@@ -181,8 +192,7 @@ def main():
             met.append(row["faster_than_peft"] > 1.0)
         row["met"] = all(met) if met else None
 
-    old = json.loads(a.json.read_text())["table"] if a.only and a.json.exists() else []
-    merged = {r["method"]: r for r in old} | {name: dict(row) for name, row in table.items()}
+    merged = old | {name: dict(row) for name, row in table.items()}
     result = [merged[name] for name in names if name in merged]
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     facts = dict(
