@@ -52,7 +52,7 @@ fn check(ui: &Ui, model: &Path, path: &AdapterPath, as_json: bool) -> Result<()>
     }
     let mut t = Table::new(&["module", "rank", "scale", "parameters", "norm of the delta"]);
     for s in &r.sites {
-        let norm = format!("{:.4e}", s.delta_norm);
+        let norm = s.delta_norm.map_or_else(|| "no single weight".into(), |n| format!("{n:.4e}"));
         let rank = s.rank.map_or_else(|| "whole".into(), |r| r.to_string());
         t.row([s.module.clone(), rank, format!("{:.4}", s.scale), count(s.parameters), norm]);
     }

@@ -33,6 +33,9 @@ pub fn merged(adapter: &Adapter, site: &Site, base: &Checkpoint, weight: &[f32])
     }
 }
 
+/// A shape and its f32 elements.
+type Floats = (Vec<u64>, Vec<f32>);
+
 /// Runs an entry over the buffers of a site, on the rows of the identity where it has an input; f32 outputs with their shapes.
 /// Every other parameter is the site's weight.
 ///
@@ -44,7 +47,7 @@ pub(super) fn evaluate(
     site: &Site,
     base: &Checkpoint,
     weight: Option<&[f32]>,
-) -> Result<BTreeMap<String, (Vec<u64>, Vec<f32>)>> {
+) -> Result<BTreeMap<String, Floats>> {
     let mut params = vec![];
     for p in &graph.params {
         params.push(match &p.source {
@@ -98,9 +101,10 @@ pub fn obstacle(adapter: &Adapter, base: &Checkpoint) -> Result<Option<String>> 
     Ok(b.into_graph().entry("merged").and_then(|e| not_linear(e, product)))
 }
 
-/// The first operator through which the result is no linear function of the input; `product` stands for x · Wᵀ.
+/// The first operator through which the result is no linear function of the input, or a choice that depends on it, which says more;
+/// `product` stands for x · Wᵀ.
 fn not_linear(entry: &Entry, product: ValueId) -> Option<String> {
-    let mut depends = vec![];
+    let (mut depends, mut found) = (vec![], None);
     for (at, node) in entry.nodes.iter().enumerate() {
         let on: Vec<bool> = node.inputs.iter().map(|i| depends[i.index()]).collect();
         let any = on.iter().any(|x| *x);
@@ -117,15 +121,18 @@ fn not_linear(entry: &Entry, product: ValueId) -> Option<String> {
             Op::Cast(_) | Op::After | Op::StopGradient => true,
             _ => false,
         };
-        if any && !linear && node.op == Op::Add {
-            return Some("its output has a part that does not depend on its input".into());
+        if any && matches!(node.op, Op::TopK { .. }) {
+            return Some(format!("every token chooses what is used of it (`{}`)", node.op.name()));
         }
-        if any && !linear {
-            return Some(format!("its output depends on its input by `{}`, which is not linear", node.op.name()));
+        if any && !linear && found.is_none() {
+            found = Some(match node.op {
+                Op::Add => "its output has a part that does not depend on its input".into(),
+                _ => format!("its output depends on its input by `{}`, which is not linear", node.op.name()),
+            });
         }
         depends.push(any || at == product.index() || matches!(node.op, Op::Input { .. }));
     }
-    None
+    found
 }
 
 fn shape(site: &Site) -> [u64; 2] {

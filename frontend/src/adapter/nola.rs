@@ -10,7 +10,7 @@ use std::sync::Arc;
 use pleach_ir::ValueId;
 use serde_json::{Value, json};
 
-use super::method::{Buffer, Entry, Key, Method, Scope, linear_only};
+use super::method::{Buffer, Entry, Key, LowRank, Method, Scope, linear_only};
 use super::{Init, Site};
 use crate::error::Result;
 use crate::json::Fields;
@@ -75,16 +75,17 @@ impl Method for Nola {
     }
 
     fn output(&self, s: &mut Scope, x: ValueId, _weight: ValueId, mut terms: Vec<ValueId>) -> Result<Vec<ValueId>> {
-        let (r, input, output) = (s.site().rank, s.site().input, s.site().output);
-        let (a, b) = (s.buffer("nola_basis_A")?, s.buffer("nola_basis_B")?);
-        let (a, b) = (s.head(a, 2, input)?, s.head(b, 1, output)?);
-        let a = self.mixed(s, "nola_alpha", a, [r, input])?;
-        let b = self.mixed(s, "nola_beta", b, [output, r])?;
+        let (a, b) = self.factors(s)?;
         let narrow = s.times(x, a)?;
         let wide = s.times(narrow, b)?;
         let scale = s.buffer("scale")?;
         terms.push(s.mul(scale, wide)?);
         Ok(terms)
+    }
+
+    fn low_rank(&self, s: &mut Scope) -> Result<Option<LowRank>> {
+        let (down, up) = self.factors(s)?;
+        Ok(Some(LowRank { down, up, scale: s.site().scale }))
     }
 
     fn config(&self) -> Vec<(&'static str, Value)> {
@@ -97,6 +98,14 @@ impl Method for Nola {
 }
 
 impl Nola {
+    /// A [r, in] and B [out, r].
+    fn factors(&self, s: &mut Scope) -> Result<(ValueId, ValueId)> {
+        let (r, input, output) = (s.site().rank, s.site().input, s.site().output);
+        let (a, b) = (s.buffer("nola_basis_A")?, s.buffer("nola_basis_B")?);
+        let (a, b) = (s.head(a, 2, input)?, s.head(b, 1, output)?);
+        Ok((self.mixed(s, "nola_alpha", a, [r, input])?, self.mixed(s, "nola_beta", b, [output, r])?))
+    }
+
     /// The sum of matrices [count, …], each with its factor.
     fn mixed(&self, s: &mut Scope, factors: &str, basis: ValueId, shape: [u64; 2]) -> Result<ValueId> {
         let factors = s.buffer(factors)?;

@@ -1,7 +1,7 @@
 //! What an adapter would change: rank, scale and the norm of each site's delta, from its values.
 
 use super::adapter::Adapter;
-use crate::adapter::{Site, merged};
+use crate::adapter::{Site, SlotValue, merged, obstacle};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 
@@ -16,8 +16,8 @@ pub struct SiteReport {
     pub scale: f64,
     /// Trained values.
     pub parameters: u64,
-    /// Frobenius norm of W' − W.
-    pub delta_norm: f64,
+    /// Frobenius norm of W' − W; `None` where no single weight takes the place of base and adapter.
+    pub delta_norm: Option<f64>,
 }
 
 /// What `pleach adapter check` prints.
@@ -41,12 +41,19 @@ pub struct AdapterReport {
 /// A file that can no longer be read, indices that do not fit.
 pub fn check_adapter(adapter: &Adapter, base: &Checkpoint) -> Result<AdapterReport> {
     let mut sites = vec![];
+    let (merges, mut finite) = (obstacle(adapter, base)?.is_none(), true);
     for s in &adapter.sites {
         let delta_norm = match adapter.config.method.name() {
-            "lora" | "rslora" => low_rank_norm(s)?,
+            "lora" | "rslora" => Some(low_rank_norm(s)?),
+            _ if !merges => {
+                for t in s.values.values().filter_map(SlotValue::tensor).filter(|t| t.dtype.is_weight()) {
+                    finite &= t.read_f32()?.iter().all(|x| x.is_finite());
+                }
+                None
+            }
             _ => {
                 let old = values(base, &format!("{}.weight", s.module))?;
-                distance(&merged(adapter, s, base, &old)?, &old)
+                Some(distance(&merged(adapter, s, base, &old)?, &old))
             }
         };
         let parameters = adapter.site_parameters(s);
@@ -54,15 +61,15 @@ pub fn check_adapter(adapter: &Adapter, base: &Checkpoint) -> Result<AdapterRepo
     }
     for r in &adapter.replaced {
         let new = r.value.tensor().ok_or_else(|| Error::Graph(format!("no value for `{}`", r.path)))?;
-        let delta_norm = distance(&new.read_f32()?, &values(base, &r.path)?);
+        let delta_norm = Some(distance(&new.read_f32()?, &values(base, &r.path)?));
         let parameters = r.shape.iter().product();
         sites.push(SiteReport { module: r.path.clone(), rank: None, scale: 1.0, parameters, delta_norm });
     }
     Ok(AdapterReport {
         tensors: adapter.tensors,
         parameters: adapter.parameters(),
-        all_zero: sites.iter().all(|s| s.delta_norm == 0.0),
-        not_finite: sites.iter().any(|s| !s.delta_norm.is_finite()),
+        all_zero: sites.iter().all(|s| s.delta_norm == Some(0.0)),
+        not_finite: !finite || sites.iter().any(|s| s.delta_norm.is_some_and(|n| !n.is_finite())),
         sites,
     })
 }
@@ -106,7 +113,6 @@ fn low_rank_norm(site: &Site) -> Result<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapter::SlotValue;
     use crate::safetensors::Writer;
     use crate::tensors::{Dtype, TensorTable};
     use crate::testing::folder;
