@@ -3,7 +3,8 @@
 //! A value is of the *forward* half when it does not depend on [`SEED`], the factor of the loss that every gradient
 //! starts from. At a price per kept byte the cheapest choice of what to keep and what to build again is exactly a
 //! minimum cut ([`cut`]). What is built again is cloned next to its first use; the leaves of a clone are
-//! `after(kept, gradient)`, so a clone can neither run early nor be merged with its original.
+//! `after(kept, gradient)`, so a clone can neither run early nor be merged with its original; the same of a parameter where
+//! a clone has no other leaves.
 //!
 //! Assumes phase `Core` after `fold-params`; nothing that merges equal values may run later. Leaves alone entries
 //! without the seed, and whatever the cut keeps. [`saved`] lists what an entry keeps, why, and what would drop it.
@@ -126,12 +127,13 @@ fn apply(params: &[Param], e: &Entry, rebuilt: &[bool]) -> Result<Entry, IrError
             for &v in list {
                 let n = e.node(v);
                 let mut inputs = vec![];
+                let leaf = |i: &ValueId| matches!(e.node(*i).op, Op::Param(_) | Op::Const { .. } | Op::Iota { .. });
+                let held_anyway = n.inputs.iter().any(|i| clone.contains_key(i) || !leaf(i));
+                let parameter = |i: &ValueId| matches!(e.node(*i).op, Op::Param(_));
                 for i in &n.inputs {
                     inputs.push(match (clone.get(i), token) {
                         (Some(c), _) => *c,
-                        (None, Some(token))
-                            if !matches!(e.node(*i).op, Op::Param(_) | Op::Const { .. } | Op::Iota { .. }) =>
-                        {
+                        (None, Some(token)) if !leaf(i) || !held_anyway && parameter(i) => {
                             let kept = map[i.index()];
                             match held.get(&(kept, token)) {
                                 Some(a) => *a,
