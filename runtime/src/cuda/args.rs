@@ -19,7 +19,7 @@ pub(crate) struct Given<'a> {
     pub(crate) env: &'a [u64],
 }
 
-/// An argument: a pointer in the first 8 bytes, or a tensor map.
+/// An argument: a pointer in the first 8 bytes, a tensor map, or a part of a list of pointers.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 struct Slot([u64; 16]);
@@ -35,9 +35,20 @@ impl Args {
     /// Makes the arguments of a launch anew.
     pub(crate) fn set(&mut self, l: &Launch, g: &Given<'_>) -> Result<()> {
         self.slots.clear();
+        let mut starts = vec![];
         for p in &l.params {
+            starts.push(self.slots.len());
             let mut slot = Slot([0; 16]);
             match p {
+                LaunchParam::Buffers(list) => {
+                    // Side by side over as many slots as they fill, which follow each other in memory.
+                    for part in list.chunks(slot.0.len()) {
+                        let mut slot = Slot([0; 16]);
+                        part.iter().zip(&mut slot.0).for_each(|(b, to)| *to = g.buffers[*b as usize] as u64);
+                        self.slots.push(slot);
+                    }
+                    continue;
+                }
                 LaunchParam::Buffer(b) => slot.0[0] = g.buffers[*b as usize] as u64,
                 LaunchParam::Scratch => slot.0[0] = g.scratch,
                 LaunchParam::Dims => slot.0[0] = g.dims,
@@ -46,7 +57,9 @@ impl Args {
             self.slots.push(slot);
         }
         self.pointers.clear();
-        self.pointers.extend(self.slots.iter_mut().map(|s| std::ptr::from_mut(s).cast::<c_void>()));
+        // Taken from the whole list, so that a parameter may be longer than a slot.
+        let first = self.slots.as_mut_ptr();
+        self.pointers.extend(starts.into_iter().map(|i| first.wrapping_add(i).cast::<c_void>()));
         Ok(())
     }
 

@@ -162,6 +162,9 @@ impl Graph {
             let row = wave.window.map_or(0, |(l, w)| out.windows[l].0 + w as usize);
             for w in wave.works {
                 for (i, l) in steps.plan.kernels[w.kernel as usize].launches.iter().enumerate() {
+                    if !l.runs(wave.env)? {
+                        continue;
+                    }
                     let at = dims + (row * env.len() * size_of::<i64>()) as u64;
                     args.set(l, &Given { buffers: w.buffers, scratch, dims: at, env: wave.env })?;
                     let params = node(code.function(w.kernel, i), l, grid(l, wave.env)?, args);

@@ -172,6 +172,9 @@ impl Cuda {
         let env: Vec<u64> = dims.iter().map(|v| *v as u64).collect();
         for w in wave {
             for (i, l) in self.kernels[w.kernel as usize].launches.iter().enumerate() {
+                if !l.runs(&env)? {
+                    continue;
+                }
                 let given = Given { buffers: w.buffers, scratch: self.scratch, dims: self.dims, env: &env };
                 self.args.set(l, &given)?;
                 let [x, y, z] = grid(l, &env)?;

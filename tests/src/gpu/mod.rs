@@ -118,6 +118,9 @@ impl Compiled {
         }
         let mut counts = Counts::default();
         for l in &k.launches {
+            if !l.runs(grid).map_err(|e| e.to_string())? {
+                continue;
+            }
             let done = self.one(mem, k.blob as usize, l, buffers, at, (grid, dims), how, sample);
             counts.add(&done.map_err(|e| format!("{}: {e}", k.symbol))?);
         }
@@ -141,6 +144,7 @@ impl Compiled {
         for p in &l.params {
             params.push(match p {
                 LaunchParam::Buffer(b) => Param::Ptr(buffers[*b as usize]),
+                LaunchParam::Buffers(list) => Param::Ptrs(list.iter().map(|b| buffers[*b as usize]).collect()),
                 LaunchParam::Scratch => Param::Ptr(at.scratch.ok_or("no scratch memory was asked for")?.0),
                 LaunchParam::Dims => Param::Ptr(at.dims),
                 LaunchParam::TensorMap(m) => {

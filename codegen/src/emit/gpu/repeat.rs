@@ -10,7 +10,8 @@ pub(super) fn repeated(k: &Kernel) -> Option<(Kernel, usize)> {
     let nodes = k.body.nodes.len();
     let (operands, results) = (k.operands.len(), k.results.len());
     // Of the most parts: the shortest.
-    (2..=results).rev().filter(|n| nodes % n == 0 && operands % n == 0 && results % n == 0).find_map(|n| {
+    let whole = |n: &usize| [nodes, operands, results].iter().all(|x| x.is_multiple_of(*n));
+    (2..=results).rev().filter(whole).find_map(|n| {
         let one = Kernel {
             name: k.name.clone(),
             class: k.class,
