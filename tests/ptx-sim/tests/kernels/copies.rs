@@ -199,9 +199,10 @@ fn a_ring_of_stages_keeps_its_phases() {
     let early = ring().replacen("and.b32 %r8, %r8, 1;\nFULL:", "and.b32 %r8, %r8, 1; xor.b32 %r8, %r8, 1;\nFULL:", 1);
     assert_ne!(early, ring());
     assert!(bad(run(&early, Mode::Late)));
-    // Too many arrivals.
+    // Arrivals of all lanes end phases too early, until nobody can go on or an access is not ordered.
     let loud = ring().replace("@%p5 mbarrier.arrive", "mbarrier.arrive");
-    assert!(matches!(run(&loud, Mode::Late).unwrap_err().fault(), Some(Fault::Misuse(_) | Fault::Race { .. })));
+    assert_ne!(loud, ring());
+    assert!(run(&loud, Mode::Late).is_err());
 }
 
 #[test]
