@@ -1,6 +1,8 @@
 //! Deliberate errors in emitted PTX: what the checks of this harness are worth.
 
 use super::{Compiled, alone, read};
+use pleach_ir::Sym;
+use pleach_plan::Launch;
 
 /// A change of the text of one entry; `None` where it has no place.
 pub type Change = fn(&str) -> Option<String>;
@@ -48,6 +50,17 @@ fn shifted(t: &str, instruction: &str) -> Option<String> {
     Some(format!("{}[{base}+{}{}", &t[..open], offset + 16, &t[close..]))
 }
 
+/// Whether a launch runs at any of the counts that kernels are run at.
+fn runs(c: &Compiled, l: &Launch) -> bool {
+    alone::COUNTS.iter().any(|at| {
+        let (counts, larger) = alone::symbols(*at);
+        [counts, larger].iter().any(|s| {
+            let env = c.plan.env(&|n| Sym::new(n).and_then(|n| s.get(&n).copied()));
+            env.is_ok_and(|env| l.runs(&env) == Ok(true))
+        })
+    })
+}
+
 /// What became of a change in every kernel that it has a place in: kernels, and those whose error nobody saw.
 ///
 /// # Errors
@@ -56,7 +69,7 @@ pub fn survey(c: &Compiled, change: Change) -> Result<(usize, Vec<String>), Stri
     let (mut places, mut unseen) = (0, vec![]);
     for (i, k) in c.plan.kernels.iter().enumerate() {
         let text = String::from_utf8_lossy(&c.plan.blobs[k.blob as usize].bytes).into_owned();
-        let Some(launch) = k.launches.last() else { continue };
+        let Some(launch) = k.launches.iter().rfind(|l| runs(c, l)) else { continue };
         let start = text.find(&format!(".visible .entry {}(", launch.function)).ok_or("an entry is missing")?;
         let end = start + text[start..].find("\n}\n").ok_or("an entry does not end")?;
         let Some(changed) = change(&text[start..end]) else { continue };
