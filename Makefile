@@ -5,6 +5,7 @@
 # test     formatting, lints and all tests
 # test-gpu-full  every fixture's GPU code in the simulator, on both chips
 # gpu-bundle  builds target/gpu-bundle, the folder that is carried to a GPU machine; its run.sh checks and measures there
+# test-gpu-bundle  runs a small bundle without a GPU; PYTHON names a python with torch, peft and transformers
 # bench    measures against PyTorch + transformers + PEFT in the same run
 # bench-methods  measures every adapter method against LoRA and against PEFT's own implementation
 #
@@ -15,7 +16,7 @@ TARGET := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
 export PLEACH := $(TARGET)/release/pleach
 
 .NOTPARALLEL:
-.PHONY: setup build models demo test test-gpu-full bench bench-methods gpu-bundle
+.PHONY: setup build models demo test test-gpu-full bench bench-methods gpu-bundle test-gpu-bundle
 
 setup:
 	@bash scripts/setup.sh
@@ -51,3 +52,6 @@ bench-methods: build models
 gpu-bundle: build
 	cargo build --release -p pleach-runtime --example measure
 	@MEASURE=$(TARGET)/release/examples/measure PYTHON=$(PYTHON) bash benches/gpu/build.sh target/gpu-bundle
+
+test-gpu-bundle: setup
+	@PYTHON=$(PYTHON) bash benches/gpu/test.sh

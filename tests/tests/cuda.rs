@@ -163,3 +163,106 @@ fn an_adapter_is_exchanged_without_another_graph() {
         }
     });
 }
+
+/// Copies tiles of eight rows by a tensor map: rows past the end of the tensor are zeros.
+const TILE: &str = ".version 8.3\n.target sm_90a\n.address_size 64\n.extern .shared .align 1024 .b8 smem[];
+.visible .entry tile(.param .align 64 .b8 map[128], .param .u64 out) .maxntid 32, 1, 1
+{
+    .reg .pred %p<4>; .reg .b32 %r<16>; .reg .b64 %d<16>;
+    mov.u32 %r1, %tid.x; mov.u32 %r2, %ctaid.x; mov.b64 %d1, smem; mov.b64 %d2, map; ld.param.b64 %d3, [out];
+    setp.ne.s32 %p1, %r1, 0;
+    @%p1 bra FILLED;
+    mbarrier.init.shared.b64 [%d1+512], 1;
+    fence.mbarrier_init.release.cluster;
+    mbarrier.arrive.expect_tx.shared.b64 _, [%d1+512], 512;
+    shl.b32 %r3, %r2, 3; mov.b32 %r4, 0;
+    cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%d1], [%d2, {%r4, %r3}], [%d1+512];
+FILLED:
+    bar.sync 0;
+AGAIN:
+    mbarrier.try_wait.parity.shared.b64 %p2, [%d1+512], 0;
+    @!%p2 bra AGAIN;
+    mul.wide.u32 %d4, %r1, 16; add.s64 %d5, %d1, %d4; ld.shared.v4.b32 {%r5, %r6, %r7, %r8}, [%d5];
+    mul.wide.u32 %d6, %r2, 512; add.s64 %d7, %d3, %d6; add.s64 %d7, %d7, %d4;
+    st.global.v4.b32 [%d7], {%r5, %r6, %r7, %r8};
+    ret;
+}
+";
+
+/// A plan of that kernel alone: `y` is `x` with zeros up to a multiple of eight rows.
+fn tiles() -> Plan {
+    use pleach_plan::{
+        Blob, BlobKind, Buffer, BufferKind, DType, Entry, Expr, Input, Kernel, Launch, LaunchParam, Output, Step,
+        Symbol, Target, TensorMap,
+    };
+    let t = Expr::Sym(0);
+    let count = t.clone().ceil_div(8);
+    let (given, gives) = (t.clone().mul(64), count.clone().mul(512));
+    let map = TensorMap {
+        buffer: 0,
+        dtype: DType::F32,
+        sizes: vec![16.into(), t.clone()],
+        strides: vec![64.into()],
+        boxes: vec![16, 8],
+        swizzle: 0,
+    };
+    let launch = Launch {
+        function: "tile".into(),
+        grid: [count.clone(), 1.into(), 1.into()],
+        block: 32,
+        shared_bytes: 1024,
+        params: vec![LaunchParam::TensorMap(map), LaunchParam::Buffer(1)],
+    };
+    let kernel = Kernel {
+        symbol: "tile".into(),
+        blob: 0,
+        class: "row".into(),
+        tasks: count.clone(),
+        scratch_bytes: 0.into(),
+        operands: vec![given.clone()],
+        results: vec![gives.clone()],
+        aliases: vec![None],
+        flops: 0.into(),
+        bytes: gives.clone(),
+        launches: vec![launch],
+    };
+    let buffer = |kind, bytes: &Expr| Buffer { kind, bytes: bytes.clone(), name: String::new() };
+    let entry = Entry {
+        name: "main".into(),
+        inputs: vec![Input { name: "x".into(), dtype: DType::F32, shape: vec![t, 16.into()], checks: vec![] }],
+        outputs: vec![Output { name: "y".into(), buffer: 1, dtype: DType::F32, shape: vec![count.mul(8), 16.into()] }],
+        buffers: vec![buffer(BufferKind::Input(0), &given), buffer(BufferKind::Output, &gives)],
+        steps: vec![Step { kernel: 0, buffers: vec![0, 1], origin: String::new() }],
+        loops: vec![],
+    };
+    Plan {
+        target: Target { arch: "sm_90a".into(), features: vec![] },
+        symbols: Symbol::list(["T"]),
+        kernels: vec![kernel],
+        entries: vec![entry],
+        blobs: vec![Blob { name: "tile".into(), kind: BlobKind::Ptx, bytes: TILE.into() }],
+        ..Plan::default()
+    }
+}
+
+#[test]
+fn tensor_maps_follow_the_counts_of_a_replay() {
+    with_driver("tensor_maps_follow_the_counts_of_a_replay", &["sm=9.0", "sm=9.0,order=at-once"], |log| {
+        let options = pleach_runtime::Options::default().capacity("T", 64);
+        let mut s = Session::open(Arc::new(tiles()), Arc::new(InMemory::new()), &options).unwrap();
+        // 9 and 10 share a graph, whose map is set anew when the count changes; so do 33 and 40.
+        for (i, (rows, did_now)) in
+            [(10, [1, 1, 0]), (10, [0, 1, 0]), (9, [0, 1, 1]), (9, [0, 1, 0]), (33, [1, 1, 1]), (40, [0, 1, 1])]
+                .iter()
+                .enumerate()
+        {
+            let x: Vec<f32> = (0..rows * 16).map(|j| (1 + i * 1000 + j) as f32).collect();
+            let out = s.run("main", &[("x", x.as_slice().into())]).unwrap();
+            let y = out.f32("y").unwrap();
+            assert_eq!(y.len(), rows.next_multiple_of(8) * 16);
+            assert_eq!(y[..x.len()], x);
+            assert!(y[x.len()..].iter().all(|v| *v == 0.0), "{rows} rows: {:?}", &y[x.len()..]);
+            assert_eq!(did(log), *did_now, "{rows} rows");
+        }
+    });
+}
