@@ -142,7 +142,6 @@ fn a_training_run_in_every_tab() {
     }
     let mut b = Browser::open(&program, Path::new(&t.page), false);
     search_finds(&mut b);
-    layers_fold(&mut b);
     overlays_count(&mut b);
     the_rest_is_there(&mut b);
     b.was_quiet();
@@ -172,7 +171,15 @@ fn search_finds(b: &mut Browser) {
     b.wait("document.querySelector('.results').hidden");
 }
 
-fn layers_fold(b: &mut Browser) {
+#[test]
+fn equal_layers_fold_and_unfold() {
+    let Some(program) = program() else { return };
+    let folder = Folder::new("page-fold");
+    let pleach = Pleach::new(&folder);
+    let (model, page) = (folder.join("model"), text(&folder.join("fold.html")));
+    shaped(&model, 6, 64, 96, 4, 2, 128);
+    pleach.ok(&["inspect", &text(&model), "--entry", "infer", "--html", &page]);
+    let b = &mut Browser::open(&program, Path::new(&page), false);
     b.js(&format!("{GRAPH}.all(false)"));
     b.wait(&format!("{GRAPH}.scene.elems.some((e) => e.kind === 'stack')"));
     b.js(&format!("{GRAPH}.fit(false)"));
@@ -199,6 +206,7 @@ fn layers_fold(b: &mut Browser) {
                    return x.x < y.x + y.w - .5 && y.x < x.x + x.w - .5 && x.y < y.y + y.h - .5 && y.y < x.y + x.h - .5; }))))";
     assert_eq!(b.js(&format!("{overlap}({GRAPH}.scene)")), false, "two elements of one box overlap");
     b.picture("tiny-all-open");
+    b.was_quiet();
 }
 
 fn overlays_count(b: &mut Browser) {
