@@ -3,10 +3,10 @@
 use super::columns::{Env, Strings, entries};
 use crate::pipeline::Row;
 use crate::pipeline::stages::Stages;
-use pleach_ir::Graph;
 use pleach_ir::text::print_param;
+use pleach_ir::{Entry, Graph};
 use pleach_passes::PassReport;
-use pleach_passes::recompute::{SEED, Saved};
+use pleach_passes::recompute::Saved;
 use pleach_passes::rewrite::{Form, Step, rules::RULES};
 use serde_json::{Value, json};
 
@@ -84,7 +84,12 @@ pub(super) fn saved(s: &Stages) -> Value {
         return Value::Null;
     };
     let g = &s.graphs[i + 1].1;
-    let entry = g.entries.iter().find(|e| e.inputs().iter().any(|(_, n)| *n == SEED)).map(|e| e.name.clone());
+    // of the entries with a backward half, the one that these values are of
+    let is = |e: &Entry, x: &Saved| {
+        let n = e.nodes.get(x.value.index());
+        n.is_some_and(|n| x.name == format!("{} {}", n.origin.as_deref().unwrap_or("?"), n.op.name()))
+    };
+    let entry = g.entries.iter().find(|e| r.saved.iter().all(|x| is(e, x))).map(|e| e.name.clone());
     let one = |s: &Saved| json!([s.value.0, s.name, s.bytes, s.reason, u8::from(s.trained_only), s.rebuild_us]);
     json!({"entry": entry, "graph": i + 1, "values": r.saved.iter().map(one).collect::<Vec<_>>()})
 }
