@@ -212,6 +212,7 @@ fn tiles() -> Plan {
         block: 32,
         shared_bytes: 1024,
         params: vec![LaunchParam::TensorMap(map), LaunchParam::Buffer(1)],
+        when: None,
     };
     let kernel = Kernel {
         symbol: "tile".into(),

@@ -376,5 +376,6 @@ fn work_of_a_large_product() {
     let instructions = counts.warp_instructions as f64 / products as f64;
     eprintln!("{read:.3} of the bytes that tiles have, {instructions:.1} instructions for a product of a warp");
     assert!(read < 1.02 && written == 2 * t * n * 2, "{read} {written}");
-    assert!(instructions < 40.0, "{instructions}");
+    // With the retries of waits: the simulator lets every wait return early once.
+    assert!(instructions < 48.0, "{instructions}");
 }

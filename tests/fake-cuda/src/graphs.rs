@@ -73,12 +73,13 @@ impl State {
                 match bytes {
                     8 => Param::Ptr(Ptr(at.cast::<u64>().read_unaligned())),
                     4 => Param::I32(at.cast::<i32>().read_unaligned()),
-                    128 => {
-                        if !(at as usize).is_multiple_of(64) {
-                            return Err(INVALID_VALUE);
-                        }
+                    128 if (at as usize).is_multiple_of(64) && unpack(&at.cast::<[u64; 16]>().read()).is_some() => {
                         Param::TensorMap(unpack(&at.cast::<[u64; 16]>().read()).ok_or(INVALID_VALUE)?)
                     }
+                    // Pointers side by side.
+                    n if n > 8 && n % 8 == 0 => Param::Ptrs(
+                        (0..n as usize / 8).map(|i| Ptr(at.cast::<u64>().add(i).read_unaligned())).collect(),
+                    ),
                     _ => return Err(NOT_SUPPORTED),
                 }
             });

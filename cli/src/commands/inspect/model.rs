@@ -5,7 +5,7 @@ use super::{model_explorer, plan};
 use crate::args::{Count, InspectArgs};
 use crate::failure::{Failure, Result};
 use crate::pipeline::stages::{self, Stages};
-use crate::pipeline::{self, Request, table};
+use crate::pipeline::{TrainPart, self, Request, table};
 use crate::ready::Ready;
 use crate::report::{self, Table, Ui};
 use pleach_codegen::emit::gpu;
@@ -36,7 +36,11 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
     let chosen = args.entry.iter().map(String::as_str).collect::<Vec<_>>();
     let trains = chosen.contains(&"train") || (chosen.is_empty() && args.method.any());
     let train = match trains {
-        true => Some(crate::training::request(&args.model, &args.method, &args.shape_of_training)?),
+        // The form that serves any number of micro-batches: its two entries show more than a step made at once.
+        true => {
+            let train = crate::training::request(&args.model, &args.method, &args.shape_of_training)?;
+            Some(TrainPart { at_once: false, ..train })
+        }
         false => None,
     };
     let mut request = Request { train, ..Request::new(ui, &args.model, &[], &[])? };

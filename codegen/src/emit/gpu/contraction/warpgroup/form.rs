@@ -156,6 +156,10 @@ pub(super) fn form(k: &Kernel, symbols: &[Sym], a: &Analysis, limits: &Limits) -
     let parts = order.iter().map(|p| p.len()).max().unwrap_or(1) as i64;
     let across = a.products.iter().any(|x| place(a, x, 1).is_some_and(|p| !p.along));
     let depth: u64 = order.iter().filter_map(|p| a.products[p[0].1].k.known()).map(|k| k.div_ceil(STEP as u64)).sum();
+    // Several products of a single step have nothing to overlap, and the assembler would put waits between them.
+    if parts > 1 && depth < 2 {
+        return Ok(None);
+    }
     let shape = Shape { rows: rows.unwrap_or(TYPICAL_ROWS), columns, sets, parts, depth, across };
     let Some(cut) = shape.best(limits) else { return Ok(None) };
 
