@@ -15,6 +15,8 @@ use std::collections::BTreeSet;
 const MAX_SYMBOLS: usize = 16;
 /// Ranks a tensor may have.
 const MAX_RANK: usize = 8;
+/// Bytes of the parameters of a launch that every GPU and driver takes.
+const PARAM_BYTES: usize = 4096;
 /// Faults listed before the rest is left out.
 const MAX_FAULTS: usize = 100;
 
@@ -158,9 +160,6 @@ fn kernels(plan: &Plan, envs: &[Vec<u64>], f: &mut Faults) {
     }
 }
 
-/// Pointers in the parameters of an entry: these take 4096 bytes at most.
-const MAX_POINTERS: usize = 500;
-
 /// PTX needs launches, host code has none.
 fn launches(plan: &Plan, k: &Kernel, envs: &[Vec<u64>], f: &mut Faults) {
     let s = &k.symbol;
@@ -175,11 +174,18 @@ fn launches(plan: &Plan, k: &Kernel, envs: &[Vec<u64>], f: &mut Faults) {
         let counted =
             l.when.as_ref().is_none_or(|w| values(&w.count, envs).is_some() && w.most.is_none_or(|m| m > w.above));
         f.check(counted, || format!("kernel {s}: `{}` runs for no count", l.function));
-        f.check(l.params.len() <= 256, || format!("kernel {s}: {} parameters", l.params.len()));
+        // A pointer takes 8 bytes, a tensor map 128 at a multiple of 64.
+        let bytes = |p: &LaunchParam| match p {
+            LaunchParam::TensorMap(_) => 192,
+            LaunchParam::Buffers(list) => 8 * list.len(),
+            _ => 8,
+        };
+        let bytes: usize = l.params.iter().map(bytes).sum();
+        f.check(bytes <= PARAM_BYTES, || format!("kernel {s}: {} parameters take {bytes} bytes", l.params.len()));
         for p in &l.params {
             let ok = match p {
                 LaunchParam::Buffer(b) => *b < buffers,
-                LaunchParam::Buffers(list) => list.len() <= MAX_POINTERS && list.iter().all(|b| *b < buffers),
+                LaunchParam::Buffers(list) => list.iter().all(|b| *b < buffers),
                 LaunchParam::Scratch | LaunchParam::Dims => true,
                 LaunchParam::TensorMap(m) => {
                     let rank = m.sizes.len();

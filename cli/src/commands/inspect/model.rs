@@ -5,7 +5,7 @@ use super::{model_explorer, plan};
 use crate::args::{Count, InspectArgs};
 use crate::failure::{Failure, Result};
 use crate::pipeline::stages::{self, Stages};
-use crate::pipeline::{TrainPart, self, Request, table};
+use crate::pipeline::{self, Request, TrainPart, table};
 use crate::ready::Ready;
 use crate::report::{self, Table, Ui};
 use pleach_codegen::emit::gpu;
