@@ -36,10 +36,11 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
     let chosen = args.entry.iter().map(String::as_str).collect::<Vec<_>>();
     let trains = chosen.contains(&"train") || (chosen.is_empty() && args.method.any());
     let train = match trains {
-        // The form that serves any number of micro-batches: its two entries show more than a step made at once.
+        // The form that serves any number of micro-batches: its two entries show more than a step made at once. Times are of the
+        // plan that training used.
         true => {
             let train = crate::training::request(&args.model, &args.method, &args.shape_of_training)?;
-            Some(TrainPart { at_once: false, ..train })
+            Some(TrainPart { at_once: train.at_once && args.profile.is_some(), ..train })
         }
         false => None,
     };
