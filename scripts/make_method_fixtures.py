@@ -5,7 +5,8 @@ it makes of the tiny Llama of `tests/fixtures/train/models/llama` and of five op
     case.json            settings, loss, rate and norm of every step
     final.safetensors    what was trained, after the steps
     dumps.safetensors    logits [tokens, vocab] of the first two rows, one after another; grad.<tensor> of the first step;
-                         merged.<module> of the first block; for prepared methods base.<module> and delta.<module> of a new adapter
+                         merged.<module> of the first block; for prepared methods base.<module> and delta.<module> of a new adapter, what
+                         it makes of the rows (start), and T' T of tensors whose directions alone mean anything (span.<buffer>)
 
 By PEFT where PEFT has the method, else by the reference in `scripts/methods/<name>.py`, where the cases are too. Everything is
 computed in float64, and again in float32, which must agree to half of the tolerances. An adapter that moves the logits by less than
@@ -118,6 +119,27 @@ def prepared(model):
     return {f"{kind}.{k}": v[i].detach().float().contiguous() for k, v in found.items() for i, kind in enumerate(("base", "delta"))}
 
 
+def spans(model, case):
+    """T' T (T T' of a tall T) of tensors of a new adapter of which only the directions mean anything, of the first block."""
+    ends = case.get("spans", {})
+    found = {f"{k.removeprefix(PREFIX).removesuffix(end)}{part}": v for k, v in state(model).items() for end, part in ends.items() if k.endswith(end)}
+    wide = {k: v.double() if v.shape[0] <= v.shape[1] else v.double().T for k, v in found.items() if ".layers.0." in k}
+    return {f"span.{k}": v.T @ v for k, v in wide.items()}
+
+
+def keep_initial(model, folder):
+    """The new adapter as PEFT's users keep it to convert the trained one."""
+    config = model.peft_config["default"]
+    name = config.init_lora_weights
+    config.init_lora_weights = True
+    model.save_pretrained(folder)
+    config.init_lora_weights = name
+    (folder / "README.md").unlink(missing_ok=True)
+    saved = json.loads((folder / "adapter_config.json").read_text()) | dict(base_model_name_or_path=None)
+    saved["target_modules"] = sorted(saved["target_modules"])
+    (folder / "adapter_config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
+
+
 def logits(model, rows):
     with torch.no_grad():
         return torch.cat([model(input_ids=torch.tensor([r["input_ids"]])).logits[0] for r in rows[:2]])
@@ -153,7 +175,12 @@ def make(name, rows, out):
     shutil.rmtree(here, ignore_errors=True)
     (here / "start").mkdir(parents=True)
     model = build(case, config, rows)
-    dumps = prepared(model) if case.get("initial") == "prepared" else {}
+    dumps = {}
+    if case.get("initial") == "prepared":
+        dumps = {} if case.get("spans_alone") else prepared(model)
+        dumps |= {"start": logits(copy.deepcopy(model).double(), rows)} | spans(model, case)
+        if case.get("keeps_initial"):
+            keep_initial(model, here / "start/initial_adapter")
     g = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for p in trained(model).values():
@@ -166,6 +193,7 @@ def make(name, rows, out):
         (here / "start/README.md").unlink(missing_ok=True)
         saved = json.loads((here / "start/adapter_config.json").read_text())
         fields = saved | dict(target_modules=config["target_modules"], base_model_name_or_path=None)
+    fields |= case.get("own_keys", {})
     (here / "start/adapter_config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
     want, again = (run(model.to(dtype), rows, case, settings) for dtype in (torch.float64, torch.float32))

@@ -94,6 +94,8 @@ pub(crate) fn fill_slots(session: &mut Session, model: &Model) -> Result<()> {
     }
     for (slot, adapter) in slots.into_iter().zip(adapters) {
         adapter.check_copies(&model.checkpoint)?;
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        adapter.recompute(&model.checkpoint, threads);
         let tensors = slot_tensors(adapter, &model.checkpoint)?;
         session
             .load_slot(slot, &tensors)

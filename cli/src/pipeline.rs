@@ -72,6 +72,9 @@ pub(crate) struct TrainPart {
     pub budget: Option<u64>,
     /// A step has one micro-batch, and nothing looks at its gradients together.
     pub at_once: bool,
+    /// Nothing is trained: the modules whose gradients or inputs are looked at, beside the method, before training.
+    #[serde(default)]
+    pub calibrated: Vec<String>,
 }
 
 impl TrainPart {
@@ -195,6 +198,9 @@ impl Request {
     /// An entry that the model does not have.
     pub(crate) fn import(&self, model: &Model) -> Result<Graph> {
         let import = Import::new(&model.checkpoint).adapters(&model.adapters).entries(&self.entries);
+        if let Some(t) = self.train.as_ref().filter(|t| !t.calibrated.is_empty()) {
+            return Ok(import.calibrated(&t.calibrated).graph()?);
+        }
         Ok(if self.train.is_some() { import.train(0).graph()? } else { import.graph()? })
     }
 
@@ -238,7 +244,7 @@ impl Request {
     pub(crate) fn options(&self) -> Options {
         let mut tokens_hint = self.tokens.clone();
         if let Some(t) = &self.train {
-            let names = ["train", "accumulate", "step", "evaluate"];
+            let names = ["train", "accumulate", "step", "evaluate", "measure"];
             tokens_hint.extend(names.iter().map(|n| ((*n).to_string(), t.tokens)));
         }
         Options {
@@ -300,7 +306,7 @@ pub(crate) fn passes(graph: &Graph, request: &Request, keep_texts: bool) -> Resu
 
 /// Weights are packed for inference only: a training step reads them both ways round.
 fn host_cut(graph: &Graph, host: &HostTarget) -> CutOptions<'static> {
-    let trains = graph.entries.iter().any(|e| e.name == ACCUMULATE || e.name == STEP);
+    let trains = graph.entries.iter().any(|e| [ACCUMULATE, STEP, "measure"].contains(&e.name.as_str()));
     CutOptions { supported: &compile::supported, panels: if trains { &[] } else { panel_widths(host.isa) } }
 }
 

@@ -68,7 +68,7 @@ impl Ui {
         bar
     }
 
-    #[cfg(feature = "compiler")]
+    #[cfg(feature = "models")]
     /// Number of workers: what was asked for, else one per core.
     pub(crate) fn workers(&self) -> usize {
         match self.threads {

@@ -199,5 +199,6 @@ pub(crate) fn request(model: &ModelArgs, method: &MethodArgs, shape: &ShapeArgs)
         positions,
         budget: shape.budget.map(|b| b.0),
         at_once: shape.one_run_a_step(),
+        calibrated: vec![],
     })
 }

@@ -12,6 +12,7 @@
 //! With the option `step_at_once` both become one entry `step` that adds nothing up and clips nothing: no `grad.p` exists, every
 //! gradient is used up where it is made. It has the inputs of both and gives `loss` and `grad_norm`; a loss that is no number changes
 //! nothing.
+//! An entry `calibrate` becomes `accumulate` alone: its gradients are looked at, and nothing steps. Its parameters are `Frozen` afterwards.
 //!
 //! Assumes that `train` has one output `loss`, f32 of rank 0, and that the indices of a `scatter_set` whose update is
 //! trained are distinct. Leaves alone: every other entry; the whole graph when there is no entry `train` or its loss
@@ -39,6 +40,8 @@ const NAME: &str = "differentiate";
 
 /// The entry that is differentiated.
 pub const TRAIN: &str = "train";
+/// The entry that is differentiated without a step.
+pub const CALIBRATE: &str = "calibrate";
 /// The entry that runs forward and backward and adds to the gradients.
 pub const ACCUMULATE: &str = "accumulate";
 /// The entry that steps the trained parameters and clears the gradients.
@@ -54,8 +57,10 @@ pub const OPTIMIZER: &str = "optimizer";
 /// [`PassError::Refused`] when `train` has no scalar output `loss`, a trained parameter is not f32, or the loss depends
 /// on one through an operator without a gradient; [`PassError::Build`] would be a fault of this pass.
 pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, PassError> {
-    let Some(at) = g.entries.iter().position(|e| e.name == TRAIN) else { return Ok(g.clone()) };
+    let at = g.entries.iter().position(|e| [TRAIN, CALIBRATE].contains(&e.name.as_str()));
+    let Some(at) = at else { return Ok(g.clone()) };
     let train = &g.entries[at];
+    let steps = train.name == TRAIN;
     let loss = loss_of(train).ok_or_else(|| refused("the entry train needs one output \"loss\", f32 of rank 0"))?;
     let active = active(train, &g.params, loss);
     let trained = trained_params(train, &active);
@@ -77,12 +82,14 @@ pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, Pass
     let mut out = g.clone();
     let optimizer = g.entry(OPTIMIZER);
     let moments = |p: ParamId| program::output_type(optimizer?, &format!("grad.{}", g.params[p.index()].name));
-    let mut declare = |p: &ParamId| update::declare(&mut out, *p, moments(*p), !opts.step_at_once);
+    let at_once = opts.step_at_once && steps;
+    let has = update::Has { sums: !at_once, moments: steps };
+    let mut declare = |p: &ParamId| update::declare(&mut out, *p, moments(*p), has);
     let states: Vec<update::State> = trained.iter().map(&mut declare).collect();
-    let name = if opts.step_at_once { STEP } else { ACCUMULATE };
+    let name = if at_once { STEP } else { ACCUMULATE };
     let fault = |e| PassError::build(NAME, name)(e);
     let b = backward(&out.params, train, loss, &active, &states, name).map_err(fault)?;
-    let (first, second) = if opts.step_at_once {
+    let (first, second) = if at_once {
         let gradients = update::Gradients { values: b.gradients, squares: b.squares, loss: b.loss };
         let mut e = update::go_on(b.tape, &out.params, &states, optimizer, gradients).map_err(fault)?;
         drop(e.roots.splice(..0, b.roots));
@@ -91,8 +98,8 @@ pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, Pass
         let mut e = b.tape.finish();
         e.roots = b.roots;
         states.iter().zip(&b.gradients).for_each(|(s, v)| s.grad.into_iter().for_each(|g| e.assign(g, *v)));
-        let update = update::entry(&out.params, &states, optimizer).map_err(PassError::build(NAME, UPDATE))?;
-        (e, Some(update))
+        let update = || update::entry(&out.params, &states, optimizer).map_err(PassError::build(NAME, UPDATE));
+        (e, if steps { Some(update()?) } else { None })
     };
     report.note = format!(
         "{} trained parameters; {} nodes forward, {} in all",
@@ -101,6 +108,9 @@ pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, Pass
         first.nodes.len()
     );
     out.entries[at] = first;
+    if !steps {
+        trained.iter().for_each(|p| out.params[p.index()].role = Role::Frozen);
+    }
     out.entries.retain(|e| e.name != OPTIMIZER);
     out.entries.extend(second);
     Ok(out)

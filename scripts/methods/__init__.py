@@ -9,6 +9,10 @@ A file holds
               noise      standard deviation of what is added to every trained tensor before the fixture is written (0.1)
               initial    "same" (a new adapter leaves the model as it is; the default), "random" (it does not, on purpose), or
                          "prepared" (base weight and delta of a new adapter are compared)
+              spans      ending in the file -> buffer: tensors of a new adapter that are compared by what they span
+              spans_alone    True: signs of singular vectors decide the base and the delta of a new adapter, so that these are not compared
+              keeps_initial  True: the new adapter is written into start/initial_adapter
+              own_keys   keys of the configuration that PEFT does not know
               merges     False where no single weight can take the adapter's place
               build      build(model, config, rows) -> adapted model, where PEFT needs more than its configuration
               hooks      an object of a class derived from Hooks, for what happens between steps

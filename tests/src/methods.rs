@@ -4,13 +4,16 @@
 //! `scripts/make_method_fixtures.py`).
 
 use crate::training::{CHANGE, Interpreted, LOSS, Opened, Program, TrainCase};
-use pleach_frontend::adapter::{AdapterPlan, SlotData, SlotTensor, SlotValue, merged, obstacle, slot_values, to_lora};
+use pleach_frontend::adapter::{
+    self, AdapterPlan, Request, SlotData, SlotTensor, SlotValue, edited, merged, obstacle, prepare, slot_values,
+    to_lora,
+};
 use pleach_frontend::peft::MethodConfig;
-use pleach_frontend::{Adapter, Dtype, TensorRef, TensorTable};
+use pleach_frontend::{Adapter, Dtype, Import, TensorRef, TensorTable};
 use pleach_ir::interp::{Data, Tensor};
 use pleach_ir::{Graph, Op, Source};
 use pleach_passes::{Options, Pipeline, manager};
-use pleach_runtime::train::{AdapterPlan as Saved, Machine, Measured, Order, initial_values, step};
+use pleach_runtime::train::{AdapterPlan as Saved, Look, Machine, Measured, Order, calibrate, initial_values, step};
 use pleach_runtime::{TensorSource, open_weights};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -23,7 +26,7 @@ pub const TOLERANCE: f64 = 1e-4;
 pub type Check = fn(&TrainCase) -> Result<(), String>;
 
 /// Every check by name. Compiled kernels are the business of the test itself.
-pub const CHECKS: [(&str, Check); 7] = [
+pub const CHECKS: [(&str, Check); 8] = [
     ("initial", initial),
     ("forward", forward),
     ("gradients", gradients),
@@ -31,6 +34,7 @@ pub const CHECKS: [(&str, Check); 7] = [
     ("saved", saved),
     ("merged", merging),
     ("swapped", swapped),
+    ("converted", converted),
 ];
 
 fn text(e: impl std::fmt::Display) -> String {
@@ -72,7 +76,16 @@ fn fresh(o: &Opened, case: &TrainCase) -> Result<Adapter, String> {
     let plan = AdapterPlan::new(&adapter, 0, &o.checkpoint).map_err(text)?;
     let plan: Saved = serde_json::from_value(plan.to_json()).map_err(text)?;
     let weights = open_weights(&o.checkpoint.dir).map_err(text)?;
-    let values = initial_values(&plan, &*weights, 7, &Measured::new()).map_err(text)?;
+    let mut made = Measured::new();
+    if adapter.is_prepared() {
+        let values = prepare(&adapter, &o.checkpoint, &calibrated(o, &adapter)?, 2).map_err(text)?;
+        let floats = |(key, t): (String, SlotTensor)| match t.data {
+            SlotData::F32(x) => Some((key, x)),
+            SlotData::I32(_) => None,
+        };
+        made.values = values.into_iter().filter_map(floats).collect();
+    }
+    let values = initial_values(&plan, &*weights, 7, &made).map_err(text)?;
     let made = |keys: &[String]| {
         let found = keys.iter().find_map(|k| values.tensor(k));
         let t = found.ok_or_else(|| format!("no first value of {}", keys.join(" or ")))?;
@@ -97,10 +110,84 @@ fn fresh(o: &Opened, case: &TrainCase) -> Result<Adapter, String> {
     Ok(adapter)
 }
 
+/// What the method asks for, measured by the interpreter over the fixture's rows.
+fn calibrated(o: &Opened, adapter: &Adapter) -> Result<BTreeMap<String, adapter::Measured>, String> {
+    let requests = adapter.requests();
+    let Some((_, first)) = requests.first() else { return Ok(BTreeMap::new()) };
+    let modules: Vec<String> = requests.iter().map(|(module, _)| module.clone()).collect();
+    let (entry, look) = match first {
+        Request::Gradient { .. } => ("calibrate", Look::Gradients),
+        Request::Inputs { .. } => ("measure", Look::Inputs),
+    };
+    let adapters = std::slice::from_ref(adapter);
+    let import = Import::new(&o.checkpoint).adapters(adapters).entries(&[entry]).calibrated(&modules);
+    let graph = manager::run(&import.graph().map_err(text)?, &Pipeline::default(), &options(o)).map_err(text)?.graph;
+    let names: Vec<String> = graph.params.iter().map(|p| p.name.clone()).collect();
+    let mut machine = Interpreted::with(Program::Graph(graph), o, &[])?;
+    let batches = first.batches();
+    calibrate(&mut machine, look, &o.rows, &mut Order::new(o.rows.len(), None), o.settings.batch, batches)
+        .map_err(text)?;
+    adapter::collect(&modules, &o.checkpoint, batches, &names, |name| {
+        let value = machine.value(name).ok_or_else(|| format!("{name} was not measured"))?;
+        Ok(value.floats().into_owned())
+    })
+}
+
+/// A new adapter's change of the base and its own, beside those of the reference.
+fn prepared(o: &Opened, case: &TrainCase, adapter: &Adapter) -> Result<(), String> {
+    let dumps = dumps(case)?;
+    let mut compared = 0;
+    for kind in ["base", "delta"] {
+        for (module, want) in of_kind(&dumps, kind)? {
+            let site = adapter.site(&module).ok_or_else(|| format!("{module} is no site"))?;
+            let t = o.checkpoint.param(&format!("{module}.weight")).ok_or_else(|| format!("no weight of {module}"))?;
+            let weight = t.read_f32().map_err(text)?;
+            let mut got = edited(adapter, site, &o.checkpoint, &weight).map_err(text)?;
+            if kind == "delta" {
+                let whole = merged(adapter, site, &o.checkpoint, &weight).map_err(text)?;
+                got = whole.iter().zip(&got).map(|(a, b)| a - b).collect();
+            }
+            // A delta of nothing is as small beside the weight as rounding makes it.
+            let got = Tensor::f32(t.shape.clone(), got);
+            let zero = want.floats().iter().all(|x| *x == 0.0);
+            let (got, want) = match zero {
+                true => {
+                    let sum = |x: &Tensor| x.floats().iter().zip(&weight).map(|(a, b)| a + b).collect::<Vec<_>>();
+                    (Tensor::f32(t.shape.clone(), sum(&got)), Tensor::f32(t.shape.clone(), sum(&want)))
+                }
+                false => (got, want),
+            };
+            close(&format!("{kind} of a new adapter at {module}"), &got, &want, TOLERANCE)?;
+            compared += 1;
+        }
+    }
+    // Directions without lengths or signs: what a factor spans.
+    for (file, want) in of_kind(&dumps, "span")? {
+        let (module, part) = file.rsplit_once('.').unwrap_or_default();
+        let value = adapter.site(module).and_then(|s| s.values.iter().find(|v| v.0 == &part));
+        let t = value.ok_or_else(|| format!("{file} is no buffer"))?.1.read(&o.checkpoint).map_err(text)?;
+        let SlotData::F32(x) = t.data else { return Err(format!("{file} holds indices")) };
+        // Over the shorter axis, the rank's.
+        let (rows, columns) = (t.shape[0] as usize, t.shape[1] as usize);
+        let at = |i: usize, k: usize| if rows <= columns { x[k * columns + i] } else { x[i * columns + k] };
+        let (rank, n) = (rows.min(columns), rows.max(columns));
+        let cell = |i: usize, j: usize| (0..rank).map(|k| at(i, k) * at(j, k)).sum::<f32>();
+        let got = (0..n * n).map(|k| cell(k / n, k % n)).collect();
+        close(&format!("what {file} spans"), &Tensor::f32([n as u64, n as u64], got), &want, TOLERANCE)?;
+        compared += 1;
+    }
+    let want = dump(&dumps, "start")?;
+    close("the output of a new adapter", &logits(o, std::slice::from_ref(adapter))?, &want, TOLERANCE)?;
+    if compared == 0 { Err("the fixture says nothing of a new adapter".into()) } else { Ok(()) }
+}
+
 /// A new adapter leaves the model as it is, unless the fixture says that the method means otherwise.
 fn initial(case: &TrainCase) -> Result<(), String> {
     let o = case.open()?;
     let adapter = fresh(&o, case)?;
+    if o.expected["initial"] == "prepared" {
+        return prepared(&o, case, &adapter);
+    }
     let plain = logits(&o, &[])?;
     let error = logits(&o, std::slice::from_ref(&adapter))?.relative_error(&plain);
     match o.expected["initial"].as_str() {
@@ -153,7 +240,8 @@ fn gradients(case: &TrainCase) -> Result<(), String> {
 
 /// Key in the slot of every tensor of the adapter's file.
 fn file_names(o: &Opened) -> BTreeMap<String, String> {
-    let named = |(key, value): (String, SlotValue)| Some((value.tensor()?.name.clone(), key));
+    let own = |t: &TensorRef| t.file.parent() == Some(&*o.adapters[0].dir);
+    let named = |(key, value): (String, SlotValue)| Some((value.tensor().filter(|t| own(t))?.name.clone(), key));
     slot_values(&o.adapters[0]).into_iter().filter_map(named).collect()
 }
 
@@ -318,6 +406,21 @@ fn swapped(case: &TrainCase) -> Result<(), String> {
     machine.load(&o, &o.adapters)?;
     let got = machine.entry("infer", &inputs)?.outputs.remove("logits").ok_or("no logits")?;
     close("the output of the second adapter", &got, &dump(&dumps(case)?, "logits")?, TOLERANCE)
+}
+
+/// Where there is an equal LoRA adapter, it computes the same beside the base as it is, read from its folder.
+fn converted(case: &TrainCase) -> Result<(), String> {
+    let o = case.open()?;
+    let folder = temporary(&format!("{}-lora", case.name))?;
+    // Whether there is one stands in METHODS.md.
+    if to_lora(&o.adapters[0], &o.checkpoint, &folder).is_ok() {
+        let lora = Adapter::open(&folder, None, &o.checkpoint.modules).map_err(text)?;
+        if !matches!(lora.config.method.name(), "lora" | "rslora") {
+            return Err(format!("it was converted to {}", lora.config.method.name()));
+        }
+        close("the output of the LoRA adapter", &logits(&o, &[lora])?, &dump(&dumps(case)?, "logits")?, TOLERANCE)?;
+    }
+    std::fs::remove_dir_all(&folder).map_err(text)
 }
 
 /// All optimizer steps by compiled kernels, for this many processor classes; each as one entry, if asked for.

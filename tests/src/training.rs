@@ -115,7 +115,11 @@ impl TrainCase {
         }
         let after = TensorTable::open_file(&after).map_err(|e| text(&e))?;
         for (key, value) in slot_values(&adapter) {
+            // What lies in another folder than the adapter's own is not trained.
             let SlotValue::Tensor(before) = value else { continue };
+            if before.file.parent() != Some(&*self.dir.join("start")) {
+                continue;
+            }
             let Some(tensor) = after.get(&before.name) else { continue };
             let read = |t: &pleach_frontend::TensorRef| t.read_f32().map_err(|e| text(&e));
             moves.insert(format!("slot0.{key}"), (read(&before)?, read(tensor)?));

@@ -34,6 +34,7 @@ fn check(ui: &Ui, model: &Path, path: &AdapterPath, as_json: bool) -> Result<()>
     let model = Model::open(model, std::slice::from_ref(path))?;
     let Some(adapter) = model.adapters.first() else { return Ok(()) };
     adapter.check_copies(&model.checkpoint)?;
+    adapter.recompute(&model.checkpoint, ui.workers());
     let r = check_adapter(adapter, &model.checkpoint)?;
     if as_json {
         let sites: Vec<_> = r
@@ -109,7 +110,12 @@ fn convert(ui: &Ui, from: &Path, out: &Path, model: Option<&Path>, overwrite: bo
     let base = model.map_or_else(|| base_of(from), |dir| Ok(dir.to_owned()))?;
     let checkpoint = Checkpoint::open(&base)?;
     let adapter = Adapter::open(from, None, &checkpoint.modules)?;
+    adapter.check_copies(&checkpoint)?;
+    adapter.recompute(&checkpoint, ui.workers());
     write_folder(out, |dir| Ok(to_lora(&adapter, &checkpoint, dir)?))?;
+    for note in &adapter.notes {
+        ui.note(&format!("note: {note}"));
+    }
     if !ui.quiet {
         let (sites, parameters) = (adapter.sites.len(), adapter.parameters());
         let from = adapter.config.method.peft_type();

@@ -42,7 +42,7 @@ pub(crate) fn train(ui: &Ui, args: &TrainArgs) -> Result<()> {
         Resume::Latest => !checkpoint::list(&args.out)?.is_empty(),
         Resume::At(_) => true,
     };
-    let measured = super::measure::measured(ui, &training.adapter, goes_on)?;
+    let measured = super::measure::measured(ui, &training, goes_on)?;
     let mut session = training.session(ui, weights, args.seed, &measured)?;
     // Nothing old goes before everything that can be refused was looked at, nor before the adapter was read.
     if args.overwrite {

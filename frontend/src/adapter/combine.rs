@@ -9,9 +9,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use super::Site;
 use super::cluster::cluster;
 use super::svd::{Matrix, svd};
-use super::{Site, SlotData};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::peft::{Adapter, PREFIX};
@@ -123,13 +123,7 @@ struct Factors {
 }
 
 fn factors(site: &Site, base: &Checkpoint) -> Result<Factors> {
-    let read = |part: &str| -> Result<Vec<f32>> {
-        let value = site.values.get(part).ok_or_else(|| Error::Graph(format!("no value for `{part}`")))?;
-        match value.read(base)?.data {
-            SlotData::F32(x) => Ok(x),
-            SlotData::I32(_) => Err(Error::Graph(format!("`{part}` holds indices"))),
-        }
-    };
+    let read = |part: &str| site.floats(part, base);
     Ok(Factors { rank: site.rank, scale: site.scale, a: read("lora_A")?, b: read("lora_B")? })
 }
 
@@ -192,7 +186,9 @@ fn check(adapters: &[Adapter], how: &Combination) -> Result<u64> {
     }
     for a in adapters {
         if !matches!(a.config.method.name(), "lora" | "rslora") {
-            return refuse(format!("`{}` is {}; only LoRA adapters are merged", a.name, a.config.method.name()));
+            let hint = "`pleach adapter convert --to lora` makes one of an adapter that has such a form";
+            let (name, method) = (&a.name, a.config.method.name());
+            return refuse(format!("`{name}` is {method}; only LoRA adapters are merged; {hint}"));
         }
         if !a.replaced.is_empty() {
             return refuse(format!("`{}` replaces {} as a whole, which cannot be merged", a.name, a.replaced[0].path));

@@ -23,9 +23,6 @@ pub fn to_lora(adapter: &Adapter, base: &Checkpoint, out: &Path) -> Result<()> {
     let config = &adapter.config;
     let method = &config.method;
     let refused = |what: String| Err(Error::key(&adapter.dir.join("adapter_config.json"), "peft_type", what));
-    if method.peft_type() == "LORA" {
-        return refused(format!("is {} already; there is nothing to convert", method.name()));
-    }
     let mut tensors: Vec<(String, Vec<u64>, Vec<f32>)> = vec![];
     // Module, rank and scale.
     let mut sites: Vec<(&str, u64, f64)> = vec![];
@@ -33,7 +30,10 @@ pub fn to_lora(adapter: &Adapter, base: &Checkpoint, out: &Path) -> Result<()> {
         let mut b = Builder::new(base, &[], None)?;
         b.start(Entry::new("low rank"));
         let Some(found) = method.low_rank(&mut Scope::new(&mut b, 0, &**method, site))? else {
-            return refused(format!("is {}, whose update has no form as LoRA", method.name()));
+            return refused(match method.peft_type() {
+                "LORA" => format!("is {} already; there is nothing to convert", method.name()),
+                _ => format!("is {}, whose update has no form as LoRA", method.name()),
+            });
         };
         b.output("lora_A", found.down);
         b.output("lora_B", found.up);

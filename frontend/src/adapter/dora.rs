@@ -35,7 +35,12 @@ impl Dora {
     /// # Errors
     /// As LoRA's.
     pub(super) fn read(f: &mut Fields) -> Result<Dora> {
-        Ok(Dora { lora: Lora::read(f)? })
+        let lora = Lora::read(f)?;
+        if let Some(start) = lora.prepared() {
+            let what = format!("is set with a start by {}, which DoRA is not combined with", start.name());
+            return Err(f.fault("use_dora", what));
+        }
+        Ok(Dora { lora })
     }
 }
 

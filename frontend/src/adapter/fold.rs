@@ -86,6 +86,22 @@ pub(super) fn evaluate(
     Ok(result.outputs.into_iter().filter_map(floats).collect())
 }
 
+/// What a method leaves of the weight W of a site, as W' of [`merged`] but without the adapter's branch.
+///
+/// # Errors
+/// As [`merged`].
+pub fn edited(adapter: &Adapter, site: &Site, base: &Checkpoint, weight: &[f32]) -> Result<Vec<f32>> {
+    let mut b = Builder::new(base, &[], None)?;
+    b.start(Entry::new("edited"));
+    let value = b.edited_site(&adapter.config.method, site)?;
+    b.output("weight", value);
+    b.finish();
+    match evaluate(&b.into_graph(), "edited", site, base, Some(weight))?.remove("weight") {
+        Some((_, x)) => Ok(x),
+        None => Err(Error::Graph("the edited weight is not f32".into())),
+    }
+}
+
 /// Why no single weight can take the place of base and adapter; `None` where one can. Decided by the operators that the method
 /// writes for its first linear site.
 ///

@@ -89,6 +89,12 @@ pub enum Init {
         /// Batches to look at.
         batches: u64,
     },
+    /// Made by the method before training, see [`Method::prepare`](super::Method::prepare).
+    Prepared {
+        /// Name in the file of the first values, where those are saved beside the adapter: the ending behind the module's path in a
+        /// method, the whole name in an [`AdapterPlan`](super::AdapterPlan).
+        kept: Option<String>,
+    },
 }
 
 /// How units of coupled layers are compared.
@@ -150,6 +156,7 @@ impl Init {
             | Init::Seeded { .. }
             | Init::Twister { .. }
             | Init::RandomCells { .. }
+            | Init::Prepared { .. }
             | Init::RandomIndices { .. } => {}
         }
         Some(init)

@@ -6,10 +6,13 @@ use std::sync::Arc;
 use pleach_ir::{Op, ValueId};
 use serde_json::{Value, json};
 
-use super::method::{Buffer, Entry, Key, Method, Scope};
-use super::{Init, Site};
-use crate::error::Result;
+use super::method::{Buffer, Entry, Key, Method, Request, Scope};
+use super::prepare::Values;
+use super::start::Prepared;
+use super::{Given, Init, LowRank, Measure, Site};
+use crate::error::{Error, Result};
 use crate::json::{Fields, brief};
+use crate::peft::Target;
 
 /// `init_lora_weights`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,6 +23,8 @@ enum Start {
     Gaussian,
     /// Both as linear layers start: not the base model, for tests.
     Random,
+    /// Prepared from the weight or from measurements.
+    Prepared(Prepared),
     /// Another one, which matters to new adapters only.
     Other(String),
 }
@@ -31,7 +36,11 @@ pub(super) const ENTRY: Entry = Entry { name: "lora", keys: &[("peft_type", Key:
 pub(super) const RS_ENTRY: Entry =
     Entry { name: "rslora", keys: &[("peft_type", Key::Text("LORA")), ("use_rslora", Key::On)], read };
 
-fn read(f: &mut Fields) -> Result<Arc<dyn Method>> {
+/// Reads LoRA's keys.
+///
+/// # Errors
+/// As [`Lora::read`].
+pub(super) fn read(f: &mut Fields) -> Result<Arc<dyn Method>> {
     Ok(Arc::new(Lora::read(f)?))
 }
 
@@ -50,7 +59,7 @@ const UNSUPPORTED: [(&str, &str); 14] = [
     ("alora_invocation_tokens", "activated LoRA is not supported"),
     ("use_qalora", "QA-LoRA is not supported"),
     ("velora_config", "VeLoRA is not supported"),
-    ("kasa_config", "KaSA changes the base weights and is not supported"),
+    ("kasa_config", "KaSA is a method of its own, which is not combined with others"),
     ("monteclora_config", "MonteCLoRA is not supported"),
     ("arrow_config", "Arrow routing is not supported"),
     ("use_bdlora", "block-diagonal LoRA is not supported"),
@@ -78,7 +87,15 @@ impl Lora {
     /// # Errors
     /// A field that changes the mathematics and is not supported.
     pub(super) fn read(f: &mut Fields) -> Result<Lora> {
-        for (key, why) in UNSUPPORTED {
+        Lora::read_beside(f, "")
+    }
+
+    /// The same for a method that knows one more of the fields that change the mathematics.
+    ///
+    /// # Errors
+    /// As [`Lora::read`].
+    pub(super) fn read_beside(f: &mut Fields, known: &str) -> Result<Lora> {
+        for (key, why) in UNSUPPORTED.into_iter().filter(|u| u.0 != known) {
             f.must_be_off(key, why)?;
         }
         for key in HARMLESS {
@@ -87,6 +104,11 @@ impl Lora {
         // Whether it is DoRA was asked before; here it must be a truth value.
         f.flag("use_dora")?;
         Ok(Lora { rslora: f.flag("use_rslora")?.unwrap_or(false), start: read_start(f)? })
+    }
+
+    /// The prepared start, if it has one.
+    pub(super) fn prepared(&self) -> Option<&Prepared> {
+        if let Start::Prepared(p) = &self.start { Some(p) } else { None }
     }
 
     /// Whether both factors start away from zero.
@@ -116,28 +138,43 @@ fn read_start(f: &mut Fields) -> Result<Start> {
         None | Some(Value::Bool(true)) => Ok(Start::Default),
         Some(Value::Bool(false)) => Ok(Start::Random),
         Some(Value::String(s)) if s.eq_ignore_ascii_case("gaussian") => Ok(Start::Gaussian),
-        Some(Value::String(s)) if matches!(s.as_str(), "eva" | "orthogonal" | "mica") => Ok(Start::Other(s.clone())),
-        Some(value) => Err(f.fault(
-            KEY,
-            format!(
-                "is {}: such an adapter belongs to changed base weights; save it with PEFT's \
-                 `path_initial_model_for_weight_conversion` to get one for the original base",
-                brief(value)
-            ),
-        )),
+        Some(Value::String(s)) if matches!(s.as_str(), "orthogonal" | "mica") => Ok(Start::Other(s.clone())),
+        Some(Value::String(s)) if s == "loftq" => {
+            let what = "is \"loftq\": it starts from base weights in 2 to 8 bits, which are not supported; with PEFT, save the adapter's \
+                        own base and train on that with true";
+            Err(f.fault(KEY, what))
+        }
+        Some(value) => {
+            let name = value.as_str().unwrap_or_default();
+            match Prepared::read(name, f)? {
+                Some(start) => Ok(Start::Prepared(start)),
+                None => Err(f.fault(
+                    KEY,
+                    format!(
+                        "is {}: such an adapter belongs to changed base weights; save it with PEFT's \
+                         `path_initial_model_for_weight_conversion` to get one for the original base",
+                        brief(value)
+                    ),
+                )),
+            }
+        }
     }
 }
 
 impl Method for Lora {
     fn name(&self) -> &'static str {
-        if self.rslora { "rslora" } else { "lora" }
+        match self.prepared() {
+            Some(p) => p.name(),
+            None if self.rslora => "rslora",
+            None => "lora",
+        }
     }
 
     fn formula(&self) -> &'static str {
-        if self.rslora {
-            "y = x·Wᵀ + alpha/√r · (x·Aᵀ)·Bᵀ"
-        } else {
-            "y = x·Wᵀ + alpha/r · (x·Aᵀ)·Bᵀ"
+        match self.prepared() {
+            Some(p) => p.formula(),
+            None if self.rslora => "y = x·Wᵀ + alpha/√r · (x·Aᵀ)·Bᵀ",
+            None => "y = x·Wᵀ + alpha/r · (x·Aᵀ)·Bᵀ",
         }
     }
 
@@ -158,7 +195,48 @@ impl Method for Lora {
         };
         let factor =
             |(part, shape, init): (&'static str, [u64; 2], Init)| Buffer::trained(part, file(part), &shape, init);
-        self.factors(site).into_iter().map(factor).chain([Buffer::constant("scale", site.scale)]).collect()
+        let list = self.factors(site).into_iter().map(factor).chain([Buffer::constant("scale", site.scale)]).collect();
+        match self.prepared() {
+            Some(p) => p.buffers(list),
+            None => list,
+        }
+    }
+
+    fn attach(&self, target: &Target) -> std::result::Result<(), String> {
+        self.prepared().map_or(Ok(()), |p| p.attach(target))
+    }
+
+    fn requests(&self, _site: &Site) -> Vec<Request> {
+        self.prepared().map_or(vec![], |p| p.requests())
+    }
+
+    fn measure(&self, m: &mut Measure, x: ValueId) -> Result<()> {
+        self.prepared().map_or(Ok(()), |p| p.measure(m, x))
+    }
+
+    fn prepare(&self, given: &Given) -> Result<Values> {
+        let nothing = || Error::Graph(format!("there is nothing to prepare at {}", given.site.module));
+        self.prepared().ok_or_else(nothing)?.values(given)
+    }
+
+    fn repeatable(&self) -> std::result::Result<(), &'static str> {
+        self.prepared().map_or(Ok(()), |p| p.repeatable())
+    }
+
+    fn note(&self) -> Option<&'static str> {
+        self.prepared().and_then(|p| p.note())
+    }
+
+    fn initial_config(&self) -> Vec<(&'static str, Value)> {
+        vec![("init_lora_weights", json!(true))]
+    }
+
+    fn low_rank(&self, s: &mut Scope) -> Result<Option<LowRank>> {
+        self.prepared().map(|p| p.low_rank(s)).transpose()
+    }
+
+    fn weight(&self, s: &mut Scope, weight: ValueId) -> Result<ValueId> {
+        self.prepared().map_or(Ok(weight), |p| p.weight(s, weight))
     }
 
     fn output(&self, s: &mut Scope, x: ValueId, _weight: ValueId, mut terms: Vec<ValueId>) -> Result<Vec<ValueId>> {
@@ -168,6 +246,7 @@ impl Method for Lora {
 
     fn check_training(&self) -> std::result::Result<(), (&'static str, String)> {
         match &self.start {
+            Start::Prepared(p) => p.check_training(),
             Start::Other(name) => {
                 let what = format!("is \"{name}\": a new adapter starts with true, false or \"gaussian\"");
                 Err(("init_lora_weights", what))
@@ -182,13 +261,11 @@ impl Method for Lora {
             Start::Random => json!(false),
             Start::Gaussian => json!("gaussian"),
             Start::Other(name) => json!(name),
+            Start::Prepared(_) => Value::Null,
         };
-        vec![
-            ("init_lora_weights", start),
-            ("lora_dropout", json!(0.0)),
-            ("use_dora", json!(false)),
-            ("use_rslora", json!(self.rslora)),
-        ]
+        let own = self.prepared().map_or(vec![("init_lora_weights", start)], |p| p.config());
+        let rest = [("lora_dropout", json!(0.0)), ("use_dora", json!(false)), ("use_rslora", json!(self.rslora))];
+        own.into_iter().chain(rest).collect()
     }
 }
 
@@ -223,6 +300,45 @@ macro_rules! like_lora {
         }
     };
     (except buffers output) => {
+        like_lora!(except buffers output prepared);
+
+        fn weight(&self, s: &mut Scope, weight: ValueId) -> Result<ValueId> {
+            self.lora.weight(s, weight)
+        }
+
+        fn requests(&self, site: &Site) -> Vec<$crate::adapter::Request> {
+            self.lora.requests(site)
+        }
+
+        fn measure(&self, m: &mut $crate::adapter::Measure, x: ValueId) -> Result<()> {
+            self.lora.measure(m, x)
+        }
+
+        fn prepare(&self, given: &$crate::adapter::Given) -> Result<$crate::adapter::prepare::Values> {
+            self.lora.prepare(given)
+        }
+
+        fn repeatable(&self) -> std::result::Result<(), &'static str> {
+            self.lora.repeatable()
+        }
+
+        fn note(&self) -> Option<&'static str> {
+            self.lora.note()
+        }
+
+        fn initial_config(&self) -> Vec<(&'static str, Value)> {
+            self.lora.initial_config()
+        }
+
+        fn low_rank(&self, s: &mut Scope) -> Result<Option<$crate::adapter::LowRank>> {
+            self.lora.low_rank(s)
+        }
+
+        fn config(&self) -> Vec<(&'static str, Value)> {
+            self.lora.config()
+        }
+    };
+    (except buffers output prepared) => {
         fn peft_type(&self) -> &'static str {
             self.lora.peft_type()
         }
@@ -233,10 +349,6 @@ macro_rules! like_lora {
 
         fn check_training(&self) -> std::result::Result<(), (&'static str, String)> {
             self.lora.check_training()
-        }
-
-        fn config(&self) -> Vec<(&'static str, Value)> {
-            self.lora.config()
         }
     };
 }

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use pleach_ir::{BinaryOp, DType, Dim, Op, ParamId, Role, Source, TensorType, ValueId};
 use serde_json::Value;
 
-use super::{Event, Init, Site, Update};
+use super::prepare::Values;
+use super::{Event, Given, Init, Measure, Site, Update};
 use crate::coupling::Coupling;
 use crate::error::{Error, Result};
 use crate::json::Fields;
@@ -77,6 +78,20 @@ pub enum Request {
         /// Batches.
         batches: u64,
     },
+    /// The statistics of the site's input that [`Method::measure`] writes, over this many batches.
+    Inputs {
+        /// Batches.
+        batches: u64,
+    },
+}
+
+impl Request {
+    /// Batches to look at.
+    pub fn batches(&self) -> u64 {
+        match self {
+            Request::Gradient { batches } | Request::Inputs { batches } => *batches,
+        }
+    }
 }
 
 /// An adapter method.
@@ -169,6 +184,42 @@ pub trait Method: fmt::Debug + Send + Sync {
     /// What it wants to know of a site before training.
     fn requests(&self, site: &Site) -> Vec<Request> {
         let _ = site;
+        vec![]
+    }
+
+    /// What it measures of a site's input x [T, in] before training, one row of the data at a time. Called where it requests
+    /// [`Request::Inputs`].
+    ///
+    /// # Errors
+    /// An operator that does not fit.
+    fn measure(&self, measure: &mut Measure, x: ValueId) -> Result<()> {
+        let _ = (measure, x);
+        Ok(())
+    }
+
+    /// The values of all buffers of a site whose recipe is [`Init::Prepared`], by part.
+    ///
+    /// # Errors
+    /// A weight that cannot be decomposed, a measurement that is missing.
+    fn prepare(&self, given: &Given) -> Result<Values> {
+        Err(Error::Graph(format!("{} prepares nothing at {}", self.name(), given.site.module)))
+    }
+
+    /// Whether the base's weights alone give again what [`Method::prepare`] made and the adapter's folder does not hold.
+    ///
+    /// # Errors
+    /// Why not, and what to do.
+    fn repeatable(&self) -> std::result::Result<(), &'static str> {
+        Ok(())
+    }
+
+    /// A remark on a folder whose prepared values are made again.
+    fn note(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// What its configuration says in the folder of first values.
+    fn initial_config(&self) -> Vec<(&'static str, Value)> {
         vec![]
     }
 
@@ -277,6 +328,8 @@ pub(crate) enum Key {
     Text(&'static str),
     /// `true`.
     On,
+    /// An object, whatever it holds.
+    Object,
 }
 
 impl Key {
@@ -285,6 +338,15 @@ impl Key {
         match self {
             Key::Text(t) => t.into(),
             Key::On => true.into(),
+            Key::Object => Value::Object(Default::default()),
+        }
+    }
+
+    /// Whether a configuration's value is this one.
+    pub(crate) fn fits(self, value: Option<&Value>) -> bool {
+        match self {
+            Key::Object => value.is_some_and(Value::is_object),
+            _ => value == Some(&self.json()),
         }
     }
 }
@@ -292,7 +354,7 @@ impl Key {
 impl Entry {
     /// Whether a configuration is one of this method.
     pub(crate) fn fits(&self, f: &mut Fields) -> bool {
-        self.keys.iter().all(|(key, value)| f.raw(key) == Some(&value.json()))
+        self.keys.iter().all(|(key, value)| value.fits(f.raw(key)))
     }
 }
 
@@ -372,6 +434,11 @@ impl<'s, 'b> Scope<'s, 'b> {
     /// The name of a buffer's parameter.
     pub(crate) fn param_name(&self, part: &str) -> String {
         format!("slot{}.{}", self.slot, self.key(part))
+    }
+
+    /// The name of a statistic of the site's input.
+    pub(crate) fn stat_name(&self, name: &str) -> String {
+        format!("stat.{name}.slot{}.{}", self.slot, self.site.module)
     }
 
     /// The value of a parameter, which is declared at its first use.

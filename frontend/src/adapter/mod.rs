@@ -8,31 +8,43 @@ mod allora;
 mod cluster;
 mod combine;
 mod convert;
+mod corda;
+mod decompose;
 mod dora;
+mod eva;
 mod fold;
 mod full;
 mod hydra;
 mod ia3;
 mod init;
+mod kasa;
 mod loha;
 mod lokr;
+mod loldu;
 mod lora;
 mod lora_fa;
+mod lora_ga;
 mod lora_plus;
+mod lora_sb;
 mod loram;
+mod measure;
 mod method;
 mod miss;
 mod nola;
 mod oft;
+mod olora;
 mod ops;
 mod paca;
+mod pissa;
 mod plan;
+mod prepare;
 mod projected;
 mod randlora;
 mod s2ft;
 mod schedule;
 mod shira;
 mod smora;
+mod start;
 mod svd;
 #[cfg(test)]
 mod tests;
@@ -50,19 +62,23 @@ use serde_json::Value;
 pub use combine::{Combination, combine};
 pub use convert::to_lora;
 pub(crate) use fold::all_rows;
-pub use fold::{merged, obstacle};
+pub use fold::{edited, merged, obstacle};
 pub(crate) use full::NO_TARGET;
 pub use init::{Init, Norms, Scores, UnitWeight};
+pub use measure::Measure;
 use method::Entry;
 pub use method::{Buffer, LowRank, Method, Request, Scope};
 pub(crate) use paca::{ABSOLUTE, DELTA, INDICES};
 pub use plan::{AdapterPlan, TensorPlan};
+pub(crate) use prepare::Lazy;
+pub use prepare::{Given, Measured, collect, prepare};
 pub use schedule::{Buffers, Event, Events, EventsPlan, Moment};
 pub use update::Update;
 pub use value::{SlotData, SlotTensor, SlotValue};
 
+use crate::checkpoint::Checkpoint;
 use crate::coupling::{Coupling, Member};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::json::Fields;
 use crate::modules::is_computed;
 use crate::peft::Adapter;
@@ -81,6 +97,14 @@ const METHODS: &[&Entry] = &[
     &lora_plus::ENTRY,
     &lora_fa::ENTRY,
     &allora::ENTRY,
+    &kasa::ENTRY,
+    &pissa::ENTRY,
+    &olora::ENTRY,
+    &eva::ENTRY,
+    &corda::ENTRY,
+    &lora_ga::ENTRY,
+    &loldu::ENTRY,
+    &lora_sb::ENTRY,
     &paca::ENTRY,
     &ia3::ENTRY,
     &vera::ENTRY,
@@ -204,6 +228,20 @@ impl Ordered {
     pub(crate) fn paths(&mut self) -> impl Iterator<Item = &mut String> {
         let members = self.coupling.members.iter_mut().flat_map(|(path, m)| [path, &mut m.consumer]);
         std::iter::once(&mut self.coupling.consumer).chain(members)
+    }
+}
+
+impl Site {
+    /// The values of an f32 buffer.
+    ///
+    /// # Errors
+    /// A buffer that is not there, or that cannot be read.
+    pub(crate) fn floats(&self, part: &str, base: &Checkpoint) -> Result<Vec<f32>> {
+        let value = self.values.get(part).ok_or_else(|| Error::Graph(format!("no value for `{part}`")))?;
+        match value.read(base)?.data {
+            SlotData::F32(x) => Ok(x),
+            SlotData::I32(_) => Err(Error::Graph(format!("`{part}` holds indices"))),
+        }
     }
 }
 

@@ -27,6 +27,10 @@ pub struct AdapterPlan {
     pub tensors: Vec<TensorPlan>,
     /// What the method changes from step to step.
     pub events: Option<EventsPlan>,
+    /// `adapter_config.json` of the folder of first values, where some are kept.
+    pub initial: Option<Map<String, Value>>,
+    /// The configuration with the keys that are not saved, where first values must be prepared before training.
+    pub preparation: Option<Map<String, Value>>,
 }
 
 /// One parameter of the slot.
@@ -63,8 +67,11 @@ impl AdapterPlan {
             tensors.push(tensor(o.key(), file, &o.buffer, base)?);
         }
         for site in adapter.sites.iter().filter(|s| is_computed(&s.module)) {
-            for b in method.buffers(site) {
+            for mut b in method.buffers(site) {
                 let file = b.file.map(|end| format!("{PREFIX}{}.{end}", site.module));
+                if let Init::Prepared { kept: Some(end) } = &mut b.init {
+                    *end = format!("{PREFIX}{}.{end}", site.module);
+                }
                 tensors.push(tensor(format!("{}.{}", site.module, b.part), file, &b, base)?);
             }
         }
@@ -72,12 +79,21 @@ impl AdapterPlan {
             let file = Some(format!("{PREFIX}{}", r.file));
             tensors.push(tensor(r.path.clone(), file, &r.buffer(), base)?);
         }
+        let has = |f: fn(&Init) -> bool| tensors.iter().any(|t: &TensorPlan| f(&t.init));
+        let initial = has(|i| matches!(i, Init::Prepared { kept: Some(_) })).then(|| {
+            let mut config = adapter.config.saved();
+            config.extend(method.initial_config().into_iter().map(|(k, v)| (k.to_owned(), v)));
+            config
+        });
+        let preparation = has(|i| matches!(i, Init::Prepared { .. })).then(|| adapter.config.raw.clone());
         Ok(AdapterPlan {
             method: method.name().into(),
             slot,
             config: adapter.config.saved(),
-            tensors,
             events: EventsPlan::new(adapter, slot),
+            initial,
+            preparation,
+            tensors,
         })
     }
 

@@ -275,7 +275,7 @@ fn options_are_refused_by_name() {
     let (base, _dir) = model(|_| {});
     let cases = [
         ("lora", json!({"lora_dropout": 0.1}), "lora_dropout"),
-        ("lora", json!({"init_lora_weights": "pissa"}), "init_lora_weights"),
+        ("lora", json!({"init_lora_weights": "pissa_niter"}), "init_lora_weights"),
         ("lora", json!({"init_lora_weights": "orthogonal"}), "init_lora_weights"),
         ("lora", json!({"peft_type": "PACA"}), "contradicts"),
         ("dora", json!({"use_dora": false}), "use_dora"),
@@ -289,5 +289,95 @@ fn options_are_refused_by_name() {
     for (method, options, expected) in cases {
         let message = fresh(&base, method, options).unwrap_err();
         assert!(message.contains(expected), "{expected}: {message}");
+    }
+}
+
+/// A LoRA folder on `v_proj` with this configuration.
+fn lora(dir: &Path, first: u32, config: Value) {
+    let mut all = keys(json!({"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["v_proj"]}));
+    all.extend(keys(config));
+    std::fs::create_dir_all(dir).unwrap();
+    std::fs::write(dir.join("adapter_config.json"), Value::Object(all).to_string()).unwrap();
+    let list = (0..2).flat_map(|l| {
+        let name = |part: &str| format!("{PREFIX}model.layers.{l}.self_attn.v_proj.{part}.weight");
+        [(name("lora_A"), vec![3, 16]), (name("lora_B"), vec![8, 3])]
+    });
+    write_tensors(&dir.join("adapter_model.safetensors"), &list.collect::<Vec<_>>(), first);
+}
+
+#[test]
+fn a_changed_base_is_made_again_read_or_refused() {
+    let (base, _dir) = model(|_| {});
+    let open = |dir: &Path| Adapter::open(dir, None, &base.modules).map_err(|e| e.to_string());
+    let plain: Vec<Vec<f32>> = ["0", "1"]
+        .map(|l| base.param(&format!("model.layers.{l}.self_attn.v_proj.weight")).unwrap().read_f32().unwrap())
+        .to_vec();
+    for (name, why) in [("corda", "calibrated"), ("lora_ga", "gradients")] {
+        let dir = folder("changed");
+        lora(&dir, 50, json!({"init_lora_weights": name}));
+        let refused = open(&dir).unwrap_err();
+        assert!(refused.contains("initial_adapter") && refused.contains(why), "{refused}");
+        // With the first factors beside it; those of the adapter itself change nothing.
+        lora(&dir.join("initial_adapter"), 50, json!({"init_lora_weights": true}));
+        close(&merged_all(&open(&dir).unwrap(), &base), &plain);
+        lora(&dir.join("initial_adapter"), 60, json!({"init_lora_weights": true}));
+        let other = merged_all(&open(&dir).unwrap(), &base);
+        assert!(other.iter().flatten().zip(plain.iter().flatten()).any(|(a, b)| (a - b).abs() > 0.1));
+        let converted = folder("changed-lora");
+        to_lora(&open(&dir).unwrap(), &base, &converted).unwrap();
+        let converted = open(&converted).unwrap();
+        assert_eq!((converted.config.rank, converted.config.alpha, converted.sites[0].scale), (6, 12.0, 2.0));
+        close(&merged_all(&converted, &base), &other);
+    }
+    for (name, noted) in [("pissa", false), ("olora", false), ("pissa_niter_2", true)] {
+        let dir = folder("changed-again");
+        lora(&dir, 50, json!({"init_lora_weights": name}));
+        let adapter = open(&dir).unwrap();
+        assert_eq!(!adapter.notes.is_empty(), noted, "{name}");
+        let site = &adapter.sites[0];
+        let without = edited(&adapter, site, &base, &plain[0]).unwrap();
+        // What is taken out is the prepared start, and no more than its rank.
+        let first = fresh(
+            &base,
+            "lora",
+            json!({"init_lora_weights": name, "r": 3, "lora_alpha": 6,
+                                                "target_modules": ["v_proj"]}),
+        );
+        let made = prepare(&first.unwrap(), &base, &Default::default(), 3).unwrap();
+        let part = |p: &str| match &made[&format!("{}.{p}", site.module)].data {
+            SlotData::F32(x) => x.clone(),
+            SlotData::I32(_) => vec![],
+        };
+        let (a, b) = (part("lora_A"), part("lora_B"));
+        assert_eq!((&a, &b), (&part("initial_A"), &part("initial_B")));
+        for i in 0..8 * 16 {
+            let ba: f32 = (0..3).map(|k| b[i / 16 * 3 + k] * a[k * 16 + i % 16]).sum();
+            assert!((without[i] + 2.0 * ba - plain[0][i]).abs() < 1e-5, "{name}");
+        }
+        assert!(without.iter().zip(&plain[0]).any(|(a, b)| (a - b).abs() > 0.05), "{name} takes nothing out");
+    }
+}
+
+#[test]
+fn starts_that_make_no_sense_are_refused_by_name() {
+    let (base, _dir) = model(|_| {});
+    let cases = [
+        ("lora", json!({"init_lora_weights": "loftq"}), "loftq"),
+        ("dora", json!({"init_lora_weights": "pissa"}), "use_dora"),
+        ("kasa", json!({"kasa_config": {"beta": -1}}), "kasa_config.beta"),
+        ("kasa", json!({"init_lora_weights": "olora"}), "kasa_config"),
+        ("pissa", json!({"r": 9, "target_modules": ["v_proj"]}), "8 singular values"),
+        ("pissa", json!({"lora_alpha": -1, "target_modules": ["v_proj"]}), "scale"),
+        ("olora", json!({"target_modules": ["embed_tokens"]}), "embedding"),
+        ("kasa", json!({"r": 8, "target_modules": ["v_proj"]}), "lower r"),
+        ("loldu", json!({"r": 9, "target_modules": ["v_proj"]}), "8 pivots"),
+        ("corda", json!({"corda_config": {"corda_method": "xpm"}}), "corda_config.corda_method"),
+        ("corda", json!({"corda_config": {"cache_file": "x"}}), "corda_config.cache_file"),
+        ("lora-ga", json!({"lora_ga_config": {"direction": "up"}}), "lora_ga_config.direction"),
+        ("eva", json!({"eva_config": {"rho": 2.0}}), "rho"),
+    ];
+    for (method, options, part) in cases {
+        let why = fresh(&base, method, options).unwrap_err();
+        assert!(why.contains(part), "{method}: {why}");
     }
 }

@@ -8,7 +8,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::tensors::{Dtype, TensorRef};
 
-use super::Init;
+use super::{Init, Lazy};
 
 /// Where the value of one slot parameter comes from.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,6 +44,8 @@ pub enum SlotValue {
     Made(Arc<SlotTensor>),
     /// A new buffer, to be made from its recipe.
     New(Init),
+    /// What the base's weights give and the folder does not hold.
+    Prepared(Arc<Lazy>, &'static str),
 }
 
 /// The elements of a slot tensor.
@@ -71,7 +73,7 @@ impl SlotValue {
             SlotValue::Tensor(t) | SlotValue::Indices { tensor: t, .. } | SlotValue::Columns { tensor: t, .. } => {
                 Some(t)
             }
-            SlotValue::Filled { .. } | SlotValue::Made(_) | SlotValue::New(_) => None,
+            SlotValue::Filled { .. } | SlotValue::Made(_) | SlotValue::New(_) | SlotValue::Prepared(..) => None,
         }
     }
 
@@ -102,6 +104,7 @@ impl SlotValue {
                 Ok(SlotTensor { shape: shape.clone(), data: SlotData::F32(vec![*value; n]) })
             }
             SlotValue::Made(t) => Ok((**t).clone()),
+            SlotValue::Prepared(lazy, part) => lazy.get(base, part),
             SlotValue::New(Init::Constant { value }) => {
                 Ok(SlotTensor { shape: vec![], data: SlotData::F32(vec![*value]) })
             }

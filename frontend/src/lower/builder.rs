@@ -1,6 +1,6 @@
 //! Appends operators to one entry at a time, sharing parameters between entries.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use pleach_ir::{
@@ -8,11 +8,16 @@ use pleach_ir::{
 };
 
 use super::arrange::placed;
-use crate::adapter::{Buffer, Kind, Ordered, Scope, Site, Update, all_rows};
+use crate::adapter::{Buffer, Kind, Measure, Ordered, Scope, Site, Update, all_rows};
 use crate::checkpoint::Checkpoint;
 use crate::coupling::Member;
 use crate::error::{Error, Result};
 use crate::peft::Adapter;
+
+/// The entry whose gradients of base weights are measured.
+pub(super) const CALIBRATE: &str = "calibrate";
+/// The entry in which inputs of modules are measured.
+pub(super) const MEASURE: &str = "measure";
 
 /// What attaches to a module: slot, method and site, in slot order.
 pub(super) type Attached<'a> = Vec<(u32, &'a Kind, &'a Site)>;
@@ -24,10 +29,14 @@ pub(crate) struct Builder<'a> {
     /// Parameters of the base that the adapter of a slot replaces, by path.
     replaced: BTreeMap<&'a str, u32>,
     train: Option<u32>,
+    /// The modules that are looked at where the entry is for calibration; the model then is the base alone.
+    calibrated: Option<BTreeSet<&'a str>>,
     adapters: &'a [Adapter],
     graph: Graph,
     params: BTreeMap<String, ParamId>,
     entry: Entry,
+    /// The input `rows` of the current entry, where something was measured.
+    labelled: Option<ValueId>,
     /// Values of parameters in the current entry.
     reads: BTreeMap<ParamId, ValueId>,
     origin: Option<Arc<str>>,
@@ -63,10 +72,12 @@ impl<'a> Builder<'a> {
             attached,
             replaced,
             train,
+            calibrated: None,
             adapters,
             graph: Graph::default(),
             params: BTreeMap::new(),
             entry: Entry::default(),
+            labelled: None,
             reads: BTreeMap::new(),
             origin: None,
             placed,
@@ -74,9 +85,20 @@ impl<'a> Builder<'a> {
         })
     }
 
+    /// Whether entries are for calibration.
+    pub(super) fn calibrates(&self) -> bool {
+        self.calibrated.is_some()
+    }
+
+    /// From here on entries are for calibration: of the base alone, looking at these modules.
+    pub(super) fn calibrate(&mut self, modules: &'a [String]) {
+        self.calibrated = Some(modules.iter().map(String::as_str).collect());
+    }
+
     pub(crate) fn start(&mut self, entry: Entry) {
         self.entry = entry;
         self.reads.clear();
+        self.labelled = None;
         self.origin = None;
         self.arranges = false;
     }
@@ -142,12 +164,15 @@ impl<'a> Builder<'a> {
     pub(crate) fn weight(&mut self, path: &str) -> Result<ValueId> {
         let tensor = self.model.param(path).ok_or_else(|| Error::Graph(format!("there is no parameter `{path}`")))?;
         let ty = TensorType::new(DType::F32, tensor.shape.iter().copied());
-        if let Some(&slot) = self.replaced.get(path) {
+        if let Some(&slot) = self.replaced.get(path).filter(|_| self.calibrated.is_none()) {
             let source = Source::Adapter { slot, key: path.to_owned() };
             return self.param(format!("slot{slot}.{path}"), ty, self.trained(slot), source);
         }
         let name = tensor.name.clone();
-        self.param(name.clone(), ty, Role::Frozen, Source::Checkpoint(name))
+        let module = path.strip_suffix(".weight");
+        let looked_at = module.is_some_and(|m| self.calibrated.as_ref().is_some_and(|c| c.contains(m)));
+        let role = if looked_at && self.entry.name == CALIBRATE { Role::Train } else { Role::Frozen };
+        self.param(name.clone(), ty, role, Source::Checkpoint(name))
     }
 
     /// An input of the entry, i32.
@@ -255,11 +280,41 @@ impl<'a> Builder<'a> {
         self.add(&[scaled, bias])
     }
 
+    /// What computes at a module: nothing but the base in calibration.
+    fn attached_to(&self, module: &str) -> Attached<'a> {
+        match self.calibrated {
+            Some(_) => vec![],
+            None => self.attached.get(module).cloned().unwrap_or_default(),
+        }
+    }
+
+    /// In the entry `measure`, what methods want to know of the input x [T, in] of a module.
+    fn measure(&mut self, module: &str, x: ValueId) -> Result<()> {
+        let looked_at = self.calibrated.as_ref().is_some_and(|c| c.contains(module));
+        if !looked_at || self.entry.name != MEASURE {
+            return Ok(());
+        }
+        for (slot, method, site) in self.attached.get(module).cloned().unwrap_or_default() {
+            let labelled = match self.labelled {
+                Some(v) => v,
+                None => self.input("rows", pleach_ir::Sym::L)?,
+            };
+            self.labelled = Some(labelled);
+            let mut measure = Measure::new(Scope::new(self, slot, &**method, site), labelled);
+            method.measure(&mut measure, x)?;
+            for (param, value) in measure.finish() {
+                self.assign(param, value);
+            }
+        }
+        Ok(())
+    }
+
     /// The linear layer `module` on x [T, in]: x · Wᵀ as the slots change it, and bias if there is one.
     pub(super) fn linear(&mut self, module: &str, x: ValueId) -> Result<ValueId> {
         self.at(module);
+        self.measure(module, x)?;
         let weight = self.weight(&format!("{module}.weight"))?;
-        let attached = self.attached.get(module).cloned().unwrap_or_default();
+        let attached = self.attached_to(module);
         let mut given = x;
         for &(slot, method, site) in &attached {
             given = method.input(&mut Scope::new(self, slot, &**method, site), given)?;
@@ -295,7 +350,7 @@ impl<'a> Builder<'a> {
         weight: ValueId,
         layer: impl FnOnce(&mut Self, ValueId) -> Result<ValueId>,
     ) -> Result<Vec<ValueId>> {
-        let attached = self.attached.get(module).cloned().unwrap_or_default();
+        let attached = self.attached_to(module);
         let mut changed = self.arranged(module, weight)?;
         for &(slot, method, site) in &attached {
             changed = method.weight(&mut Scope::new(self, slot, &**method, site), changed)?;
@@ -360,6 +415,13 @@ impl<'a> Builder<'a> {
             self.finish();
         }
         Ok(())
+    }
+
+    /// The weight that a method puts in place of a site's, without its branch. The base's weight is the parameter "weight".
+    pub(crate) fn edited_site(&mut self, method: &Kind, site: &Site) -> Result<ValueId> {
+        let shape = if site.embedding { [site.input, site.output] } else { [site.output, site.input] };
+        let weight = self.param("weight".into(), TensorType::new(DType::F32, shape), Role::Frozen, Source::Zeros)?;
+        method.weight(&mut Scope::new(self, 0, &**method, site), weight)
     }
 
     /// The weight of a site, merged: the layer on the rows of the identity ("x"), turned round again. The base's weight is the

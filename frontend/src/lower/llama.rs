@@ -30,9 +30,9 @@ pub(super) fn lower(b: &mut Builder, c: &LlamaConfig, kind: EntryKind) -> Result
     let kv_start = b.input("kv_start", Sym::S)?;
     let kv_len = b.input("kv_len", Sym::S)?;
     let (slots, counted) = match kind {
-        EntryKind::Infer => (None, None),
+        EntryKind::Infer | EntryKind::Measure => (None, None),
         EntryKind::Generate => (Some(b.input("slots", Sym::T)?), Some(b.input("last", Sym::S)?)),
-        EntryKind::Train | EntryKind::Evaluate => (None, Some(b.input("rows", Sym::L)?)),
+        EntryKind::Train | EntryKind::Evaluate | EntryKind::Calibrate => (None, Some(b.input("rows", Sym::L)?)),
     };
     let (cos, sin) = rotary_rows(b, c, positions)?;
     let shared = Shared { cos, sin, q_segments, kv_start, kv_len, slots };
@@ -41,6 +41,12 @@ pub(super) fn lower(b: &mut Builder, c: &LlamaConfig, kind: EntryKind) -> Result
     for layer in 0..c.layers {
         x = block(b, c, layer, x, &shared)?;
     }
+    if kind == EntryKind::Measure {
+        // The inputs of the head are looked at as those of all other layers; its output is not.
+        let h = b.rms_norm("model.norm", x, c.norm_eps)?;
+        b.linear("lm_head", h)?;
+        return loss::count(b, Sym::T);
+    }
     if let Some(counted) = counted {
         b.at("model.norm");
         x = b.rows(x, counted)?;
@@ -48,9 +54,9 @@ pub(super) fn lower(b: &mut Builder, c: &LlamaConfig, kind: EntryKind) -> Result
     let x = b.rms_norm("model.norm", x, c.norm_eps)?;
     let logits = b.linear("lm_head", x)?;
     match kind {
-        EntryKind::Infer | EntryKind::Generate => b.output("logits", logits),
+        EntryKind::Infer | EntryKind::Generate | EntryKind::Measure => b.output("logits", logits),
         EntryKind::Train => loss::lower(b, logits, true)?,
-        EntryKind::Evaluate => loss::lower(b, logits, false)?,
+        EntryKind::Evaluate | EntryKind::Calibrate => loss::lower(b, logits, false)?,
     }
     Ok(())
 }

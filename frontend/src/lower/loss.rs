@@ -49,3 +49,13 @@ pub(super) fn lower(b: &mut Builder, logits: ValueId, training: bool) -> Result<
     b.output("loss", loss);
     Ok(())
 }
+
+/// Ends an entry that measures: the output `count` f32 [], how many tokens it saw.
+pub(super) fn count(b: &mut Builder, tokens: Sym) -> Result<()> {
+    b.at("count");
+    let one = b.push(Op::f32(1.0), &[])?;
+    let ones = b.push(Op::Broadcast { shape: vec![tokens.into()], axes: vec![] }, &[one])?;
+    let count = b.push(Op::Reduce { op: ReduceOp::Sum, axis: 0 }, &[ones])?;
+    b.output("count", count);
+    Ok(())
+}

@@ -31,14 +31,20 @@ pub(crate) enum EntryKind {
     Train,
     /// The same loss, to be looked at. Decoders only.
     Evaluate,
+    /// The loss of the base alone, to be differentiated by weights of modules that are looked at. Decoders only.
+    Calibrate,
+    /// Statistics of the inputs of modules, and the number of tokens. Decoders only.
+    Measure,
 }
 
 impl EntryKind {
-    const ALL: [(EntryKind, &'static str); 4] = [
+    const ALL: [(EntryKind, &'static str); 6] = [
         (EntryKind::Infer, "infer"),
         (EntryKind::Generate, "generate"),
         (EntryKind::Train, "train"),
         (EntryKind::Evaluate, "evaluate"),
+        (EntryKind::Calibrate, builder::CALIBRATE),
+        (EntryKind::Measure, builder::MEASURE),
     ];
 
     fn from_name(name: &str) -> Result<EntryKind> {
@@ -56,12 +62,13 @@ pub struct Import<'a> {
     adapters: &'a [Adapter],
     entries: Vec<String>,
     train: Option<u32>,
+    calibrated: &'a [String],
 }
 
 impl<'a> Import<'a> {
     /// The bare model without an entry.
     pub fn new(model: &'a Checkpoint) -> Import<'a> {
-        Import { model, adapters: &[], entries: vec![], train: None }
+        Import { model, adapters: &[], entries: vec![], train: None, calibrated: &[] }
     }
 
     /// Adapter `i` takes slot `i`; the contributions of all slots add up.
@@ -70,7 +77,7 @@ impl<'a> Import<'a> {
         self
     }
 
-    /// The entries by name: `infer`, `generate`, `train`, `evaluate`.
+    /// The entries by name: `infer`, `generate`, `train`, `evaluate`, `calibrate`, `measure`.
     pub fn entries<S: AsRef<str>>(mut self, entries: &[S]) -> Import<'a> {
         self.entries = entries.iter().map(|e| e.as_ref().to_owned()).collect();
         self
@@ -79,6 +86,12 @@ impl<'a> Import<'a> {
     /// The slot whose parameters are trained: what its method trains gets role `Train`.
     pub fn train(mut self, slot: u32) -> Import<'a> {
         self.train = Some(slot);
+        self
+    }
+
+    /// The modules that the entries `calibrate` and `measure` look at. They see the base alone; adapters say what is measured.
+    pub fn calibrated(mut self, modules: &'a [String]) -> Import<'a> {
+        self.calibrated = modules;
         self
     }
 
@@ -97,6 +110,13 @@ impl<'a> Import<'a> {
             if kind == EntryKind::Train && self.train.is_none_or(|slot| slot as usize >= self.adapters.len()) {
                 return Err(Error::Graph("the entry `train` needs an adapter that is trained".into()));
             }
+            let calibrates = matches!(kind, EntryKind::Calibrate | EntryKind::Measure);
+            if calibrates != builder.calibrates() {
+                if !calibrates {
+                    return Err(Error::Graph(format!("`{name}` is not combined with an entry for calibration")));
+                }
+                builder.calibrate(self.calibrated);
+            }
             builder.start(Entry::new(name));
             builder.arranges = matches!(kind, EntryKind::Train | EntryKind::Evaluate);
             match (&self.model.config, kind) {
@@ -106,7 +126,7 @@ impl<'a> Import<'a> {
                     let what = "is an encoder: it has hidden states, but generates no text";
                     return Err(Error::format(&self.model.dir, what));
                 }
-                (ModelConfig::Bert(_), EntryKind::Train | EntryKind::Evaluate) => {
+                (ModelConfig::Bert(_), _) => {
                     let what = "is an encoder: training and evaluation are supported for decoders only";
                     return Err(Error::format(&self.model.dir, what));
                 }

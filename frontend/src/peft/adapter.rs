@@ -11,7 +11,7 @@ use super::config::{MethodConfig, Targets};
 use super::replaced::replaced;
 use super::targets::{Target, match_modules, matched};
 use crate::adapter::{
-    ABSOLUTE, Buffer, DELTA, INDICES, Init, Ordered, Replaced, Site, SlotData, SlotTensor, SlotValue,
+    ABSOLUTE, Buffer, DELTA, INDICES, Init, Kind, Lazy, Ordered, Replaced, Site, SlotData, SlotTensor, SlotValue,
 };
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -21,6 +21,8 @@ use crate::tensors::{Dtype, TensorRef, TensorTable};
 
 /// What PEFT puts before the path of a module.
 pub(crate) const PREFIX: &str = "base_model.model.";
+/// The folder of first values inside an adapter's folder; also that of the runtime.
+pub(crate) const INITIAL: &str = "initial_adapter";
 /// What PEFT puts before the name of a tensor that all modules share.
 pub(crate) const SHARED: &str = "base_model.";
 
@@ -81,7 +83,8 @@ impl Adapter {
             bind(dir, &config, &tensors, modules)?
         };
         let copies = bound.copies.into_iter().map(|(module, tensor)| (format!("{module}.weight"), tensor)).collect();
-        let notes = config.notes.clone();
+        let mut notes = config.notes.clone();
+        notes.extend(bound.note);
         let (sites, orders, replaced) = (bound.sites, bound.orders, bound.replaced);
         let config = config.resolved(modules);
         Ok(Adapter {
@@ -257,6 +260,8 @@ struct Bound {
     replaced: Vec<Replaced>,
     /// Copies of base weights by module.
     copies: Vec<(String, TensorRef)>,
+    /// A remark on values that are made again.
+    note: Option<String>,
 }
 
 fn bind(dir: &Path, config: &MethodConfig, tensors: &TensorTable, modules: &ModuleTable) -> Result<Bound> {
@@ -312,12 +317,15 @@ fn bind(dir: &Path, config: &MethodConfig, tensors: &TensorTable, modules: &Modu
             }
         };
     }
+    let mut first = FirstValues::of(dir, &config.method)?;
     for s in &mut sites {
         s.values.clone_from(&common);
         let order = s.member.as_ref().and_then(|m| orders.iter().find(|o| o.coupling.consumer == m.consumer));
         s.values.extend(order.map(|o| (o.buffer.part, o.value.clone())));
+        let mut lazy = None;
         for b in config.method.buffers(s) {
             let value = match b.file {
+                None if matches!(b.init, Init::Prepared { .. }) => first.value(s, &b, &mut lazy)?,
                 None => made(&format!("{}.{}", s.module, b.part), &b),
                 Some(end) => file.value(s, &b, &name(&s.module, end), &name(&s.module, ABSOLUTE))?,
             };
@@ -328,7 +336,7 @@ fn bind(dir: &Path, config: &MethodConfig, tensors: &TensorTable, modules: &Modu
         let why = "config.json of the base makes it";
         r.value = SlotValue::Tensor(file.find(&format!("{PREFIX}{}", r.file), &r.shape, why)?);
     }
-    Ok(Bound { sites, orders, replaced, copies })
+    Ok(Bound { sites, orders, replaced, copies, note: first.note })
 }
 
 /// The value of a buffer that no file holds: from its recipe where that gives the same at any time.
@@ -340,6 +348,39 @@ fn made(key: &str, b: &Buffer) -> SlotValue {
             Init::Constant { value } => SlotValue::Filled { shape: b.shape.clone(), value },
             _ => SlotValue::New(b.init.clone()),
         },
+    }
+}
+
+/// Where prepared values come from that the adapter's own file does not hold.
+struct FirstValues<'a> {
+    dir: PathBuf,
+    method: &'a Kind,
+    tensors: Option<TensorTable>,
+    note: Option<String>,
+}
+
+impl FirstValues<'_> {
+    fn of<'a>(dir: &Path, method: &'a Kind) -> Result<FirstValues<'a>> {
+        let dir = dir.join(INITIAL);
+        let path = dir.join("adapter_model.safetensors");
+        let tensors = if path.is_file() { Some(TensorTable::open_file(&path)?) } else { None };
+        Ok(FirstValues { dir, method, tensors, note: None })
+    }
+
+    /// The kept value, or the one that the base's weights give again.
+    fn value(&mut self, s: &Site, b: &Buffer, lazy: &mut Option<Arc<Lazy>>) -> Result<SlotValue> {
+        if let (Init::Prepared { kept: Some(end) }, Some(tensors)) = (&b.init, &self.tensors) {
+            let name = format!("{PREFIX}{}.{end}", s.module);
+            let found = tensors.get(&name).filter(|t| t.shape == b.shape && t.dtype.is_weight());
+            let missing = || Error::tensor(&self.dir, &name, format!("of shape {:?} is missing", b.shape));
+            return Ok(SlotValue::Tensor(found.ok_or_else(missing)?.clone()));
+        }
+        if let Err(why) = self.method.repeatable() {
+            return Err(Error::format(&self.dir, why));
+        }
+        self.note = self.method.note().map(str::to_owned);
+        let lazy = lazy.get_or_insert_with(|| Lazy::new(self.method, s));
+        Ok(SlotValue::Prepared(lazy.clone(), b.part))
     }
 }
 

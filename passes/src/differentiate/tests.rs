@@ -449,3 +449,29 @@ fn a_step_at_once() {
         assert_eq!(bits(t), bits(&broken[p.index()]), "{}", one.params[p.index()].name);
     }
 }
+
+/// Gradients that are only looked at: the same as in training, without moments, an update or parameters that change.
+#[test]
+fn calibration_has_gradients_and_no_step() {
+    let mut c = Case::new();
+    let x = c.trained(&[3, 4], 0.0);
+    let z = c.trained(&[4, 2], 0.3);
+    let y = c.p(Op::MatMul { ta: false, tb: false }, &[x, z]);
+    let g = c.loss(y);
+    let trained = run(&g, &Options::default(), &mut Report::default()).unwrap();
+    let mut looked_at = g.clone();
+    looked_at.entries[0].name = CALIBRATE.into();
+    let out = run(&looked_at, &Options::default(), &mut Report::default()).unwrap();
+    verify(&out).unwrap();
+    let names: Vec<&str> = out.entries.iter().map(|e| e.name.as_str()).collect();
+    assert_eq!(names, [ACCUMULATE]);
+    let params: Vec<(&str, Role)> = out.params.iter().map(|p| (p.name.as_str(), p.role)).collect();
+    let state = |n| (n, Role::State);
+    assert_eq!(params, [("p0", Role::Frozen), ("p1", Role::Frozen), state("grad.p0"), state("grad.p1")]);
+    let gradients = |g: &Graph| -> BTreeMap<String, Tensor> {
+        let assigned = c.loss_at(g, ACCUMULATE, &c.values).assigns;
+        assigned.into_iter().map(|(p, t)| (g.params[p.index()].name.clone(), t)).collect()
+    };
+    assert_eq!(gradients(&out), gradients(&trained));
+    assert!(gradients(&out)["grad.p0"].floats().iter().any(|x| *x != 0.0));
+}

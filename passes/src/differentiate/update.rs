@@ -36,9 +36,17 @@ pub(super) struct State {
     v: ParamId,
 }
 
-/// Adds the state of a trained parameter to the graph, or finds it again. The moments have the type `moments`. `sums`: gradients
-/// are added up.
-pub(super) fn declare(g: &mut Graph, param: ParamId, moments: Option<&TensorType>, sums: bool) -> State {
+/// Which state a trained parameter has.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Has {
+    /// Gradients are added up.
+    pub(super) sums: bool,
+    /// Something steps.
+    pub(super) moments: bool,
+}
+
+/// Adds the state of a trained parameter to the graph, or finds it again. The moments have the type `moments`.
+pub(super) fn declare(g: &mut Graph, param: ParamId, moments: Option<&TensorType>, has: Has) -> State {
     let of = g.params[param.index()].clone();
     let mut state = |prefix: &str, ty: &TensorType| {
         let name = format!("{prefix}.{}", of.name);
@@ -46,8 +54,12 @@ pub(super) fn declare(g: &mut Graph, param: ParamId, moments: Option<&TensorType
             .unwrap_or_else(|| g.add_param(Param { name, ty: ty.clone(), role: Role::State, source: Source::Zeros }))
     };
     let moments = moments.unwrap_or(&of.ty);
-    let grad = sums.then(|| state("grad", &of.ty));
-    State { param, grad, m: state("adam.m", moments), v: state("adam.v", moments) }
+    let grad = has.sums.then(|| state("grad", &of.ty));
+    match (has.moments, grad) {
+        (true, grad) => State { param, grad, m: state("adam.m", moments), v: state("adam.v", moments) },
+        // Never read: nothing steps.
+        (false, grad) => State { param, grad, m: param, v: param },
+    }
 }
 
 /// The entry. Inputs f32 []: [`INPUTS`]. Output `grad_norm` f32 [], before clipping.

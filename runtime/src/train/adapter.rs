@@ -3,6 +3,7 @@
 //! The description is data under `adapter` in the plan's facts; the frontend writes it. Indices are i32 in the slot and
 //! I64 in the file.
 
+use super::checkpoint::sync_folder;
 use super::machine::Machine;
 use crate::error::{Result, RuntimeError};
 use pleach_plan::{DType, Plan};
@@ -20,6 +21,8 @@ use std::path::Path;
 pub(super) const TENSORS: &str = "adapter_model.safetensors";
 /// File of an adapter's configuration.
 pub(super) const CONFIG: &str = "adapter_config.json";
+/// Folder of first values inside an adapter's folder: what changed the base, as an adapter of its own.
+pub(super) const INITIAL: &str = "initial_adapter";
 
 /// What the plan says of the adapter that it trains.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
@@ -33,6 +36,12 @@ pub struct AdapterPlan {
     /// What the method changes from step to step, for whoever knows methods.
     #[serde(default)]
     pub events: Option<Value>,
+    /// `adapter_config.json` of the folder of first values, where some are kept.
+    #[serde(default)]
+    pub initial: Option<Map<String, Value>>,
+    /// What first values are prepared by, for whoever knows methods.
+    #[serde(default)]
+    pub preparation: Option<Map<String, Value>>,
 }
 
 /// One tensor of the slot.
@@ -71,6 +80,7 @@ pub enum Init {
     Units { units: u64, first: u64, by: Option<Scores> },
     LargestColumns { tensor: String },
     LargestGradientColumns { tensor: String, batches: u64 },
+    Prepared { kept: Option<String> },
 }
 
 /// How units of coupled layers are compared.
@@ -129,12 +139,31 @@ impl AdapterPlan {
         format!("slot{}.{}", self.slot, t.key)
     }
 
-    /// Writes the folder's two files into a folder that exists, and syncs them.
+    /// Writes the folder's two files into a folder that exists, and the first values that are kept beside them; syncs them.
     ///
     /// # Errors
     /// What the system refuses, and a tensor that the machine does not have.
     pub fn write(&self, machine: &dyn Machine, base: Option<&str>, dir: &Path) -> Result<()> {
-        let mut config = self.config.clone();
+        self.write_files(machine, base, dir, &self.config, |t| t.file.as_deref())?;
+        let Some(config) = &self.initial else { return Ok(()) };
+        let dir = dir.join(INITIAL);
+        fs::create_dir_all(&dir).map_err(RuntimeError::io(dir.display().to_string()))?;
+        self.write_files(machine, base, &dir, config, |t| match &t.init {
+            Init::Prepared { kept } => kept.as_deref(),
+            _ => None,
+        })?;
+        sync_folder(&dir)
+    }
+
+    fn write_files(
+        &self,
+        machine: &dyn Machine,
+        base: Option<&str>,
+        dir: &Path,
+        config: &Map<String, Value>,
+        name: impl Fn(&TensorPlan) -> Option<&str>,
+    ) -> Result<()> {
+        let mut config = config.clone();
         config.insert("base_model_name_or_path".into(), base.map_or(Value::Null, Value::from));
         // PEFT writes its keys in order of their names.
         let mut keys: Vec<(String, Value)> = config.into_iter().collect();
@@ -144,7 +173,7 @@ impl AdapterPlan {
         write_synced(&dir.join(CONFIG), &text)?;
         let mut tensors = vec![];
         for t in &self.tensors {
-            let Some(file) = &t.file else { continue };
+            let Some(file) = name(t) else { continue };
             let v = machine.read(&self.param(t))?;
             let (dtype, bytes) = match (v.dtype, t.dtype.as_str()) {
                 (DType::F32, "F32") => (Dtype::F32, v.bytes),
@@ -158,7 +187,7 @@ impl AdapterPlan {
                     return Err(RuntimeError::Values(why));
                 }
             };
-            tensors.push((file.clone(), dtype, t.shape.clone(), bytes));
+            tensors.push((file.to_owned(), dtype, t.shape.clone(), bytes));
         }
         write_tensors(&dir.join(TENSORS), &tensors)
     }

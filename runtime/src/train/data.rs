@@ -102,6 +102,16 @@ impl Rows {
 
     /// Packs rows into the inputs of a run.
     pub fn pack(&self, rows: impl IntoIterator<Item = usize>) -> MicroBatch {
+        self.pack_with(rows, 1)
+    }
+
+    /// The same, where `rows` and `labels` are those of the tokens that have a label of their own.
+    pub fn pack_labelled(&self, rows: impl IntoIterator<Item = usize>) -> MicroBatch {
+        self.pack_with(rows, 0)
+    }
+
+    /// A label counts for the token `before` places ahead of it.
+    fn pack_with(&self, rows: impl IntoIterator<Item = usize>, before: usize) -> MicroBatch {
         let mut b = MicroBatch { q_segments: vec![0], ..MicroBatch::default() };
         for row in rows {
             let (ids, labels) = self.row(row);
@@ -111,8 +121,8 @@ impl Rows {
             b.q_segments.push(at + ids.len() as i32);
             b.kv_start.push(at);
             b.kv_len.push(ids.len() as i32);
-            for (i, l) in labels.iter().enumerate().skip(1).filter(|(_, l)| **l != IGNORED) {
-                b.rows.push(at + i as i32 - 1);
+            for (i, l) in labels.iter().enumerate().skip(before).filter(|(_, l)| **l != IGNORED) {
+                b.rows.push(at + (i - before) as i32);
                 b.labels.push(*l);
             }
         }
@@ -212,6 +222,9 @@ mod tests {
         );
         // Place 1 predicts the label at place 2; places 3 and 4 predict 6 and 7.
         assert_eq!((&b.rows[..], &b.labels[..]), (&[1, 3, 4][..], &[3, 6, 7][..]));
+        let own = r.pack_labelled([2, 0, 1]);
+        assert_eq!((&own.rows[..], &own.labels[..]), (&[0, 2, 3, 4, 5, 6][..], &[1, 3, 5, 6, 7, 9][..]));
+        assert_eq!((own.input_ids, own.q_segments), (b.input_ids, b.q_segments));
     }
 
     proptest! {

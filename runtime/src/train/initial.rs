@@ -19,8 +19,21 @@ enum Made {
     I32(Vec<i32>),
 }
 
-/// Sums of squares of a weight's gradient, by column, that calibration measured: by key of the tensor that asks.
-pub type Measured = BTreeMap<String, Vec<f64>>;
+/// What was made beforehand for the tensors that ask for it, by their keys.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Measured {
+    /// Sums of squares of a weight's gradient, by column, that calibration measured.
+    pub squares: BTreeMap<String, Vec<f64>>,
+    /// Values of tensors that are prepared.
+    pub values: BTreeMap<String, Vec<f32>>,
+}
+
+impl Measured {
+    /// Nothing.
+    pub fn new() -> Measured {
+        Measured::default()
+    }
+}
 
 /// The values of all tensors of a slot, by key.
 ///
@@ -95,9 +108,10 @@ fn make(
             Made::I32(largest(&squares, n)?)
         }
         Init::LargestGradientColumns { .. } => {
-            let squares = measured.get(&t.key).ok_or("the gradient of its weight was not measured")?;
+            let squares = measured.squares.get(&t.key).ok_or("the gradient of its weight was not measured")?;
             Made::I32(largest(squares, n)?)
         }
+        Init::Prepared { .. } => Made::F32(measured.values.get(&t.key).ok_or("it was not prepared")?.clone()),
     };
     let len = match &value {
         Made::F32(v) => v.len(),
@@ -254,8 +268,18 @@ mod tests {
     }
 
     fn values(plan: &[TensorPlan], base: &InMemory, seed: u64) -> InMemory {
-        let plan = AdapterPlan { slot: 0, config: serde_json::Map::new(), tensors: plan.to_vec(), events: None };
-        let measured = Measured::from([("g".into(), vec![1.0, 9.0, 9.0, 4.0])]);
+        let plan = AdapterPlan {
+            slot: 0,
+            config: serde_json::Map::new(),
+            tensors: plan.to_vec(),
+            events: None,
+            initial: None,
+            preparation: None,
+        };
+        let measured = Measured {
+            squares: BTreeMap::from([("g".into(), vec![1.0, 9.0, 9.0, 4.0])]),
+            values: BTreeMap::from([("p".into(), vec![2.0, 1.0])]),
+        };
         initial_values(&plan, base, seed, &measured).unwrap()
     }
 
@@ -286,6 +310,7 @@ mod tests {
             tensor("w2", &[2, 3], j(r#"{"base":{"tensor":"w"}}"#)),
             tensor("l", &[2], j(r#"{"largest_columns":{"tensor":"w"}}"#)),
             tensor("g", &[2], j(r#"{"largest_gradient_columns":{"tensor":"w","batches":1}}"#)),
+            tensor("p", &[2], j(r#"{"prepared":{"kept":null}}"#)),
             tensor("r", &[5], j(r#"{"random_indices":{"from":9}}"#)),
             tensor("ur", &[9], j(r#"{"units":{"units":9,"first":4,"by":null}}"#)),
             tensor(
@@ -316,6 +341,7 @@ mod tests {
         let all = i32s(&v, "ur");
         assert!(all[..4].is_sorted() && all[4..].is_sorted() && !all.is_sorted(), "{all:?}");
         assert_eq!(all.iter().collect::<std::collections::BTreeSet<_>>().len(), 9);
+        assert_eq!(f32s(&v, "p"), [2.0, 1.0]);
         let r = i32s(&v, "r");
         assert!(r.windows(2).all(|w| w[0] < w[1]) && r.iter().all(|x| (0..9).contains(x)));
         let (u, n) = (f32s(&v, "u"), f32s(&v, "n"));

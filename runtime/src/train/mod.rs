@@ -4,6 +4,7 @@
 //! has the entries `accumulate` and `update`. No text is known here.
 
 mod adapter;
+mod calibrate;
 pub mod checkpoint;
 mod data;
 mod events;
@@ -15,6 +16,7 @@ mod schedule;
 mod step;
 
 pub use adapter::{AdapterPlan, Init, Norms, Scores, TensorPlan, UnitWeight};
+pub use calibrate::{Look, calibrate};
 pub use data::{IGNORED, MicroBatch, Order, RowReport, Rows};
 pub use events::{Events, Moment};
 pub use initial::{Measured, initial_values};

@@ -3,7 +3,7 @@
 //! Everything that decides a number is in the settings, the rows, the plan and the checkpoint; clocks, threads and the
 //! moment of a kill are not. At a step the order is: line of metrics, evaluation, checkpoint.
 
-use super::adapter::{AdapterPlan, CONFIG, TENSORS};
+use super::adapter::{AdapterPlan, CONFIG, INITIAL, TENSORS};
 use super::checkpoint::{self, State, sync_folder};
 use super::data::{Order, Rows};
 use super::events::Events;
@@ -222,6 +222,11 @@ fn write_final(machine: &dyn Machine, job: &Job<'_>) -> Result<()> {
     let temporary = job.dir.join(".checkpoint-final.partial");
     fs::create_dir_all(&temporary).map_err(RuntimeError::io(temporary.display().to_string()))?;
     job.adapter.write(machine, job.base.as_deref(), &temporary)?;
+    if job.adapter.initial.is_some() {
+        let to = job.dir.join(INITIAL);
+        remove_folder(&to)?;
+        fs::rename(temporary.join(INITIAL), &to).map_err(RuntimeError::io(to.display().to_string()))?;
+    }
     for file in [TENSORS, CONFIG] {
         let to = job.dir.join(file);
         fs::rename(temporary.join(file), &to).map_err(RuntimeError::io(to.display().to_string()))?;
@@ -244,6 +249,7 @@ pub fn remove_results(dir: &Path) -> Result<()> {
     for (_, path) in checkpoint::list(dir)? {
         checkpoint::discard(dir, &path)?;
     }
+    remove_folder(&dir.join(INITIAL))?;
     for name in [CONFIG, TENSORS, METRICS, EVALS] {
         match fs::remove_file(dir.join(name)) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
@@ -253,4 +259,12 @@ pub fn remove_results(dir: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Removes a folder that may not be there.
+fn remove_folder(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(RuntimeError::io(dir.display().to_string())(e)),
+        _ => Ok(()),
+    }
 }

@@ -8,7 +8,7 @@ use crate::pipeline::total;
 use crate::report::{self, Table, Ui};
 use crate::training::{Training, minimum, within_budget};
 use pleach_plan::Plan;
-use pleach_runtime::train::{Measured, Order, Rows, Settings, step};
+use pleach_runtime::train::{Order, Rows, Settings, step};
 use pleach_runtime::{Philox, Session, Weights, peak_rss, random_weights};
 use serde_json::{Map, Value, json};
 use std::time::Instant;
@@ -103,7 +103,7 @@ pub(super) fn train(ui: &Ui, args: &BenchTrainArgs) -> Result<()> {
 }
 
 fn open(ui: &Ui, training: &Training, weights: Weights) -> Result<Session> {
-    training.session(ui, weights, 0, &Measured::new())
+    training.session(ui, weights, 0, &crate::commands::measure::stand_in(&training.adapter))
 }
 
 /// Rows of random ids, enough for one step.

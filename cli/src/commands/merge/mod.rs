@@ -46,6 +46,7 @@ pub(crate) fn merge(ui: &Ui, args: &MergeArgs) -> Result<()> {
     }
     for a in &model.adapters {
         a.check_copies(&model.checkpoint)?;
+        a.recompute(&model.checkpoint, ui.workers());
     }
     let table = TensorTable::open_folder(model.dir())?;
     let largest = table.iter().map(TensorRef::elements).max().unwrap_or(0) * 4;
