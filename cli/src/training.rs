@@ -45,7 +45,7 @@ impl Training {
             }
             let ready = ready::from_plan(model, &ENTRIES)?;
             let has = |names: &[&str]| names.iter().all(|n| ready.plan.entry(n).is_ok());
-            if !has(&["accumulate", "update"]) && !(has(&["step"]) && shape.one_run_a_step()) {
+            if !(has(&["accumulate", "update"]) || has(&["step"]) && shape.one_run_a_step()) {
                 return Err(Failure::usage(if has(&["step"]) {
                     "the plan makes a step of one micro-batch without clipping; train from the model folder for --accum or --max-grad-norm"
                 } else {

@@ -175,7 +175,6 @@ impl Compiled {
             sample,
             max_steps: MOST_STEPS,
             checks: Checks { races: sample.is_none(), uninitialised: sample.is_none() },
-            ..Default::default()
         };
         kernel.launch(mem, launch).map_err(|e| text(&e))
     }

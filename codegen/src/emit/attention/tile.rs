@@ -280,12 +280,12 @@ impl Lanes<'_> {
                 // All are read before one is written: the first pair lies where its scores do.
                 let mut pairs = vec![];
                 let mut out = vec![];
-                for v in 0..self.nv {
+                for (v, before) in sum.iter().enumerate() {
                     let x = weight(f, &first, v);
                     let y = if both { weight(f, &second, v) } else { f.f32(0.0, c.w) };
                     let mut m = self.math(f);
                     let two = m.bin("addf", &x, &y);
-                    out.push(m.bin("addf", &sum[v], &two));
+                    out.push(m.bin("addf", before, &two));
                     let (x, y) = (round_to(f, c.dtype, &x, c.w), round_to(f, c.dtype, &y, c.w));
                     pairs.push(pair(f, c, &x, &y));
                 }

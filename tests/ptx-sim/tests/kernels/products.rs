@@ -244,7 +244,7 @@ fn matrices_are_stored_as_they_are_loaded() {
              ldmatrix.sync.aligned.m8n8.{load}.shared.b16 {{%r8, %r9, %r10, %r11}}, [%d6]; add.s64 %d4, %d2, %d3;\n\
              st.global.v4.b32 [%d4], {{%r8, %r9, %r10, %r11}};"
         );
-        let input: Vec<u32> = (0..128).map(|i| i * 3 | (i * 5 + 1) << 16).collect();
+        let input: Vec<u32> = (0..128).map(|i| (i * 3) | ((i * 5 + 1) << 16)).collect();
         let got = words(&body, &input, 32, 128).unwrap();
         let half = |v: &[u32], row: usize, column: usize, m: usize| {
             v[4 * (4 * row + column / 2) + m] >> (16 * (column % 2)) & 0xffff
