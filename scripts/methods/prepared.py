@@ -139,8 +139,8 @@ CASES = {
         keeps_initial=True,
         own_keys=dict(calibration_batches=BATCHES),
     ),
-    "lora-ga-svd": dict(
-        config=of(init_lora_weights="lora_ga", r=8, lora_ga_config=GA | dict(direction="ArBr", scale="weight_svd")),
+    "lora-ga-unit": dict(
+        config=of(init_lora_weights="lora_ga", r=8, lora_ga_config=GA | dict(direction="ArBr", scale="unit")),
         build=lora_ga,
         spans=SPANS,
         spans_alone=True,
