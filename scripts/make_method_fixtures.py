@@ -46,27 +46,13 @@ for found in pkgutil.iter_modules(methods.__path__):
     LAYERS |= getattr(module, "LAYERS", {})
 
 
-def wrap(model, config):
-    """The model with reference layers at its targets."""
-    for p in model.parameters():
-        p.requires_grad_(False)
-    targets = config["target_modules"]
-    for name, module in list(model.named_modules()):
-        hit = isinstance(module, torch.nn.Linear) and name != "lm_head"
-        hit = hit and (targets == "all-linear" or name.split(".")[-1] in targets)
-        if hit:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, LAYERS[config["peft_type"]](module, name, config))
-    return model
-
-
 def build(case, config, rows):
     torch.manual_seed(3)
     model = base(ROOT / "train/models/llama", torch.float32)
     if "build" in case:
         return case["build"](model, config, rows)
     if config["peft_type"] in LAYERS:
-        return wrap(model, config)
+        return methods.wrap(model, config, LAYERS[config["peft_type"]])
     keys = {k: v for k, v in config.items() if k != "peft_type"}
     return get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]](task_type="CAUSAL_LM", **keys))
 
@@ -78,11 +64,14 @@ def trained(model):
 def state(model, values=None):
     """Name in the file -> tensor; of `values` (by parameter) where they are given."""
     if isinstance(model, PeftModel):
-        # What is shared must be there for PEFT to find the rest.
+        # What is shared must be there for PEFT to find the rest, and nothing may be left out.
+        of = model.peft_config["default"]
+        kept, of.rank_pattern = getattr(of, "rank_pattern", None), None
         found = get_peft_model_state_dict(model, state_dict=dict(model.state_dict()) | (values or {}))
         if values is not None:
             own = {id(t) for t in values.values()}
             found = {k: t for k, t in found.items() if id(t) in own}
+        of.rank_pattern = kept
     else:
         found, of = {}, {id(p): n for n, p in model.named_parameters()}
         for name, layer in methods.layers(model).items():
@@ -145,9 +134,9 @@ def logits(model, rows):
         return torch.cat([model(input_ids=torch.tensor([r["input_ids"]])).logits[0] for r in rows[:2]])
 
 
-def run(model, rows, case, settings):
+def run(model, rows, case, settings, config):
     """Logits, gradients of the first step, the log of all steps, the adapter after them, merged weights before."""
-    hooks = case.get("hooks", methods.Hooks())
+    hooks = case.get("hooks", lambda config, settings: methods.Hooks())(config, settings)
     model = copy.deepcopy(model)
     out = {"logits": logits(model, rows), "merged": merged(model, case)}
     if case.get("only_run"):
@@ -184,9 +173,10 @@ def make(name, rows, out):
     g = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for p in trained(model).values():
-            p.add_(case.get("noise", 0.1) * torch.randn(p.shape, generator=g))
+            p.add_((0.0 if case.get("fresh") else case.get("noise", 0.1)) * torch.randn(p.shape, generator=g))
     start = state(model)
-    save_file(start, here / "start/adapter_model.safetensors", {"format": "pt"})
+    if not case.get("fresh"):
+        save_file(start, here / "start/adapter_model.safetensors", {"format": "pt"})
     fields = dict(task_type="CAUSAL_LM", inference_mode=False) | case.get("saved", config)
     if isinstance(model, PeftModel):
         model.save_pretrained(here / "start")
@@ -196,15 +186,16 @@ def make(name, rows, out):
     fields |= case.get("own_keys", {})
     (here / "start/adapter_config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
-    want, again = (run(model.to(dtype), rows, case, settings) for dtype in (torch.float64, torch.float32))
+    want, again = (run(model.to(dtype), rows, case, settings, config) for dtype in (torch.float64, torch.float32))
     plain = logits(base(ROOT / "train/models/llama", torch.float64), rows)
     effect = largest(plain, want["logits"]) / TOLERANCE
-    ok = effect >= 100
+    ok = effect >= 100 or case.get("fresh", False)
     errors = {"logits": largest(again["logits"].double(), want["logits"])}
     notes = [f"adapter {effect:.0f}x"]
     dumps["logits"] = want["logits"]
     dumps |= {f"merged.{k}": v for k, v in want["merged"].items()}
     written = dict(model="llama", initial=case.get("initial", "same"), merges=case.get("merges", True), **settings)
+    written |= {"leaves_out": True} if case.get("leaves_out") else {}
     if not case.get("only_run"):
         log, after = want["log"], want["after"]
         changed = norm(after, start)
@@ -215,7 +206,7 @@ def make(name, rows, out):
             torch.manual_seed(3)
             other = build(case, config | other_config, rows)
             load(other, start)
-            other = run(other.double(), rows, case, settings | other_run)
+            other = run(other.double(), rows, case, settings | other_run, config | other_config)
             times = difference(other["log"], log) / LOSS_TOLERANCE
             notes.append(f"{what} {times:.0f}x")
             ok &= times >= 100

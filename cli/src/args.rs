@@ -482,11 +482,14 @@ pub(crate) enum AdapterCommand {
     /// Write an equivalent adapter in another method's form, without loss
     #[command(after_help = "Example:\n  pleach adapter convert runs/paca --to lora --out runs/paca-as-lora")]
     Convert {
-        /// PEFT folder of a PaCA adapter
+        /// PEFT folder of an adapter whose change of a weight is of low rank, or of a PaCA adapter
         adapter: PathBuf,
         /// The form
         #[arg(long, value_name = "METHOD", value_parser = ["lora"])]
         to: String,
+        /// Only the first ranks of a LoRA adapter, with the same alpha: what training with ranks drawn per step is for
+        #[arg(long, value_name = "RANK")]
+        r: Option<u64>,
         /// Folder to write
         #[arg(long, value_name = "DIR")]
         out: PathBuf,

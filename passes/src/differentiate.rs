@@ -82,9 +82,16 @@ pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, Pass
     let mut out = g.clone();
     let optimizer = g.entry(OPTIMIZER);
     let moments = |p: ParamId| program::output_type(optimizer?, &format!("grad.{}", g.params[p.index()].name));
+    let measured = |p: ParamId| {
+        let name = format!("measured.{}", g.params[p.index()].name);
+        optimizer.is_some_and(|e| program::output_type(e, &name).is_some())
+    };
+    if trained.iter().all(|p| measured(*p)) {
+        return Err(refused("every gradient is only measured; nothing would be trained"));
+    }
     let at_once = opts.step_at_once && steps;
-    let has = update::Has { sums: !at_once, moments: steps };
-    let mut declare = |p: &ParamId| update::declare(&mut out, *p, moments(*p), has);
+    let has = |p: ParamId| update::Has { sums: !at_once, moments: steps && !measured(p) };
+    let mut declare = |p: &ParamId| update::declare(&mut out, *p, moments(*p), has(*p));
     let states: Vec<update::State> = trained.iter().map(&mut declare).collect();
     let name = if at_once { STEP } else { ACCUMULATE };
     let fault = |e| PassError::build(NAME, name)(e);

@@ -15,7 +15,9 @@ A file holds
               own_keys   keys of the configuration that PEFT does not know
               merges     False where no single weight can take the adapter's place
               build      build(model, config, rows) -> adapted model, where PEFT needs more than its configuration
-              hooks      an object of a class derived from Hooks, for what happens between steps
+              hooks      hooks(config, settings of the run) -> an object of a class derived from Hooks, for what happens between steps
+              fresh      True: the start is a new adapter, whose first values are no draws
+              leaves_out True: some ranks are left out when the adapter is saved after the steps
               only_run   True: forward, saving and merging are checked, training is not
     LAYERS  peft_type -> class derived from Reference; left out where PEFT has the method
 
@@ -43,6 +45,10 @@ class Reference(torch.nn.Module):
     def forward(self, x):
         weight = self.weight()
         return F.linear(x, weight, self.base.bias)
+
+    @classmethod
+    def tie(cls, layers):
+        """Lets layers share tensors."""
 
     def weight(self):
         """The weight that can take the place of base and adapter; None where there is none."""
@@ -80,6 +86,21 @@ class Hooks:
 
     def after_step(self, model, step, lr):
         """After the optimizer."""
+
+
+def wrap(model, config, layer):
+    """The model with reference layers of a class at its targets."""
+    for p in model.parameters():
+        p.requires_grad_(False)
+    targets = config["target_modules"]
+    for name, module in list(model.named_modules()):
+        hit = isinstance(module, torch.nn.Linear) and name != "lm_head"
+        hit = hit and (targets == "all-linear" or name.split(".")[-1] in targets)
+        if hit:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer(module, name, config))
+    layer.tie(list(layers(model).values()))
+    return model
 
 
 def layers(model):

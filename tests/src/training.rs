@@ -3,18 +3,21 @@
 //! The steps are those of the runtime ([`pleach_runtime::train::step`]); the machine behind them is a session, or the reference interpreter
 //! on any graph ([`Interpreted`]).
 
-use pleach_frontend::adapter::{self, Buffers, EventsPlan, SlotData, SlotValue, slot_values};
+use pleach_frontend::adapter::{self, AdapterPlan, Buffers, EventsPlan, SlotData, SlotTensor, SlotValue, slot_values};
+use pleach_frontend::peft::MethodConfig;
 use pleach_frontend::{Adapter, Checkpoint, Import, TensorTable};
 use pleach_ir::interp::{Data, RunResult, Symbols, Tensor, run_entry_with, run_schedule_with};
 use pleach_ir::{Graph, Param, Role, Schedule, Source, Sym};
 use pleach_plan::DType;
 use pleach_runtime::train::{
-    Events, IGNORED, Machine, Moment, Order, Rows, Schedule as Rate, Settings, Warmup, step_with,
+    Events, IGNORED, Machine, Measured, Moment, Order, Rows, Schedule as Rate, Settings, Warmup, initial_values,
+    step_with,
 };
-use pleach_runtime::{ParamValues, RuntimeError, Values};
+use pleach_runtime::{ParamValues, RuntimeError, TensorSource, Values, open_weights};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Largest relative difference of a loss, a rate or a norm.
 pub const LOSS: f64 = 1e-5;
@@ -75,6 +78,44 @@ impl TrainCase {
         !o.moves.is_empty()
     }
 
+    /// Whether the fixture starts from a new adapter: its start is a configuration alone.
+    pub fn starts_new(&self) -> bool {
+        !self.dir.join("start/adapter_model.safetensors").is_file()
+    }
+
+    /// A new adapter of the fixture's configuration with its first values, some of which may be `made` before.
+    ///
+    /// # Errors
+    /// Whatever a reader refuses.
+    pub fn fresh(&self, checkpoint: &Checkpoint, made: &Measured) -> Result<Adapter, String> {
+        let text = |e: &dyn std::fmt::Display| e.to_string();
+        let config = MethodConfig::read(&self.dir.join("start")).map_err(|e| text(&e))?;
+        let mut adapter = Adapter::fresh(&config, &checkpoint.modules).map_err(|e| text(&e))?;
+        let plan = AdapterPlan::new(&adapter, 0, checkpoint).map_err(|e| text(&e))?;
+        let plan: pleach_runtime::train::AdapterPlan = serde_json::from_value(plan.to_json()).map_err(|e| text(&e))?;
+        let weights = open_weights(&checkpoint.dir).map_err(|e| text(&e))?;
+        let values = initial_values(&plan, &*weights, 7, made).map_err(|e| text(&e))?;
+        let first = |key: &str| {
+            let t = values.tensor(key).ok_or_else(|| format!("no first value of {key}"))?;
+            let words = t.bytes.as_chunks().0.iter();
+            let data = match t.dtype {
+                DType::I32 => SlotData::I32(words.map(|b| i32::from_le_bytes(*b)).collect()),
+                _ => SlotData::F32(words.map(|b| f32::from_le_bytes(*b)).collect()),
+            };
+            Ok::<_, String>(SlotValue::Made(Arc::new(SlotTensor { shape: t.shape.to_vec(), data })))
+        };
+        let named = adapter.clone();
+        for o in &mut adapter.orders {
+            o.value = first(&o.key())?;
+        }
+        for (site, same) in adapter.sites.iter_mut().zip(&named.sites) {
+            for (part, value) in &mut site.values {
+                *value = first(&named.key(same, part))?;
+            }
+        }
+        Ok(adapter)
+    }
+
     /// Opens the files.
     ///
     /// # Errors
@@ -86,7 +127,10 @@ impl TrainCase {
         let root = crate::root().join("tests/fixtures/train");
         let model = expected["model"].as_str().unwrap_or_default();
         let checkpoint = Checkpoint::open(&root.join("models").join(model)).map_err(|e| text(&e))?;
-        let adapter = Adapter::open(&self.dir.join("start"), None, &checkpoint.modules).map_err(|e| text(&e))?;
+        let adapter = match self.starts_new() {
+            true => self.fresh(&checkpoint, &Measured::new()).map_err(|e| text(&e))?,
+            false => Adapter::open(&self.dir.join("start"), None, &checkpoint.modules).map_err(|e| text(&e))?,
+        };
         adapter.config.check_training().map_err(|e| text(&e))?;
         let number = |key: &str| expected[key].as_f64().unwrap_or(f64::NAN);
         let settings = Settings {
@@ -114,15 +158,19 @@ impl TrainCase {
             return Ok(Opened { checkpoint, adapters: [adapter], rows, settings, expected, moves });
         }
         let after = TensorTable::open_file(&after).map_err(|e| text(&e))?;
+        let plan = AdapterPlan::new(&adapter, 0, &checkpoint).map_err(|e| text(&e))?;
+        let file: BTreeMap<String, String> = plan.tensors.into_iter().filter_map(|t| Some((t.key, t.file?))).collect();
         for (key, value) in slot_values(&adapter) {
-            // What lies in another folder than the adapter's own is not trained.
-            let SlotValue::Tensor(before) = value else { continue };
-            if before.file.parent() != Some(&*self.dir.join("start")) {
-                continue;
-            }
-            let Some(tensor) = after.get(&before.name) else { continue };
-            let read = |t: &pleach_frontend::TensorRef| t.read_f32().map_err(|e| text(&e));
-            moves.insert(format!("slot0.{key}"), (read(&before)?, read(tensor)?));
+            let name = match &value {
+                // What lies in another folder than the adapter's own is not trained.
+                SlotValue::Tensor(before) if before.file.parent() != Some(&*self.dir.join("start")) => None,
+                SlotValue::Tensor(before) => Some(&before.name),
+                SlotValue::Made(_) => file.get(&key),
+                _ => None,
+            };
+            let Some(tensor) = name.and_then(|n| after.get(n)) else { continue };
+            let SlotData::F32(before) = value.read(&checkpoint).map_err(|e| text(&e))?.data else { continue };
+            moves.insert(format!("slot0.{key}"), (before, tensor.read_f32().map_err(|e| text(&e))?));
         }
         if moves.len() != after.len() {
             return Err(text(&format!("{} of {} tensors of the reference are trained", moves.len(), after.len())));

@@ -19,8 +19,8 @@ pub(crate) fn adapter(ui: &Ui, command: &AdapterCommand) -> Result<()> {
     match command {
         AdapterCommand::Check { model, adapter, json } => check(ui, model, adapter, *json),
         AdapterCommand::Targets { model, spec, r, json } => targets(model, spec, *r, *json),
-        AdapterCommand::Convert { adapter, to: _, out, model, overwrite } => {
-            convert(ui, adapter, out, model.as_deref(), *overwrite)
+        AdapterCommand::Convert { adapter, to: _, r, out, model, overwrite } => {
+            convert(ui, adapter, *r, out, model.as_deref(), *overwrite)
         }
         AdapterCommand::Merge { adapters, weights, combination, density, rank, seed, out, model, overwrite } => {
             let weights = if weights.is_empty() { vec![1.0; adapters.len()] } else { weights.clone() };
@@ -105,21 +105,21 @@ fn targets(model: &Path, spec: &str, rank: u64, as_json: bool) -> Result<()> {
 }
 
 /// To LoRA.
-fn convert(ui: &Ui, from: &Path, out: &Path, model: Option<&Path>, overwrite: bool) -> Result<()> {
+fn convert(ui: &Ui, from: &Path, rank: Option<u64>, out: &Path, model: Option<&Path>, overwrite: bool) -> Result<()> {
     may_write(&[from], out, overwrite)?;
     let base = model.map_or_else(|| base_of(from), |dir| Ok(dir.to_owned()))?;
     let checkpoint = Checkpoint::open(&base)?;
     let adapter = Adapter::open(from, None, &checkpoint.modules)?;
     adapter.check_copies(&checkpoint)?;
     adapter.recompute(&checkpoint, ui.workers());
-    write_folder(out, |dir| Ok(to_lora(&adapter, &checkpoint, dir)?))?;
+    write_folder(out, |dir| Ok(to_lora(&adapter, &checkpoint, rank, dir)?))?;
     for note in &adapter.notes {
         ui.note(&format!("note: {note}"));
     }
     if !ui.quiet {
         let (sites, parameters) = (adapter.sites.len(), adapter.parameters());
-        let from = adapter.config.method.peft_type();
-        report::line(&format!("{}: LoRA, {sites} modules, {} parameters of {from}", out.display(), count(parameters)));
+        let of = adapter.config.method.name();
+        report::line(&format!("{}: LoRA, {sites} modules, {} parameters of {of}", out.display(), count(parameters)));
     }
     Ok(())
 }

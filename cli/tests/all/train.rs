@@ -156,6 +156,91 @@ fn kills_change_no_bit_of_other_methods() {
     }
 }
 
+/// Methods that change buffers from step to step, keep statistics or step otherwise than AdamW, with options that let something happen
+/// within eight steps.
+const DYNAMIC: [(&str, &[&str]); 14] = [
+    ("lora-plus", &["--r", "4"]),
+    ("lora-fa", &["--r", "4"]),
+    ("allora", &["--r", "4"]),
+    ("galore", &["--r", "4", "--set", "update_proj_gap=4"]),
+    ("fira", &["--r", "4", "--set", "update_proj_gap=4"]),
+    ("sora", &["--r", "4", "--set", "lambda_schedule=linear", "--set", "max_lambda=0.2", "--set", "lambda_num=4"]),
+    ("codyra", &["--r", "4", "--set", "max_kappa=0.2", "--set", "lambda_num=2"]),
+    ("dylora", &["--r", "4"]),
+    ("dylora", &["--r", "4", "--set", "dylora_frozen=true"]),
+    ("adalora", &["--r", "4", "--set", "target_r=2", "--set", "tinit=1", "--set", "tfinal=2", "--set", "total_step=8"]),
+    ("s2-lora", &["--r", "4"]),
+    (
+        "triadaptlora",
+        &[
+            "--r",
+            "6",
+            "--set",
+            "init_rank=2",
+            "--set",
+            "incre_rank_num=2",
+            "--set",
+            "reference_rank=4",
+            "--set",
+            "incre_interval=2",
+        ],
+    ),
+    (
+        "increlora",
+        &[
+            "--r",
+            "6",
+            "--set",
+            "init_rank=2",
+            "--set",
+            "incre_rank_num=1",
+            "--set",
+            "target_rank=3",
+            "--set",
+            "incre_interval=2",
+        ],
+    ),
+    ("lt-sft", &["--set", "full_ft_steps=5", "--set", "ft_params_proportion=0.05"]),
+];
+
+#[test]
+fn methods_with_events_go_on_as_if_they_had_not_stopped() {
+    let c = Case::new("train-events");
+    for (i, (method, more)) in DYNAMIC.into_iter().enumerate() {
+        let targets = ["--method", method, "--target-modules", "q_proj,v_proj,down_proj"];
+        let options = [&targets[..], more, &["--lr", "5e-3", "--max-grad-norm", "0.5", "--quiet", "--json"]].concat();
+        let losses: Vec<Vec<f64>> = ["f32", "bf16"]
+            .into_iter()
+            .map(|dtype| {
+                let options = [&options[..], &["--dtype", dtype]].concat();
+                let whole = c.out(&format!("{i}-{dtype}"));
+                c.train(&whole, &options);
+                let want = results(&whole);
+                assert_eq!(want.0.len(), 8);
+                // From a checkpoint amid everything, with another number of threads.
+                for n in [3, 6] {
+                    let from = Path::new(&whole).join(format!("checkpoint-{n}")).display().to_string();
+                    c.train(&whole, &[&options[..], &["--resume", &from, "--threads", "1"]].concat());
+                    assert_eq!(results(&whole), want, "{method} in {dtype} from step {n}");
+                }
+                if dtype == "f32" {
+                    let killed = c.out(&format!("{i}-killed"));
+                    c.kill(&killed, &options, 60);
+                    c.train(&killed, &[&options[..], &["--resume", "latest"]].concat());
+                    assert_eq!(results(&killed), want, "{method} killed");
+                    c.pleach.ok(&["adapter", "check", &c.model, &whole]);
+                }
+                let metrics = std::fs::read_to_string(Path::new(&whole).join("metrics.jsonl")).unwrap();
+                let loss = |l: &str| serde_json::from_str::<Value>(l).unwrap()["loss"].as_f64().unwrap();
+                metrics.lines().map(loss).collect()
+            })
+            .collect();
+        for (a, b) in losses[0].iter().zip(&losses[1]) {
+            assert!((a - b).abs() <= 0.02 * a.abs(), "{method} in bf16: {losses:?}");
+        }
+    }
+}
+
 #[test]
 fn refusals_say_what_to_do() {
     let c = Case::new("train-refused");

@@ -34,7 +34,7 @@ pub fn merged(adapter: &Adapter, site: &Site, base: &Checkpoint, weight: &[f32])
 }
 
 /// A shape and its f32 elements.
-type Floats = (Vec<u64>, Vec<f32>);
+pub(super) type Floats = (Vec<u64>, Vec<f32>);
 
 /// Runs an entry over the buffers of a site, on the rows of the identity where it has an input; f32 outputs with their shapes.
 /// Every other parameter is the site's weight.

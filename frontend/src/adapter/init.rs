@@ -19,6 +19,11 @@ pub enum Init {
         /// The value.
         value: f32,
     },
+    /// Ones at the first places, zeros behind them.
+    Leading {
+        /// How many ones.
+        count: u64,
+    },
     /// Uniform in −bound..bound.
     Uniform {
         /// Largest magnitude.
@@ -151,6 +156,7 @@ impl Init {
             }
             Init::Zeros {}
             | Init::Constant { .. }
+            | Init::Leading { .. }
             | Init::Uniform { .. }
             | Init::Normal { .. }
             | Init::Seeded { .. }

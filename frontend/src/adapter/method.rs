@@ -10,8 +10,9 @@ use std::sync::Arc;
 use pleach_ir::{BinaryOp, DType, Dim, Op, ParamId, Role, Source, TensorType, ValueId};
 use serde_json::Value;
 
+use super::low_rank::Change;
 use super::prepare::Values;
-use super::{Event, Given, Init, Measure, Site, Update};
+use super::{Event, Given, Init, Measure, SavedRanks, Site, Update};
 use crate::coupling::Coupling;
 use crate::error::{Error, Result};
 use crate::json::Fields;
@@ -50,6 +51,12 @@ impl Buffer {
     /// i32 indices.
     pub fn indices(part: &'static str, file: &'static str, shape: &[u64], init: Init) -> Buffer {
         Buffer { part, dtype: DType::I32, shape: shape.to_vec(), role: Role::Index, file: Some(file), init }
+    }
+
+    /// A buffer that is neither trained nor saved and that changes while a run goes on: masks, thresholds. One value at first.
+    pub fn changing(part: &'static str, shape: &[u64], value: f64) -> Buffer {
+        let init = Init::Constant { value: value as f32 };
+        Buffer { part, dtype: DType::F32, shape: shape.to_vec(), role: Role::Stat, file: None, init }
     }
 
     /// A number that the configuration gives, f32 [].
@@ -158,8 +165,15 @@ pub trait Method: fmt::Debug + Send + Sync {
     /// The buffers of a site.
     fn buffers(&self, site: &Site) -> Vec<Buffer>;
 
-    /// Buffers that all sites of an adapter have in common, each one parameter `slot{n}.{part}`. They are the same at every site, so
-    /// their shapes follow from [`Site::widest`]; gradients of all sites add up.
+    /// The group of a site, where not all sites of an adapter share one set of buffers.
+    fn group(&self, site: &Site) -> Option<String> {
+        let _ = site;
+        None
+    }
+
+    /// Buffers that all sites of a group have in common, each one parameter `slot{n}.{part}` (`slot{n}.{group}.{part}` where there are
+    /// groups). They are the same at every one of them, so without groups their shapes follow from [`Site::widest`]; gradients of all
+    /// sites add up.
     fn shared(&self, site: &Site) -> Vec<Buffer> {
         let _ = site;
         vec![]
@@ -177,8 +191,8 @@ pub trait Method: fmt::Debug + Send + Sync {
     /// # Errors
     /// An operator that does not fit.
     fn low_rank(&self, scope: &mut Scope) -> Result<Option<LowRank>> {
-        let _ = scope;
-        Ok(None)
+        let change = self.change(scope)?;
+        change.map(|c| c.as_lora(scope)).transpose()
     }
 
     /// What it wants to know of a site before training.
@@ -250,14 +264,36 @@ pub trait Method: fmt::Debug + Send + Sync {
         Ok(y)
     }
 
+    /// What it adds to the weight of a linear layer, where that is a product of low rank beside the layer: the branch and the form of
+    /// LoRA follow from it.
+    ///
+    /// # Errors
+    /// An operator that does not fit.
+    fn change(&self, scope: &mut Scope) -> Result<Option<Change>> {
+        let _ = scope;
+        Ok(None)
+    }
+
     /// The layer's output without bias, as terms of a sum [T, out]. `terms` comes in as x · Wᵀ and what other slots added; x is
     /// [T, in], or the i32 index [T] of an embedding; `weight` is the base's.
     ///
     /// # Errors
     /// An operator that does not fit.
-    fn output(&self, scope: &mut Scope, x: ValueId, weight: ValueId, terms: Vec<ValueId>) -> Result<Vec<ValueId>> {
-        let _ = (scope, x, weight);
+    fn output(&self, scope: &mut Scope, x: ValueId, weight: ValueId, mut terms: Vec<ValueId>) -> Result<Vec<ValueId>> {
+        let _ = weight;
+        // All of its ranks may have been left out.
+        if scope.site().rank == 0 {
+            return Ok(terms);
+        }
+        if let Some(change) = self.change(scope)? {
+            terms.push(change.of(scope, x)?);
+        }
         Ok(terms)
+    }
+
+    /// Which ranks are saved, where not all of them are.
+    fn saved_ranks(&self) -> Option<SavedRanks> {
+        None
     }
 
     /// A term of the loss f32 [] that depends on the site's buffers alone, counted once per optimizer step.
@@ -373,16 +409,23 @@ pub struct Scope<'s, 'b> {
     site: &'s Site,
     buffers: Vec<Buffer>,
     shared: Vec<Buffer>,
+    group: Option<String>,
 }
 
 impl<'s, 'b> Scope<'s, 'b> {
     pub(crate) fn new(b: &'s mut Builder<'b>, slot: u32, method: &dyn Method, site: &'s Site) -> Scope<'s, 'b> {
-        Scope { b, slot, site, buffers: method.buffers(site), shared: method.shared(site) }
+        let (buffers, shared, group) = (method.buffers(site), method.shared(site), method.group(site));
+        Scope { b, slot, site, buffers, shared, group }
     }
 
     /// A site with these buffers.
     pub(crate) fn with(b: &'s mut Builder<'b>, slot: u32, site: &'s Site, buffers: Vec<Buffer>) -> Scope<'s, 'b> {
-        Scope { b, slot, site, buffers, shared: vec![] }
+        Scope { b, slot, site, buffers, shared: vec![], group: None }
+    }
+
+    /// All sites of the adapter that an entry computes.
+    pub fn all_sites(&self) -> Vec<Site> {
+        self.b.sites(self.slot)
     }
 
     /// The site.
@@ -416,11 +459,11 @@ impl<'s, 'b> Scope<'s, 'b> {
         buffer.ok_or_else(|| Error::Graph(format!("there is no buffer `{part}`")))
     }
 
-    /// The key of a buffer in its slot: what all sites share has no module in it, the order of a coupling that of the consumer.
+    /// The key of a buffer in its slot: what sites share has no module in it, the order of a coupling that of the consumer.
     fn key(&self, part: &str) -> String {
         let order = self.site.order.as_ref().filter(|b| b.part == part).and(self.site.member.as_ref());
         match (self.shared.iter().any(|b| b.part == part), order) {
-            (true, _) => part.to_owned(),
+            (true, _) => super::shared_key(self.group.as_deref(), part),
             (_, Some(member)) => format!("{}.{part}", member.consumer),
             _ => format!("{}.{part}", self.site.module),
         }

@@ -4,6 +4,7 @@
 //! can take its place without a new compilation. To add a method: a file with a value that implements [`Method`], and one line in
 //! `METHODS`.
 
+mod adalora;
 mod allora;
 mod cluster;
 mod combine;
@@ -11,11 +12,14 @@ mod convert;
 mod corda;
 mod decompose;
 mod dora;
+mod dylora;
 mod eva;
 mod fold;
 mod full;
+mod gated;
 mod hydra;
 mod ia3;
+mod increlora;
 mod init;
 mod kasa;
 mod loha;
@@ -27,6 +31,8 @@ mod lora_ga;
 mod lora_plus;
 mod lora_sb;
 mod loram;
+mod low_rank;
+mod lt_sft;
 mod measure;
 mod method;
 mod miss;
@@ -40,20 +46,24 @@ mod plan;
 mod prepare;
 mod projected;
 mod randlora;
+mod s2_lora;
 mod s2ft;
+mod saved;
 mod schedule;
 mod shira;
+mod slots;
 mod smora;
 mod start;
 mod svd;
 #[cfg(test)]
 mod tests;
+mod triadapt;
 mod units;
 mod update;
 mod value;
 mod vera;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
@@ -65,6 +75,7 @@ pub(crate) use fold::all_rows;
 pub use fold::{edited, merged, obstacle};
 pub(crate) use full::NO_TARGET;
 pub use init::{Init, Norms, Scores, UnitWeight};
+pub use low_rank::{Change, Middle};
 pub use measure::Measure;
 use method::Entry;
 pub use method::{Buffer, LowRank, Method, Request, Scope};
@@ -72,6 +83,7 @@ pub(crate) use paca::{ABSOLUTE, DELTA, INDICES};
 pub use plan::{AdapterPlan, TensorPlan};
 pub(crate) use prepare::Lazy;
 pub use prepare::{Given, Measured, collect, prepare};
+pub use saved::{Kept, RankPattern, SavedRanks, SiteRanks};
 pub use schedule::{Buffers, Event, Events, EventsPlan, Moment};
 pub use update::Update;
 pub use value::{SlotData, SlotTensor, SlotValue};
@@ -81,7 +93,7 @@ use crate::coupling::{Coupling, Member};
 use crate::error::{Error, Result};
 use crate::json::Fields;
 use crate::modules::is_computed;
-use crate::peft::Adapter;
+use crate::peft::{Adapter, SHARED};
 
 /// The key that says how a LoRA adapter is trained; it is not saved.
 pub(crate) const TRAINING: &str = "training";
@@ -119,6 +131,14 @@ const METHODS: &[&Entry] = &[
     &s2ft::ENTRY,
     &smora::ENTRY,
     &loram::ENTRY,
+    &adalora::ENTRY,
+    &dylora::ENTRY,
+    &s2_lora::ENTRY,
+    &gated::SORA,
+    &gated::CODYRA,
+    &increlora::ENTRY,
+    &triadapt::ENTRY,
+    &lt_sft::ENTRY,
     &full::ENTRY,
     &projected::GALORE,
     &projected::FIRA,
@@ -258,6 +278,40 @@ pub struct Replaced {
     pub value: SlotValue,
 }
 
+/// A buffer that several sites have in common.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Shared {
+    /// Its key in the slot.
+    pub key: String,
+    /// Its name in the adapter's file; `None` where it is not saved.
+    pub file: Option<String>,
+    /// The buffer.
+    pub buffer: Buffer,
+    /// The first site that has it.
+    pub first: usize,
+}
+
+/// The key of a shared buffer.
+fn shared_key(group: Option<&str>, part: &str) -> String {
+    group.map_or_else(|| part.to_owned(), |g| format!("{g}.{part}"))
+}
+
+/// All shared buffers of sites, each once.
+pub(crate) fn shared(method: &dyn Method, sites: &[Site]) -> Vec<Shared> {
+    let (mut seen, mut list) = (BTreeSet::new(), vec![]);
+    for (first, site) in sites.iter().enumerate() {
+        let group = method.group(site);
+        for buffer in method.shared(site) {
+            let key = shared_key(group.as_deref(), buffer.part);
+            if seen.insert(key.clone()) {
+                let file = buffer.file.map(|end| format!("{SHARED}{}", shared_key(group.as_deref(), end)));
+                list.push(Shared { key, file, buffer, first });
+            }
+        }
+    }
+    list
+}
+
 /// The values of all parameters of an adapter's slot: key (as in `Source::Adapter`) and value, in module order. What
 /// belongs to modules that no entry computes (an encoder's pooler) has no parameters.
 pub fn slot_values(adapter: &Adapter) -> Vec<(String, SlotValue)> {
@@ -269,7 +323,7 @@ pub fn slot_values(adapter: &Adapter) -> Vec<(String, SlotValue)> {
     let shared = adapter
         .shared()
         .into_iter()
-        .filter_map(|b| Some((b.part.to_owned(), adapter.sites.first()?.values.get(b.part)?.clone())));
+        .filter_map(|b| Some((b.key, adapter.sites.get(b.first)?.values.get(b.buffer.part)?.clone())));
     let orders = adapter.orders.iter().map(|o| (o.key(), o.value.clone()));
     let replaced = adapter.replaced.iter().filter(|r| is_computed(&r.path));
     shared

@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::method::Buffer;
-use super::{EventsPlan, Init, Request};
+use super::{EventsPlan, Init, Kept, Request, SiteRanks, saved};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::modules::is_computed;
-use crate::peft::{Adapter, PREFIX, SHARED};
+use crate::peft::{Adapter, PREFIX};
 
 /// An adapter as a trainer sees it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -31,6 +31,9 @@ pub struct AdapterPlan {
     pub initial: Option<Map<String, Value>>,
     /// The configuration with the keys that are not saved, where first values must be prepared before training.
     pub preparation: Option<Map<String, Value>>,
+    /// Sites of which only ranks in use are saved.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ranks: Vec<SiteRanks>,
 }
 
 /// One parameter of the slot.
@@ -48,6 +51,9 @@ pub struct TensorPlan {
     pub trained: bool,
     /// How it starts; tensors of the base by their names in the checkpoint.
     pub init: Init,
+    /// What of it is saved, where not all of it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<Kept>,
 }
 
 impl AdapterPlan {
@@ -59,8 +65,7 @@ impl AdapterPlan {
         let method = &adapter.config.method;
         let mut tensors = vec![];
         for b in adapter.shared() {
-            let file = b.file.map(|end| format!("{SHARED}{end}"));
-            tensors.push(tensor(b.part.to_owned(), file, &b, base)?);
+            tensors.push(tensor(b.key, b.file, &b.buffer, base)?);
         }
         for o in &adapter.orders {
             let file = o.buffer.file.map(|end| format!("{PREFIX}{}.{end}", o.coupling.consumer));
@@ -72,7 +77,15 @@ impl AdapterPlan {
                 if let Init::Prepared { kept: Some(end) } = &mut b.init {
                     *end = format!("{PREFIX}{}.{end}", site.module);
                 }
-                tensors.push(tensor(format!("{}.{}", site.module, b.part), file, &b, base)?);
+                let kept = method.saved_ranks().and_then(|r| r.kept(site, b.part));
+                // A mask is saved as the places that it holds.
+                let mask = b.role == Role::Stat && kept.as_ref().is_some_and(|k| k.axes.is_empty());
+                let dtype = if mask || b.dtype == DType::I32 { "I64" } else { "F32" }.into();
+                tensors.push(TensorPlan {
+                    kept,
+                    dtype,
+                    ..tensor(format!("{}.{}", site.module, b.part), file, &b, base)?
+                });
             }
         }
         for r in adapter.replaced.iter().filter(|r| is_computed(&r.path)) {
@@ -93,6 +106,7 @@ impl AdapterPlan {
             events: EventsPlan::new(adapter, slot),
             initial,
             preparation,
+            ranks: saved::entries(&**method, adapter.sites.iter().filter(|s| is_computed(&s.module))),
             tensors,
         })
     }
@@ -124,5 +138,6 @@ fn tensor(key: String, file: Option<String>, b: &Buffer, base: &Checkpoint) -> R
         dtype: if b.dtype == DType::I32 { "I64" } else { "F32" }.into(),
         trained: b.role == Role::Train,
         init,
+        kept: None,
     })
 }

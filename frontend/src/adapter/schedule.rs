@@ -92,6 +92,16 @@ impl Event<'_> {
         self.write_param(&self.name(site, part), values)
     }
 
+    /// The name of the parameter of a buffer that all sites share.
+    pub fn shared_name(&self, part: &str) -> String {
+        format!("slot{}.{part}", self.slot)
+    }
+
+    /// Sites that have a buffer: what is trained as a whole has none of a branch's.
+    pub fn sites_with(&self, part: &str) -> Vec<Site> {
+        self.sites.iter().filter(|s| self.buffers.read(&self.name(s, part)).is_ok()).cloned().collect()
+    }
+
     /// Reads a statistic of a trained buffer.
     ///
     /// # Errors

@@ -102,13 +102,28 @@ fn paca_adds_to_its_columns_in_both_forms_and_as_lora() {
     close(&merged_all(&Adapter::open(&absolute, None, &base.modules).unwrap(), &base), &expected);
 
     let lora = folder("paca-lora");
-    to_lora(&adapter, &base, &lora).unwrap();
+    to_lora(&adapter, &base, None, &lora).unwrap();
     let converted = Adapter::open(&lora, None, &base.modules).unwrap();
     assert_eq!((converted.config.method.name(), converted.sites[0].scale), ("lora", 2.0));
     close(&merged_all(&converted, &base), &expected);
     let b = converted.sites[1].values["lora_B"].read(&base).unwrap();
     assert_eq!(b.data, SlotData::F32(delta(1)), "bit for bit");
-    assert!(to_lora(&converted, &base, &lora).unwrap_err().to_string().contains("lora already"));
+    assert!(to_lora(&converted, &base, None, &lora).unwrap_err().to_string().contains("lora already"));
+
+    // The first rank, with the same alpha.
+    let first = folder("paca-first");
+    to_lora(&converted, &base, Some(1), &first).unwrap();
+    let first = Adapter::open(&first, None, &base.modules).unwrap();
+    let (a, whole) = (&first.sites[0], &converted.sites[0]);
+    assert_eq!((a.rank, a.alpha, a.scale), (1, whole.alpha, whole.scale * 3.0));
+    let values = |s: &Site, part: &str| match s.values[part].read(&base).unwrap().data {
+        SlotData::F32(x) => x,
+        SlotData::I32(_) => vec![],
+    };
+    assert_eq!(values(a, "lora_A"), values(whole, "lora_A")[..16]);
+    let column: Vec<f32> = values(whole, "lora_B").iter().step_by(3).copied().collect();
+    assert_eq!(values(a, "lora_B"), column);
+    assert!(to_lora(&converted, &base, Some(4), &lora).unwrap_err().to_string().contains("first 4 ranks"));
 }
 
 #[test]
@@ -324,7 +339,7 @@ fn a_changed_base_is_made_again_read_or_refused() {
         let other = merged_all(&open(&dir).unwrap(), &base);
         assert!(other.iter().flatten().zip(plain.iter().flatten()).any(|(a, b)| (a - b).abs() > 0.1));
         let converted = folder("changed-lora");
-        to_lora(&open(&dir).unwrap(), &base, &converted).unwrap();
+        to_lora(&open(&dir).unwrap(), &base, None, &converted).unwrap();
         let converted = open(&converted).unwrap();
         assert_eq!((converted.config.rank, converted.config.alpha, converted.sites[0].scale), (6, 12.0, 2.0));
         close(&merged_all(&converted, &base), &other);

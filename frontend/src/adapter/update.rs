@@ -143,6 +143,16 @@ impl<'s, 'b> Update<'s, 'b> {
         self.outputs.push((format!("{what}.{name}"), value));
     }
 
+    /// Says that the buffer takes no step: its gradient, neither clipped nor part of the norm, is there to be looked at.
+    ///
+    /// # Errors
+    /// Operands that do not fit.
+    pub fn measure(&mut self) -> Result<()> {
+        let one = self.number(1.0)?;
+        self.give("measured", one);
+        Ok(())
+    }
+
     /// The learning rate times a factor.
     ///
     /// # Errors
@@ -202,6 +212,19 @@ impl<'s, 'b> Update<'s, 'b> {
 
 /// Short names for what such programs are made of.
 impl Scope<'_, '_> {
+    /// A value whose size shrinks by a threshold f32 [], no further than to zero: the proximal operator of threshold · |x|.
+    ///
+    /// # Errors
+    /// Operands that do not fit.
+    pub fn shrunk(&mut self, x: ValueId, threshold: ValueId) -> Result<ValueId> {
+        let zero = self.number(0.0)?;
+        let above = self.binary(BinaryOp::Sub, x, threshold)?;
+        let above = self.binary(BinaryOp::Max, above, zero)?;
+        let below = self.sum(&[x, threshold])?;
+        let below = self.binary(BinaryOp::Min, below, zero)?;
+        self.sum(&[above, below])
+    }
+
     /// A number f32 [].
     ///
     /// # Errors

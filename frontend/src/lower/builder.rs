@@ -12,6 +12,7 @@ use crate::adapter::{Buffer, Kind, Measure, Ordered, Scope, Site, Update, all_ro
 use crate::checkpoint::Checkpoint;
 use crate::coupling::Member;
 use crate::error::{Error, Result};
+use crate::modules::is_computed;
 use crate::peft::Adapter;
 
 /// The entry whose gradients of base weights are measured.
@@ -142,6 +143,12 @@ impl<'a> Builder<'a> {
     /// The slot that is trained.
     pub(super) fn train_slot(&self) -> Option<u32> {
         self.train
+    }
+
+    /// The sites of a slot that an entry computes.
+    pub(crate) fn sites(&self, slot: u32) -> Vec<Site> {
+        let sites = self.adapters.get(slot as usize).map(|a| a.sites.as_slice()).unwrap_or_default();
+        sites.iter().filter(|s| is_computed(&s.module)).cloned().collect()
     }
 
     /// The role of a slot's parameter that its method trains.
@@ -383,25 +390,35 @@ impl<'a> Builder<'a> {
             return Ok(());
         };
         let config = &adapter.config;
-        let mut places: Vec<(Site, Vec<Buffer>)> =
-            adapter.sites.iter().map(|s| (s.clone(), config.method.buffers(s))).collect();
-        places.extend(adapter.replaced.iter().filter_map(|r| Some((r.site(config)?, vec![r.buffer()]))));
+        let trained = |b: &Buffer| b.role == Role::Train;
+        // Where, which buffer, its key in the slot. What sites share is stepped once, at the first of them.
+        let mut places: Vec<(Site, Buffer, String, bool)> = vec![];
+        for s in adapter.shared() {
+            places.push((adapter.sites[s.first].clone(), s.buffer, s.key, false));
+        }
+        for s in &adapter.sites {
+            let key = |b: &Buffer| format!("{}.{}", s.module, b.part);
+            places.extend(config.method.buffers(s).into_iter().map(|b| (s.clone(), b.clone(), key(&b), false)));
+        }
+        let whole = adapter.replaced.iter().filter_map(|r| Some((r.site(config)?, r.buffer(), r.path.clone(), true)));
+        places.extend(whole);
         self.start(Entry::new("optimizer"));
         let (mut outputs, mut assigned, mut inputs) = (vec![], vec![], BTreeMap::new());
-        for (site, buffers) in &places {
-            for b in buffers.iter().filter(|b| b.role == Role::Train) {
-                // What no entry computes is not trained.
-                if !self.params.contains_key(&format!("slot{slot}.{}.{}", site.module, b.part)) {
-                    continue;
-                }
-                self.at(&site.module);
-                let scope = Scope::with(self, slot, site, buffers.clone());
-                let mut update = Update::new(scope, b.part, b.shape.clone(), &mut inputs);
-                config.method.update(&mut update)?;
-                let (more, values) = update.finish();
-                outputs.extend(more);
-                assigned.extend(values);
+        for (site, b, key, whole) in places.iter().filter(|p| trained(&p.1)) {
+            // What no entry computes is not trained.
+            if !self.params.contains_key(&format!("slot{slot}.{key}")) {
+                continue;
             }
+            self.at(&site.module);
+            let scope = match whole {
+                true => Scope::with(self, slot, site, vec![b.clone()]),
+                false => Scope::new(self, slot, &*config.method, site),
+            };
+            let mut update = Update::new(scope, b.part, b.shape.clone(), &mut inputs);
+            config.method.update(&mut update)?;
+            let (more, values) = update.finish();
+            outputs.extend(more);
+            assigned.extend(values);
         }
         for (name, value) in &outputs {
             self.output(name, *value);

@@ -11,7 +11,8 @@ use super::config::{MethodConfig, Targets};
 use super::replaced::replaced;
 use super::targets::{Target, match_modules, matched};
 use crate::adapter::{
-    ABSOLUTE, Buffer, DELTA, INDICES, Init, Kind, Lazy, Ordered, Replaced, Site, SlotData, SlotTensor, SlotValue,
+    ABSOLUTE, Buffer, DELTA, INDICES, Init, Kind, Lazy, Ordered, Replaced, Shared, Site, SlotData, SlotTensor,
+    SlotValue, shared,
 };
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -160,7 +161,8 @@ impl Adapter {
     /// Trained values of all sites and replaced parameters.
     pub fn parameters(&self) -> u64 {
         let replaced: u64 = self.replaced.iter().map(|r| r.shape.iter().product::<u64>()).sum();
-        self.sites.iter().map(|s| self.site_parameters(s)).sum::<u64>() + trained(&self.shared()) + replaced
+        let shared: Vec<Buffer> = self.shared().into_iter().map(|s| s.buffer).collect();
+        self.sites.iter().map(|s| self.site_parameters(s)).sum::<u64>() + trained(&shared) + replaced
     }
 
     /// Trained values of one site.
@@ -168,9 +170,18 @@ impl Adapter {
         trained(&self.config.method.buffers(site))
     }
 
-    /// The buffers that all sites have in common.
-    pub fn shared(&self) -> Vec<Buffer> {
-        self.sites.first().map_or(vec![], |s| self.config.method.shared(s))
+    /// The buffers that sites have in common, each once.
+    pub fn shared(&self) -> Vec<Shared> {
+        shared(&*self.config.method, &self.sites)
+    }
+
+    /// The key in the slot of a buffer of a site.
+    pub fn key(&self, site: &Site, part: &str) -> String {
+        let method = &self.config.method;
+        let mut shared = shared(&**method, std::slice::from_ref(site)).into_iter();
+        let order = site.order.as_ref().filter(|b| b.part == part).and(site.member.as_ref());
+        let module = order.map_or(&site.module, |m| &m.consumer);
+        shared.find(|s| s.buffer.part == part).map_or_else(|| format!("{module}.{part}"), |s| s.key)
     }
 
     /// The site of a module.
@@ -180,7 +191,8 @@ impl Adapter {
 }
 
 fn trained(buffers: &[Buffer]) -> u64 {
-    let trained = buffers.iter().filter(|b| b.role == pleach_ir::Role::Train);
+    // What is not saved is only there to measure a gradient.
+    let trained = buffers.iter().filter(|b| b.role == pleach_ir::Role::Train && b.file.is_some());
     trained.map(|b| b.shape.iter().product::<u64>()).sum()
 }
 
@@ -291,21 +303,21 @@ fn bind(dir: &Path, config: &MethodConfig, tensors: &TensorTable, modules: &Modu
             expected.insert(name(&s.module, if absolute { ABSOLUTE } else { end }));
         }
     }
-    let shared = sites.first().map_or(vec![], |s| config.method.shared(s));
-    expected.extend(shared.iter().filter_map(|b| Some(format!("{SHARED}{}", b.file?))));
+    let common = shared(&*config.method, &sites);
+    expected.extend(common.iter().filter_map(|b| b.file.clone()));
     let of_order = |o: &Ordered| Some(name(&o.coupling.consumer, o.buffer.file?));
     expected.extend(orders.iter().filter_map(of_order));
     let copies = find_copies(tensors, modules, &targets, &expected);
-    let repeated = find_repeated(tensors, &sites, &shared)?;
+    let repeated = find_repeated(tensors, &sites, &common)?;
     refuse_unexpected(dir, tensors, &expected, &copies, &repeated)?;
     let file = File { dir, tensors, expected: &expected };
-    let mut common = BTreeMap::new();
-    for b in shared {
-        let value = match b.file {
-            None => made(b.part, &b),
-            Some(end) => file.value(&sites[0], &b, &format!("{SHARED}{end}"), "")?,
+    let mut values = BTreeMap::new();
+    for b in common {
+        let value = match &b.file {
+            None => made(&b.key, &b.buffer),
+            Some(name) => file.value(&sites[b.first], &b.buffer, name, "")?,
         };
-        common.insert(b.part, value);
+        values.insert(b.key, value);
     }
     for o in &mut orders {
         o.value = match of_order(o) {
@@ -319,7 +331,9 @@ fn bind(dir: &Path, config: &MethodConfig, tensors: &TensorTable, modules: &Modu
     }
     let mut first = FirstValues::of(dir, &config.method)?;
     for s in &mut sites {
-        s.values.clone_from(&common);
+        for b in shared(&*config.method, std::slice::from_ref(s)) {
+            s.values.insert(b.buffer.part, values[&b.key].clone());
+        }
         let order = s.member.as_ref().and_then(|m| orders.iter().find(|o| o.coupling.consumer == m.consumer));
         s.values.extend(order.map(|o| (o.buffer.part, o.value.clone())));
         let mut lazy = None;
@@ -466,10 +480,10 @@ fn find_copies(
 ///
 /// # Errors
 /// A repetition with other values.
-fn find_repeated(tensors: &TensorTable, sites: &[Site], shared: &[Buffer]) -> Result<BTreeSet<String>> {
+fn find_repeated(tensors: &TensorTable, sites: &[Site], shared: &[Shared]) -> Result<BTreeSet<String>> {
     let mut found = BTreeSet::new();
-    for end in shared.iter().filter_map(|b| b.file) {
-        let Some(one) = tensors.get(&format!("{SHARED}{end}")) else { continue };
+    for (name, end) in shared.iter().filter_map(|b| Some((b.file.as_deref()?, b.buffer.file?))) {
+        let Some(one) = tensors.get(name) else { continue };
         for name in sites.iter().map(|s| format!("{PREFIX}{}.{end}", s.module)) {
             let Some(again) = tensors.get(&name) else { continue };
             if again.shape != one.shape || again.read_bytes()? != one.read_bytes()? {

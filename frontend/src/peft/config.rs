@@ -186,7 +186,7 @@ impl MethodConfig {
             exclude,
             layers: layers.filter(|l| !l.is_empty()),
             layers_pattern: layers_pattern.into_iter().filter(|p| !p.is_empty()).collect(),
-            rank_pattern: read_pattern(&mut f, "rank_pattern", |f, key| f.required_count(key, 1 << 24))?,
+            rank_pattern: read_ranks(&mut f, method.saved_ranks().is_some())?,
             alpha_pattern: read_pattern(&mut f, "alpha_pattern", |f, key| {
                 f.number(key)?.ok_or_else(|| f.fault(key, "is null; expected a number"))
             })?,
@@ -287,6 +287,25 @@ fn read_layers(f: &mut Fields) -> Result<Option<Vec<u64>>> {
     let list = value.as_array().map_or(one, Vec::as_slice);
     let layers = list.iter().map(Value::as_u64).collect::<Option<Vec<_>>>();
     layers.map(Some).ok_or_else(|| f.fault(KEY, format!("is {}; expected layer numbers", brief(value))))
+}
+
+/// `rank_pattern`: a number per pattern; or, where ranks were left out when the adapter was saved, a truth per rank under the name of a
+/// module's tensor. `none`: a module may have no rank left.
+fn read_ranks(f: &mut Fields, none: bool) -> Result<Vec<(String, u64)>> {
+    let list = read_pattern(f, "rank_pattern", |f, key| match f.raw(key) {
+        Some(Value::Array(flags)) => {
+            let used = flags.iter().map(Value::as_bool).collect::<Option<Vec<_>>>();
+            let used = used.ok_or_else(|| f.fault(key, "is a list; expected a truth per rank, or a number"))?;
+            Ok((true, used.into_iter().filter(|u| *u).count() as u64))
+        }
+        Some(Value::Number(n)) if none && n.as_u64() == Some(0) => Ok((false, 0)),
+        _ => Ok((false, f.required_count(key, 1 << 24)?)),
+    })?;
+    let of_module = |name: String| {
+        let module = name.rsplit_once('.').map_or(name.as_str(), |(module, _)| module);
+        module.strip_prefix(super::adapter::PREFIX).unwrap_or(module).to_owned()
+    };
+    Ok(list.into_iter().map(|(name, (flags, n))| (if flags { of_module(name) } else { name }, n)).collect())
 }
 
 fn read_pattern<T>(

@@ -5,7 +5,8 @@
 //! becomes in the end.
 //! Outputs replace what they name: `lr.p`, `beta1.p`, `beta2.p`, `eps.p`, `weight_decay.p`, `correction1.p`, `correction2.p`
 //! (f32 []), `grad.p` (the gradient that AdamW gets; its moments are kept in this shape), `value.p`. Assignments go over as
-//! they are. Reads of parameters mean values before the step.
+//! they are. An output `measured.p`, whatever it is, says that p takes no step: its gradient is neither clipped nor part of the norm, and
+//! there for the program alone. Reads of parameters mean values before the step.
 
 use super::update::Stepper;
 use super::{Entry, IrError, Op, ParamId, RootKind, TensorType, ValueId};

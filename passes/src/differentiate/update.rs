@@ -30,10 +30,8 @@ pub(super) struct State {
     pub(super) param: ParamId,
     /// Sum of gradients since the last step; none where steps are made at once.
     pub(super) grad: Option<ParamId>,
-    /// Running mean of gradients.
-    m: ParamId,
-    /// Running mean of squared gradients.
-    v: ParamId,
+    /// Running means of gradients and of their squares; none where nothing steps or the gradient is only measured.
+    moments: Option<(ParamId, ParamId)>,
 }
 
 /// Which state a trained parameter has.
@@ -41,7 +39,7 @@ pub(super) struct State {
 pub(super) struct Has {
     /// Gradients are added up.
     pub(super) sums: bool,
-    /// Something steps.
+    /// The parameter takes steps.
     pub(super) moments: bool,
 }
 
@@ -53,13 +51,10 @@ pub(super) fn declare(g: &mut Graph, param: ParamId, moments: Option<&TensorType
         g.find_param(&name)
             .unwrap_or_else(|| g.add_param(Param { name, ty: ty.clone(), role: Role::State, source: Source::Zeros }))
     };
-    let moments = moments.unwrap_or(&of.ty);
+    let ty = moments.unwrap_or(&of.ty);
     let grad = has.sums.then(|| state("grad", &of.ty));
-    match (has.moments, grad) {
-        (true, grad) => State { param, grad, m: state("adam.m", moments), v: state("adam.v", moments) },
-        // Never read: nothing steps.
-        (false, grad) => State { param, grad, m: param, v: param },
-    }
+    let moments = has.moments.then(|| (state("adam.m", ty), state("adam.v", ty)));
+    State { param, grad, moments }
 }
 
 /// The entry. Inputs f32 []: [`INPUTS`]. Output `grad_norm` f32 [], before clipping.
@@ -119,7 +114,7 @@ pub(super) struct Stepper<'a> {
     params: &'a [Param],
     states: &'a [State],
     inputs: [ValueId; 8],
-    /// Clipped.
+    /// Clipped, but for those that are only measured.
     gradients: Vec<ValueId>,
     norm: ValueId,
     one: ValueId,
@@ -170,13 +165,15 @@ impl<'a> Stepper<'a> {
                 (None, Some(grad)) => s.t.push(Op::Param(grad), &[])?,
                 (None, None) => s.t.zeros(&params[state.param.index()].ty.shape)?,
             };
-            squares.push(match made.as_ref().and_then(|m| m.squares[at]) {
-                Some(sum) => sum,
-                None => {
-                    let square = s.t.mul(g, g)?;
-                    s.t.sum_to(square, &[])?
-                }
-            });
+            if state.moments.is_some() {
+                squares.push(match made.as_ref().and_then(|m| m.squares[at]) {
+                    Some(sum) => sum,
+                    None => {
+                        let square = s.t.mul(g, g)?;
+                        s.t.sum_to(square, &[])?
+                    }
+                });
+            }
             s.gradients.push(g);
         }
         let total = if let [only] = squares[..] { only } else { s.t.push(Op::Add, &squares)? };
@@ -188,7 +185,7 @@ impl<'a> Stepper<'a> {
         let shifted = s.t.add(s.norm, small)?;
         let clip = s.t.div(most, shifted)?;
         let clip = s.t.binary(BinaryOp::Min, one, clip)?;
-        for g in &mut s.gradients {
+        for (g, _) in s.gradients.iter_mut().zip(states).filter(|(_, state)| state.moments.is_some()) {
             *g = s.t.mul(*g, clip)?;
         }
         Ok(s)
@@ -200,9 +197,11 @@ impl<'a> Stepper<'a> {
         let (states, params) = (self.states, self.params);
         let mut assigns = vec![];
         for (at, state) in states.iter().enumerate() {
-            let value = self.value(&mut program, at)?;
-            let (m, v) = self.moments(&mut program, at)?;
-            assigns.extend([(state.param, value), (state.m, m), (state.v, v)]);
+            if let Some((m, v)) = state.moments {
+                let value = self.value(&mut program, at)?;
+                let (new_m, new_v) = self.moments(&mut program, at)?;
+                assigns.extend([(state.param, value), (m, new_m), (v, new_v)]);
+            }
             if let Some(grad) = state.grad {
                 assigns.push((grad, self.t.zeros(&params[state.param.index()].ty.shape)?));
             }
@@ -286,6 +285,10 @@ impl<'a> Stepper<'a> {
             return Ok(a);
         }
         let state = self.states[at];
+        let Some((m, v)) = state.moments else {
+            let name = &self.params[state.param.index()].name;
+            return Err(Program::fault(format!("the gradient of {name} is only measured; it takes no step")));
+        };
         if std::mem::replace(&mut self.busy[at], true) {
             let name = &self.params[state.param.index()].name;
             return Err(Program::fault(format!("the gradient of {name} depends on its own step")));
@@ -297,7 +300,7 @@ impl<'a> Stepper<'a> {
         let (rest1, rest2) = (self.rest(beta1)?, self.rest(beta2)?);
         let (step, root2) = (self.rate(lr, correction1)?, self.root(correction2)?);
         let t = &mut self.t;
-        let (m, v) = (t.push(Op::Param(state.m), &[])?, t.push(Op::Param(state.v), &[])?);
+        let (m, v) = (t.push(Op::Param(m), &[])?, t.push(Op::Param(v), &[])?);
         let (old, new) = (t.mul(m, beta1)?, t.mul(g, rest1)?);
         let m = t.add(old, new)?;
         let square = t.mul(g, g)?;

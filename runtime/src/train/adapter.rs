@@ -5,6 +5,7 @@
 
 use super::checkpoint::sync_folder;
 use super::machine::Machine;
+use super::ranks::{Kept, SiteRanks, places, select};
 use crate::error::{Result, RuntimeError};
 use pleach_plan::{DType, Plan};
 use safetensors::SafeTensors;
@@ -42,6 +43,9 @@ pub struct AdapterPlan {
     /// What first values are prepared by, for whoever knows methods.
     #[serde(default)]
     pub preparation: Option<Map<String, Value>>,
+    /// Sites of which only ranks in use are saved.
+    #[serde(default)]
+    pub ranks: Vec<SiteRanks>,
 }
 
 /// One tensor of the slot.
@@ -59,6 +63,9 @@ pub struct TensorPlan {
     pub trained: bool,
     /// How it starts.
     pub init: Init,
+    /// What of it is saved, where not all of it is.
+    #[serde(default)]
+    pub kept: Option<Kept>,
 }
 
 /// How a tensor starts; see the frontend's type of that name for the meaning of each.
@@ -68,6 +75,7 @@ pub struct TensorPlan {
 pub enum Init {
     Zeros {},
     Constant { value: f32 },
+    Leading { count: u64 },
     Uniform { bound: f32 },
     Normal { std: f32 },
     Seeded { seed: u64, bound: f32 },
@@ -131,7 +139,8 @@ impl AdapterPlan {
 
     /// Number of trained values.
     pub fn trained(&self) -> u64 {
-        self.tensors.iter().filter(|t| t.trained).map(|t| t.shape.iter().product::<u64>()).sum()
+        // What is not saved is only there to measure a gradient.
+        self.tensors.iter().filter(|t| t.trained && t.file.is_some()).map(|t| t.shape.iter().product::<u64>()).sum()
     }
 
     /// Name of a tensor's parameter.
@@ -164,6 +173,7 @@ impl AdapterPlan {
         name: impl Fn(&TensorPlan) -> Option<&str>,
     ) -> Result<()> {
         let mut config = config.clone();
+        self.put_ranks(machine, &mut config)?;
         config.insert("base_model_name_or_path".into(), base.map_or(Value::Null, Value::from));
         // PEFT writes its keys in order of their names.
         let mut keys: Vec<(String, Value)> = config.into_iter().collect();
@@ -174,7 +184,18 @@ impl AdapterPlan {
         let mut tensors = vec![];
         for t in &self.tensors {
             let Some(file) = name(t) else { continue };
+            if t.shape.contains(&0) {
+                let dtype = if t.dtype == "I64" { Dtype::I64 } else { Dtype::F32 };
+                tensors.push((file.to_owned(), dtype, t.shape.clone(), Cow::Owned(vec![])));
+                continue;
+            }
             let v = machine.read(&self.param(t))?;
+            if v.dtype == DType::F32 && t.dtype == "I64" {
+                // A mask is saved as the places that it holds.
+                let (shape, bytes) = places(&t.shape, &self.in_use(machine, &t.key)?);
+                tensors.push((file.to_owned(), Dtype::I64, shape, Cow::Owned(bytes)));
+                continue;
+            }
             let (dtype, bytes) = match (v.dtype, t.dtype.as_str()) {
                 (DType::F32, "F32") => (Dtype::F32, v.bytes),
                 (DType::I32, "I64") => {
@@ -187,18 +208,30 @@ impl AdapterPlan {
                     return Err(RuntimeError::Values(why));
                 }
             };
-            tensors.push((file.to_owned(), dtype, t.shape.clone(), bytes));
+            let (shape, bytes) = match &t.kept {
+                None => (t.shape.clone(), bytes),
+                Some(kept) => {
+                    let used = self.in_use(machine, &kept.by)?;
+                    let element = if dtype == Dtype::I64 { 8 } else { 4 };
+                    select(&t.shape, &bytes, element, &kept.axes, &used)
+                }
+            };
+            tensors.push((file.to_owned(), dtype, shape, bytes));
         }
         write_tensors(&dir.join(TENSORS), &tensors)
     }
 
-    /// Brings the saved tensors of a folder back, and gives the names of their parameters.
+    /// Brings the tensors of a folder back that are saved whole, and gives the names of their parameters.
     ///
     /// # Errors
     /// A file that cannot be read, and tensors that are missing or do not fit.
     pub fn restore(&self, machine: &mut dyn Machine, dir: &Path) -> Result<Vec<String>> {
         let path = dir.join(TENSORS);
-        let saved = self.tensors.iter().filter_map(|t| Some((t, t.file.as_deref()?)));
+        let saved = self
+            .tensors
+            .iter()
+            .filter(|t| t.kept.is_none() && !t.shape.contains(&0))
+            .filter_map(|t| Some((t, t.file.as_deref()?)));
         let mut done = vec![];
         with_tensors(&path, |file| {
             for (t, name) in saved {

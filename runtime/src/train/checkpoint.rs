@@ -127,7 +127,7 @@ pub fn save(
     adapter.write(machine, base, &temporary)?;
     watch("optimizer");
     let in_adapter: Vec<String> =
-        adapter.tensors.iter().filter(|t| t.file.is_some()).map(|t| adapter.param(t)).collect();
+        adapter.tensors.iter().filter(|t| t.file.is_some() && t.kept.is_none()).map(|t| adapter.param(t)).collect();
     let mut tensors = vec![];
     for name in machine.changing().into_iter().chain(machine.fixed()).filter(|n| !in_adapter.contains(n)) {
         let v = machine.read(&name)?;

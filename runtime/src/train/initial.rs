@@ -73,6 +73,7 @@ fn make(
     let value = match &t.init {
         Init::Zeros {} => Made::F32(vec![0.0; n]),
         Init::Constant { value } => Made::F32(vec![*value; n]),
+        Init::Leading { count } => Made::F32((0..n as u64).map(|i| f32::from(u8::from(i < *count))).collect()),
         Init::Uniform { bound } => Made::F32((0..n).map(|i| (draws.unit(i) * 2.0 - 1.0) as f32 * bound).collect()),
         Init::Normal { std } => Made::F32((0..n).map(|i| (draws.normal(i) * f64::from(*std)) as f32).collect()),
         Init::Seeded { seed, bound } => Made::F32(random::uniform(*seed, &t.key, n, *bound)),
@@ -275,6 +276,7 @@ mod tests {
             events: None,
             initial: None,
             preparation: None,
+            ranks: vec![],
         };
         let measured = Measured {
             squares: BTreeMap::from([("g".into(), vec![1.0, 9.0, 9.0, 4.0])]),
@@ -302,6 +304,7 @@ mod tests {
         let plan = [
             tensor("z", &[2], j(r#"{"zeros":{}}"#)),
             tensor("s", &[], j(r#"{"constant":{"value":2.0}}"#)),
+            tensor("k", &[4], j(r#"{"leading":{"count":3}}"#)),
             tensor("a", &[1, 3], j(r#"{"constant":{"value":1.0}}"#)),
             tensor("b", &[2, 1], j(r#"{"constant":{"value":0.5}}"#)),
             tensor("m", &[2], j(r#"{"row_norms":{"weight":"w","a":null,"b":null,"scale":null}}"#)),
@@ -333,6 +336,7 @@ mod tests {
             (f32s(&v, "z"), f32s(&v, "s"), f32s(&v, "w2")),
             (vec![0.0; 2], vec![2.0], vec![3.0, 0.0, 4.0, 0.0, -5.0, 0.0])
         );
+        assert_eq!(f32s(&v, "k"), [1.0, 1.0, 1.0, 0.0]);
         assert_eq!((f32s(&v, "m"), f32s(&v, "c")), (vec![5.0, 5.0], vec![3.0, 5.0, 4.0]));
         // Every element grows by 2 · 0.5 · 1.
         assert_eq!(f32s(&v, "mab"), [(16.0f32 + 1.0 + 25.0).sqrt(), (1.0f32 + 16.0 + 1.0).sqrt()]);
