@@ -6,7 +6,8 @@
 //! product is its score. After steps that are multiples of `incre_interval`, past `init_warmup`, while fewer than `target_rank` ranks
 //! per site are in use, the `top_h` sites with the highest scores get `incre_rank_num` more. These were learned in advance: behind the ranks
 //! in use as many stand by, A and B trained with e fixed at 10⁻⁵, until all ranks are given. The loss gains `orth_reg_weight` times the
-//! mean of ‖A·Aᵀ − I‖ and ‖Bᵀ·B − I‖ (of all ranks together; the code takes them block by block).
+//! mean of ‖A·Aᵀ − I‖ and ‖Bᵀ·B − I‖ (of all ranks together; the code takes them block by block). G takes as much memory as the weight, and
+//! a product more, as it does there.
 
 use std::sync::Arc;
 
