@@ -6,6 +6,7 @@ use crate::args::AdapterPath;
 use crate::failure::{Failure, Result};
 use pleach_frontend::adapter::{SlotData, slot_values};
 use pleach_frontend::{Adapter, Checkpoint};
+use pleach_plan::Source;
 use pleach_runtime::{InMemory, Session, Weights, open_weights};
 use std::path::{Path, PathBuf};
 
@@ -62,10 +63,13 @@ impl Model {
     }
 }
 
-/// The tensors of an adapter under the keys of a slot.
-fn slot_tensors(adapter: &Adapter, base: &Checkpoint) -> Result<InMemory> {
+/// The tensors of an adapter under the keys of a slot. What only training needs, and sites without a rank, may have no place there.
+fn slot_tensors(adapter: &Adapter, base: &Checkpoint, has: impl Fn(&str) -> bool) -> Result<InMemory> {
     let mut out = InMemory::new();
     for (key, value) in slot_values(adapter) {
+        if value.tensor().is_none_or(|t| t.shape.contains(&0)) && !has(&key) {
+            continue;
+        }
         let t = value.read(base)?;
         match t.data {
             SlotData::F32(values) => out = out.f32(key, &t.shape, &values),
@@ -96,7 +100,12 @@ pub(crate) fn fill_slots(session: &mut Session, model: &Model) -> Result<()> {
         adapter.check_copies(&model.checkpoint)?;
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
         adapter.recompute(&model.checkpoint, threads);
-        let tensors = slot_tensors(adapter, &model.checkpoint)?;
+        let plan = session.plan().clone();
+        let has = |key: &str| {
+            let here = |p: &pleach_plan::Param| matches!(&p.source, Source::Adapter { slot: s, key: k } if *s == slot && k == key);
+            plan.params.iter().any(here)
+        };
+        let tensors = slot_tensors(adapter, &model.checkpoint, has)?;
         session
             .load_slot(slot, &tensors)
             .map_err(|e| Failure::from(e).within(&format!("adapter `{}` ({})", adapter.name, adapter.dir.display())))?;

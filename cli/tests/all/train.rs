@@ -229,6 +229,16 @@ fn methods_with_events_go_on_as_if_they_had_not_stopped() {
                     c.train(&killed, &[&options[..], &["--resume", "latest"]].concat());
                     assert_eq!(results(&killed), want, "{method} killed");
                     c.pleach.ok(&["adapter", "check", &c.model, &whole]);
+                    let logits = |name: &str, adapter: &[&str]| {
+                        let file = c.out(name);
+                        let run = ["run", &c.model, "--ids", "5,6,7,8", "--out", &file, "--quiet"];
+                        c.pleach.ok(&[&run[..], adapter].concat());
+                        tensors(Path::new(&file))["logits"].1.clone()
+                    };
+                    let beside = logits("a.safetensors", &["--adapter", &whole]);
+                    let merged = logits("b.safetensors", &["--adapter", &whole, "--merge"]);
+                    assert!(relative(&merged, &beside) < 1e-5, "{method} merged");
+                    assert!(relative(&beside, &logits("c.safetensors", &[])) > 1e-4, "{method} changes nothing");
                 }
                 let metrics = std::fs::read_to_string(Path::new(&whole).join("metrics.jsonl")).unwrap();
                 let loss = |l: &str| serde_json::from_str::<Value>(l).unwrap()["loss"].as_f64().unwrap();
