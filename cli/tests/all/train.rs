@@ -206,6 +206,12 @@ const DYNAMIC: [(&str, &[&str]); 14] = [
 #[test]
 fn methods_with_events_go_on_as_if_they_had_not_stopped() {
     let c = Case::new("train-events");
+    let logits = |name: &str, adapter: &[&str]| {
+        let file = c.out(name);
+        c.pleach.ok(&[&["run", &c.model, "--ids", "5,6,7,8", "--out", &file, "--quiet"], adapter].concat());
+        tensors(Path::new(&file))["logits"].1.clone()
+    };
+    let plain = logits("plain.safetensors", &[]);
     for (i, (method, more)) in DYNAMIC.into_iter().enumerate() {
         let targets = ["--method", method, "--target-modules", "q_proj,v_proj,down_proj"];
         let options = [&targets[..], more, &["--lr", "5e-3", "--max-grad-norm", "0.5", "--quiet", "--json"]].concat();
@@ -218,7 +224,7 @@ fn methods_with_events_go_on_as_if_they_had_not_stopped() {
                 let want = results(&whole);
                 assert_eq!(want.0.len(), 8);
                 // From a checkpoint amid everything, with another number of threads.
-                for n in [3, 6] {
+                for n in if dtype == "f32" { &[3, 6][..] } else { &[6] } {
                     let from = Path::new(&whole).join(format!("checkpoint-{n}")).display().to_string();
                     c.train(&whole, &[&options[..], &["--resume", &from, "--threads", "1"]].concat());
                     assert_eq!(results(&whole), want, "{method} in {dtype} from step {n}");
@@ -229,16 +235,10 @@ fn methods_with_events_go_on_as_if_they_had_not_stopped() {
                     c.train(&killed, &[&options[..], &["--resume", "latest"]].concat());
                     assert_eq!(results(&killed), want, "{method} killed");
                     c.pleach.ok(&["adapter", "check", &c.model, &whole]);
-                    let logits = |name: &str, adapter: &[&str]| {
-                        let file = c.out(name);
-                        let run = ["run", &c.model, "--ids", "5,6,7,8", "--out", &file, "--quiet"];
-                        c.pleach.ok(&[&run[..], adapter].concat());
-                        tensors(Path::new(&file))["logits"].1.clone()
-                    };
                     let beside = logits("a.safetensors", &["--adapter", &whole]);
                     let merged = logits("b.safetensors", &["--adapter", &whole, "--merge"]);
                     assert!(relative(&merged, &beside) < 1e-5, "{method} merged");
-                    assert!(relative(&beside, &logits("c.safetensors", &[])) > 1e-4, "{method} changes nothing");
+                    assert!(relative(&beside, &plain) > 1e-4, "{method} changes nothing");
                 }
                 let metrics = std::fs::read_to_string(Path::new(&whole).join("metrics.jsonl")).unwrap();
                 let loss = |l: &str| serde_json::from_str::<Value>(l).unwrap()["loss"].as_f64().unwrap();
