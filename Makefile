@@ -42,6 +42,7 @@ test: setup
 
 test-gpu-full: setup
 	PLEACH_GPU_FULL=1 cargo test -p pleach-tests --features llvm --test gpu_sim -- --nocapture
+	cargo test -p pleach-tests --features llvm --test gpu -- --ignored --nocapture
 
 bench: build models
 	@bash benches/run.sh
