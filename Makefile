@@ -41,8 +41,8 @@ test: setup
 	set -x; cargo test --workspace --features pleach-tests/llvm
 
 test-gpu-full: setup
-	PLEACH_GPU_FULL=1 cargo test -p pleach-tests --features llvm --test gpu_sim -- --nocapture
-	cargo test -p pleach-tests --features llvm --test gpu -- --ignored --nocapture
+	PLEACH_GPU_FULL=1 cargo test -p pleach-tests --features llvm --test trials -- gpu_sim/ --nocapture
+	cargo test -p pleach-tests --features llvm --test all -- gpu:: --ignored --nocapture
 
 bench: build models
 	@bash benches/run.sh

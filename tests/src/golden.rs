@@ -71,7 +71,7 @@ pub fn check(path: &Path, bless: bool) -> Result<(), String> {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let diff = TextDiff::from_lines(&text, &want).unified_diff().context_radius(3).header("stored", "now").to_string();
     Err(format!(
-        "{name} differs; if the new form is right: PLEACH_BLESS=1 cargo test -p pleach-tests --test golden\n{diff}"
+        "{name} differs; if the new form is right: PLEACH_BLESS=1 cargo test -p pleach-tests --test trials golden/\n{diff}"
     ))
 }
 

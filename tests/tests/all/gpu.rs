@@ -1,6 +1,5 @@
 //! Training graphs as plans for a GPU: every kernel has code, every launch its entry, and `ptxas`, where it is at hand,
 //! assembles all of it without spills. Needs LLVM, and no GPU.
-#![cfg(feature = "llvm")]
 #![allow(clippy::print_stderr, reason = "a test that is skipped says so")]
 
 use pleach_codegen::compile::{compile_gpu, supported_gpu};

@@ -3,34 +3,29 @@
 //! A name says what is expected of the file as stored: `good…` is accepted, `bad…` is refused with a message of a few
 //! lines; what a fuzzer adds under other names, and variants, only must not panic.
 
-use libtest_mimic::{Arguments, Trial};
+use crate::Trials;
 use pleach_tests::readers::{READERS, Reader};
 use pleach_tests::values::Rng;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::process::ExitCode;
 
 /// Cuts and damages per file; `PLEACH_VARIANTS` asks for more.
 fn variants() -> u64 {
     std::env::var("PLEACH_VARIANTS").ok().and_then(|v| v.parse().ok()).unwrap_or(200)
 }
 
-fn main() -> ExitCode {
+pub(crate) fn trials(trials: &mut Trials) {
     let dir = pleach_tests::root().join("tests/fuzz/corpus");
-    let mut trials = vec![];
     for (name, reader) in READERS {
         let files = pleach_tests::files(&dir.join(name));
-        trials.push(Trial::test(format!("{name}/has-a-corpus"), {
-            let good = files.iter().any(|f| stem(f).starts_with("good"));
-            let bad = files.iter().any(|f| stem(f).starts_with("bad"));
-            move || if good && bad { Ok(()) } else { Err("needs a good and a bad file".into()) }
-        }));
+        let good = files.iter().any(|f| stem(f).starts_with("good"));
+        let bad = files.iter().any(|f| stem(f).starts_with("bad"));
+        let both = move || if good && bad { Ok(()) } else { Err("needs a good and a bad file".into()) };
+        trials.add(format!("{name}/has-a-corpus"), both);
         for path in files {
-            let title = format!("{name}/{}", stem(&path));
-            trials.push(Trial::test(title, move || replay(reader, &path).map_err(Into::into)));
+            trials.add(format!("{name}/{}", stem(&path)), move || replay(reader, &path));
         }
     }
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
 fn stem(p: &Path) -> String {

@@ -3,7 +3,6 @@
 //!
 //! Each test runs in a process of its own, because the driver is found once per process: the test starts itself again with the
 //! variables that name it.
-#![cfg(feature = "llvm")]
 #![allow(clippy::print_stderr, reason = "what a process said is shown when it fails")]
 
 use pleach_codegen::compile::{compile_gpu, supported_gpu};
@@ -33,7 +32,7 @@ fn with_driver(test: &str, properties: &[&str], body: impl Fn(&Path)) {
     for p in properties {
         let log = std::env::temp_dir().join(format!("pleach-cuda-{}-{test}.log", std::process::id()));
         let out = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", test, "--nocapture"])
+            .args(["--exact", &format!("cuda::{test}"), "--nocapture"])
             .env("PLEACH_CUDA_LIBRARY", &library)
             .env(pleach_fake_cuda::VARIABLE, format!("{p},log={}", log.display()))
             .env(LOG, &log)
@@ -55,7 +54,7 @@ fn did(log: &Path) -> [usize; 3] {
 /// The head of the golden, forward and backward, without the weight's gradient: three times as many classes, so that a loop pays in
 /// the kernels of a GPU too.
 fn head() -> Graph {
-    let text = include_str!("../golden/passes/chunk/fires-head.ir");
+    let text = include_str!("../../golden/passes/chunk/fires-head.ir");
     let (above, _) = text.split_once("\n---\n").unwrap();
     let of_gradient = |l: &&str| ["%25 =", "%26 =", "assign"].iter().any(|w| l.trim().starts_with(w));
     let graph: Vec<&str> = above.lines().filter(|l| !l.starts_with("//") && !of_gradient(l)).collect();

@@ -1,6 +1,6 @@
 //! Real models with real adapters, in small: what PEFT computes, after each stage of the compiler, by the interpreter.
 
-use libtest_mimic::{Arguments, Trial};
+use crate::Trials;
 use pleach_ir::interp::Tensor;
 use pleach_ir::verify;
 use pleach_passes::fuse_kernels::CutOptions;
@@ -8,24 +8,17 @@ use pleach_passes::{Options, Pipeline, fuse_kernels, manager};
 use pleach_tests::compare::{Results, run_graph, run_schedule};
 use pleach_tests::fixtures::{Fixture, cases};
 use pleach_tests::matrix;
-use std::process::ExitCode;
 
-fn main() -> ExitCode {
-    let mut trials = vec![];
-    match cases() {
-        Err(e) => trials.push(Trial::test("cases.json", move || Err(e.into()))),
-        Ok(list) => {
-            let all = list.clone();
-            trials.push(Trial::test("README.md's table", move || Ok(matrix::check(&all)?)));
-            for c in list {
-                for merge in [false, true] {
-                    let (c, kind) = (c.clone(), if merge { "merged" } else { "apart" });
-                    trials.push(Trial::test(format!("{}/{kind}", c.name), move || Ok(stages(&c, merge)?)));
-                }
-            }
+pub(crate) fn trials(trials: &mut Trials) {
+    let list = trials.listed("cases.json", cases());
+    let all = list.clone();
+    trials.add("README.md's table", move || matrix::check(&all));
+    for c in list {
+        for merge in [false, true] {
+            let (c, kind) = (c.clone(), if merge { "merged" } else { "apart" });
+            trials.add(format!("{}/{kind}", c.name), move || stages(&c, merge));
         }
     }
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
 fn close(stage: &str, got: &Results, output: &str, want: &Tensor, tolerance: f64) -> Result<(), String> {

@@ -1,7 +1,6 @@
 //! Compiled code beside the interpreter: random graphs, every rank, every number of tokens.
 //!
 //! `PLEACH_CASES` and `PLEACH_SEED` search further than a test run does.
-#![cfg(feature = "llvm")]
 
 use pleach_ir::interp::Tensor;
 use pleach_ir::{BinaryOp, DType, Dim, Entry, Graph, Op, Param, Role, Source, Sym, TensorType};

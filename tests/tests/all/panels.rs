@@ -1,5 +1,4 @@
 //! Weights in panels, of both float types, beside the interpreter.
-#![cfg(feature = "llvm")]
 
 use pleach_ir::Sym;
 use pleach_ir::interp::{Symbols, Tensor};

@@ -10,7 +10,7 @@ use pleach_tests::values::{Rng, symbols};
 
 #[cfg(feature = "llvm")]
 fn head() -> Graph {
-    let text = include_str!("../golden/passes/chunk/fires-head.ir");
+    let text = include_str!("../../golden/passes/chunk/fires-head.ir");
     let (above, _) = text.split_once("\n---\n").unwrap();
     let graph: Vec<&str> = above.lines().filter(|l| !l.starts_with("//")).collect();
     pleach_ir::text::parse(&(graph.join("\n") + "\n")).unwrap()

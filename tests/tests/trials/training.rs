@@ -1,34 +1,26 @@
 //! Twenty optimizer steps of every method, against PyTorch and PEFT: by the interpreter on the differentiated graph, after all
 //! passes, as kernels, and compiled; and every method merged.
 
-use libtest_mimic::{Arguments, Trial};
+use crate::Trials;
 use pleach_passes::fuse_kernels::{self, CutOptions};
 use pleach_passes::{Options, Pipeline, manager};
 use pleach_tests::methods::{self, options};
 use pleach_tests::training::{CHANGE, Interpreted, LOSS, Opened, Program, TrainCase, cases};
-use std::process::ExitCode;
 
-fn main() -> ExitCode {
-    let mut trials = vec![];
-    match cases() {
-        Err(e) => trials.push(Trial::test("tests/fixtures/train", move || Err(e.into()))),
-        Ok(list) => {
-            for case in list {
-                let mut trial = |kind: &str, run: fn(&TrainCase) -> Result<(), String>| {
-                    let case = case.clone();
-                    trials.push(Trial::test(format!("{}/{kind}", case.name), move || Ok(run(&case)?)));
-                };
-                trial("differentiated", |c| interpreted(&c.open()?, &Pipeline::of(&["differentiate"]), false, false));
-                trial("passes", |c| interpreted(&c.open()?, &Pipeline::default(), false, false));
-                trial("kernels", |c| interpreted(&c.open()?, &Pipeline::default(), true, false));
-                trial("merged", merged);
-                trial("at once", at_once);
-                #[cfg(feature = "llvm")]
-                trial("compiled", compiled);
-            }
-        }
+pub(crate) fn trials(trials: &mut Trials) {
+    for case in trials.listed("tests/fixtures/train", cases()) {
+        let mut trial = |kind: &str, run: fn(&TrainCase) -> Result<(), String>| {
+            let case = case.clone();
+            trials.add(format!("{}/{kind}", case.name), move || run(&case));
+        };
+        trial("differentiated", |c| interpreted(&c.open()?, &Pipeline::of(&["differentiate"]), false, false));
+        trial("passes", |c| interpreted(&c.open()?, &Pipeline::default(), false, false));
+        trial("kernels", |c| interpreted(&c.open()?, &Pipeline::default(), true, false));
+        trial("merged", merged);
+        trial("at once", at_once);
+        #[cfg(feature = "llvm")]
+        trial("compiled", compiled);
     }
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
 fn interpreted(o: &Opened, passes: &Pipeline, kernels: bool, step_at_once: bool) -> Result<(), String> {

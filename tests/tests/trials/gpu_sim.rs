@@ -1,0 +1,139 @@
+//! GPU plans in the PTX simulator: every kernel by itself, whole inferences, whole training steps, beside the interpreter.
+//!
+//! `PLEACH_GPU_FULL=1` takes every fixture and all steps of it (`make test-gpu-full`). Needs LLVM, and no GPU.
+
+use crate::Trials;
+use pleach_codegen::emit::gpu::GpuChip;
+use pleach_ir::{Class, DType};
+use pleach_passes::Options;
+use pleach_plan::Meta;
+use pleach_tests::gpu::cases::{Case, From};
+use pleach_tests::gpu::mutate::{CHANGES, survey};
+use pleach_tests::gpu::{alone, attention, estimate};
+use pleach_tests::{fixtures, training};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+pub(crate) fn trials(trials: &mut Trials) {
+    let full = std::env::var_os("PLEACH_GPU_FULL").is_some();
+    for from in trials.listed("fixtures", list(full)) {
+        add(trials, from, full);
+    }
+    for x in attention::forms(full) {
+        for chip in GpuChip::ALL.into_iter().filter(|c| full || *c == GpuChip::Sm80) {
+            let name = format!("attention/{x:?}/{}", chip.name());
+            trials.add(name, move || attend(&x, chip, full));
+        }
+    }
+    trials.add("estimate", move || estimate(full));
+    mutations(trials);
+}
+
+/// A form of attention; in a full sweep with what the assembler says of it.
+#[allow(clippy::print_stdout, reason = "registers are what a full sweep is asked for")]
+fn attend(x: &attention::Form, chip: GpuChip, full: bool) -> Result<(), String> {
+    let said = attention::check(x, chip)?.unwrap_or_default();
+    let lines = said.lines().filter(|l| l.contains("registers") || l.contains("Compiling"));
+    if full {
+        println!("{x:?} {}\n{}", chip.name(), lines.collect::<Vec<_>>().join("\n"));
+    }
+    Ok(())
+}
+
+/// Counts hang together: products take at least what they need, and every result is written.
+#[allow(clippy::print_stdout, reason = "the table is what a full sweep is asked for")]
+fn estimate(full: bool) -> Result<(), String> {
+    let from = list(false)?.into_iter().nth(1).ok_or("no fixture")?;
+    let case = Case::new(from, DType::BF16, GpuChip::Sm80);
+    let rows = estimate::rows(case.compiled()?, &alone::symbols([64, 2, 40]).0, u64::MAX)?;
+    for r in rows.iter().filter(|r| r.class == Class::Contraction) {
+        if r.counts.mma_flops > 0 && r.excess() < 1.0 || r.counts.global_read == 0 || r.counts.global_written == 0 {
+            return Err(estimate::table(std::slice::from_ref(r)));
+        }
+    }
+    if !rows.iter().any(|r| r.counts.mma_flops > 0) {
+        return Err(format!("no product takes tensor cores:\n{}", estimate::table(&rows)));
+    }
+    let model = pleach_tests::root().join("models/smollm2");
+    if full && model.is_dir() {
+        let checkpoint = pleach_frontend::Checkpoint::open(&model).map_err(|e| e.to_string())?;
+        let graph = pleach_frontend::import(&checkpoint, &[], &["infer"]).map_err(|e| e.to_string())?;
+        let options = Options { dtype: DType::BF16, ..Options::default() };
+        for chip in GpuChip::ALL {
+            let c = pleach_tests::gpu::compile(&graph, &options, chip, Meta::default())?;
+            let rows = estimate::rows(&c, &alone::symbols([512, 1, 1]).0, 4)?;
+            println!("SmolLM2, 512 tokens of one sequence, bf16, {}:\n{}", chip.name(), estimate::table(&rows));
+        }
+    }
+    Ok(())
+}
+
+/// Deliberate errors in the code of a training step and of an inference.
+#[allow(clippy::print_stderr, reason = "a change that nobody sees is worth knowing")]
+fn mutations(trials: &mut Trials) {
+    let Ok(list) = list(false) else { return };
+    let cases: Vec<Case> =
+        list.into_iter().skip(1).take(2).map(|from| Case::new(from, DType::BF16, GpuChip::Sm80)).collect();
+    let cases = Arc::new(cases);
+    for (name, change) in CHANGES {
+        let cases = cases.clone();
+        trials.add(format!("mutation/{name}"), move || {
+            let (mut places, mut unseen) = (0, vec![]);
+            for c in cases.iter() {
+                let (n, list) = survey(c.compiled()?, change)?;
+                places += n;
+                unseen.extend(list.into_iter().map(|k| format!("{}: {k}", c.name)));
+            }
+            // Some changes change nothing: a second barrier behind a first one, a bound that another one implies.
+            let list = unseen.join("\n");
+            if places == 0 || 10 * unseen.len() > places {
+                return Err(format!("not seen in {} of {places} kernels:\n{list}", unseen.len()));
+            }
+            if !unseen.is_empty() {
+                eprintln!("{name}: not seen in {} of {places} kernels:\n{list}", unseen.len());
+            }
+            Ok(())
+        });
+    }
+}
+
+/// What is run.
+fn list(full: bool) -> Result<Vec<From>, String> {
+    let mut out = vec![];
+    for c in training::cases()? {
+        if full || ["llama-lora", "llama-paca"].contains(&c.name.as_str()) {
+            out.push(From::Train(c));
+        }
+    }
+    if full {
+        out.extend(training::cases_in("methods")?.into_iter().map(From::Train));
+    }
+    for f in fixtures::cases()? {
+        if full || ["llama-tiny+lora-r4", "bert-tiny+bert-all"].contains(&f.name.as_str()) {
+            out.push(From::Infer(Box::new(f)));
+        }
+    }
+    Ok(out)
+}
+
+/// The trials of a graph: both types, both chips. Kernels whose code is the same for both chips run alone once.
+fn add(trials: &mut Trials, from: From, full: bool) {
+    for dtype in [DType::F32, DType::BF16] {
+        let old = Arc::new(Case::new(from.clone(), dtype, GpuChip::Sm80));
+        let new = Arc::new(Case::new(from.clone(), dtype, GpuChip::Sm90a));
+        let before = old.clone();
+        for (case, before) in [(old, None), (new, Some(before))] {
+            let name = case.name.clone();
+            let (a, b, c) = (case.clone(), case.clone(), case);
+            trials.add(format!("{name}/kernels"), move || {
+                let skip = before.map_or(Ok(BTreeSet::new()), |b| b.codes())?;
+                a.alone(&skip)?;
+                Ok(())
+            });
+            trials.add(format!("{name}/whole"), move || b.whole());
+            if full && dtype == DType::F32 && matches!(c.from, From::Train(_)) {
+                trials.add(format!("{name}/steps"), move || c.train());
+            }
+        }
+    }
+}
