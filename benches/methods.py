@@ -5,10 +5,10 @@ the backward half, planned peak and resident peak, against our LoRA and against 
 Correctness first: where PEFT has the method, both sides train from PEFT's adapter, moved away from where it starts, and the losses of two steps are compared;
 else the first loss of a new adapter must be the base's. Then step times in interleaved rounds, every run a process of its own.
 
-    benches/methods.py [--pleach BIN] [--rounds 2] [--only lora,dora,...] [--phase check|time] [--json ...] [--markdown ...]
+    benches/methods.py [--pleach BIN] [--rounds 2] [--only lora,dora,...] [--phase check|time|prepare] [--json ...] [--markdown ...]
 
 A run with `--only` keeps the rows that the file has of other methods; every run that times measures our LoRA anew and compares with that. `--phase` does the
-checks without timings, or timings of what the file says is correct.
+checks alone, the steps' times of what the file says is correct, or the times that first values take which are prepared from weights or data.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -45,8 +46,10 @@ PEFT = {
     "oft": (dict(peft_type="OFT", r=0, oft_block_size=32) | ALL, 0.02),
     "randlora": (dict(peft_type="RANDLORA", r=RANK, randlora_alpha=RANK) | ALL, 0.01),
     "shira": (dict(peft_type="SHIRA", r=RANK) | ALL, 0.02),
+    # Ranks are given away from step 100 on: not in what is timed, on both sides.
+    "adalora": (dict(peft_type="ADALORA", init_r=RANK, target_r=RANK // 2, lora_alpha=RANK, tinit=100, tfinal=100, total_step=1000) | ALL, 0.02),
 }
-# Methods that PEFT does not have, or whose step differs from LoRA's by the optimizer alone.
+# Methods that PEFT does not have, whose step is LoRA's with other first values, or whose step differs by the optimizer alone.
 OWN = {
     "paca": dict(peft_type="PACA", r=RANK, paca_alpha=RANK) | ALL,
     "s2ft": dict(peft_type="S2FT", r=RANK) | ALL,
@@ -57,7 +60,31 @@ OWN = {
     "loram": dict(peft_type="LORAM", r=RANK, lora_alpha=RANK) | ALL,
     "lora-fa": LORA | dict(training="lora-fa"),
     "allora": LORA | dict(training="allora"),
+    "lora-plus": LORA | dict(training="lora-plus"),
+    "dylora": LORA | dict(training="dylora"),
+    "galore": dict(peft_type="FULL", training="galore", r=RANK) | ALL,
+    "fira": dict(peft_type="FULL", training="fira", r=RANK) | ALL,
+    "lt-sft": dict(peft_type="LT_SFT", ft_params_proportion=0.02, full_ft_steps=2) | ALL,
+    "sora": dict(peft_type="SORA", r=RANK, lora_alpha=RANK) | ALL,
+    "codyra": dict(peft_type="CODYRA", r=RANK) | ALL,
+    "s2-lora": dict(peft_type="S2_LORA", r=RANK, lora_alpha=RANK) | ALL,
+    "increlora": dict(peft_type="INCRELORA", r=RANK, lora_alpha=RANK) | ALL,
+    "triadaptlora": dict(peft_type="TRIADAPTLORA", r=RANK, lora_alpha=RANK) | ALL,
+    "kasa": LORA | dict(kasa_config={}),
+    "pissa": LORA | dict(init_lora_weights="pissa"),
+    "olora": LORA | dict(init_lora_weights="olora"),
+    "loldu": dict(peft_type="LOLDU", r=RANK, lora_alpha=RANK) | ALL,
+    "eva": LORA | dict(init_lora_weights="eva"),
+    "corda": LORA | dict(init_lora_weights="corda"),
+    "lora-ga": LORA | dict(init_lora_weights="lora_ga"),
+    "lora-sb": dict(peft_type="LORA_SB", r=RANK, lora_alpha=RANK) | ALL,
 }
+# Method -> seconds that its first values may take. Those that look at data take their peak memory from the training that follows, and may exceed it by a layer.
+PREPARED = {"pissa": 10, "olora": None, "loldu": None, "kasa": None, "eva": None, "corda": 60, "lora-ga": 60, "lora-sb": None}
+# What PEFT prepares from the weights alone, and is timed beside it.
+PEFT_PREPARES = ["pissa", "olora"]
+# A pruned base computes something else, a first step may be part of the first values, and some add a penalty to the loss.
+OTHER_FIRST_LOSS = ["loram", "lora-sb", "kasa", "sora", "s2-lora", "increlora", "triadaptlora"]
 # Method -> (most of our LoRA's step that its step may take).
 BARS = {"dora": 1.15, "paca": 1.0, "s2ft": 1.0, "s2ft-consumers": 1.0}
 
@@ -86,7 +113,50 @@ def check(ours, model, name, base_loss):
         return max(abs(a - b) / abs(b) for a, b in zip(got, theirs["losses"])), theirs["trained"]
     file = config_file(name, OWN[name])
     got = ours.train(OUT / f"{name}-ours", "--method-config", file, steps=1)[0]["loss"]
-    return (abs(got - base_loss) / abs(base_loss) if name != "loram" else None), None
+    return (abs(got - base_loss) / abs(base_loss) if name not in OTHER_FIRST_LOSS else None), None
+
+
+PREPARING = re.compile(r"prepared in ([0-9.]+) s(?:, ([0-9.]+) ([KMG]iB|B) of memory at most)?")
+BYTES = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+
+
+def prepare(ours, model, name):
+    """Seconds and peak memory of the preparation of first values, and of the training that follows; PEFT's seconds where it has the method."""
+    file = config_file(name, OWN[name])
+    command = [ours.binary, "train", model, "--method-config", file, "--data", train.OUT / "rows.jsonl", "--out", OUT / f"{name}-prepared", "--overwrite",
+               "--batch", BATCH, "--max-length", LENGTH, "--max-steps", 2, "--threads", ours.threads]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    said = PREPARING.search(done.stderr)
+    if done.returncode or said is None:
+        raise RuntimeError(done.stderr[-500:])
+    peak = max(json.loads(line)["peak_rss_bytes"] for line in (OUT / f"{name}-prepared/metrics.jsonl").read_text().splitlines())
+    row = dict(prepare_s=float(said[1]), prepare_peak_bytes=float(said[2]) * BYTES[said[3]] if said[2] else None, prepared_train_peak_bytes=peak)
+    if name in PEFT_PREPARES:
+        script = PREPARE.format(model=str(model), config={k: v for k, v in OWN[name].items() if k != "peft_type"}, threads=ours.threads)
+        row["peft_prepare_s"] = float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    return row
+
+
+PREPARE = """
+import time, torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+torch.set_num_threads({threads})
+model = AutoModelForCausalLM.from_pretrained({model!r}, dtype=torch.float32)
+clock = time.perf_counter()
+get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{config!r}))
+print(time.perf_counter() - clock)
+"""
+
+
+def preparations(table):
+    lines = ["| method | prepared in s | allowed | PEFT s | peak while preparing MB | peak of the training MB |", "| --- |" + " ---: |" * 5]
+    for r in table:
+        if "prepare_s" in r:
+            mb = [f"{r[k] / 1e6:.0f}" if r.get(k) else "" for k in ("prepare_peak_bytes", "prepared_train_peak_bytes")]
+            peft = f"{r['peft_prepare_s']:.1f}" if "peft_prepare_s" in r else ""
+            lines.append(f"| {r['method']} | {r['prepare_s']:.1f} | {PREPARED[r['method']] or ''} | {peft} | {mb[0]} | {mb[1]} |")
+    return "\n".join(lines) + "\n"
 
 
 def markdown(table):
@@ -120,7 +190,7 @@ def main():
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--only")
-    p.add_argument("--phase", choices=["check", "time"])
+    p.add_argument("--phase", choices=["check", "time", "prepare"])
     p.add_argument("--json", type=Path, default=OUT / "methods.json")
     p.add_argument("--markdown", type=Path, default=OUT / "methods.md")
     a = p.parse_args()
@@ -137,11 +207,11 @@ def main():
     old = {r["method"]: r for r in json.loads(a.json.read_text())["table"]} if a.json.exists() and (a.only or a.phase) else {}
     table = {name: Row(method=name) for name in chosen}
     # A new LoRA adapter changes nothing: its first loss is the base's.
-    base_loss = ours.train(OUT / "base", "--method-config", config_file("lora", LORA), steps=1)[0]["loss"] if a.phase != "time" else None
+    base_loss = ours.train(OUT / "base", "--method-config", config_file("lora", LORA), steps=1)[0]["loss"] if a.phase in (None, "check") else None
     for name, row in table.items():
-        if a.phase == "time":
+        if a.phase in ("time", "prepare"):
             known = old.get(name, {})
-            row |= {k: known[k] for k in ("loss_error", "trained", "failed") if k in known}
+            row |= known if a.phase == "prepare" else {k: v for k, v in known.items() if k in ("loss_error", "trained", "failed") or "prepare" in k}
             if "loss_error" not in row:
                 row.fail("not checked", "run with --phase check first")
             continue
@@ -152,7 +222,7 @@ def main():
         except (RuntimeError, OSError) as e:
             row.fail("not checked", e)
     mine, theirs = {name: [] for name in ["lora", *chosen]}, {name: [] for name in chosen}
-    for _ in range(0 if a.phase == "check" else a.rounds):
+    for _ in range(a.rounds if a.phase in (None, "time") else 0):
         for name in mine:
             row = table.get(name)
             if row is not None and "failed" in row:
@@ -170,6 +240,13 @@ def main():
 
     def middle(list_):
         return statistics.median([r["step_ms"]["median"] if isinstance(r["step_ms"], dict) else statistics.median(r["step_ms"][1:]) for r in list_])
+
+    for name in PREPARED if a.phase in (None, "prepare") else ():
+        if name in table and "failed" not in table[name]:
+            try:
+                table[name] |= prepare(ours, a.model, name)
+            except RuntimeError as e:
+                table[name].fail("not prepared", e)
 
     lora_ms = middle(mine["lora"]) if mine["lora"] else None
     for name, row in table.items():
@@ -201,7 +278,7 @@ def main():
     )
     a.json.parent.mkdir(parents=True, exist_ok=True)
     a.json.write_text(json.dumps(facts, indent=1))
-    text = markdown(result)
+    text = f"{markdown(result)}\n{preparations(result)}"
     a.markdown.write_text(f"SmolLM2-135M, r {RANK}, all linear layers, {BATCH} x {LENGTH} tokens, f32, {a.threads} threads, commit {commit}.\n\n{text}")
     print(text)
 

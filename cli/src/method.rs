@@ -29,20 +29,19 @@ impl MethodArgs {
                 }
             }
         };
-        let of_file = keys.get("peft_type").and_then(Value::as_str).map(str::to_lowercase);
-        let name = match (&self.method, of_file) {
-            (Some(m), _) => m.to_lowercase(),
-            (None, Some(m)) => m,
-            (None, None) => {
+        // What only says where a file came from would only stand in the way.
+        for key in ["base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"] {
+            keys.remove(key);
+        }
+        let name = match &self.method {
+            Some(m) => m.to_lowercase(),
+            None if keys.contains_key("peft_type") => MethodConfig::from_json(&keys)?.method.name().to_owned(),
+            None => {
                 return Err(Failure::usage(
                     "say what to train: --method NAME (`pleach methods` lists them), --method-config FILE, or --adapter DIR",
                 ));
             }
         };
-        // What only says where a file came from would only stand in the way.
-        for key in ["base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"] {
-            keys.remove(key);
-        }
         for (key, value) in self.given(&name)? {
             keys.insert(key, value);
         }

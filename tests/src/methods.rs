@@ -554,7 +554,8 @@ pub fn summary(cases: &[TrainCase]) -> Result<String, String> {
     let mut out =
         String::from("| method | train | run | merge | export | swap |\n| --- | --- | --- | --- | --- | --- |\n");
     for (method, list) in by {
-        let train = if list.iter().all(|s| s.1) { "yes" } else { "–" };
+        // A case without steps shows something else, such as a folder with ranks left out.
+        let train = if list.iter().any(|s| s.1) { "yes" } else { "–" };
         let against: Vec<&Seen> = list.iter().filter(|s| s.2.is_some()).collect();
         let merge = match (against.as_slice(), against.len() == list.len()) {
             ([], _) => "yes".to_owned(),

@@ -252,6 +252,28 @@ fn methods_with_events_go_on_as_if_they_had_not_stopped() {
 }
 
 #[test]
+fn first_values_are_prepared_from_data_by_a_process_of_its_own() {
+    let c = Case::new("train-prepared");
+    let sites = ["--target-modules", "q_proj,down_proj", "--r", "2", "--calibration-batches", "1"];
+    for method in ["corda", "lora-ga", "eva"] {
+        let out = c.out(method);
+        c.train(&out, &[&["--method", method, "--quiet"], &sites[..]].concat());
+        let (steps, bytes) = results(&out);
+        assert!(steps.len() == 8 && !bytes.is_empty(), "{method}");
+    }
+    // By a file with PEFT's name of the method, which is another word than ours.
+    let (file, out) = (c.out("method.json"), c.out("lora-sb"));
+    std::fs::write(
+        &file,
+        r#"{"peft_type": "LORA_SB", "r": 2, "target_modules": ["q_proj"], "calibration_batches": 1}"#,
+    )
+    .unwrap();
+    let said = c.pleach.run(&c.args(&out, &["--method-config", &file]));
+    assert!(said.status.success(), "{said:?}");
+    assert!(String::from_utf8_lossy(&said.stderr).contains("calibrated and prepared in"), "{said:?}");
+}
+
+#[test]
 fn refusals_say_what_to_do() {
     let c = Case::new("train-refused");
     let out = c.out("run");

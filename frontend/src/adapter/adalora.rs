@@ -10,13 +10,13 @@
 
 use std::sync::Arc;
 
-use pleach_ir::{BinaryOp, UnaryOp, ValueId};
+use pleach_ir::{UnaryOp, ValueId};
 use serde_json::{Value, json};
 
 use super::lora::Lora;
 use super::low_rank::{Change, DOWN, Middle, UP};
 use super::method::{Buffer, Entry, Key, Method, Scope, linear_only};
-use super::slots::{lowest, orthogonality};
+use super::slots::{lowest, orthogonality, sensitivity};
 use super::{Event, Init, Moment, RankPattern, SavedRanks, Site, Update};
 use crate::error::Result;
 use crate::json::Fields;
@@ -165,14 +165,7 @@ impl Method for AdaLora {
     }
 
     fn aux_loss(&self, s: &mut Scope) -> Result<Option<ValueId>> {
-        if self.penalty == 0.0 || s.site().rank == 0 {
-            return Ok(None);
-        }
-        let (rank, sites) = (s.site().rank, s.all_sites().len());
-        let (down, up) = (s.buffer(DOWN)?, s.buffer(UP)?);
-        let sum = orthogonality(s, down, up, rank, None)?;
-        let factor = s.number(self.penalty / (2 * sites) as f64)?;
-        s.mul(sum, factor).map(Some)
+        orthogonality(s, [DOWN, UP], self.penalty, None)
     }
 
     fn update(&self, u: &mut Update) -> Result<()> {
@@ -187,24 +180,9 @@ impl Method for AdaLora {
             let value = u.mul(value, held)?;
             u.give("value", value);
         }
-        let zero = u.number(0.0)?;
-        let on = u.binary(BinaryOp::Lt, zero, measuring)?;
-        let smoothed = |u: &mut Update, name: &str, beta: f64, x: ValueId| {
-            let (old, keep, rest) = (u.kept(name, &shape)?, u.number(beta)?, u.number(1.0 - beta)?);
-            let (a, b) = (u.mul(old, keep)?, u.mul(x, rest)?);
-            let new = u.sum(&[a, b])?;
-            let on = u.spread(on, &shape, &[])?;
-            let new = u.push(pleach_ir::Op::Select, &[on, new, old])?;
-            u.keep(name, &shape, new)?;
-            Ok::<_, crate::error::Error>(new)
-        };
         let product = u.mul(value, gradient)?;
         let size = u.unary(UnaryOp::Abs, product)?;
-        let importance = smoothed(u, "importance", self.betas[0], size)?;
-        let off = u.binary(BinaryOp::Sub, size, importance)?;
-        let off = u.unary(UnaryOp::Abs, off)?;
-        let uncertainty = smoothed(u, "uncertainty", self.betas[1], off)?;
-        let score = u.mul(importance, uncertainty)?;
+        let score = sensitivity(u, &shape, self.betas, size, Some(measuring))?;
         // The mean over what is not the rank.
         let axis = u8::from(part != UP);
         let score = u.sum_over(axis, score)?;

@@ -11,12 +11,12 @@
 
 use std::sync::Arc;
 
-use pleach_ir::{BinaryOp, DType, Role, UnaryOp, ValueId};
+use pleach_ir::{UnaryOp, ValueId};
 use serde_json::{Value, json};
 
 use super::low_rank::{Change, DOWN, Middle, UP, down, up};
 use super::method::{Buffer, Entry, Key, LowRank, Method, Scope, linear_only};
-use super::slots::{by_rank, highest, orthogonality};
+use super::slots::{by_rank, count, grow_older, highest, hold, in_use, orthogonality, scale_by_count, sensitivity};
 use super::{Event, Init, Moment, RankPattern, SavedRanks, Site, Update};
 use crate::error::Result;
 use crate::json::Fields;
@@ -121,23 +121,15 @@ impl Method for IncreLora {
 
     fn buffers(&self, site: &Site) -> Vec<Buffer> {
         let (r, normal) = (site.rank, Init::Normal { std: 0.02 });
-        let buffer = |part, shape: &[u64], role, file, init| Buffer {
-            part,
-            dtype: DType::F32,
-            shape: shape.to_vec(),
-            role,
-            file,
-            init,
-        };
         vec![
             down(site, normal.clone()),
             Buffer::trained(VALUES, VALUES, &[r], Init::Zeros {}),
             up(site, normal),
-            buffer(USED, &[r], Role::Stat, Some(USED), Init::Leading { count: self.first }),
+            in_use(USED, site, self.first),
             Buffer::changing(READY, &[r], 0.0),
             Buffer::changing(AGE, &[r], 0.0),
             Buffer::changing(FACTOR_AGE, &[r], 0.0),
-            buffer(PROBE, &[site.output, site.input], Role::Train, None, Init::Zeros {}),
+            Buffer { file: None, ..Buffer::trained(PROBE, PROBE, &[site.output, site.input], Init::Zeros {}) },
             Buffer::constant("alpha", site.alpha),
         ]
     }
@@ -148,9 +140,7 @@ impl Method for IncreLora {
         let small = s.number(SMALL)?;
         let (values, ready) = (s.mul(values, used)?, s.mul(ready, small)?);
         let values = s.sum(&[values, ready])?;
-        let count = s.sum_over(0, used)?;
-        let count = s.sum(&[count, small])?;
-        let scale = s.binary(BinaryOp::Div, alpha, count)?;
+        let scale = scale_by_count(s, alpha, used)?;
         Ok(Some(Change { down, middle: Middle::Vector(values), up, scale }))
     }
 
@@ -173,15 +163,9 @@ impl Method for IncreLora {
     }
 
     fn aux_loss(&self, s: &mut Scope) -> Result<Option<ValueId>> {
-        if self.penalty == 0.0 || s.site().rank == 0 {
-            return Ok(None);
-        }
-        let (rank, sites) = (s.site().rank, s.all_sites().len());
-        let (down, up, used, ready) = (s.buffer(DOWN)?, s.buffer(UP)?, s.buffer(USED)?, s.buffer(READY)?);
+        let (used, ready) = (s.buffer(USED)?, s.buffer(READY)?);
         let mask = s.sum(&[used, ready])?;
-        let sum = orthogonality(s, down, up, rank, Some(mask))?;
-        let factor = s.number(self.penalty / (2 * sites) as f64)?;
-        s.mul(sum, factor).map(Some)
+        orthogonality(s, [DOWN, UP], self.penalty, Some(mask))
     }
 
     fn update(&self, u: &mut Update) -> Result<()> {
@@ -202,18 +186,7 @@ impl Method for IncreLora {
                 let sum = u.sum_over(0, sum)?;
                 let factor = u.number(((input * output) as f64).sqrt().recip())?;
                 let score = u.mul(sum, factor)?;
-                let smoothed = |u: &mut Update, name: &str, beta: f64, x: ValueId| {
-                    let (old, keep, rest) = (u.kept(name, &[])?, u.number(beta)?, u.number(1.0 - beta)?);
-                    let (a, b) = (u.mul(old, keep)?, u.mul(x, rest)?);
-                    let new = u.sum(&[a, b])?;
-                    u.keep(name, &[], new)?;
-                    Ok::<_, crate::error::Error>(new)
-                };
-                let importance = smoothed(u, "importance", self.betas[0], score)?;
-                let off = u.binary(BinaryOp::Sub, score, importance)?;
-                let off = u.unary(UnaryOp::Abs, off)?;
-                let uncertainty = smoothed(u, "uncertainty", self.betas[1], off)?;
-                let score = u.mul(importance, uncertainty)?;
+                let score = sensitivity(u, &[], self.betas, score, None)?;
                 u.keep("score", &[], score)
             }
             _ => Ok(()),
@@ -226,21 +199,15 @@ impl Method for IncreLora {
 
     fn on_step(&self, e: &mut Event) -> Result<()> {
         let sites = e.sites_with(USED);
-        let count = |e: &Event, s: &Site, part: &str| -> Result<u64> {
-            Ok(e.read(s, part)?.iter().filter(|x| **x != 0.0).count() as u64)
-        };
         let mut used = vec![];
         for s in &sites {
             used.push(count(e, s, USED)?);
         }
         if e.moment == Moment::Before {
             for (s, used) in sites.iter().zip(&used) {
-                let ready = count(e, s, READY)?;
-                for (part, begun) in [(AGE, *used), (FACTOR_AGE, used + ready)] {
-                    let mut age = e.read(s, part)?;
-                    age.iter_mut().take(begun as usize).for_each(|a| *a += 1.0);
-                    e.write(s, part, &age)?;
-                }
+                let begun = used + count(e, s, READY)?;
+                grow_older(e, s, AGE, *used)?;
+                grow_older(e, s, FACTOR_AGE, begun)?;
             }
             return Ok(());
         }
@@ -258,23 +225,20 @@ impl Method for IncreLora {
             }
             growing = highest(&scores, self.sites.min(wanted - total) as usize);
         }
-        let flags = |s: &Site, from: u64, to: u64| -> Vec<f32> {
-            (0..s.rank).map(|i| f32::from(u8::from((from..to).contains(&i)))).collect()
-        };
         for ((s, used), grows) in sites.iter().zip(&mut used).zip(&growing) {
             let more = (*used + self.more).min(s.rank);
             if *grows && more > *used {
                 let mut values = e.read(s, VALUES)?;
                 values[*used as usize..more as usize].fill(SMALL as f32);
                 e.write(s, VALUES, &values)?;
-                e.write(s, USED, &flags(s, 0, more))?;
+                hold(e, s, USED, 0..more)?;
                 *used = more;
             }
         }
         let done = used.iter().sum::<u64>() >= wanted;
         for (s, used) in sites.iter().zip(&used) {
             let to = if done { *used } else { (used + self.more).min(s.rank) };
-            e.write(s, READY, &flags(s, *used, to))?;
+            hold(e, s, READY, *used..to)?;
         }
         Ok(())
     }

@@ -11,12 +11,12 @@
 
 use std::sync::Arc;
 
-use pleach_ir::{BinaryOp, DType, Dim, Op, Role, UnaryOp, ValueId};
+use pleach_ir::{BinaryOp, DType, Dim, Op, UnaryOp, ValueId};
 use serde_json::{Value, json};
 
 use super::low_rank::{Change, DOWN, Middle, UP, down, up};
 use super::method::{Buffer, Entry, Key, Method, Scope, linear_only};
-use super::slots::{by_rank, highest, orthogonality};
+use super::slots::{by_rank, count, grow_older, highest, hold, in_use, orthogonality, scale_by_count};
 use super::{Event, Init, Moment, RankPattern, SavedRanks, Site, Update};
 use crate::error::Result;
 use crate::json::Fields;
@@ -184,14 +184,7 @@ impl Method for TriAdapt {
             up(site, Init::Zeros {}),
             Buffer::trained(LOWER, LOWER, &[r, r], start),
             Buffer::trained(UPPER, UPPER, &[r, r], Init::Zeros {}),
-            Buffer {
-                part: USED,
-                dtype: DType::F32,
-                shape: vec![r],
-                role: Role::Stat,
-                file: Some(USED),
-                init: Init::Leading { count: self.first },
-            },
+            in_use(USED, site, self.first),
             Buffer::changing(AGE, &[r], 0.0),
             Buffer::changing(BEFORE, &[], 0.0),
             Buffer::constant("alpha", site.alpha),
@@ -200,9 +193,7 @@ impl Method for TriAdapt {
 
     fn change(&self, s: &mut Scope) -> Result<Option<Change>> {
         let (down, up, alpha, used) = (s.buffer(DOWN)?, s.buffer(UP)?, s.buffer("alpha")?, s.buffer(USED)?);
-        let (count, small) = (s.sum_over(0, used)?, s.number(1e-5)?);
-        let count = s.sum(&[count, small])?;
-        let scale = s.binary(BinaryOp::Div, alpha, count)?;
+        let scale = scale_by_count(s, alpha, used)?;
         let (lower, upper) = (s.buffer(LOWER)?, s.buffer(UPPER)?);
         Ok(Some(Change { down, middle: Middle::Matrix(self.middle(s, lower, upper)?), up, scale }))
     }
@@ -213,14 +204,8 @@ impl Method for TriAdapt {
     }
 
     fn aux_loss(&self, s: &mut Scope) -> Result<Option<ValueId>> {
-        if self.penalty == 0.0 || s.site().rank == 0 {
-            return Ok(None);
-        }
-        let (rank, sites) = (s.site().rank, s.all_sites().len());
-        let (down, up, used) = (s.buffer(DOWN)?, s.buffer(UP)?, s.buffer(USED)?);
-        let sum = orthogonality(s, down, up, rank, Some(used))?;
-        let factor = s.number(self.penalty / (2 * sites) as f64)?;
-        s.mul(sum, factor).map(Some)
+        let used = s.buffer(USED)?;
+        orthogonality(s, [DOWN, UP], self.penalty, Some(used))
     }
 
     fn update(&self, u: &mut Update) -> Result<()> {
@@ -247,19 +232,17 @@ impl Method for TriAdapt {
         let sites = e.sites_with(USED);
         let mut used = vec![];
         for s in &sites {
-            used.push(e.read(s, USED)?.iter().filter(|u| **u != 0.0).count() as u64);
+            used.push(count(e, s, USED)?);
         }
         if e.moment == Moment::Before {
             for (s, used) in sites.iter().zip(&used) {
-                let mut age = e.read(s, AGE)?;
-                age.iter_mut().take(*used as usize).for_each(|a| *a += 1.0);
-                e.write(s, AGE, &age)?;
+                grow_older(e, s, AGE, *used)?;
             }
             return Ok(());
         }
         let wanted = self.target.unwrap_or(self.reference * sites.len() as u64);
         let growing = self.growing(e.step, e.steps, used.iter().sum(), wanted);
-        let Some(count) = growing.filter(|_| e.moment == Moment::After) else { return Ok(()) };
+        let Some(places) = growing.filter(|_| e.moment == Moment::After) else { return Ok(()) };
         let mut scores = vec![];
         for s in &sites {
             let number = |values: Vec<f32>| values.first().copied().unwrap_or(0.0);
@@ -267,11 +250,10 @@ impl Method for TriAdapt {
             scores.push(f64::from(score));
             e.write(s, BEFORE, &[before + score])?;
         }
-        for ((s, used), grows) in sites.iter().zip(&used).zip(highest(&scores, count)) {
+        for ((s, used), grows) in sites.iter().zip(&used).zip(highest(&scores, places)) {
             let more = (used + self.block).min(s.rank);
             if grows && more > *used {
-                let flags: Vec<f32> = (0..s.rank).map(|i| f32::from(u8::from(i < more))).collect();
-                e.write(s, USED, &flags)?;
+                hold(e, s, USED, 0..more)?;
             }
         }
         Ok(())
