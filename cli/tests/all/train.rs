@@ -268,9 +268,8 @@ fn first_values_are_prepared_from_data_by_a_process_of_its_own() {
         r#"{"peft_type": "LORA_SB", "r": 2, "target_modules": ["q_proj"], "calibration_batches": 1}"#,
     )
     .unwrap();
-    let said = c.pleach.run(&c.args(&out, &["--method-config", &file]));
-    assert!(said.status.success(), "{said:?}");
-    assert!(String::from_utf8_lossy(&said.stderr).contains("calibrated and prepared in"), "{said:?}");
+    let said = c.pleach.call(&c.args(&out, &["--method-config", &file]));
+    assert!(said.code == Some(0) && said.err.contains("calibrated and prepared in"), "{}", said.err);
 }
 
 #[test]

@@ -43,8 +43,11 @@ impl Trials {
     }
 }
 
+/// The name of a part, and what collects its trials.
+type Part = (&'static str, fn(&mut Trials));
+
 fn main() -> ExitCode {
-    let parts: &[(&'static str, fn(&mut Trials))] = &[
+    let parts: &[Part] = &[
         ("corpus", corpus::trials),
         ("fixtures", fixtures::trials),
         ("golden", golden::trials),
