@@ -97,10 +97,8 @@ pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, Pass
     let fault = |e| PassError::build(NAME, name)(e);
     let b = backward(&out.params, train, loss, &active, &states, name).map_err(fault)?;
     let (first, second) = if at_once {
-        let gradients = update::Gradients { values: b.gradients, squares: b.squares, loss: b.loss };
-        let mut e = update::go_on(b.tape, &out.params, &states, optimizer, gradients).map_err(fault)?;
-        drop(e.roots.splice(..0, b.roots));
-        (e, None)
+        let gradients = update::Gradients { values: b.gradients, squares: b.squares, loss: b.loss, roots: b.roots };
+        (update::go_on(b.tape, &out.params, &states, optimizer, gradients).map_err(fault)?, None)
     } else {
         let mut e = b.tape.finish();
         e.roots = b.roots;

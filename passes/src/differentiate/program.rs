@@ -55,9 +55,11 @@ impl<'p> Program<'p> {
         }
         let e = self.e;
         let n = e.node(v);
-        let new = match &n.op {
-            Op::Input { name, .. } => self.input(s, name)?,
-            op => {
+        let assigned = if let Op::Param(p) = n.op { s.assigned(p) } else { None };
+        let new = match (&n.op, assigned) {
+            (_, Some(v)) => v,
+            (Op::Input { name, .. }, _) => self.input(s, name)?,
+            (op, _) => {
                 let inputs = n.inputs.iter().map(|i| self.value(s, *i)).collect::<Result<Vec<_>, _>>()?;
                 s.t.at(n.origin.clone()).push(op.clone(), &inputs)?
             }

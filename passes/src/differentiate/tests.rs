@@ -450,6 +450,29 @@ fn a_step_at_once() {
     }
 }
 
+/// Where the forward half counts something and the step clears it, the step sees the count and has the last word.
+#[test]
+fn a_step_at_once_sees_what_was_counted() {
+    let text = "graph imported\nparam @0 \"w\" f32[4] train checkpoint(\"w\")\nparam @1 \"count\" f32[] stat zeros\nparam @2 \"seen\" f32[] stat zeros\n\
+                entry \"train\" {\n  %0 = param @0 : f32[4]\n  %1 = param @1 : f32[]\n  %2 = reduce_sum(%0) {axis = 0} : f32[]\n  %3 = add(%1, %2) : f32[]\n  \
+                output \"loss\" %2\n  assign @1 %3\n}\n\
+                entry \"optimizer\" {\n  %0 = param @1 : f32[]\n  %1 = const 0.0 : f32[]\n  assign @2 %0\n  assign @1 %1\n}\n";
+    let opts = Options { step_at_once: true, ..Options::default() };
+    let g = run(&parse(text).unwrap(), &opts, &mut Report::default()).unwrap();
+    verify(&g).unwrap();
+    let mut c = Case::new();
+    let inputs = [("lr", 0.05), ("beta1", 0.9), ("beta2", 0.99), ("eps", 1e-6), ("weight_decay", 0.1)];
+    let more = [("correction1", 0.1), ("correction2", 0.01), ("max_grad_norm", f32::INFINITY)];
+    c.inputs.extend(inputs.into_iter().chain(more).map(|(n, x)| (n.to_string(), Tensor::f32([], vec![x]))));
+    let got = c.loss_at(&g, STEP, &[Tensor::f32([4], vec![0.5, 1.0, 2.0, 3.0]), Tensor::f32([], vec![10.0])]);
+    let of = |name: &str| {
+        let all: Vec<_> = got.assigns.iter().filter(|(p, _)| g.params[p.index()].name == name).collect();
+        assert_eq!(all.len(), 1, "{name}");
+        all[0].1.floats()[0]
+    };
+    assert_eq!((of("seen"), of("count")), (16.5, 0.0));
+}
+
 /// Gradients that are only looked at: the same as in training, without moments, an update or parameters that change.
 #[test]
 fn calibration_has_gradients_and_no_step() {

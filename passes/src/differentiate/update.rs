@@ -14,6 +14,7 @@
 use super::program::Program;
 use super::tape::Tape;
 use super::{BinaryOp, Entry, Graph, IrError, Op, Param, ParamId, Role, Source, TensorType, UPDATE, UnaryOp, ValueId};
+use pleach_ir::{Root, RootKind};
 use std::collections::BTreeMap;
 
 /// The gradient is scaled by max / (norm + this), as in `clip_grad_norm_`.
@@ -73,6 +74,8 @@ pub(super) struct Gradients {
     /// Sums of their squares, where they are made already.
     pub(super) squares: Vec<Option<ValueId>>,
     pub(super) loss: ValueId,
+    /// What the entry gives and assigns on the way. The step sees what was assigned, and has the last word on what it assigns too.
+    pub(super) roots: Vec<Root>,
 }
 
 /// The same at the end of an entry that makes the gradients. The input `max_grad_norm` is there, but not used.
@@ -83,7 +86,7 @@ pub(super) fn go_on<'a>(
     program: Option<&Entry>,
     gradients: Gradients,
 ) -> Result<Entry, IrError> {
-    let loss = gradients.loss;
+    let (loss, mut roots) = (gradients.loss, gradients.roots.clone());
     let mut s = Stepper::new(tape, params, states, Some(gradients))?;
     let size = s.t.unary(UnaryOp::Abs, loss)?;
     let infinite = s.t.number(f32::INFINITY)?;
@@ -94,6 +97,8 @@ pub(super) fn go_on<'a>(
         *new = s.t.select(sound, *new, old)?;
     }
     let mut e = s.t.finish();
+    roots.retain(|r| !matches!(r.kind, RootKind::Assign(p) if assigns.iter().any(|(q, _)| *q == p)));
+    e.roots = roots;
     e.output("grad_norm", s.norm);
     assigns.into_iter().for_each(|(p, v)| e.assign(p, v));
     Ok(e)
@@ -121,6 +126,8 @@ pub(super) struct Stepper<'a> {
     made: Vec<Option<Adam>>,
     /// Parameters that are being stepped, for programs that go round in circles.
     busy: Vec<bool>,
+    /// What was assigned before in the same entry.
+    assigned: BTreeMap<ParamId, ValueId>,
     /// Scalars made of settings: what, of which.
     scalars: BTreeMap<(&'static str, ValueId, ValueId), ValueId>,
 }
@@ -138,6 +145,8 @@ impl<'a> Stepper<'a> {
             *v = t.input(name)?;
         }
         let one = t.number(1.0)?;
+        let assigned = |r: &Root| if let RootKind::Assign(p) = r.kind { Some((p, r.value)) } else { None };
+        let assigned = made.iter().flat_map(|m| &m.roots).filter_map(assigned).collect();
         let mut s = Stepper {
             t,
             params,
@@ -148,6 +157,7 @@ impl<'a> Stepper<'a> {
             one,
             made: vec![None; states.len()],
             busy: vec![false; states.len()],
+            assigned,
             scalars: BTreeMap::new(),
         };
         let [lr, beta1, beta2, _, decay, correction1, correction2, most] = inputs;
@@ -210,6 +220,11 @@ impl<'a> Stepper<'a> {
             assigns.extend(p.assigns(self)?);
         }
         Ok(assigns)
+    }
+
+    /// A parameter's value before the step, where the same entry has assigned it.
+    pub(super) fn assigned(&self, p: ParamId) -> Option<ValueId> {
+        self.assigned.get(&p).copied()
     }
 
     /// The place of the trained parameter of this name.

@@ -13,6 +13,11 @@ pub(crate) fn trials(trials: &mut Trials) {
             let case = case.clone();
             trials.add(format!("{}/{name}", case.name), move || check(&case));
         }
+        let one = case.clone();
+        trials.add(format!("{}/at once", one.name), move || match one.trains(&one.open()?) {
+            true => super::training::interpreted_at_once(&one, false).map(drop),
+            false => Ok(()),
+        });
         #[cfg(feature = "llvm")]
         trials.add(format!("{}/compiled", case.name), move || {
             if case.trains(&case.open()?) {

@@ -42,15 +42,24 @@ fn interpreted(o: &Opened, passes: &Pipeline, kernels: bool, step_at_once: bool)
 
 /// Steps of one micro-batch without clipping, as one entry.
 fn at_once(case: &TrainCase) -> Result<(), String> {
+    if interpreted_at_once(case, true)? {
+        #[cfg(feature = "llvm")]
+        methods::compiled(case, 1, true)?;
+    }
+    Ok(())
+}
+
+/// The same by the interpreter, whether as it is differentiated or as kernels too; false where steps are not of this kind.
+pub(crate) fn interpreted_at_once(case: &TrainCase, kernels: bool) -> Result<bool, String> {
     let o = case.open()?;
     if o.settings.accum > 1 || o.settings.max_grad_norm.is_some() || o.events()?.is_some() {
-        return Ok(());
+        return Ok(false);
     }
     interpreted(&o, &Pipeline::of(&["differentiate"]), false, true)?;
-    interpreted(&o, &Pipeline::default(), true, true)?;
-    #[cfg(feature = "llvm")]
-    methods::compiled(case, 1, true)?;
-    Ok(())
+    if kernels {
+        interpreted(&o, &Pipeline::default(), true, true)?;
+    }
+    Ok(true)
 }
 
 fn merged(case: &TrainCase) -> Result<(), String> {
