@@ -55,6 +55,12 @@ pub(crate) enum Command {
         after_help = "Example:\n  pleach compile models/smollm2 --entry infer,generate --target cpu -o smollm2.pleach"
     )]
     Compile(CompileArgs),
+    /// Compile for this machine's GPU with the forms of kernels that are measured to be the fastest
+    #[cfg(feature = "compiler")]
+    #[command(
+        after_help = "Example:\n  pleach tune models/smollm2 --method lora --r 16 --target-modules all-linear --entry train --batch 4 --max-length 512 --dtype bf16 --target cuda -o tuned.pleach\n  pleach train tuned.pleach --weights models/smollm2 --data rows.jsonl --out out"
+    )]
+    Tune(Box<TuneArgs>),
     /// Show any stage of a model, or what a plan holds
     #[command(after_help = "Example:\n  pleach inspect models/smollm2 --memory --kernels")]
     Inspect(InspectArgs),
@@ -311,7 +317,10 @@ pub(crate) struct CompileArgs {
     /// Token count that `infer` is tuned for; the plan serves any
     #[arg(long, value_name = "T=N", value_delimiter = ',')]
     pub shape: Vec<Count>,
-    /// The table of passes as JSON
+    /// Take forms of GPU kernels from a plan that `pleach tune` wrote, where kernels are the same
+    #[arg(long, value_name = "F.pleach")]
+    pub choices: Option<PathBuf>,
+    /// The table as JSON
     #[arg(long)]
     pub json: bool,
 }
@@ -354,6 +363,11 @@ pub(crate) struct InspectArgs {
     /// The kernels: class, operators, launches, work
     #[arg(long)]
     pub kernels: bool,
+    /// For a GPU's plan, from counts and limits: how long each entry takes at least on an a100, h100 or h200; the usual board of
+    /// the plan's target when none is named
+    #[cfg(feature = "compiler")]
+    #[arg(long, value_name = "GPU", num_args = 0..=1, default_missing_value = "")]
+    pub estimate: Option<String>,
     /// Parameters and arena, at the capacities given
     #[arg(long)]
     pub memory: bool,
@@ -385,6 +399,14 @@ pub(crate) struct InspectArgs {
 }
 
 impl InspectArgs {
+    /// Whether an estimate is asked for.
+    pub(crate) fn wants_estimate(&self) -> bool {
+        #[cfg(feature = "compiler")]
+        return self.estimate.is_some();
+        #[cfg(not(feature = "compiler"))]
+        false
+    }
+
     /// Whether a file for Model Explorer is asked for.
     pub(crate) fn wants_explorer(&self) -> bool {
         #[cfg(feature = "compiler")]

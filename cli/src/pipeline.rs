@@ -9,18 +9,18 @@ use crate::failure::{Failure, Result};
 use crate::model::Model;
 use crate::report::{Table, Ui, bytes};
 use pleach_codegen::HostTarget;
-use pleach_codegen::compile::{self, CompileOptions};
+use pleach_codegen::compile::{self, CompileOptions, CompileTimes, GpuOptions};
 use pleach_codegen::emit::contraction::panel_widths;
 use pleach_codegen::emit::gpu::GpuChip;
 use pleach_frontend::adapter::{AdapterPlan, EventsPlan};
 use pleach_frontend::peft::MethodConfig;
 use pleach_frontend::{Adapter, Import, ModelConfig, eos_ids};
-use pleach_ir::{Dim, Graph, Role};
+use pleach_ir::{Dim, Graph, Role, Schedule};
 use pleach_passes::differentiate::{ACCUMULATE, STEP};
 use pleach_passes::fuse_kernels::{self, CutOptions};
 use pleach_passes::recompute::Saved;
 use pleach_passes::{Options, Outcome, PassReport, Pipeline, chunk, join, recompute};
-use pleach_plan::{Meta, Plan};
+use pleach_plan::{Choice, Meta, Plan};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -51,6 +51,12 @@ pub(crate) struct Request {
     pub dtype: String,
     /// For a plan that trains: what and within which bounds.
     pub train: Option<TrainPart>,
+    /// Forms of GPU kernels that were chosen by measuring.
+    #[serde(default)]
+    pub choices: Vec<Choice>,
+    /// Compile every form of every kernel, for measuring: a plan that nothing but `tune` runs.
+    #[serde(default)]
+    pub alternatives: bool,
     /// Threads that lower kernels; no influence on the plan.
     pub threads: usize,
     /// The plan file.
@@ -172,6 +178,8 @@ impl Request {
             tokens: tokens.to_vec(),
             disable: args.disable.clone(),
             disable_rules: args.disable_rule.clone(),
+            choices: vec![],
+            alternatives: false,
             threads: ui.workers(),
             out: PathBuf::new(),
         })
@@ -436,7 +444,7 @@ pub(crate) fn lower(graph: &Graph, request: &Request, meta: Meta) -> Result<(Pla
         ..Row::stage("join", ms(clock), format!("{joined} launches fewer"))
     });
     let (plan, times) = match request.gpu() {
-        Some(chip) => compile::compile_gpu(&s, chip, request.threads, meta)?,
+        Some(chip) => gpu(&s, chip, request, meta)?,
         None => {
             let options = CompileOptions { target: request.host()?, threads: request.threads, meta };
             compile::compile(&s, &options)?
@@ -449,6 +457,38 @@ pub(crate) fn lower(graph: &Graph, request: &Request, meta: Meta) -> Result<(Pla
     rows.push(Row::stage("codegen", times.emit + times.lower, format!("on {} threads", request.threads)));
     rows.push(Row::stage("link", times.link, format!("{} of code", bytes(code as u64))));
     Ok((plan, rows))
+}
+
+/// Name of the list of [`Alternative`]s among a plan's facts.
+pub(crate) const ALTERNATIVES: &str = "alternatives";
+
+/// A kernel of a plan with all forms: which it is, in which form, and what it computes. Those of one signature stand together, the
+/// one that steps run first.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Alternative {
+    /// What it computes.
+    pub signature: String,
+    /// Index in the plan.
+    pub kernel: u32,
+    /// Its form.
+    pub form: String,
+}
+
+/// The plan of a GPU, in the forms that the request asks for.
+fn gpu(s: &Schedule, chip: GpuChip, request: &Request, meta: Meta) -> Result<(Plan, CompileTimes)> {
+    let (choices, alternatives) = (request.choices.clone(), request.alternatives);
+    let options = GpuOptions { chip, threads: request.threads, meta, choices, alternatives };
+    let (mut plan, times, forms) = compile::compile_gpu_with(s, &options)?;
+    if alternatives {
+        let of = |a: compile::Alternatives| -> Vec<Alternative> {
+            let one = |(kernel, form): (u32, _)| (kernel, format!("{form}"));
+            let list = a.forms.into_iter().map(one);
+            list.map(|(kernel, form)| Alternative { signature: a.signature.clone(), kernel, form }).collect()
+        };
+        let all: Vec<Alternative> = forms.into_iter().flat_map(of).collect();
+        plan.meta.extra.insert(ALTERNATIVES.into(), serde_json::to_value(all)?);
+    }
+    Ok((plan, times))
 }
 
 fn imported(model: &Model, meta: &Meta) -> String {

@@ -134,16 +134,28 @@ pub(crate) fn compile(
     tokens: &[(String, u64)],
     train: Option<crate::pipeline::TrainPart>,
 ) -> Result<(crate::cache::Slot, Ready)> {
+    let request = crate::pipeline::Request { train, ..crate::pipeline::Request::new(ui, args, entries, tokens)? };
+    compile_as(args, request)
+}
+
+/// [`compile`] of a request as it is.
+///
+/// # Errors
+/// As [`compile`].
+#[cfg(feature = "compiler")]
+pub(crate) fn compile_as(
+    args: &ModelArgs,
+    mut request: crate::pipeline::Request,
+) -> Result<(crate::cache::Slot, Ready)> {
     use crate::cache::Slot;
     use crate::pipeline::Request;
     let clock = Instant::now();
-    let mut request = Request { train, ..Request::new(ui, args, entries, tokens)? };
     let model = request.open()?;
     let place = |r: &Request| -> Result<Slot> { Slot::new(&r.key(&model, &r.import(&model)?)?, !args.no_cache) };
     let mut slot = place(&request)?;
     let mut found = if args.no_cache { None } else { slot.find() };
     let both = ["infer", "generate"];
-    if found.is_none() && !args.no_cache && model.checkpoint.config.is_decoder() && entries.len() == 1 {
+    if found.is_none() && !args.no_cache && model.checkpoint.config.is_decoder() && request.entries.len() == 1 {
         // A plan with more entries does as well.
         let other = place(&Request { entries: both.map(String::from).to_vec(), ..request.clone() })?;
         found = other.find();

@@ -3,7 +3,7 @@
 //! Assumes a checked schedule. Same schedule, target and options give the same plan bytes: kernels are emitted in the
 //! order of the schedule, and nothing here looks at a clock but the report.
 
-use crate::emit::gpu::{GpuChip, GpuEmitted};
+use crate::emit::gpu::{Form, GpuChip, GpuEmitted};
 use crate::emit::{self, Emitted};
 use crate::error::CodegenError;
 use crate::mlir::{self, HostTarget};
@@ -123,6 +123,30 @@ pub fn compile(s: &Schedule, options: &CompileOptions) -> Result<(Plan, CompileT
     Ok((plan, times))
 }
 
+/// What to compile for on a GPU.
+#[derive(Clone, Debug)]
+pub struct GpuOptions {
+    /// The chip.
+    pub chip: GpuChip,
+    /// Contexts that lower kernels at the same time. Does not influence the result.
+    pub threads: usize,
+    /// Facts about the model that go into the plan.
+    pub meta: plan::Meta,
+    /// Forms that were chosen for kernels by their signatures. What is for no kernel of the schedule is left alone.
+    pub choices: Vec<plan::Choice>,
+    /// Also compile every other form of every kernel, as kernels that no step runs.
+    pub alternatives: bool,
+}
+
+/// The kernels of a plan that compute the same in several forms: index and form, first the one that steps run.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Alternatives {
+    /// What they compute.
+    pub signature: String,
+    /// The kernels.
+    pub forms: Vec<(u32, Form)>,
+}
+
 /// Compiles a schedule for a GPU: one PTX text per group of kernels.
 ///
 /// # Errors
@@ -133,26 +157,64 @@ pub fn compile_gpu(
     threads: usize,
     meta: plan::Meta,
 ) -> Result<(Plan, CompileTimes), CodegenError> {
+    let (plan, times, _) =
+        compile_gpu_with(s, &GpuOptions { chip, threads, meta, choices: vec![], alternatives: false })?;
+    Ok((plan, times))
+}
+
+/// [`compile_gpu`] with a choice of forms; the last value is empty unless alternatives are asked for.
+///
+/// # Errors
+/// As [`compile_gpu`].
+pub fn compile_gpu_with(s: &Schedule, o: &GpuOptions) -> Result<(Plan, CompileTimes, Vec<Alternatives>), CodegenError> {
     let mut times = CompileTimes::default();
     let start = Instant::now();
     let symbols = syms(&plan_symbols(s));
-    let emitted = s.kernels.iter().map(|k| emit::gpu::emit(k, &symbols, chip)).collect::<Result<Vec<_>, _>>()?;
+    let (mut emitted, mut more) = (vec![], vec![]);
+    let (mut choices, mut alternatives) = (vec![], vec![]);
+    for (i, k) in s.kernels.iter().enumerate() {
+        // Most plans are compiled without a choice, and then nothing is looked for.
+        let asked = o.alternatives || !o.choices.is_empty();
+        let forms = if asked { emit::gpu::forms(k, &symbols, o.chip)? } else { vec![] };
+        let signature = if forms.is_empty() { String::new() } else { k.signature() };
+        let chosen = o.choices.iter().find(|c| c.signature == signature);
+        let chosen = chosen.and_then(|c| forms.iter().find(|f| f.to_string() == c.form));
+        emitted.push(emit::gpu::emit_as(k, &symbols, o.chip, chosen)?);
+        if let Some(form) = chosen {
+            choices.push(plan::Choice { signature: signature.clone(), form: form.to_string() });
+        }
+        let Some(own) = chosen.or(forms.first()).filter(|_| o.alternatives) else { continue };
+        let mut list = vec![(i as u32, *own)];
+        for f in forms.iter().filter(|f| *f != own) {
+            let other = Kernel { name: format!("{}_form{}", k.name, list.len()), ..k.clone() };
+            list.push(((s.kernels.len() + more.len()) as u32, *f));
+            let code = emit::gpu::emit_as(&other, &symbols, o.chip, Some(f))?;
+            more.push((other, code));
+        }
+        alternatives.push(Alternatives { signature, forms: list });
+    }
+    let mut all = s.clone();
+    for (k, code) in more {
+        all.kernels.push(k);
+        emitted.push(code);
+    }
     times.emit = start.elapsed().as_secs_f64() * 1e3;
 
     let start = Instant::now();
     let groups: Vec<&[GpuEmitted]> = emitted.chunks(PTX_GROUP).collect();
     let texts: Vec<String> = groups.iter().map(|g| emit::gpu::module(g.iter().map(|e| e.text.as_str()))).collect();
-    let ptx = mlir::compile_ptx_parallel(&texts, chip.name(), threads);
+    let ptx = mlir::compile_ptx_parallel(&texts, o.chip.name(), o.threads);
     let ptx = ptx.into_iter().collect::<Result<Vec<_>, _>>()?;
     times.lower = start.elapsed().as_secs_f64() * 1e3;
 
-    let mut plan = assemble(s, gpu_code(&emitted), gpu_target(chip), meta);
+    let mut plan = assemble(&all, gpu_code(&emitted), gpu_target(o.chip), o.meta.clone());
     for (i, text) in ptx.into_iter().enumerate() {
         let bytes = text.into_bytes();
         plan.blobs.push(plan::Blob { name: format!("kernels{i}"), kind: plan::BlobKind::Ptx, bytes });
     }
+    plan.choices = choices;
     plan::validate(&plan).map_err(|e| CodegenError::Plan(e.to_string()))?;
-    Ok((plan, times))
+    Ok((plan, times, alternatives))
 }
 
 /// The plan of [`compile_gpu`] without its code.
@@ -337,7 +399,7 @@ fn assemble(s: &Schedule, code: Vec<Code>, target: plan::Target, meta: plan::Met
             launches: c.launches,
         })
         .collect();
-    let mut plan = Plan { target, symbols: symbols_list, params, kernels, entries: vec![], meta, blobs: vec![] };
+    let mut plan = Plan { target, symbols: symbols_list, params, kernels, meta, ..Plan::default() };
     for e in &s.entries {
         let mut inputs: Vec<plan::Input> = vec![];
         let mut outputs = vec![];

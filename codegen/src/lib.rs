@@ -3,6 +3,7 @@
 pub mod compile;
 pub mod emit;
 mod error;
+pub mod estimate;
 pub mod link;
 pub mod mlir;
 pub mod ptxas;

@@ -106,6 +106,14 @@ impl Kernel {
         self.body.inputs().iter().map(|(v, _)| self.body.ty(*v).clone()).collect()
     }
 
+    /// What it computes, whatever its name: the same for equal kernels of any schedule. 16 hexadecimal digits.
+    pub fn signature(&self) -> String {
+        let text = crate::text::print_kernel(&Kernel { name: String::new(), ..self.clone() });
+        // FNV-1a; a signature finds a kernel among those of a few models.
+        let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        format!("{hash:016x}")
+    }
+
     /// Types of the results, in order.
     pub fn result_types(&self) -> Vec<TensorType> {
         self.body.roots.iter().map(|r| self.body.ty(r.value).clone()).collect()

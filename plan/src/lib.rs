@@ -19,7 +19,7 @@ pub use error::PlanError;
 pub use expr::{Expr, ExprError, MAX_DEPTH};
 pub use query::{ALIGN, ArenaLayout, GPU_ALIGN, alignment, arena, lifetimes, waves};
 pub use types::{
-    Blob, BlobKind, Buffer, BufferKind, Check, DType, Entry, Input, Kernel, Launch, LaunchParam, Layout, Loop, Meta,
-    Output, Param, Plan, Residency, Role, Source, Step, Symbol, Target, TensorMap, When, Window,
+    Blob, BlobKind, Buffer, BufferKind, Check, Choice, DType, Entry, Input, Kernel, Launch, LaunchParam, Layout, Loop,
+    Meta, Output, Param, Plan, Residency, Role, Source, Step, Symbol, Target, TensorMap, When, Window,
 };
 pub use validate::validate;

@@ -501,6 +501,16 @@ pub struct Blob {
     pub bytes: Vec<u8>,
 }
 
+/// The form that was chosen for a kernel where there are several, by measuring. Compiling again takes it where a kernel has
+/// the same signature.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct Choice {
+    /// What the kernel computes.
+    pub signature: String,
+    /// The form, as the code generator names it.
+    pub form: String,
+}
+
 /// A compiled model: everything but the weights.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Plan {
@@ -518,4 +528,7 @@ pub struct Plan {
     pub meta: Meta,
     /// Code.
     pub blobs: Vec<Blob>,
+    /// Forms of kernels that were measured and chosen.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub choices: Vec<Choice>,
 }

@@ -1,10 +1,12 @@
 //! Runs entries of a plan on tensors of a file, checks nothing, measures everything: the tool of `benches/gpu`.
 //!
 //! `measure PLAN --entry A[,B…] [--weights FOLDER|FILE | --shared-weights] [--slot N=FILE]… [--inputs FILE] [--capacity T=8,S=2…]
-//! [--out FILE] [--params PREFIX] [--poison] [--repeat N] [--profile]`
+//! [--out FILE] [--params PREFIX] [--poison] [--repeat N] [--profile] [--forms]`
 //!
-//! The entries run in turn on the inputs they take. A profile has as many runs as `--repeat` says. `--out` gets their outputs as `entry/name`, and every parameter whose name begins
-//! with the prefix. With `--repeat` they run once more for warming up and then N times. Prints one JSON object.
+//! The entries run in turn on the inputs they take. A profile has as many runs as `--repeat` says. `--out` gets their outputs as
+//! `entry/name`, and every parameter whose name begins with the prefix. With `--repeat` they run once more for warming up and then N
+//! times. `--forms` times every form of every kernel of a plan that has them all (`pleach tune --forms-only`), in as many rounds; what
+//! it prints is what `pleach tune --times` reads. Prints one JSON object.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use pleach_runtime::plan::{DType, Plan};
@@ -34,6 +36,7 @@ struct Args {
     poison: bool,
     repeat: usize,
     profile: bool,
+    forms: bool,
 }
 
 fn parse(mut words: impl Iterator<Item = String>) -> std::result::Result<Args, String> {
@@ -50,6 +53,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> std::result::Result<Args, S
             "--params" => a.params = Some(value()?),
             "--poison" => a.poison = true,
             "--profile" => a.profile = true,
+            "--forms" => a.forms = true,
             "--repeat" => a.repeat = number(&value()?)? as usize,
             "--slot" => {
                 let v = value()?;
@@ -127,6 +131,75 @@ fn run(s: &mut Session, entry: &str, inputs: &BTreeMap<String, Input>, kept: Opt
     Ok(())
 }
 
+/// Values of all outputs of the entries that are f32, as one length of a vector for each.
+fn norms(kept: &Kept) -> Vec<f64> {
+    let floats = kept.values().filter(|k| k.0 == Dtype::F32);
+    floats
+        .map(|k| k.2.as_chunks::<4>().0.iter().map(|b| f64::from(f32::from_le_bytes(*b)).powi(2)).sum::<f64>().sqrt())
+        .collect()
+}
+
+/// How far results of two forms may be apart, relative to the larger one.
+const APART: f64 = 2e-2;
+
+/// Times every form of every kernel within runs of everything, round by round. A form that gives other results has no time.
+fn forms(s: &mut Session, a: &Args, inputs: &BTreeMap<String, Input>) -> Result<Vec<Value>> {
+    let bad = || RuntimeError::Values("the plan has no list of forms; `pleach tune --forms-only` makes one".into());
+    let list = s.plan().meta.extra.get("alternatives").and_then(Value::as_array).cloned().ok_or_else(bad)?;
+    // By signature, in the plan's order: kernel, form, milliseconds.
+    let mut kernels: Vec<(String, Vec<(u32, String, f64)>)> = vec![];
+    for x in &list {
+        let text = |k: &str| x[k].as_str().map(String::from).ok_or_else(bad);
+        let kernel = x["kernel"].as_u64().and_then(|n| u32::try_from(n).ok()).ok_or_else(bad)?;
+        let (signature, form) = (text("signature")?, (kernel, text("form")?, f64::INFINITY));
+        match kernels.last_mut().filter(|k| k.0 == signature) {
+            Some(k) => k.1.push(form),
+            None => kernels.push((signature, vec![form])),
+        }
+    }
+    let mut running: Vec<u32> = kernels.iter().map(|k| k.1[0].0).collect();
+    let most = kernels.iter().map(|k| k.1.len()).max().unwrap_or(0);
+    let mut usual: Option<Vec<f64>> = None;
+    let mut wrong = vec![false; most];
+    for round in 0..=a.repeat.max(1) {
+        for number in 0..most {
+            for (k, now) in kernels.iter().zip(&mut running) {
+                let next = k.1.get(number).unwrap_or(&k.1[0]).0;
+                s.substitute(*now, next)?;
+                *now = next;
+            }
+            s.set_profile(true);
+            let mut kept = Kept::new();
+            for e in &a.entries {
+                run(s, e, inputs, Some(&mut kept))?;
+            }
+            let got = norms(&kept);
+            let want = usual.get_or_insert_with(|| got.clone());
+            // What is no number is near nothing.
+            let near = |a: &f64, b: &f64| (a - b).abs() <= APART * a.abs().max(b.abs()).max(1e-6);
+            wrong[number] |= want.iter().zip(&got).any(|(a, b)| !near(a, b));
+            let mut times: BTreeMap<u32, f64> = BTreeMap::new();
+            for t in s.step_times().iter().filter(|_| round > 0) {
+                let kernel = s.plan().entries[t.entry as usize].steps[t.step as usize].kernel;
+                *times.entry(kernel).or_default() += t.ns as f64 * 1e-6;
+            }
+            for f in kernels.iter_mut().filter_map(|k| k.1.get_mut(number)) {
+                f.2 = times.get(&f.0).map_or(f.2, |ms| f.2.min(*ms));
+            }
+        }
+    }
+    s.set_profile(false);
+    let mut out = vec![];
+    for (signature, list) in &kernels {
+        for (number, (kernel, form, ms)) in list.iter().enumerate() {
+            let ms = (ms.is_finite() && !wrong[number]).then_some(*ms);
+            let symbol = &s.plan().kernels[*kernel as usize].symbol;
+            out.push(json!({"signature": signature, "kernel": symbol, "form": form, "ms": ms, "wrong": wrong[number]}));
+        }
+    }
+    Ok(out)
+}
+
 fn gpu_memory() -> Option<(u64, u64)> {
     #[cfg(feature = "cuda")]
     return pleach_runtime::cuda::memory().ok();
@@ -193,6 +266,7 @@ fn measure(a: &Args) -> Result<Value> {
         }
         profile = s.profile();
     }
+    let forms = if a.forms { Some(forms(&mut s, a, &inputs)?) } else { None };
     let m = s.memory();
     let kernels: Vec<Value> = profile
         .iter()
@@ -205,7 +279,7 @@ fn measure(a: &Args) -> Result<Value> {
         "device": format!("{s:?}"), "entries": a.entries, "open_ms": open_ms, "ready_ms": ready_ms,
         "first_ms": first_ms, "times_ms": times, "planned_bytes": m.total(), "arena_bytes": m.arena,
         "weights_bytes": m.weights, "adapter_bytes": m.adapter, "optimizer_bytes": m.optimizer,
-        "driver_bytes": used, "profile": kernels, "profile_runs": a.repeat.max(1),
+        "driver_bytes": used, "profile": kernels, "profile_runs": a.repeat.max(1), "forms": forms,
     }))
 }
 

@@ -156,6 +156,9 @@ pub trait Device: Send {
     /// Called before the launches of a run.
     fn begin(&mut self) {}
 
+    /// Called when steps of the plan run other kernels than before; everything asked for before is done.
+    fn changed(&mut self) {}
+
     /// Number of workers.
     fn threads(&self) -> usize;
 

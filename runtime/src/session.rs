@@ -14,7 +14,7 @@ use crate::memory::{Home, Layout, Memory, in_place, lay_out};
 use crate::profile::Profile;
 use crate::region::Region;
 use crate::weights::{Tensor, TensorSource, Weights, nearest};
-use pleach_plan::{ArenaLayout, BufferKind, Param, Plan, Source};
+use pleach_plan::{ArenaLayout, BufferKind, Kernel, Param, Plan, Source};
 use std::collections::btree_map::Entry as Slot;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -166,6 +166,26 @@ impl Session {
     /// The plan.
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// From now on kernel `by` runs wherever `of` did: for whoever measures which of two forms of a kernel is faster.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Values`] when they do not read and write the same.
+    pub fn substitute(&mut self, of: u32, by: u32) -> Result<()> {
+        let kernel = |i: u32| self.plan.kernels.get(i as usize);
+        let same =
+            |a: &Kernel, b: &Kernel| (&a.operands, &a.results, &a.aliases) == (&b.operands, &b.results, &b.aliases);
+        if !kernel(of).zip(kernel(by)).is_some_and(|(a, b)| same(a, b)) {
+            return Err(RuntimeError::Values(format!("kernel {by} does not take the place of kernel {of}")));
+        }
+        self.device.finish()?;
+        self.device.changed();
+        let steps = Arc::make_mut(&mut self.plan).entries.iter_mut().flat_map(|e| &mut e.steps);
+        steps.filter(|s| s.kernel == of).for_each(|s| s.kernel = by);
+        // Numbers of tasks are counted anew.
+        self.entries.iter_mut().for_each(|e| e.tasks.clear());
+        Ok(())
     }
 
     /// The capacity of a symbol, or its only value for one that nothing else decides.

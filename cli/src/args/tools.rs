@@ -63,6 +63,29 @@ pub(crate) struct OptArgs {
     pub capacity: Vec<Count>,
 }
 
+/// `pleach tune`.
+#[cfg(feature = "compiler")]
+#[derive(Debug, Args)]
+pub(crate) struct TuneArgs {
+    #[command(flatten)]
+    pub compile: super::CompileArgs,
+    /// Rounds in which every form is measured; the fastest time of each counts
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    pub rounds: u64,
+    /// Tokens of the runs of `infer` that are measured
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..))]
+    pub tokens: u64,
+    /// Random weights in place of the checkpoint's
+    #[arg(long)]
+    pub random_weights: bool,
+    /// Measure nothing: write a plan that has every form, to be measured on a machine without a compiler (benches/gpu)
+    #[arg(long)]
+    pub forms_only: bool,
+    /// Measure nothing: take the times that were measured with a plan of --forms-only
+    #[arg(long, value_name = "F.json", conflicts_with = "forms_only")]
+    pub times: Option<PathBuf>,
+}
+
 /// `pleach plan-memory`.
 #[derive(Debug, Args)]
 pub(crate) struct PlanMemoryArgs {

@@ -28,6 +28,8 @@ mod run;
 mod shell;
 #[cfg(feature = "models")]
 mod train;
+#[cfg(feature = "compiler")]
+mod tune;
 
 use crate::args::{Cli, Command};
 use crate::failure::Result;
@@ -48,6 +50,8 @@ pub(crate) fn dispatch(cli: Cli) -> Result<()> {
         Command::Plan(a) => plan::plan(&ui, &a),
         #[cfg(feature = "compiler")]
         Command::Compile(a) => compile::compile(&ui, &a),
+        #[cfg(feature = "compiler")]
+        Command::Tune(a) => tune::tune(&ui, &a),
         Command::Inspect(a) => inspect::inspect(&ui, &a),
         #[cfg(feature = "compiler")]
         Command::Opt(a) => opt::opt(&ui, &a),

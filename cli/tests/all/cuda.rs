@@ -9,21 +9,21 @@ use std::path::Path;
 /// Largest difference to the processor, relative to the largest value: both compute in f32, in another order.
 const F32: f64 = 2e-5;
 
-struct Gpu {
+pub(crate) struct Gpu {
     folder: Folder,
-    cpu: Pleach,
-    model: String,
+    pub(crate) cpu: Pleach,
+    pub(crate) model: String,
 }
 
 impl Gpu {
-    fn new(name: &str) -> Gpu {
+    pub(crate) fn new(name: &str) -> Gpu {
         let folder = Folder::new(name);
         let cpu = Pleach::new(&folder);
         Gpu { cpu, model: fixture("llama-tiny").display().to_string(), folder }
     }
 
     /// The binary with the stand-in driver, which has these properties.
-    fn with(&self, properties: &str) -> Pleach {
+    pub(crate) fn with(&self, properties: &str) -> Pleach {
         let library = pleach_fake_cuda::library();
         assert!(library.is_file(), "{} is missing; build the whole workspace", library.display());
         let log = format!("{properties},log={}", self.log().display());
@@ -42,11 +42,11 @@ impl Gpu {
         ["graph", "replay", "set", "launch"].map(|k| text.lines().filter(|l| l.starts_with(k)).count())
     }
 
-    fn file(&self, name: &str) -> String {
+    pub(crate) fn file(&self, name: &str) -> String {
         self.folder.join(name).display().to_string()
     }
 
-    fn logits(&self, pleach: &Pleach, name: &str, more: &[&str]) -> Vec<f64> {
+    pub(crate) fn logits(&self, pleach: &Pleach, name: &str, more: &[&str]) -> Vec<f64> {
         let out = self.file(name);
         pleach.ok(&[&["run", &self.model, "--out", &out, "--quiet"], more].concat());
         tensors(Path::new(&out))["logits"].1.clone()
@@ -54,7 +54,7 @@ impl Gpu {
 }
 
 const IDS: [&str; 4] = ["--ids", "5,6,7,8,9,10,11", "--ids", "3,4"];
-const CUDA: [&str; 2] = ["--target", "cuda"];
+pub(crate) const CUDA: [&str; 2] = ["--target", "cuda"];
 
 #[test]
 fn a_run_gives_what_the_processor_gives() {
@@ -95,7 +95,7 @@ fn generation_replays_one_graph_for_many_lengths() {
     assert_eq!((graphs, replays), (2, 12));
 }
 
-fn rows(path: &Path) {
+pub(crate) fn rows(path: &Path) {
     let mut text = String::new();
     for i in 0..6u64 {
         let ids: Vec<String> = (0..4 + i).map(|j| ((i * 31 + j * 17 + 5) % 128).to_string()).collect();
@@ -104,7 +104,7 @@ fn rows(path: &Path) {
     std::fs::write(path, text).unwrap();
 }
 
-fn lines(out: &str, keys: &[&str]) -> Vec<Vec<f64>> {
+pub(crate) fn lines(out: &str, keys: &[&str]) -> Vec<Vec<f64>> {
     let text = std::fs::read_to_string(Path::new(out).join("metrics.jsonl")).unwrap();
     let number = |l: &str, k: &str| serde_json::from_str::<Value>(l).unwrap()[k].as_f64().unwrap();
     text.lines().map(|l| keys.iter().map(|k| number(l, k)).collect()).collect()

@@ -12,3 +12,4 @@ mod page;
 mod real;
 mod solvers;
 mod train;
+mod tune;

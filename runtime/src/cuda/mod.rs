@@ -349,6 +349,10 @@ impl Device for Cuda {
         Ok(Duration::from_secs_f64(f64::from(ms.max(0.0)) / 1e3))
     }
 
+    fn changed(&mut self) {
+        self.graphs = Graphs::default();
+    }
+
     fn finish(&self) -> Result<()> {
         self.context.enter()?;
         // SAFETY: the stream lives as long as this value.

@@ -9,7 +9,8 @@
 //!
 //! `PLEACH_FAKE_CUDA` sets properties, comma separated: `sm=9.0`, `memory=BYTES`, `driver=12.4`, `order=at-once`, `checks=off`,
 //! `fail=FUNCTION@N:CODE` (the Nth call of a function gives that error), `log=FILE` (a line for every graph and launch),
-//! `devices=0`.
+//! `devices=0`, `time=PART:MICROSECONDS` (events go by a clock on which a launch takes this long if its function's name has that part,
+//! and 10 µs if no property names it).
 #![allow(unsafe_code)]
 
 mod api;

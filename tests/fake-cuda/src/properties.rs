@@ -14,7 +14,7 @@ pub(crate) struct Failure {
     pub(crate) code: u32,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Properties {
     pub(crate) capability: (i32, i32),
     pub(crate) memory: u64,
@@ -27,6 +27,8 @@ pub(crate) struct Properties {
     pub(crate) checks: bool,
     pub(crate) failures: Vec<Failure>,
     pub(crate) log: Option<PathBuf>,
+    /// Parts of names of functions, and the microseconds that their launches take by the clock of events.
+    pub(crate) times: Vec<(String, f64)>,
 }
 
 impl Default for Properties {
@@ -40,6 +42,7 @@ impl Default for Properties {
             checks: true,
             failures: vec![],
             log: None,
+            times: vec![],
         }
     }
 }
@@ -64,6 +67,11 @@ impl Properties {
                 ("order", "late") => p.at_once = false,
                 ("checks", "off") => p.checks = false,
                 ("checks", "on") => p.checks = true,
+                ("time", v) => {
+                    let (part, us) = v.split_once(':').ok_or_else(bad)?;
+                    let us: f64 = us.parse().ok().filter(|x| *x >= 0.0).ok_or_else(bad)?;
+                    p.times.push((part.into(), us));
+                }
                 ("log", v) => p.log = Some(v.into()),
                 ("fail", v) => {
                     let parts = v.split_once('@').and_then(|(f, rest)| Some((f, rest.split_once(':')?)));
@@ -84,11 +92,13 @@ mod tests {
 
     #[test]
     fn reads_properties_and_refuses_what_it_does_not_know() {
-        let p = Properties::parse("sm=9.0,memory=1000,driver=11.8,fail=cuInit@2:100,order=at-once").unwrap();
+        let p =
+            Properties::parse("sm=9.0,memory=1000,driver=11.8,fail=cuInit@2:100,order=at-once,time=mm:2.5").unwrap();
+        assert_eq!(p.times, [("mm".to_string(), 2.5)]);
         assert_eq!((p.capability, p.memory, p.driver, p.at_once), ((9, 0), 1000, (11, 8), true));
         assert_eq!(p.failures, [Failure { function: "cuInit".into(), call: 2, code: 100 }]);
         assert_eq!(Properties::parse("").unwrap(), Properties::default());
-        for bad in ["sm=9", "memory=x", "speed=1", "fail=cuInit:3", "order=never"] {
+        for bad in ["sm=9", "time=mm", "time=mm:-1", "memory=x", "speed=1", "fail=cuInit:3", "order=never"] {
             assert!(Properties::parse(bad).unwrap_err().contains(bad), "{bad}");
         }
     }

@@ -8,6 +8,7 @@ use crate::values;
 use pleach_ir::interp::Symbols;
 use pleach_ir::{Class, Sym};
 use pleach_ptx_sim::{Counts, Memory, Ptr};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 /// An H200: products of bf16 and bytes in a second, warp instructions in a second (132 multiprocessors, four schedulers each,
@@ -47,38 +48,103 @@ impl Row {
 /// # Errors
 /// What the simulator reports.
 pub fn rows(c: &Compiled, symbols: &Symbols, sample: u64) -> Result<Vec<Row>, String> {
+    (0..c.plan.kernels.len()).map(|i| row(c, i, symbols, sample)).collect()
+}
+
+/// Work of all runs of every kernel in these entries, those of windows at the counts of a window.
+///
+/// # Errors
+/// What the simulator reports.
+pub fn entries(c: &Compiled, names: &[&str], symbols: &Symbols, sample: u64) -> Result<Vec<Row>, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let env = c.plan.env(&|n| Sym::new(n).and_then(|n| symbols.get(&n).copied())).map_err(|e| text(&e))?;
-    let mut out = vec![];
-    for (i, (p, k)) in c.plan.kernels.iter().zip(&c.schedule.kernels).enumerate() {
-        let size = |e: &pleach_plan::Expr| e.eval(&env).map_err(|e| text(&e));
-        let mut mem = Memory::new();
-        let place = Place::new(&mut mem, c.plan.symbols.len(), size(&p.scratch_bytes)?);
-        let mut buffers: Vec<Ptr> = vec![];
-        for ((v, name), bytes) in k.body.inputs().into_iter().zip(&p.operands) {
-            // Counts hang on indices and lengths, not on other numbers.
-            let at = mem.alloc_named(name, size(bytes)? as usize);
-            let data = values::indices(&k.body, v, symbols, 1, name).map(|t| t.to_bytes());
-            let data = data.unwrap_or_else(|| vec![0; size(bytes).unwrap_or(0) as usize]);
-            mem.write(at, &data).map_err(|e| text(&e))?;
-            buffers.push(at);
-        }
-        for (bytes, over) in p.results.iter().zip(&k.aliases) {
-            buffers.push(match over {
-                Some(o) => buffers[*o as usize],
-                None => mem.alloc_named("result", size(bytes)? as usize),
+    let mut out: BTreeMap<u32, Row> = BTreeMap::new();
+    let mut seen: BTreeMap<(u32, Vec<u64>), Row> = BTreeMap::new();
+    for name in names {
+        let entry = c.plan.entry(name).map_err(|e| text(&e))?;
+        for (step, times, env) in pleach_codegen::estimate::runs(entry, &env) {
+            let kernel = entry.steps[step].kernel;
+            let one = match seen.get(&(kernel, env.clone())) {
+                Some(r) => r.clone(),
+                None => {
+                    let named = c.plan.symbols.iter().zip(&env);
+                    let now: Symbols = named.filter_map(|(s, v)| Some((Sym::new(&s.name)?, *v))).collect();
+                    let r = row(c, kernel as usize, &now, sample)?;
+                    seen.insert((kernel, env), r.clone());
+                    r
+                }
+            };
+            let sum = out.entry(kernel).or_insert_with(|| Row {
+                counts: Counts::default(),
+                flops: 0,
+                bytes: 0,
+                ..one.clone()
             });
+            (0..times).for_each(|_| sum.counts.add(&one.counts));
+            (sum.flops, sum.bytes) = (sum.flops + times * one.flops, sum.bytes + times * one.bytes);
         }
-        // Later launches read what the blocks that are left out would have written.
-        if let Some((at, n)) = place.scratch {
-            mem.write(at, &vec![0; n]).map_err(|e| text(&e))?;
-        }
-        let counts = c.sampled(&mut mem, i, &buffers, &place, &env, sample)?;
-        let products = matches!(k.class, Class::Contraction | Class::Attention);
-        let flops = if products { size(&p.flops)? } else { 0 };
-        out.push(Row { name: p.symbol.clone(), class: k.class, counts, flops, bytes: size(&p.bytes)? });
     }
-    Ok(out)
+    Ok(out.into_values().collect())
+}
+
+/// Work of one run of a kernel.
+fn row(c: &Compiled, i: usize, symbols: &Symbols, sample: u64) -> Result<Row, String> {
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    let env = c.plan.env(&|n| Sym::new(n).and_then(|n| symbols.get(&n).copied())).map_err(|e| text(&e))?;
+    let (p, k) = (&c.plan.kernels[i], &c.schedule.kernels[i]);
+    let size = |e: &pleach_plan::Expr| e.eval(&env).map_err(|e| text(&e));
+    let mut mem = Memory::new();
+    let place = Place::new(&mut mem, c.plan.symbols.len(), size(&p.scratch_bytes)?);
+    let mut buffers: Vec<Ptr> = vec![];
+    for ((v, name), bytes) in k.body.inputs().into_iter().zip(&p.operands) {
+        // Counts hang on indices and lengths, not on other numbers.
+        let at = mem.alloc_named(name, size(bytes)? as usize);
+        let data = values::indices(&k.body, v, symbols, 1, name).map(|t| t.to_bytes());
+        let data = data.unwrap_or_else(|| vec![0; size(bytes).unwrap_or(0) as usize]);
+        mem.write(at, &data).map_err(|e| text(&e))?;
+        buffers.push(at);
+    }
+    for (bytes, over) in p.results.iter().zip(&k.aliases) {
+        buffers.push(match over {
+            Some(o) => buffers[*o as usize],
+            None => mem.alloc_named("result", size(bytes)? as usize),
+        });
+    }
+    // Later launches read what the blocks that are left out would have written.
+    if let Some((at, n)) = place.scratch {
+        mem.write(at, &vec![0; n]).map_err(|e| text(&e))?;
+    }
+    let counts = c.sampled(&mut mem, i, &buffers, &place, &env, sample)?;
+    let products = matches!(k.class, Class::Contraction | Class::Attention);
+    let flops = if products { size(&p.flops)? } else { 0 };
+    Ok(Row { name: p.symbol.clone(), class: k.class, counts, flops, bytes: size(&p.bytes)? })
+}
+
+/// The rows by class, as JSON: operations of matrix instructions and those needed, bytes that blocks ask for and those that have to
+/// move, warp instructions.
+pub fn classes(rows: &[Row]) -> serde_json::Value {
+    let mut sums: BTreeMap<String, [u64; 7]> = BTreeMap::new();
+    for r in rows {
+        let sum = sums.entry(format!("{:?}", r.class).to_lowercase()).or_default();
+        let own = [
+            r.counts.mma_flops,
+            r.flops,
+            r.counts.global_read,
+            r.counts.global_written,
+            r.bytes,
+            r.counts.warp_instructions,
+            r.counts.of("mma.sync") + r.counts.of("wgmma.mma_async"),
+        ];
+        sum.iter_mut().zip(own).for_each(|(s, n)| *s += n);
+    }
+    let row = |(class, [mma, flops, read, written, bytes, instructions, products]): (&String, &[u64; 7])| {
+        serde_json::json!({
+            "class": class, "mma_flops": mma, "needed_flops": flops, "mma_instructions": products, "bytes_read": read,
+            "bytes_written": written, "floor_bytes": bytes, "warp_instructions": instructions,
+            "issue_ms": *instructions as f64 / PEAK[2] * 1e3,
+        })
+    };
+    sums.iter().map(row).collect::<Vec<_>>().into()
 }
 
 /// The rows as a table for people.

@@ -173,7 +173,7 @@ impl Compiled {
             mode: how.mode,
             order: how.order,
             sample,
-            max_steps: MOST_STEPS,
+            max_steps: if sample.is_some() { MOST_STEPS << 6 } else { MOST_STEPS },
             checks: Checks { races: sample.is_none(), uninitialised: sample.is_none() },
         };
         kernel.launch(mem, launch).map_err(|e| text(&e))

@@ -4,7 +4,7 @@
 
 use crate::Trials;
 use pleach_codegen::emit::gpu::GpuChip;
-use pleach_ir::{Class, DType};
+use pleach_ir::{Class, DType, Sym};
 use pleach_passes::Options;
 use pleach_plan::Meta;
 use pleach_tests::gpu::cases::{Case, From};
@@ -12,6 +12,7 @@ use pleach_tests::gpu::mutate::{CHANGES, survey};
 use pleach_tests::gpu::{alone, attention, estimate};
 use pleach_tests::{fixtures, training};
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 
 pub(crate) fn trials(trials: &mut Trials) {
@@ -26,6 +27,14 @@ pub(crate) fn trials(trials: &mut Trials) {
         }
     }
     trials.add("estimate", move || estimate(full));
+    if let Some(folder) = std::env::var_os("PLEACH_GPU_ESTIMATE") {
+        for method in ["lora", "paca"] {
+            for chip in GpuChip::ALL {
+                let file = Path::new(&folder).join(format!("counts-llama-3-8b-1-{method}-r16.{}.json", chip.name()));
+                trials.add(format!("counts/{method}/{}", chip.name()), move || counts(method, chip, &file));
+            }
+        }
+    }
     mutations(trials);
 }
 
@@ -38,6 +47,26 @@ fn attend(x: &attention::Form, chip: GpuChip, full: bool) -> Result<(), String> 
         println!("{x:?} {}\n{}", chip.name(), lines.collect::<Vec<_>>().join("\n"));
     }
     Ok(())
+}
+
+/// What a training step of one layer of a large model executes, for one sequence of 2048 tokens; two blocks of a launch stand for the others.
+/// All work but the optimizer's grows with the number of sequences.
+fn counts(method: &str, chip: GpuChip, file: &Path) -> Result<(), String> {
+    let graph = pleach_tests::shaped::LLAMA_3_8B.open(1)?.training(method, 16)?;
+    // As a plan for four rows of 2048 tokens is made.
+    let hints = ["train", "accumulate", "step", "evaluate"].map(|n| (n.to_string(), 8192));
+    let options = Options { dtype: DType::BF16, tokens_hint: hints.to_vec(), ..Options::default() };
+    let c = pleach_tests::gpu::compile(&graph, &options, chip, Meta::default())?;
+    let (mut symbols, _) = alone::symbols([2048, 1, 2047]);
+    symbols.insert(Sym::P, 2048);
+    symbols.insert(Sym::C, 1);
+    let rows = estimate::entries(&c, &["accumulate", "update"], &symbols, 2)?;
+    let out = serde_json::json!({
+        "what": "counted by the simulator: two blocks of every launch stand for the others; an estimate, not a measurement",
+        "model": "llama-3-8b, 1 layer", "method": method, "rank": 16, "dtype": "bf16", "tokens": 2048, "sequences": 1,
+        "target": chip.name(), "classes": estimate::classes(&rows),
+    });
+    std::fs::write(file, format!("{out:#}\n")).map_err(|e| format!("{}: {e}", file.display()))
 }
 
 /// Counts hang together: products take at least what they need, and every result is written.

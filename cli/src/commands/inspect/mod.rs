@@ -1,6 +1,8 @@
 //! `pleach inspect`: any stage of a model folder, or what a plan holds; as text for people or JSON for scripts.
 
 #[cfg(feature = "compiler")]
+mod estimate;
+#[cfg(feature = "compiler")]
 mod model;
 #[cfg(feature = "compiler")]
 mod model_explorer;
@@ -23,6 +25,11 @@ pub(crate) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
             return Err(Failure::usage(why));
         }
         return plan::inspect(ui, args);
+    }
+    if args.wants_estimate() {
+        return Err(Failure::usage(
+            "--estimate is for a compiled plan: `pleach compile MODEL … --target sm_90a -o F.pleach` first",
+        ));
     }
     #[cfg(feature = "compiler")]
     return model::inspect(ui, args);

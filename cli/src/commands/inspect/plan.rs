@@ -23,10 +23,18 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
     }
     let _ = ui;
     if args.json {
-        report::json(&json!({
+        let mut out = json!({
             "target": plan.target, "meta": plan.meta, "entries": entries_json(&plan),
             "kernels": kernels_json(&plan, &args.capacity)?, "memory": memory_json(&plan, &args.capacity)?,
-        }));
+        });
+        if !plan.choices.is_empty() {
+            out["choices"] = serde_json::to_value(&plan.choices)?;
+        }
+        #[cfg(feature = "compiler")]
+        if args.estimate.is_some() {
+            out["estimate"] = super::estimate::json(&plan, args)?;
+        }
+        report::json(&out);
         return Ok(());
     }
     if args.ptx {
@@ -37,11 +45,15 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
         }
         report::print(&all);
     }
-    if !args.kernels && !args.memory && !args.ptx {
+    if !args.kernels && !args.memory && !args.ptx && !args.wants_estimate() {
         report::print(&summary(&plan));
     }
     if args.kernels {
         report::print(&kernels(&plan, args.kernel.as_deref(), &args.capacity)?);
+    }
+    #[cfg(feature = "compiler")]
+    if args.estimate.is_some() {
+        report::print(&super::estimate::text(&plan, args)?);
     }
     if args.memory {
         report::print(&memory(&plan, &args.capacity)?);
@@ -59,7 +71,7 @@ pub(super) fn env(plan: &Plan, given: &[Count]) -> Result<Vec<u64>> {
     Ok(plan.env(&value)?)
 }
 
-fn shown(plan: &Plan, env: &[u64]) -> String {
+pub(super) fn shown(plan: &Plan, env: &[u64]) -> String {
     let free = plan.symbols.iter().zip(env).filter(|(s, _)| s.value.is_none());
     free.map(|(s, v)| format!("{}={v}", s.name)).collect::<Vec<_>>().join(" ")
 }
@@ -81,6 +93,9 @@ fn summary(plan: &Plan) -> String {
     let slots = plan.slots();
     if !slots.is_empty() {
         out += &format!("adapter slots: {}\n", slots.iter().map(u32::to_string).collect::<Vec<_>>().join(", "));
+    }
+    if !plan.choices.is_empty() {
+        out += &format!("forms of {} kernels were chosen by measuring\n", plan.choices.len());
     }
     let mut t = Table::new(&["entry", "launches", "<inputs", "<outputs"]);
     for e in &plan.entries {

@@ -11,6 +11,7 @@ mod at;
 mod attention;
 mod chip;
 mod contraction;
+mod form;
 mod launch;
 mod pull;
 mod reduce;
@@ -22,7 +23,8 @@ use super::func::{Func, Val};
 use super::{bytes_expr, dim_expr, unsupported};
 use crate::error::CodegenError;
 pub use chip::GpuChip;
-use pleach_ir::{Class, Dim, Kernel, Layout, Op, Sym};
+pub use form::{Form, NoForm, Units};
+use pleach_ir::{AttentionAttrs, Class, Dim, Kernel, Layout, Op, Sym, ValueId};
 use pleach_plan::{Expr, Launch};
 
 /// Buffers that a kernel may have: parameters of an entry take at most 4096 bytes.
@@ -48,10 +50,31 @@ pub struct GpuEmitted {
 /// # Errors
 /// [`CodegenError::Unsupported`] naming the kernel and the reason.
 pub fn emit(k: &Kernel, symbols: &[Sym], chip: GpuChip) -> Result<GpuEmitted, CodegenError> {
+    emit_as(k, symbols, chip, None)
+}
+
+/// The forms there are of a kernel, the one that [`emit`] takes first; none where there is no choice.
+///
+/// # Errors
+/// As [`emit`].
+pub fn forms(k: &Kernel, symbols: &[Sym], chip: GpuChip) -> Result<Vec<Form>, CodegenError> {
     check(k)?;
+    let all = if k.class == Class::Contraction { contraction::forms(k, symbols, chip)? } else { vec![] };
+    Ok(if all.len() > 1 { all } else { vec![] })
+}
+
+/// [`emit`] in a form of [`forms`].
+///
+/// # Errors
+/// As [`emit`], and a form that the kernel does not have.
+pub fn emit_as(k: &Kernel, symbols: &[Sym], chip: GpuChip, form: Option<&Form>) -> Result<GpuEmitted, CodegenError> {
+    check(k)?;
+    if let Some(f) = form.filter(|_| k.class != Class::Contraction) {
+        return Err(unsupported(k, format!("it has no form {f}")));
+    }
     let (text, launches, scratch_bytes) = match k.class {
         Class::Row => row::emit(k, symbols)?,
-        Class::Contraction => contraction::emit(k, symbols, chip)?,
+        Class::Contraction => contraction::emit(k, symbols, chip, form)?,
         Class::Attention => attention::emit(k, symbols, chip)?,
         Class::Scatter => scatter::emit(k, symbols)?,
     };
@@ -97,7 +120,7 @@ fn flops(k: &Kernel, symbols: &[Sym]) -> Result<Expr, CodegenError> {
     let elements = |dims: &[Dim]| -> Result<Expr, CodegenError> {
         dims.iter().try_fold(Expr::Const(1), |e, d| Ok(e.mul(dim_expr(k, *d, symbols)?)))
     };
-    let mut sum = Expr::Const(0);
+    let (mut sum, mut shares) = (Expr::Const(0), false);
     for (n, _) in body.nodes.iter().zip(&live).filter(|x| *x.1) {
         let more = match &n.op {
             Op::MatMul { ta, .. } => {
@@ -105,10 +128,12 @@ fn flops(k: &Kernel, symbols: &[Sym]) -> Result<Expr, CodegenError> {
                 let depth = left[left.len() - if *ta { 2 } else { 1 }];
                 elements(&n.ty.shape)?.mul(dim_expr(k, depth, symbols)?).mul(2)
             }
-            Op::Attention(a) | Op::AttentionGrad { attrs: a, .. } => {
-                let keys = dim_expr(k, body.ty(n.inputs[1]).shape[0], symbols)?;
-                let queries = dim_expr(k, body.ty(n.inputs[0]).shape[0], symbols)?;
-                queries.mul(keys).mul(u64::from(a.heads) * u64::from(a.head_dim) * 4)
+            Op::Attention(a) => pairs(k, symbols, a, &n.inputs)?.mul(4),
+            Op::AttentionLse(a) => pairs(k, symbols, a, &n.inputs)?.mul(2),
+            // Each has a product of its own; all share the scores and their gradient.
+            Op::AttentionGrad { attrs: a, .. } => {
+                let shared = if std::mem::replace(&mut shares, true) { 0 } else { 4 };
+                pairs(k, symbols, a, &n.inputs)?.mul(2 + shared)
             }
             Op::Reduce { .. } => elements(&body.ty(n.inputs[0]).shape)?,
             op if op.is_elementwise() && k.class != Class::Attention => elements(&n.ty.shape)?,
@@ -119,10 +144,47 @@ fn flops(k: &Kernel, symbols: &[Sym]) -> Result<Expr, CodegenError> {
     Ok(sum)
 }
 
-/// Bytes of operands and results, each once.
+/// Pairs of a query and a key, times the width of all heads: one sequence as long as all of them. Half of them where every query has
+/// a key of its own and sees none behind it.
+fn pairs(k: &Kernel, symbols: &[Sym], a: &AttentionAttrs, inputs: &[ValueId]) -> Result<Expr, CodegenError> {
+    let [queries, keys] = [0, 1].map(|i| k.body.ty(inputs[i]).shape[0]);
+    let width = u64::from(a.heads) * u64::from(a.head_dim);
+    let half = a.causal && queries == keys;
+    let seen = dim_expr(k, keys, symbols)?;
+    let seen = if half { seen.ceil_div(2) } else { seen };
+    let seen = a.window.map_or(seen.clone(), |w| seen.min(u64::from(w)));
+    Ok(dim_expr(k, queries, symbols)?.mul(seen).mul(width))
+}
+
+/// Bytes of operands and results, each once. Of an operand that only rows are taken of, those; of a result that lies over an operand
+/// and has rows set, what is set.
 fn bytes(k: &Kernel, symbols: &[Sym]) -> Result<Expr, CodegenError> {
-    let all = k.operand_types().into_iter().chain(k.result_types());
-    all.into_iter().try_fold(Expr::Const(0), |e, ty| Ok(e.add(bytes_expr(k, &ty, symbols)?)))
+    let body = &k.body;
+    let size = |v: ValueId| bytes_expr(k, body.ty(v), symbols);
+    let (live, all) = (body.live(), body.users());
+    let set = |v: ValueId| match &body.node(v).op {
+        Op::Scatter { .. } => body.node(v).inputs.get(2).copied(),
+        _ => None,
+    };
+    let mut sum = Expr::Const(0);
+    for (i, (v, _)) in body.inputs().into_iter().enumerate() {
+        let users: Vec<ValueId> = all[v.0 as usize].iter().copied().filter(|u| live[u.0 as usize]).collect();
+        let taken = |u: &ValueId| matches!(body.node(*u).op, Op::Gather { .. }) && body.node(*u).inputs[0] == v;
+        let over = k.aliases.contains(&Some(i as u32));
+        let written = |u: &ValueId| over && set(*u).is_some() && body.node(*u).inputs[0] == v;
+        let part = |list: &[ValueId]| list.iter().try_fold(Expr::Const(0), |e, u| Ok(e.add(size(*u)?)));
+        let own = match () {
+            () if !users.is_empty() && users.iter().all(taken) => size(v)?.min(part(&users)?),
+            () if !users.is_empty() && users.iter().all(written) => Expr::Const(0),
+            () => size(v)?,
+        };
+        sum = sum.add(own);
+    }
+    for (r, over) in body.roots.iter().zip(&k.aliases) {
+        let written = set(r.value).filter(|_| over.is_some());
+        sum = sum.add(size(written.unwrap_or(r.value))?);
+    }
+    Ok(sum)
 }
 
 /// A special register, as i64.

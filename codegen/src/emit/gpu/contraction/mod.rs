@@ -16,7 +16,7 @@ mod warpgroup;
 
 use super::at::At;
 use super::pull::Pull;
-use super::{GpuChip, Parts};
+use super::{Form, GpuChip, Parts, Units};
 use crate::emit::contraction::analyze::Analysis;
 use crate::emit::func::{Func, Val};
 use crate::emit::{dim_expr, unsupported};
@@ -24,11 +24,14 @@ use crate::error::CodegenError;
 use pleach_ir::{Kernel, Sym};
 use pleach_plan::When;
 
-/// Emits a contraction kernel.
-pub(super) fn emit(k: &Kernel, symbols: &[Sym], chip: GpuChip) -> Result<Parts, CodegenError> {
+/// Emits a contraction kernel, in this form if one is wished.
+pub(super) fn emit(k: &Kernel, symbols: &[Sym], chip: GpuChip, wish: Option<&Form>) -> Result<Parts, CodegenError> {
     let a = Analysis::new(k).map_err(|why| unsupported(k, why))?;
-    let Some((text, mut launches, scratch)) = tensors(k, symbols, &a, chip)? else {
-        return plain::emit(k, symbols, &a);
+    let Some((text, mut launches, scratch)) = tensors(k, symbols, &a, chip, wish)? else {
+        return match wish {
+            None => plain::emit(k, symbols, &a),
+            Some(f) => Err(unsupported(k, format!("it has no form {f}"))),
+        };
     };
     // Few rows take another way through the same weights.
     let Some((more, mut few)) = vector::emit(k, symbols, &a)? else { return Ok((text, launches, scratch)) };
@@ -40,14 +43,40 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], chip: GpuChip) -> Result<Parts, 
     Ok((text + &more, launches, scratch))
 }
 
+/// Forms by warpgroups, and by warps where those are the choice, that are offered at most.
+const OFFERED: [usize; 2] = [4, 2];
+
+/// The forms of a contraction by matrix instructions, the best guess first.
+pub(super) fn forms(k: &Kernel, symbols: &[Sym], chip: GpuChip) -> Result<Vec<Form>, CodegenError> {
+    let a = Analysis::new(k).map_err(|why| unsupported(k, why))?;
+    let limits = chip.limits();
+    let mut out = if limits.warpgroups { warpgroup::forms(k, symbols, &a, &limits)? } else { vec![] };
+    out.truncate(OFFERED[0]);
+    let rest = tensor::forms(&a, &limits);
+    let most = if out.is_empty() { rest.len() } else { OFFERED[1] };
+    out.extend(rest.into_iter().take(most));
+    Ok(out)
+}
+
 /// The kernel by matrix instructions, if they have a form of it.
-fn tensors(k: &Kernel, symbols: &[Sym], a: &Analysis, chip: GpuChip) -> Result<Option<Parts>, CodegenError> {
+fn tensors(
+    k: &Kernel,
+    symbols: &[Sym],
+    a: &Analysis,
+    chip: GpuChip,
+    wish: Option<&Form>,
+) -> Result<Option<Parts>, CodegenError> {
+    let warps = wish.is_some_and(|f| f.units == Units::Warp);
     if chip.limits().warpgroups
-        && let Some(parts) = warpgroup::emit(k, symbols, a, chip)?
+        && !warps
+        && let Some(parts) = warpgroup::emit(k, symbols, a, chip, wish)?
     {
         return Ok(Some(parts));
     }
-    tensor::emit(k, symbols, a, &chip.limits())
+    if wish.is_some() && !warps {
+        return Ok(None);
+    }
+    tensor::emit(k, symbols, a, &chip.limits(), wish)
 }
 
 /// Writes 16 rows of all results from fragments of matrix instructions.

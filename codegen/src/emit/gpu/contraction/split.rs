@@ -18,7 +18,7 @@ use pleach_ir::{Kernel, Sym};
 use pleach_plan::{Expr, Launch};
 
 /// Parts of a sum at most.
-const MOST: u64 = 16;
+pub(super) const MOST: u64 = 16;
 /// Shorter sums are not shared.
 const LONG: u64 = 1024;
 const THREADS: i64 = 128;

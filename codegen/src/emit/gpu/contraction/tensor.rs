@@ -17,7 +17,7 @@ use crate::emit::gpu::at::At;
 use crate::emit::gpu::chip::Limits;
 use crate::emit::gpu::launch::Unit;
 use crate::emit::gpu::pull::Pull;
-use crate::emit::gpu::{Parts, barrier, special};
+use crate::emit::gpu::{Form, Parts, Units, barrier, special};
 use crate::error::CodegenError;
 use pleach_ir::{DType, Dim, Kernel, Sym};
 use pleach_plan::Expr;
@@ -39,6 +39,11 @@ struct Cut {
 }
 
 impl Cut {
+    /// The form that has this tile.
+    fn form(&self, parts: u64) -> Form {
+        Form { units: Units::Warp, tile: self.size.map(|n| n as u32), parts: parts as u32 }
+    }
+
     /// 16-row and 8-column products of a warp.
     fn own(&self) -> [i64; 2] {
         [self.size[0] / self.warps[0] / 16, self.size[1] / self.warps[1] / 8]
@@ -48,6 +53,43 @@ impl Cut {
     fn stage(&self) -> i64 {
         (self.size[0] + self.parts * self.size[1]) * STEP * 2
     }
+}
+
+/// Tiles with one set of accumulators, and how their warps stand.
+const TILES: [([i64; 2], [i64; 2]); 6] = [
+    ([128, 256], [2, 4]),
+    ([128, 128], [2, 4]),
+    ([64, 128], [2, 4]),
+    ([128, 64], [4, 2]),
+    ([128, 32], [4, 2]),
+    ([32, 128], [2, 4]),
+];
+
+/// Ways to cut a kernel, the usual one first; none where tensor cores have no form of it.
+fn cuts(a: &Analysis, passes: &[Vec<Taken>]) -> Vec<Cut> {
+    let Some(usual) = cut(a, passes) else { return vec![] };
+    let mut out = vec![usual];
+    // Accumulators of a thread: as many as those of the largest tile.
+    let fits = |[m, n]: [i64; 2]| {
+        let some = a.n.known().is_none_or(|all| all as i64 > n / 2) && a.m.known().is_none_or(|all| all as i64 > m / 2);
+        some && m * n * sets(a) as i64 / THREADS <= 128
+    };
+    let more = TILES.iter().filter(|(size, _)| *size != usual.size && fits(*size));
+    out.extend(more.map(|(size, warps)| Cut { size: *size, warps: *warps, parts: usual.parts }));
+    out
+}
+
+/// The forms there are, the usual one first.
+pub(super) fn forms(a: &Analysis, limits: &Limits) -> Vec<Form> {
+    let mut out = vec![];
+    for cut in cuts(a, &passes(a)) {
+        let parts = split::parts(a, cut.size, limits);
+        out.push(cut.form(parts));
+        // Sums that are shared at all may be so by fewer or more blocks.
+        let more = [parts / 2, 2 * parts].into_iter().filter(|n| parts > 1 && (1..=split::MOST).contains(n));
+        out.extend(more.map(|n| cut.form(n)));
+    }
+    out
 }
 
 /// How a kernel is cut; `None` where tensor cores have no form of it.
@@ -123,10 +165,20 @@ struct Side {
 }
 
 /// Emits the kernel, if it has this form.
-pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis, limits: &Limits) -> Result<Option<Parts>, CodegenError> {
+pub(super) fn emit(
+    k: &Kernel,
+    symbols: &[Sym],
+    a: &Analysis,
+    limits: &Limits,
+    wish: Option<&Form>,
+) -> Result<Option<Parts>, CodegenError> {
     let passes = passes(a);
-    let Some(cut) = cut(a, &passes) else { return Ok(None) };
-    let parts = split::parts(a, cut.size, limits);
+    let fits = |c: &Cut| wish.is_none_or(|w| c.form(u64::from(w.parts)) == *w);
+    let Some(cut) = cuts(a, &passes).into_iter().find(fits) else { return Ok(None) };
+    let parts = wish.map_or_else(|| split::parts(a, cut.size, limits), |w| u64::from(w.parts));
+    if parts > 1 && split::parts(a, cut.size, limits) == 1 {
+        return Ok(None);
+    }
     let mut unit = Unit::new(k, "", parts > 1);
     let f = &mut unit.f;
     let mut p = Pull::new(f, k, symbols);

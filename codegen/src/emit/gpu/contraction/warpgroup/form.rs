@@ -3,9 +3,10 @@
 use crate::emit::contraction::analyze::{Analysis, Product, Right};
 use crate::emit::contraction::view::{Stride, View};
 use crate::emit::dim_expr;
+use crate::emit::gpu;
 use crate::emit::gpu::chip::Limits;
 use crate::emit::gpu::contraction::operand::axes;
-use crate::emit::gpu::contraction::passes::passes;
+use crate::emit::gpu::contraction::passes::{Taken, passes};
 use crate::error::CodegenError;
 use pleach_ir::{DType, Dim, Kernel, Sym, ValueId};
 use pleach_plan::{Expr, TensorMap};
@@ -37,6 +38,11 @@ pub(super) struct Cut {
 }
 
 impl Cut {
+    /// The form that has this tile.
+    fn form(&self) -> gpu::Form {
+        gpu::Form { units: gpu::Units::Warpgroup, tile: [self.rows() as u32, self.columns as u32], parts: 1 }
+    }
+
     pub(super) fn rows(&self) -> i64 {
         ROWS * self.consumers
     }
@@ -139,16 +145,33 @@ fn place<'a>(a: &Analysis, x: &'a Product, side: usize) -> Option<Place<'a>> {
     Some(Place { view, along, first, lines: if side == 0 { a.m } else { x.n } })
 }
 
-/// How the kernel is taken; `None` where this class of products has no form of it, or gains nothing.
-pub(super) fn form(k: &Kernel, symbols: &[Sym], a: &Analysis, limits: &Limits) -> Result<Option<Form>, CodegenError> {
+/// The forms there are, the one that seems fastest first.
+pub(in super::super) fn forms(
+    k: &Kernel,
+    symbols: &[Sym],
+    a: &Analysis,
+    limits: &Limits,
+) -> Result<Vec<gpu::Form>, CodegenError> {
+    let Some((shape, _)) = shape(a) else { return Ok(vec![]) };
+    let mut out = vec![];
+    for cut in shape.cuts(limits) {
+        if form(k, symbols, a, limits, Some(&cut.form()))?.is_some() {
+            out.push(cut.form());
+        }
+    }
+    Ok(out)
+}
+
+/// What tiles depend on, and the order of products; `None` where this class of products has no form of the kernel, or gains nothing.
+fn shape(a: &Analysis) -> Option<(Shape, Vec<Vec<Taken>>)> {
     let rows = a.m.known();
-    let (Some(columns), true) = (a.n.known(), a.batch.is_empty()) else { return Ok(None) };
+    let (Some(columns), true) = (a.n.known(), a.batch.is_empty()) else { return None };
     // A sum of unknown length would have to be cut off within a tile: a branch that the products would wait for.
     let fits = |x: &Product| {
         x.dtype == DType::BF16 && x.k.known().is_some_and(|k| k > 0) && (0..2).all(|s| place(a, x, s).is_some())
     };
     if columns % 4 != 0 || rows.is_some_and(|m| m < ROWS as u64) || !a.products.iter().all(fits) {
-        return Ok(None);
+        return None;
     }
     let order = passes(a);
     let scaled = a.groups.iter().any(|g| g.products.iter().filter(|p| p.1.is_some()).count() > 1);
@@ -158,10 +181,22 @@ pub(super) fn form(k: &Kernel, symbols: &[Sym], a: &Analysis, limits: &Limits) -
     let depth: u64 = order.iter().filter_map(|p| a.products[p[0].1].k.known()).map(|k| k.div_ceil(STEP as u64)).sum();
     // Several products of a single step have nothing to overlap, and the assembler would put waits between them.
     if parts > 1 && depth < 2 {
-        return Ok(None);
+        return None;
     }
-    let shape = Shape { rows: rows.unwrap_or(TYPICAL_ROWS), columns, sets, parts, depth, across };
-    let Some(cut) = shape.best(limits) else { return Ok(None) };
+    Some((Shape { rows: rows.unwrap_or(TYPICAL_ROWS), columns, sets, parts, depth, across }, order))
+}
+
+/// How the kernel is taken, in the form that is wished; `None` where this class of products has no form of it, or gains nothing.
+pub(super) fn form(
+    k: &Kernel,
+    symbols: &[Sym],
+    a: &Analysis,
+    limits: &Limits,
+    wish: Option<&gpu::Form>,
+) -> Result<Option<Form>, CodegenError> {
+    let Some((shape, order)) = shape(a) else { return Ok(None) };
+    let cut = shape.cuts(limits).into_iter().find(|c| wish.is_none_or(|w| *w == c.form()));
+    let Some(cut) = cut else { return Ok(None) };
 
     let mut maps: Vec<TensorMap> = vec![];
     let mut passes = vec![];
@@ -228,8 +263,9 @@ struct Shape {
 }
 
 impl Shape {
-    fn best(&self, limits: &Limits) -> Option<Cut> {
-        let mut best: Option<(u64, Cut)> = None;
+    /// The tiles that fit, the one that seems fastest first.
+    fn cuts(&self, limits: &Limits) -> Vec<Cut> {
+        let mut all: Vec<(u64, Cut)> = vec![];
         for consumers in [2, 1] {
             for columns in [256, 192, 128, 96, 64, 32] {
                 let shared = if consumers == 1 { limits.shared_sm / 2 - 1024 } else { limits.shared_block };
@@ -238,16 +274,13 @@ impl Shape {
                 // Where two blocks share a multiprocessor, a thread has half as many registers.
                 let most = ACCUMULATORS / cut.resident();
                 let fits = self.sets * columns / 2 <= most && cut.stages >= 3;
-                if !fits || (self.across && columns % ROWS != 0) {
-                    continue;
-                }
-                let cost = self.cost(&cut, limits);
-                if best.is_none_or(|b| cost < b.0) {
-                    best = Some((cost, cut));
+                if fits && (!self.across || columns % ROWS == 0) {
+                    all.push((self.cost(&cut, limits), cut));
                 }
             }
         }
-        best.map(|b| b.1)
+        all.sort_by_key(|c| c.0);
+        all.into_iter().map(|c| c.1).collect()
     }
 
     /// Cycles, roughly: tensor cores against the cache's bandwidth, in whole rounds of all multiprocessors.

@@ -19,6 +19,7 @@ use crate::emit::gpu::launch::{Unit, shared_at};
 use crate::emit::gpu::pull::Pull;
 use crate::emit::gpu::{Parts, barrier, special};
 use crate::error::CodegenError;
+pub(super) use form::forms;
 use form::{BLOCK, Cut, Form, Operand, Pass, ROWS, STEP};
 use pleach_ir::{Kernel, Sym};
 use pleach_plan::Expr;
@@ -31,9 +32,15 @@ const REGISTERS: [u32; 2] = [40, 232];
 const DESCRIPTOR: i64 = 1 << 62 | (1024 >> 4) << 32;
 
 /// Emits the kernel, if it has this form.
-pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis, chip: GpuChip) -> Result<Option<Parts>, CodegenError> {
+pub(super) fn emit(
+    k: &Kernel,
+    symbols: &[Sym],
+    a: &Analysis,
+    chip: GpuChip,
+    wish: Option<&crate::emit::gpu::Form>,
+) -> Result<Option<Parts>, CodegenError> {
     let limits = chip.limits();
-    let Some(form) = form::form(k, symbols, a, &limits)? else { return Ok(None) };
+    let Some(form) = form::form(k, symbols, a, &limits, wish)? else { return Ok(None) };
     let cut = form.cut;
     let mut unit = Unit::with_maps(k, "", false, &form.maps);
     let f = &mut unit.f;

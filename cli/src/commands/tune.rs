@@ -1,0 +1,330 @@
+//! `pleach tune`: compiles every form of every kernel, measures each on the GPU within whole runs on random rows, and writes a plan with the
+//! fastest ones. The plan names its choices, so that `compile --choices` makes the same plan again.
+
+use crate::args::TuneArgs;
+use crate::failure::{Failure, Result};
+use crate::inputs::{InferInputs, Sequences};
+use crate::pipeline::{ALTERNATIVES, Alternative, Request, TrainPart, is_graph};
+use crate::ready::{self, Ready};
+use crate::report::{self, Table, Ui, bytes};
+use crate::training::{self, Training};
+use pleach_plan::{Choice, Plan};
+use pleach_runtime::train::{Order, Rows, Settings, step};
+use pleach_runtime::{Philox, Session, random_weights};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// A form must be faster than the usual one by this share to be chosen: less is noise.
+const GAIN: f64 = 0.02;
+/// How far results of two forms may be apart, relative to the larger one: sums have another order.
+const APART: f64 = 2e-2;
+
+/// A kernel's forms with the milliseconds of each in a run of everything: the smallest of all rounds.
+struct Timed {
+    signature: String,
+    forms: Vec<(u32, String, f64)>,
+}
+
+impl Timed {
+    /// The form to take: the fastest one, the usual one where that is hardly slower.
+    fn best(&self) -> usize {
+        let usual = self.forms.first().map_or(0.0, |f| f.2);
+        let fastest = (0..self.forms.len()).min_by(|a, b| self.forms[*a].2.total_cmp(&self.forms[*b].2)).unwrap_or(0);
+        if self.forms.get(fastest).is_some_and(|f| f.2 < usual * (1.0 - GAIN)) { fastest } else { 0 }
+    }
+}
+
+/// Tunes.
+///
+/// # Errors
+/// A target without a choice, whatever compiling and running refuse, forms whose results do not agree.
+pub(crate) fn tune(ui: &Ui, args: &TuneArgs) -> Result<()> {
+    let model = &args.compile.model;
+    if ready::looks_like_a_plan(&model.model) || is_graph(&model.model) {
+        return Err(Failure::usage("tune takes a model folder: a compiled plan holds no kernels to make others of"));
+    }
+    if args.compile.output.is_dir() {
+        return Err(Failure::usage(format!("{}: is a folder; -o names a file", args.compile.output.display())));
+    }
+    if args.compile.choices.is_some() {
+        return Err(Failure::usage("tune makes choices; those of a plan are taken by `pleach compile --choices`"));
+    }
+    let (entries, tokens, train) = super::compile::asked(&args.compile)?;
+    let entries: Vec<&str> = entries.iter().map(String::as_str).collect();
+    let request = Request { train, alternatives: true, ..Request::new(ui, model, &entries, &tokens)? };
+    if request.gpu().is_none() {
+        return Err(Failure::usage(
+            "code for a processor has one form of every kernel, there is nothing to choose; tune is for --target cuda",
+        ));
+    }
+    // What is measured is of no use later.
+    let once = crate::args::ModelArgs { no_cache: true, ..model.clone() };
+    let (slot, ready) = ready::compile_as(&once, request.clone())?;
+    drop(slot);
+    let list = ready.plan.meta.extra.get(ALTERNATIVES).cloned().unwrap_or_default();
+    let mut kernels: Vec<Timed> = vec![];
+    for a in serde_json::from_value::<Vec<Alternative>>(list)? {
+        let form = (a.kernel, a.form, f64::INFINITY);
+        match kernels.last_mut().filter(|k| k.signature == a.signature) {
+            Some(k) => k.forms.push(form),
+            None => kernels.push(Timed { signature: a.signature, forms: vec![form] }),
+        }
+    }
+    let plan = ready.plan.clone();
+    if args.forms_only {
+        plan.write(&args.compile.output)?;
+        let size = std::fs::metadata(&args.compile.output).map_or(0, |m| m.len());
+        let forms: usize = kernels.iter().map(|k| k.forms.len()).sum();
+        let out = args.compile.output.display();
+        report::line(&format!("{out}: {}, {forms} forms of {} kernels, to be measured", bytes(size), kernels.len()));
+        return Ok(());
+    }
+    ui.note(&format!(
+        "{} kernels have several forms, {} in all",
+        kernels.len(),
+        kernels.iter().map(|k| k.forms.len()).sum::<usize>()
+    ));
+    match &args.times {
+        Some(path) => read(path, &mut kernels)?,
+        None => measure(ui, args, ready, &request, &mut kernels)?,
+    }
+    let chosen = |k: &Timed| Choice { signature: k.signature.clone(), form: k.forms[k.best()].1.clone() };
+    let choices: Vec<Choice> = kernels.iter().map(chosen).collect();
+    let request = Request { alternatives: false, choices, out: args.compile.output.clone(), ..request };
+    crate::child::compile(&request)?;
+    show(args, &plan, &kernels)
+}
+
+/// A form's time as `--times` has it.
+#[derive(serde::Deserialize)]
+struct Time {
+    signature: String,
+    form: String,
+    /// None for a form that was not run, or gave other results.
+    ms: Option<f64>,
+}
+
+/// Takes times from a file: a list, or an object that holds it as `forms`.
+fn read(path: &std::path::Path, kernels: &mut [Timed]) -> Result<()> {
+    let bad = |why: String| Failure::new(format!("--times {}: {why}", path.display()));
+    let text = std::fs::read(path).map_err(Failure::io("read", path))?;
+    let value: Value = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
+    let list = value.get("forms").cloned().unwrap_or(value);
+    let times: Vec<Time> =
+        serde_json::from_value(list).map_err(|e| bad(format!("is no list of signature, form and ms: {e}")))?;
+    let mut found = 0;
+    for t in &times {
+        let forms = kernels.iter_mut().filter(|k| k.signature == t.signature).flat_map(|k| &mut k.forms);
+        for f in forms.filter(|f| f.1 == t.form) {
+            found += 1;
+            f.2 = t.ms.filter(|ms| ms.is_finite() && *ms >= 0.0).unwrap_or(f64::INFINITY);
+        }
+    }
+    if found == 0 {
+        return Err(bad(
+            "none of its times is of a kernel of this model; measure a plan of the same command with --forms-only"
+                .into(),
+        ));
+    }
+    Ok(())
+}
+
+/// Runs everything in every form, round by round so that what changes with time changes all of them.
+fn measure(ui: &Ui, args: &TuneArgs, ready: Ready, request: &Request, kernels: &mut [Timed]) -> Result<()> {
+    let mut runner = Runner::new(ui, args, ready, request.train.as_ref())?;
+    let most = kernels.iter().map(|k| k.forms.len()).max().unwrap_or(0);
+    let mut running: Vec<u32> = kernels.iter().map(|k| k.forms[0].0).collect();
+    let mut usual: Option<Vec<f64>> = None;
+    let bar = ui.progress((args.rounds + 1) * most as u64, "measuring");
+    for round in 0..=args.rounds {
+        for number in 0..most {
+            for (k, now) in kernels.iter().zip(&mut running) {
+                // Those with fewer forms run the usual one.
+                let next = k.forms.get(number).unwrap_or(&k.forms[0]).0;
+                runner.session.substitute(*now, next)?;
+                *now = next;
+            }
+            let (numbers, times) = runner.run()?;
+            bar.inc(1);
+            agree(usual.get_or_insert_with(|| numbers.clone()), &numbers, kernels, number)?;
+            // The first round loads code and warms up.
+            for f in kernels.iter_mut().filter(|_| round > 0).filter_map(|k| k.forms.get_mut(number)) {
+                if let Some(ms) = times.get(&f.0) {
+                    f.2 = f.2.min(*ms);
+                }
+            }
+        }
+    }
+    bar.finish_and_clear();
+    Ok(())
+}
+
+/// Holds what runs give against each other.
+fn agree(want: &[f64], got: &[f64], kernels: &[Timed], number: usize) -> Result<()> {
+    // What is no number is near nothing.
+    let near = |a: &f64, b: &f64| (a - b).abs() <= APART * a.abs().max(b.abs()).max(1e-6);
+    let Some((a, b)) = want.iter().zip(got).find(|(a, b)| !near(a, b)) else { return Ok(()) };
+    let forms: Vec<&str> = kernels.iter().filter_map(|k| k.forms.get(number)).map(|f| f.1.as_str()).collect();
+    Err(Failure::new(format!(
+        "other forms give {b} where the usual ones give {a}; this is a fault of pleach, please report it with `pleach doctor`. Forms: {}",
+        forms.join(", ")
+    )))
+}
+
+/// What is run for a measurement.
+enum Work {
+    /// A step of training at rate 0, which leaves the adapter as it is.
+    Train(Box<Settings>, Rows),
+    /// A run of `infer`, with as many tokens; and of `generate` one token at a time.
+    Infer { infer: Option<u64>, generate: bool },
+}
+
+struct Runner {
+    session: Session,
+    work: Work,
+    vocab: f64,
+    encoder: bool,
+}
+
+/// Tokens in the cache before the one that is decoded.
+const CACHED: u64 = 64;
+
+impl Runner {
+    fn new(ui: &Ui, args: &TuneArgs, ready: Ready, train: Option<&TrainPart>) -> Result<Runner> {
+        let (vocab, encoder) = (ready.plan.meta.vocab as f64, ready.is_encoder());
+        let weights = if args.random_weights { random_weights(&ready.plan, 0)? } else { ready.weights()? };
+        let (session, work) = match train {
+            Some(part) => {
+                let training = Training {
+                    adapter: pleach_runtime::train::AdapterPlan::of(&ready.plan)?,
+                    batch: part.sequences,
+                    max_length: part.positions,
+                    fresh: args.compile.model.adapter.is_empty(),
+                    ready,
+                };
+                let shape = &args.compile.shape_of_training;
+                let memory = training.memory(ui, &weights)?;
+                training::within_budget(memory.total(), shape.budget, || Ok(memory.total()))?;
+                let given = super::measure::stand_in(&training.adapter);
+                let session = training.session(ui, weights, 0, &given)?;
+                let settings = Settings {
+                    batch: part.sequences,
+                    max_length: part.positions,
+                    shuffle: false,
+                    lr: 0.0,
+                    ..Settings::default()
+                };
+                let random = Philox::new(1);
+                let mut rows = Rows::default();
+                for r in 0..part.sequences {
+                    let ids: Vec<i32> = (0..part.positions).map(|i| (random.uniform(r, i) * vocab) as i32).collect();
+                    rows.push(&ids, None, ids.len());
+                }
+                (session, Work::Train(Box::new(settings), rows))
+            }
+            None => {
+                let n = args.tokens;
+                let has = |e: &str| ready.plan.entry(e).is_ok();
+                let work = Work::Infer { infer: has("infer").then_some(n), generate: has("generate") };
+                let needed = [("T", n.max(CACHED)), ("S", 1), ("C", CACHED + 1), ("P", n.max(CACHED + 1))];
+                (ready.session_with(ui, &[], &needed, weights)?, work)
+            }
+        };
+        Ok(Runner { session, work, vocab, encoder })
+    }
+
+    /// Runs once: numbers that must not depend on forms, and milliseconds by kernel.
+    fn run(&mut self) -> Result<(Vec<f64>, BTreeMap<u32, f64>)> {
+        self.session.prepare_all()?;
+        self.session.set_profile(true);
+        let mut numbers = vec![];
+        match &self.work {
+            Work::Train(settings, rows) => {
+                let mut order = Order::new(rows.len(), None);
+                let done = step(&mut self.session, rows, &mut order, settings, 0)?;
+                numbers.extend([done.loss, done.grad_norm]);
+            }
+            Work::Infer { infer, generate } => {
+                let random = Philox::new(1);
+                let ids = |n: u64| (0..n).map(|i| (random.uniform(0, i) * self.vocab) as i32).collect::<Vec<i32>>();
+                if let Some(n) = infer {
+                    let inputs = InferInputs::new(&Sequences::pack(&[ids(*n)])?, self.encoder);
+                    let out = self.session.run("infer", &inputs.values())?;
+                    numbers.push(norm(&out.list));
+                }
+                if *generate {
+                    // A prompt, so that the decoded token sees keys.
+                    for (first, n) in [(0, CACHED), (CACHED, 1)] {
+                        let n = n as i32;
+                        let (first, last) = (first as i32, [n - 1]);
+                        let places: Vec<i32> = (first..first + n).collect();
+                        let (segments, start, length) = ([0, n], [0], [first + n]);
+                        let ids = ids(n as u64);
+                        let out = self.session.run(
+                            "generate",
+                            &[
+                                ("input_ids", ids.as_slice().into()),
+                                ("positions", places.as_slice().into()),
+                                ("slots", places.as_slice().into()),
+                                ("q_segments", segments.as_slice().into()),
+                                ("kv_start", start.as_slice().into()),
+                                ("kv_len", length.as_slice().into()),
+                                ("last", last.as_slice().into()),
+                            ],
+                        )?;
+                        numbers.push(norm(&out.list));
+                    }
+                }
+            }
+        }
+        let mut times = BTreeMap::new();
+        let plan = self.session.plan();
+        for t in self.session.step_times() {
+            let kernel = plan.entries[t.entry as usize].steps[t.step as usize].kernel;
+            *times.entry(kernel).or_insert(0.0) += t.ns as f64 * 1e-6;
+        }
+        self.session.set_profile(false);
+        Ok((numbers, times))
+    }
+}
+
+/// The length of a result as a vector.
+fn norm(list: &[pleach_runtime::Output<'_>]) -> f64 {
+    let words = list.iter().flat_map(|o| o.bytes.chunks_exact(4));
+    words.map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])).powi(2)).sum::<f64>().sqrt()
+}
+
+fn show(args: &TuneArgs, plan: &Arc<Plan>, kernels: &[Timed]) -> Result<()> {
+    let out = &args.compile.output;
+    let size = std::fs::metadata(out).map_err(Failure::io("read", out))?.len();
+    let name = |k: &Timed| plan.kernels[k.forms[0].0 as usize].symbol.clone();
+    let measured = |k: &&Timed| k.forms[0].2.is_finite();
+    let sum = |of: &dyn Fn(&Timed) -> f64| kernels.iter().filter(measured).map(of).sum::<f64>();
+    let (before, after) = (sum(&|k| k.forms[0].2), sum(&|k| k.forms[k.best()].2));
+    if args.compile.json {
+        let row = |k: &Timed| {
+            let forms: Vec<Value> =
+                k.forms.iter().map(|f| json!({"form": f.1, "ms": f.2.is_finite().then_some(f.2)})).collect();
+            json!({"kernel": name(k), "signature": k.signature, "chosen": k.forms[k.best()].1, "forms": forms})
+        };
+        report::json(&json!({
+            "plan": out, "bytes": size, "target": plan.target.arch, "usual_ms": before, "chosen_ms": after,
+            "kernels": kernels.iter().map(row).collect::<Vec<_>>(),
+        }));
+        return Ok(());
+    }
+    let mut t = Table::new(&["kernel", "<usual", "ms", "<chosen", "ms", "forms"]);
+    let ms = |x: f64| if x.is_finite() { format!("{x:.3}") } else { "not run".into() };
+    for k in kernels {
+        let (usual, best) = (&k.forms[0], &k.forms[k.best()]);
+        t.row([name(k), usual.1.clone(), ms(usual.2), best.1.clone(), ms(best.2), k.forms.len().to_string()]);
+    }
+    report::print(&t.text());
+    report::line(&format!(
+        "{}: {}; these kernels take {before:.3} ms in the usual forms, {after:.3} ms in those chosen",
+        out.display(),
+        bytes(size)
+    ));
+    Ok(())
+}
