@@ -1,13 +1,19 @@
 #!/usr/bin/env python3
 """Checks and measures pleach on a GPU beside PyTorch, in one run; writes one JSON.
 
-    bench.py [--bundle DIR] [--out FILE] [--seconds 520] [--only checks,kernels,steps] [--device cuda|cpu]
+    bench.py [--bundle DIR] [--out FILE] [--seconds 520] [--only checks,kernels,steps,forms] [--device cuda|cpu]
 
 First what is right: every kernel kind against PyTorch on random values with a poisoned arena, then loss and gradients of a step against
 PyTorch in f32. Only what is right is timed: products against cuBLAS, attention against SDPA, optimizer steps against PEFT (its
-default with f32 adapters, and all in bf16), torch.compile, a PaCA in PyTorch, and Liger or Unsloth where they can be imported.
-Rows are random, weights are made here. What does not fit into the time is left out and said so.
+default with f32 adapters, and all in bf16), a PaCA in PyTorch, and after all of these torch.compile, and Liger or Unsloth where they
+can be imported. Rows are random, weights are made here. What does not fit into the time is left out and said so; the file is
+written after every part, so that a run that is stopped leaves what it had.
 """
+
+import time
+
+# The time of everything counts, that of loading packages too.
+START = time.monotonic()
 
 import argparse
 import datetime
@@ -16,11 +22,12 @@ import importlib.util
 import json
 import os
 import platform
+import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -31,16 +38,23 @@ import reference
 
 # Rivals that replace parts of the library when they are loaded: package -> name.
 PATCHING = {"liger_kernel": "liger", "unsloth": "unsloth"}
+# Rivals that run in a process of their own: they change the library, or nobody knows how long they take.
+APART = ("compile", *PATCHING.values())
+# Plans whose kernels `plans/forms.*` has in every form.
+FORMS_OF = ("llama3-8b-1-lora-r16", "tiny-2-lora-r4")
+# Seconds at most of such a one.
+LONGEST = 150
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 
 class Bench:
     def __init__(self, a):
-        self.a, self.device, self.start = a, a.device, time.monotonic()
+        self.a, self.device, self.start = a, a.device, START
         self.bundle = a.bundle
         self.index = json.loads((a.bundle / "plans/index.json").read_text())
         self.scratch = tempfile.TemporaryDirectory(prefix="pleach-gpu-")
-        self.results = {"checks": [], "products": [], "attention": [], "steps": [], "skipped": []}
+        self.results = {"limits": {}, "checks": [], "products": [], "attention": [], "steps": [], "skipped": []}
+        self.machine = None
 
     # Running pleach
 
@@ -60,9 +74,9 @@ class Bench:
 
     def measure(self, plan, *arguments):
         command = [str(self.bundle / "measure"), str(self.bundle / "plans" / plan), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(self.left(), 30))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(self.left(), 5))
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()[-2000:]}")
+            raise RuntimeError(f"{' '.join(command)}: ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
         return json.loads(done.stdout)
 
     def target(self):
@@ -86,6 +100,7 @@ class Bench:
             return None
         finally:
             self.free()
+            self.write()
 
     def free(self):
         gc.collect()
@@ -95,6 +110,18 @@ class Bench:
     def sync(self):
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+    def limits(self):
+        """What the machine reaches in this run: a large product by its library, and a copy; bytes read and written."""
+        n = 8192 if self.device == "cuda" else 256
+        a = torch.randn(n, n, device=self.device).bfloat16()
+        ms = self.event_ms(lambda: a @ a)
+        self.results["limits"] = {"product": n, "product_tflops": 2 * n**3 / ms * 1e-9}
+        x = torch.empty(2**31 if self.device == "cuda" else 2**20, dtype=torch.uint8, device=self.device)
+        y = torch.empty_like(x)
+        ms = self.event_ms(lambda: y.copy_(x))
+        self.results["limits"] |= {"copy_bytes": x.numel(), "copy_tb_per_s": 2 * x.numel() / ms * 1e-9}
+        self.say(f"       this machine: {self.results['limits']}")
 
     # Checks
 
@@ -243,6 +270,8 @@ class Bench:
         rows, length, config = plan["batch"], plan["length"], plan["config"]
         inputs = self.save("inputs.safetensors", reference.inputs(reference.batch(config, rows, length)))
         values = reference.adapter(reference.shapes(config)[0], plan["method"], plan["rank"])
+        if plan["frozen"]:
+            values = {site: v for site, v in values.items() if re.fullmatch(plan["modules"], site)}
         slot = self.save("slot.safetensors", reference.flat(values))
         t = rows * length
         said = self.measure(
@@ -256,8 +285,28 @@ class Bench:
             "profile": said["profile"],
             "kernels_ms": sum(k["ms"] for k in said["profile"]) / said["profile_runs"], "profile_runs": said["profile_runs"],
         }
+        # Kernels were timed one by one, with events around each: what is left over is an upper bound of the gaps in a replay.
+        row["gap_share"] = 1 - row["kernels_ms"] / row["step_ms"]
         self.results["steps"].append(row)
         self.say(f"       {plan['name']} pleach: {row['step_ms']:.2f} ms, {(said['driver_bytes'] or 0) / 2**30:.2f} GiB")
+
+    def forms(self, plan):
+        """Times of every form of every kernel; `pleach tune --times` makes a plan of the fastest ones."""
+        rows, length, config = plan["batch"], plan["length"], plan["config"]
+        # At rate 0 the adapter stays as it is, so every run must give the same.
+        given = reference.inputs(reference.batch(config, rows, length)) | {"lr": torch.zeros(1)}
+        inputs = self.save("inputs.safetensors", given)
+        slot = self.save("slot.safetensors", reference.flat(reference.adapter(reference.shapes(config)[0], "lora", plan["rank"])))
+        t = rows * length
+        said = self.measure(
+            f"forms.{self.target()}.pleach", "--entry", "accumulate,update", "--shared-weights", "--slot", f"0={slot}", "--inputs",
+            inputs, "--capacity", f"T={t},L={t},S={rows},P={length},C=1", "--repeat", 3, "--forms",
+        )
+        self.results["forms"] = said["forms"]
+        wrong = [f for f in said["forms"] if f["wrong"]]
+        self.say(f"       {len(said['forms'])} forms of kernels timed, {len(wrong)} give other results")
+        if wrong:
+            raise RuntimeError(f"other results in these forms: {sorted({f['form'] for f in wrong})}")
 
     def time_rival(self, plan, who):
         """Optimizer steps of a rival at the same shapes; its peak by PyTorch's allocator and what the driver gave it."""
@@ -307,10 +356,12 @@ class Bench:
         self.say(f"       {plan['name']} {who}: {row['step_ms']:.2f} ms, {row.get('peak_bytes', 0) / 2**30:.2f} GiB")
 
     def rivals(self, plan):
+        if plan["frozen"]:
+            return []
         if plan["method"] == "paca":
             return ["paca"]
+        # Compiling takes seconds a layer: what a layer takes follows from one and from four.
         out = ["peft", "peft-bf16"]
-        # Compiling takes about a second a layer and more; the whole model would take the time of everything else.
         if plan["config"]["num_hidden_layers"] <= 4 and self.device == "cuda":
             out.append("compile")
         for package, who in PATCHING.items():
@@ -323,12 +374,12 @@ class Bench:
         return out
 
     def apart(self, plan, who):
-        """A rival that changes the library for everybody after it, in a process of its own."""
+        """A rival in a process of its own."""
         command = [sys.executable, __file__, "--bundle", self.bundle, "--device", self.device, "--repeat", self.a.repeat]
         command = [str(x) for x in [*command, "--rival", who, "--plan", plan["name"], "--target", self.target()]]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(self.left(), 30))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(min(self.left(), LONGEST), 5))
         if done.returncode:
-            raise RuntimeError(done.stderr.strip()[-1500:])
+            raise RuntimeError(f"ended with {done.returncode}: {done.stderr.strip()[-1500:]}")
         row = json.loads(done.stdout.splitlines()[-1])
         self.results["steps"].append(row)
         self.say(f"       {plan['name']} {who}: {row['step_ms']:.2f} ms, {row.get('peak_bytes', 0) / 2**30:.2f} GiB")
@@ -350,6 +401,7 @@ class Bench:
         plans = [p for p in self.index["plans"] if p["target"] == self.target()]
         if not plans:
             raise SystemExit(f"there are no plans for {self.target()} in {self.bundle / 'plans'}")
+        self.attempt("limits", 10, self.limits, "steps")
         right = set()
         if "checks" in only or "kernels" in only:
             for c in cases.cases(self.index.get("tiny", False)):
@@ -357,33 +409,51 @@ class Bench:
         for p in [p for p in plans if p.get("check")] if "checks" in only else []:
             if self.attempt(f"step {p['name']}", 30, lambda: self.check_step(p), "checks"):
                 right.add(p["family"])
+        later = []
         for p in sorted((p for p in plans if p.get("time")), key=lambda p: p["order"]) if "steps" in only else []:
             if "checks" in only and p["family"] not in right:
                 self.results["skipped"].append({"what": p["name"], "why": "a step of this model and method is not right, or not checked"})
                 continue
             self.attempt(p["name"], p["seconds"], lambda: self.time_ours(p), "steps")
             for who in self.rivals(p):
-                run = self.apart if who in PATCHING.values() else self.time_rival
-                self.attempt(f"{p['name']} {who}", p["seconds"], lambda: run(p, who), "steps")
-        self.summary()
-        return self.write()
+                if who in APART:
+                    later.append((p, who))
+                else:
+                    self.attempt(f"{p['name']} {who}", p["seconds"], lambda: self.time_rival(p, who), "steps")
+        first = next((p for p in plans if p["name"] in FORMS_OF), None)
+        if "forms" in only and first and (self.bundle / "plans" / f"forms.{self.target()}.pleach").is_file():
+            self.attempt("forms", 30, lambda: self.forms(first), "steps")
+        for p, who in later:
+            self.attempt(f"{p['name']} {who}", p["seconds"], lambda: self.apart(p, who), "steps")
+        good = self.write()
+        bad = [c for c in self.results["checks"] if not c.get("ok")]
+        failed = [r for k in ("products", "attention", "steps") for r in self.results[k] if "error" in r]
+        self.say(f"{self.a.out}: {len(self.results['checks']) - len(bad)} checks right, {len(bad)} wrong, {len(failed)} failed, "
+                 f"{len(self.results['skipped'])} left out")
+        return good
 
     def summary(self):
-        times = {(r["plan"], r["who"]): r for r in self.results["steps"] if "step_ms" in r}
-        for r in self.results["steps"]:
-            ours = times.get((r.get("plan"), "pleach"))
-            if ours and r.get("who") not in (None, "pleach"):
-                r["speedup"] = r["step_ms"] / ours["step_ms"]
-                if r.get("driver_bytes") and ours.get("driver_bytes"):
-                    r["memory_ratio"] = ours["driver_bytes"] / r["driver_bytes"]
-        frozen = {}
-        for r in times.values():
-            if r["who"] == "pleach":
-                frozen[r["plan"]] = r["step_ms"]
-        self.results["pleach_ms"] = frozen
+        """Ratios of what has been measured so far: ours to the rivals', and adapters to the frozen base."""
+        steps = [r for r in self.results["steps"] if "step_ms" in r]
+        ours = {r["plan"]: r for r in steps if r["who"] == "pleach"}
+        for r in steps:
+            own = ours.get(r["plan"])
+            if own and r is not own:
+                r["speedup"] = r["step_ms"] / own["step_ms"]
+                for key, name in (("driver_bytes", "memory_ratio"), ("peak_bytes", "memory_ratio_to_allocated")):
+                    if r.get(key) and own.get("driver_bytes"):
+                        r[name] = own["driver_bytes"] / r[key]
+        out = []
+        for p in self.index["plans"]:
+            base = ours.get(re.sub("-(lora|paca)-", "-frozen-", p["name"]))
+            if p["target"] == self.target() and not p["frozen"] and base and p["name"] in ours:
+                over = ours[p["name"]]["step_ms"] / base["step_ms"] - 1
+                out.append({"plan": p["name"], "frozen_ms": base["step_ms"], "overhead": over})
+        self.results["adapter_overhead"] = out
 
-    def write(self):
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
+    def facts(self):
+        """Versions and the device, asked once."""
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
         for name in ("peft", "transformers", "liger_kernel", "triton"):
             try:
                 versions[name] = getattr(__import__(name), "__version__", "?")
@@ -393,18 +463,30 @@ class Bench:
         if self.device == "cuda":
             p = torch.cuda.get_device_properties(0)
             device = {"name": p.name, "capability": [p.major, p.minor], "memory": p.total_memory, "processors": p.multi_processor_count}
+            ask = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit", "--format=csv,noheader"]
+            try:
+                device["driver"] = subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout.strip()
+            except (OSError, subprocess.SubprocessError) as e:
+                device["driver"] = f"not known: {e}"
+        return {"device": device, "versions": versions}
+
+    def write(self):
+        """Writes everything there is so far under a temporary name that is renamed."""
+        self.machine = self.machine or self.facts()
+        self.summary()
         out = {
-            "format": 1, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "commit": self.index["commit"],
-            "target": self.target(), "device": device, "versions": versions, "dtype": "bf16", "seconds": time.monotonic() - self.start,
+            "format": 2, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "commit": self.index["commit"],
+            "target": self.target(), **self.machine, "dtype": "bf16", "seconds": time.monotonic() - self.start,
             "plans": self.index["plans"], **self.results,
         }
+        if self.a.rival:
+            return True
         self.a.out.parent.mkdir(parents=True, exist_ok=True)
-        self.a.out.write_text(json.dumps(out, indent=1) + "\n")
-        bad = [c for c in self.results["checks"] if not c.get("ok")]
-        failed = [r for k in ("products", "attention", "steps") for r in self.results[k] if "error" in r]
-        self.say(f"{self.a.out}: {len(self.results['checks']) - len(bad)} checks right, {len(bad)} wrong, {len(failed)} failed, "
-                 f"{len(self.results['skipped'])} left out")
-        return not bad and not failed
+        part = self.a.out.with_name(self.a.out.name + ".part")
+        part.write_text(json.dumps(out, indent=1) + "\n")
+        part.replace(self.a.out)
+        failed = any("error" in r for k in ("products", "attention", "steps") for r in self.results[k])
+        return all(c.get("ok") for c in self.results["checks"]) and not failed
 
 
 def main():
@@ -414,20 +496,22 @@ def main():
     p.add_argument("--out", type=Path, default=Path("gpu-bench.json"))
     p.add_argument("--seconds", type=float, default=520.0, help="time for everything")
     p.add_argument("--repeat", type=int, default=5, help="timed steps")
-    p.add_argument("--only", default="checks,kernels,steps", type=lambda s: s.split(","))
+    p.add_argument("--only", default="checks,kernels,steps,forms", type=lambda s: s.split(","))
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="where PyTorch computes; cpu tests this script")
     p.add_argument("--target", help="which plans; asked of the GPU when not given")
     p.add_argument("--rival", help=argparse.SUPPRESS)
     p.add_argument("--plan", help=argparse.SUPPRESS)
     a = p.parse_args()
-    unknown = set(a.only) - {"checks", "kernels", "steps"}
+    unknown = set(a.only) - {"checks", "kernels", "steps", "forms"}
     if unknown:
-        p.error(f"--only knows checks, kernels and steps, not {', '.join(sorted(unknown))}")
+        p.error(f"--only knows checks, kernels, steps and forms, not {', '.join(sorted(unknown))}")
     if not (a.bundle / "plans/index.json").is_file():
         p.error(f"{a.bundle}/plans/index.json is missing; `make gpu-bundle` builds the folder")
     if a.device == "cuda" and not torch.cuda.is_available():
         p.error("PyTorch finds no GPU; --device cpu tests the script without one")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Whoever stops the run gets what it had: every part was written, and the scratch folder goes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     b = Bench(a)
     if a.rival:
         plan = next(p for p in b.index["plans"] if p["name"] == a.plan and p["target"] == b.target())

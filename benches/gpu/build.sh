@@ -25,18 +25,23 @@ done
 
 index=$work/index
 : >"$index"
-# family, configuration, layers, method, rank, batch, length, target, check, time, seconds, order
+# Adapters of the first layer's attention alone: gradients flow through the whole model, and next to nothing is trained. What a step takes
+# more with adapters everywhere is what they cost.
+frozen='model\.layers\.0\.self_attn\.[qkv]_proj'
+# family, configuration, layers, method or "frozen", rank, batch, length, target, check, time, seconds, order
 plan() {
-    local family=$1 config=$2 layers=$3 method=$4 rank=$5 batch=$6 length=$7 target=$8 check=$9 timed=${10} seconds=${11} order=${12}
-    local name=$family-$layers-$method-r$rank file=$family-$layers-$method-r$rank.$target.pleach model=$work/$family-$layers
+    local family=$1 config=$2 layers=$3 kind=$4 rank=$5 batch=$6 length=$7 target=$8 check=$9 timed=${10} seconds=${11} order=${12}
+    local name=$family-$layers-$kind-r$rank file=$family-$layers-$kind-r$rank.$target.pleach model=$work/$family-$layers
     [ -d "$model" ] || "$python" benches/gpu/shapes.py "benches/gpu/configs/$config.json" "$layers" "$model"
-    local alpha=$((2 * rank)) dtype=bf16
-    "$pleach" compile "$model" --method "$method" --r "$rank" --alpha "$alpha" --target-modules all-linear --entry train \
+    local alpha=$((2 * rank)) dtype=bf16 method=$kind modules=all-linear
+    [ "$kind" = frozen ] && method=lora modules=$frozen
+    "$pleach" compile "$model" --method "$method" --r "$rank" --alpha "$alpha" --target-modules "$modules" --entry train \
         --batch "$batch" --max-length "$length" --dtype "$dtype" --target "$target" -o "$out/plans/$file" --quiet --no-cache
     "$python" - "$model/config.json" >>"$index" <<END
 import json, sys
 print(json.dumps({
     "name": "$name", "file": "$file", "family": "$family-$method", "target": "$target", "method": "$method", "rank": $rank,
+    "frozen": "$kind" == "frozen", "modules": r"$modules",
     "batch": $batch, "length": $length, "dtype": "$dtype", "check": $check, "time": $timed, "seconds": $seconds, "order": $order,
     "config": json.load(open(sys.argv[1])),
 }))
@@ -46,19 +51,36 @@ END
 if [ -n "$tiny" ]; then
     plan tiny tiny 2 lora 4 2 12 sm_80 True True 5 1
     plan tiny tiny 2 paca 4 2 12 sm_80 True True 5 2
+    plan tiny tiny 2 frozen 4 2 12 sm_80 False True 5 3
 else
     for target in $targets; do
-        for method in lora paca; do
-            plan smollm2 smollm2-135m 30 $method 16 4 512 $target False True 30 $([ $method = lora ] && echo 7 || echo 8)
-            plan smollm2 smollm2-135m 2 $method 16 4 512 $target True False 30 0
-            plan llama3-8b llama-3-8b 1 $method 16 4 2048 $target True True 25 $([ $method = lora ] && echo 1 || echo 2)
+        order=1
+        for kind in lora paca; do
+            plan smollm2 smollm2-135m 2 $kind 16 4 512 $target True False 30 0
+            plan llama3-8b llama-3-8b 1 $kind 16 4 2048 $target True True 25 $((order++))
         done
-        plan llama3-8b llama-3-8b 4 lora 16 4 2048 $target False True 40 3
-        plan llama3-8b llama-3-8b 4 paca 16 4 2048 $target False True 40 4
-        plan llama3-8b llama-3-8b 32 lora 16 4 2048 $target False True 75 5
-        plan llama3-8b llama-3-8b 32 paca 16 4 2048 $target False True 75 6
+        # What matters most first: the time may end before the list does.
+        for kind in lora frozen paca; do
+            plan llama3-8b llama-3-8b 32 $kind 16 4 2048 $target False True 60 $((order++))
+        done
+        for kind in lora frozen paca; do
+            plan llama3-8b llama-3-8b 4 $kind 16 4 2048 $target False True 30 $((order++))
+        done
+        for kind in lora paca; do
+            plan smollm2 smollm2-135m 30 $kind 16 4 512 $target False True 30 $((order++))
+        done
     done
 fi
+
+# A plan with every form of every kernel: what is fastest on the machine goes back into a plan by `pleach tune --times`.
+forms() {
+    local name=$1 config=$2 layers=$3 rank=$4 batch=$5 length=$6 target=$7
+    local model=$work/$name-$layers
+    [ -d "$model" ] || "$python" benches/gpu/shapes.py "benches/gpu/configs/$config.json" "$layers" "$model"
+    "$pleach" tune "$model" --method lora --r "$rank" --alpha $((2 * rank)) --target-modules all-linear --entry train --batch "$batch" \
+        --max-length "$length" --dtype bf16 --target "$target" --forms-only -o "$out/plans/forms.$target.pleach" --quiet
+}
+if [ -n "$tiny" ]; then forms tiny tiny 2 4 2 12 sm_80; else forms llama3-8b llama-3-8b 1 16 4 2048 sm_90a; fi
 
 commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)
 "$python" - "$index" "$out/plans/index.json" "$commit" "$tiny" <<'END'

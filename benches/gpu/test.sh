@@ -17,7 +17,8 @@ export PLEACH=${PLEACH:-$target/debug/pleach} MEASURE=${MEASURE:-$target/debug/e
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 PYTHON=$python bash benches/gpu/build.sh "$work/bundle" --tiny
-run() { PLEACH_CUDA_LIBRARY=${FAKE_CUDA:-$target/debug/libpleach_fake_cuda.so} PYTHON=$python "$work/bundle/run.sh" "$@"; }
+fake=${FAKE_CUDA:-$target/debug/libpleach_fake_cuda.so}
+run() { PLEACH_CUDA_LIBRARY=$fake PYTHON=$python "$work/bundle/run.sh" "$@"; }
 
 # What is asked for wrongly is refused, and says what there is.
 for bad in "--only speed" "--bundle /nonexistent" "--device tpu" "--seconds soon"; do
@@ -35,6 +36,11 @@ import json, sys
 out = json.load(open(sys.argv[1]))
 checks = out["checks"]
 assert len(checks) == 10 and all(c["ok"] for c in checks), checks
+assert out["limits"]["product_tflops"] > 0 and out["limits"]["copy_tb_per_s"] > 0, out["limits"]
+assert not [r for r in out["steps"] if "error" in r] and {r["plan"] for r in out["adapter_overhead"]} == {
+    "tiny-2-lora-r4", "tiny-2-paca-r4"}, out["adapter_overhead"]
+assert len(out["forms"]) > 10 and not any(f["wrong"] for f in out["forms"]) and any(f["ms"] for f in out["forms"]), out["forms"]
+assert all(r["speedup"] > 0 for r in out["steps"] if r["who"] != "pleach")
 assert {r["entry"] for r in out["attention"]} == {"forward", "backward"} and len(out["products"]) == 3, out
 who = [(r["plan"], r["who"]) for r in out["steps"]]
 for plan, rivals in (("tiny-2-lora-r4", ("pleach", "peft", "peft-bf16")), ("tiny-2-paca-r4", ("pleach", "paca"))):
@@ -42,6 +48,21 @@ for plan, rivals in (("tiny-2-lora-r4", ("pleach", "peft", "peft-bf16")), ("tiny
         assert (plan, name) in who, who
 assert all(r["step_ms"] > 0 for r in out["steps"]), out["steps"]
 assert out["versions"]["torch"] and out["commit"] and out["dtype"] == "bf16"
+END
+
+# A run without time says what it left out, and one that is stopped leaves what it had.
+run --device cpu --seconds 15 --out "$work/short.json" || true
+PLEACH_CUDA_LIBRARY=$fake PYTHON=$python "$work/bundle/run.sh" --device cpu --out "$work/stopped.json" >"$work/stopped" 2>&1 &
+stopped=$!
+for _ in $(seq 300); do grep -q '"ok": true' "$work/stopped.json" 2>/dev/null && break; sleep 0.5; done
+kill -TERM "$stopped"
+wait "$stopped" && { echo "a run that was stopped says it went well" >&2; exit 1; }
+"$python" - "$work/short.json" "$work/stopped.json" <<'END'
+import json, sys
+
+short, stopped = (json.load(open(p)) for p in sys.argv[1:])
+assert short["skipped"] and all("are left" in s["why"] or "no package" in s["why"] or "not checked" in s["why"] for s in short["skipped"]), short["skipped"]
+assert stopped["checks"] and stopped["versions"]["torch"] and not stopped["attention"], stopped
 END
 
 # A wrong kernel is noticed.
