@@ -18,6 +18,7 @@ START = time.monotonic()
 import argparse
 import datetime
 import gc
+import gzip
 import importlib.util
 import json
 import os
@@ -72,8 +73,15 @@ class Bench:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
         return path
 
+    def plan(self, name):
+        """The file of a plan, unpacked."""
+        path = self.file(name.replace("/", "-"))
+        if not path.is_file():
+            path.write_bytes(gzip.decompress((self.bundle / "plans" / f"{name}.gz").read_bytes()))
+        return path
+
     def measure(self, plan, *arguments):
-        command = [str(self.bundle / "measure"), str(self.bundle / "plans" / plan), *map(str, arguments)]
+        command = [str(self.bundle / "measure"), str(self.plan(plan)), *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=max(self.left(), 5))
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
@@ -421,7 +429,7 @@ class Bench:
                 else:
                     self.attempt(f"{p['name']} {who}", p["seconds"], lambda: self.time_rival(p, who), "steps")
         first = next((p for p in plans if p["name"] in FORMS_OF), None)
-        if "forms" in only and first and (self.bundle / "plans" / f"forms.{self.target()}.pleach").is_file():
+        if "forms" in only and first and (self.bundle / "plans" / f"forms.{self.target()}.pleach.gz").is_file():
             self.attempt("forms", 30, lambda: self.forms(first), "steps")
         for p, who in later:
             self.attempt(f"{p['name']} {who}", p["seconds"], lambda: self.apart(p, who), "steps")

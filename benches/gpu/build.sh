@@ -82,6 +82,9 @@ forms() {
 }
 if [ -n "$tiny" ]; then forms tiny tiny 2 4 2 12 sm_80; else forms llama3-8b llama-3-8b 1 16 4 2048 sm_90a; fi
 
+# Plans are text for the most part.
+find "$out/plans" -name '*.pleach' -exec gzip -9 -n {} +
+
 commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)
 "$python" - "$index" "$out/plans/index.json" "$commit" "$tiny" <<'END'
 import json, sys
@@ -89,5 +92,5 @@ plans = [json.loads(line) for line in open(sys.argv[1])]
 json.dump({"commit": sys.argv[3], "tiny": bool(sys.argv[4]), "plans": plans}, open(sys.argv[2], "w"), indent=1)
 END
 bytes=$(du -sb "$out" | cut -f1)
-echo "$out: $bytes bytes, $(ls "$out"/plans/*.pleach | wc -l) plans, $(ls "$out"/plans/kernels | wc -l) kernel plans"
+echo "$out: $bytes bytes, $(ls "$out"/plans/*.pleach.gz | wc -l) plans, $(ls "$out"/plans/kernels | wc -l) kernel plans"
 [ "$bytes" -le $limit ] || { echo "the bundle may have $limit bytes at most" >&2; exit 1; }

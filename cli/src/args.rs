@@ -298,33 +298,6 @@ pub(crate) struct GenerateArgs {
     pub capacity: Vec<Count>,
 }
 
-/// `pleach compile`.
-#[cfg(feature = "compiler")]
-#[derive(Debug, Args)]
-pub(crate) struct CompileArgs {
-    #[command(flatten)]
-    pub model: ModelArgs,
-    #[command(flatten)]
-    pub method: MethodArgs,
-    #[command(flatten)]
-    pub shape_of_training: ShapeArgs,
-    /// Functions to compile: infer, generate, train
-    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "infer")]
-    pub entry: Vec<String>,
-    /// The file to write
-    #[arg(short, long, value_name = "FILE")]
-    pub output: PathBuf,
-    /// Token count that `infer` is tuned for; the plan serves any
-    #[arg(long, value_name = "T=N", value_delimiter = ',')]
-    pub shape: Vec<Count>,
-    /// Take forms of GPU kernels from a plan that `pleach tune` wrote, where kernels are the same
-    #[arg(long, value_name = "F.pleach")]
-    pub choices: Option<PathBuf>,
-    /// The table as JSON
-    #[arg(long)]
-    pub json: bool,
-}
-
 /// `pleach inspect`.
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {

@@ -1,6 +1,8 @@
-//! Flags of the tools: passes on text, the two solvers, facts, shells.
+//! Flags of the tools: compiling to a file, passes on text, the two solvers, facts, shells.
 
 use super::Count;
+#[cfg(feature = "compiler")]
+use super::{MethodArgs, ModelArgs, ShapeArgs};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -63,12 +65,39 @@ pub(crate) struct OptArgs {
     pub capacity: Vec<Count>,
 }
 
+/// `pleach compile`.
+#[cfg(feature = "compiler")]
+#[derive(Debug, Args)]
+pub(crate) struct CompileArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub method: MethodArgs,
+    #[command(flatten)]
+    pub shape_of_training: ShapeArgs,
+    /// Functions to compile: infer, generate, train
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "infer")]
+    pub entry: Vec<String>,
+    /// The file to write
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// Token count that `infer` is tuned for; the plan serves any
+    #[arg(long, value_name = "T=N", value_delimiter = ',')]
+    pub shape: Vec<Count>,
+    /// Take forms of GPU kernels from a plan that `pleach tune` wrote, where kernels are the same
+    #[arg(long, value_name = "F.pleach")]
+    pub choices: Option<PathBuf>,
+    /// The table as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `pleach tune`.
 #[cfg(feature = "compiler")]
 #[derive(Debug, Args)]
 pub(crate) struct TuneArgs {
     #[command(flatten)]
-    pub compile: super::CompileArgs,
+    pub compile: CompileArgs,
     /// Rounds in which every form is measured; the fastest time of each counts
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=1000))]
     pub rounds: u64,

@@ -87,7 +87,7 @@ fn the_fastest_forms_are_kept_and_compiled_again() {
     };
     assert!(here(&every, &["--forms-only"]).contains("to be measured"));
     let listed = json(&g.cpu.ok(&["inspect", &every, "--json"]));
-    let list = listed["meta"]["alternatives"].as_array().unwrap();
+    let list = listed["meta"]["extra"]["alternatives"].as_array().unwrap();
     let ms = |a: &Value| {
         let kernel = out["kernels"].as_array().unwrap().iter().find(|k| k["signature"] == a["signature"]).unwrap();
         let form = kernel["forms"].as_array().unwrap().iter().find(|f| f["form"] == a["form"]).unwrap();

@@ -2,7 +2,7 @@
 //! assembles all of it without spills. Needs LLVM, and no GPU.
 #![allow(clippy::print_stderr, reason = "a test that is skipped says so")]
 
-use pleach_codegen::compile::{compile_gpu, supported_gpu};
+use pleach_codegen::compile::{GpuOptions, compile_gpu, compile_gpu_with, supported_gpu};
 use pleach_codegen::emit::gpu::GpuChip;
 use pleach_codegen::ptxas;
 use pleach_ir::{DType, Graph, Schedule};
@@ -135,6 +135,21 @@ fn small_models_run() {
     shaped_plan("smollm2", &graph, DType::BF16, GpuChip::Sm90a);
     let graph = shaped::minilm().unwrap().inference(&["infer"], 0).unwrap();
     shaped_plan("minilm", &graph, DType::F32, GpuChip::Sm80);
+}
+
+/// Every form that a kernel of a layer's training step can have.
+#[test]
+#[ignore = "takes minutes: `make test-gpu-full`"]
+fn every_form_of_a_layer() {
+    for chip in GpuChip::ALL {
+        let graph = shaped::LLAMA_3_8B.open(1).unwrap().training("lora", 16).unwrap();
+        let s = schedule(&graph, DType::BF16);
+        let options = GpuOptions { chip, threads: 2, meta: Meta::default(), choices: vec![], alternatives: true };
+        let (plan, _, all) = compile_gpu_with(&s, &options).unwrap();
+        let forms: usize = all.iter().map(|a| a.forms.len()).sum();
+        assert!(all.len() > 10 && plan.kernels.len() == s.kernels.len() + forms - all.len(), "{} {forms}", all.len());
+        assemble(&format!("forms {}", chip.name()), &plan);
+    }
 }
 
 /// Everything that the numbers of the project are about, whole: training with several methods, and inference.
