@@ -117,9 +117,9 @@ mod tests {
     use pleach_ir::Graph;
     use pleach_ir::text::parse;
 
-    /// Blocks that widen a stream, bend it and narrow it again, and add the result to the stream; then the gradient of the
-    /// stream's sum back through them. Also the values of the stream after each block.
-    fn chain(blocks: usize, width: u64) -> (Graph, Vec<ValueId>) {
+    /// Blocks that widen a stream of 8 columns, bend it, narrow it again, and add the result to the stream (`skip`) or take its
+    /// place; then the gradient of the stream's sum back through them. Also the values of the stream after each block.
+    fn blocks(count: usize, width: u64, skip: bool) -> (Graph, Vec<ValueId>) {
         let (wide, thin) = (format!("f32[T,{width}]"), "f32[T,8]");
         let mut text = format!(
             "graph core\nparam @0 \"up\" f32[8,{width}] frozen checkpoint(\"up\")\n\
@@ -134,11 +134,11 @@ mod tests {
             n += 1;
             n - 1
         };
-        for _ in 0..blocks {
+        for _ in 0..count {
             let up = push(format!("matmul(%{stream}, %2) : {wide}"));
             let exp = push(format!("sigmoid(%{up}) : {wide}"));
             let down = push(format!("matmul(%{exp}, %3) : {thin}"));
-            stream = push(format!("add(%{stream}, %{down}) : {thin}"));
+            stream = if skip { push(format!("add(%{stream}, %{down}) : {thin}")) } else { down };
             streams.push(ValueId(stream));
             bent.push(exp);
         }
@@ -150,12 +150,16 @@ mod tests {
             let dexp = push(format!("matmul(%{dy}, %3) {{tb}} : {wide}"));
             let dup = push(format!("mul(%{dexp}, %{exp}) : {wide}"));
             let dx = push(format!("matmul(%{dup}, %2) {{tb}} : {thin}"));
-            dy = push(format!("add(%{dy}, %{dx}) : {thin}"));
+            dy = if skip { push(format!("add(%{dy}, %{dx}) : {thin}")) } else { dx };
         }
         let dw = push(format!("matmul(%0, %{dy}) {{ta}} : f32[8,8]"));
         let g = push(format!("add(%4, %{dw}) : f32[8,8]"));
         text += &format!("output \"loss\" %{loss}\nassign @2 %{g}\n}}\n");
         (parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}")), streams)
+    }
+
+    fn chain(count: usize, width: u64) -> (Graph, Vec<ValueId>) {
+        blocks(count, width, true)
     }
 
     fn crossing(g: &Graph, every: usize) -> Vec<ValueId> {
@@ -173,6 +177,17 @@ mod tests {
         assert_eq!(crossing(&g, 2), [streams[1], streams[3]]);
         assert_eq!(crossing(&g, 4), [streams[3]]);
         assert_eq!(crossing(&g, 0), []);
+    }
+
+    #[test]
+    fn where_live_bytes_do_not_double_nothing_is_narrow() {
+        // without a skip one value is live at a time: 8 columns between blocks, 12 or 16 within
+        assert_eq!(crossing(&blocks(5, 12, false).0, 1), []);
+        let (g, streams) = blocks(5, 16, false);
+        assert_eq!(crossing(&g, 1), streams[..4]);
+        // with one, both terms of the sum live beside each other, however thin the block is
+        let (g, streams) = blocks(5, 2, true);
+        assert_eq!(crossing(&g, 1), streams[..4]);
     }
 
     #[test]
