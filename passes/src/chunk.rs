@@ -4,9 +4,13 @@
 //! the hidden states that go in and the gradient that comes out. Nothing here knows a loss: a buffer of the arena is huge
 //! when it takes more than [`LEAST`] bytes at the counts an entry is tuned for. The launches that touch huge buffers, and
 //! those between them, become a loop when each of them means the same window by window ([`on_window`]) and what they hold
-//! inside is at least [`GAIN`] times what goes in and out. Leaves everything else in its order.
+//! inside is at least [`GAIN`] times what goes in and out. In a loop a huge result lies over a huge operand where that can be ([`over`]).
+//! Leaves everything else in its order.
+
+mod over;
 
 use crate::error::PassError;
+use crate::join::drop_unused;
 use crate::options::Options;
 use crate::order::dependences;
 use pleach_ir::window::on_window;
@@ -33,7 +37,7 @@ pub fn run(s: &mut Schedule, options: &Options) -> Result<usize, PassError> {
 pub fn run_with(s: &mut Schedule, count: &dyn Fn(&str) -> u64, least: u64, rows: u64) -> Result<usize, PassError> {
     // A symbol that a parameter has in its size has one value while a session lives.
     let fixed: BTreeSet<Sym> = s.params.iter().flat_map(|(p, _)| p.ty.symbols()).collect();
-    let mut made = 0;
+    let (mut made, mut over) = (0, false);
     for i in 0..s.entries.len() {
         let e = &s.entries[i];
         if e.name.starts_with("prepare(") || !e.loops.is_empty() {
@@ -51,6 +55,13 @@ pub fn run_with(s: &mut Schedule, count: &dyn Fn(&str) -> u64, least: u64, rows:
                 made += 1;
             }
         }
+        over |= over::run(s, i, &|e, b| {
+            let x = &e.buffers[b.0 as usize];
+            x.ty.bytes(&|_| Some(n)).is_some_and(|bytes| bytes > least)
+        });
+    }
+    if over {
+        drop_unused(s);
     }
     s.check().map_err(|e| PassError::Refused { pass: "chunk".into(), why: e.to_string() })?;
     Ok(made)

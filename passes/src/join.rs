@@ -169,7 +169,7 @@ fn side_by_side(k: &Kernel, n: usize) -> Result<Kernel, pleach_ir::IrError> {
 }
 
 /// Removes kernels that no launch is left of.
-fn drop_unused(s: &mut Schedule) {
+pub(crate) fn drop_unused(s: &mut Schedule) {
     let used: BTreeSet<u32> = s.entries.iter().flat_map(|e| e.steps.iter().map(|x| x.kernel.0)).collect();
     let number: BTreeMap<u32, u32> = used.iter().enumerate().map(|(new, old)| (*old, new as u32)).collect();
     let mut i = 0;
