@@ -29,6 +29,7 @@ mod update;
 use crate::error::PassError;
 use crate::manager::Report;
 use crate::options::Options;
+use crate::recompute;
 use pleach_ir::{
     BinaryOp, DType, Entry, Graph, IrError, Op, Param, ParamId, Role, RootKind, Source, TensorType, UnaryOp, ValueId,
 };
@@ -106,6 +107,7 @@ pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, Pass
         let update = || update::entry(&out.params, &states, optimizer).map_err(PassError::build(NAME, UPDATE));
         (e, if steps { Some(update()?) } else { None })
     };
+    let first = recompute::lean(&out.params, &first, opts).map_err(fault)?;
     report.note = format!(
         "{} trained parameters; {} nodes forward, {} in all",
         states.len(),

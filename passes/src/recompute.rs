@@ -11,11 +11,13 @@
 //! Knows operators, sizes and the target's speeds; no model and no method.
 
 mod cut;
+mod lean;
 mod narrow;
 mod saved;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use lean::{lean, plain};
 pub use saved::{Saved, saved};
 
 use crate::canonicalize::compact;
@@ -62,18 +64,17 @@ impl Price {
 /// [`PassError::Build`] if a clone does not type-check, which would be a fault of this pass.
 pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, PassError> {
     let mut out = g.clone();
-    for e in &mut out.entries {
-        if !e.inputs().iter().any(|(_, name)| *name == SEED) {
-            continue;
-        }
+    for e in out.entries.iter_mut().filter(|e| has_halves(e)) {
         let before = saved(g, e, opts);
         if before.is_empty() {
             continue;
         }
-        let rebuilt = cut::rebuilt(e, opts);
-        if rebuilt.contains(&true) {
-            *e = apply(&g.params, e, &rebuilt).map_err(PassError::build(NAME, &e.name))?;
-        }
+        let choose = |e: &Entry| {
+            let plain = plain(&g.params, e)?.unwrap_or_else(|| e.clone());
+            let rebuilt = cut::rebuilt(&plain, opts);
+            if rebuilt.contains(&true) { apply(&g.params, &plain, &rebuilt) } else { Ok(plain) }
+        };
+        *e = choose(e).map_err(PassError::build(NAME, &e.name))?;
         let after = saved(g, e, opts);
         let mib = |s: &[Saved]| s.iter().map(|x| x.bytes).sum::<u64>() as f64 / f64::from(1 << 20);
         report.note =
@@ -81,6 +82,17 @@ pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, Pass
         report.saved = after;
     }
     Ok(out)
+}
+
+/// Whether an entry has a backward half.
+pub fn has_halves(e: &Entry) -> bool {
+    e.inputs().iter().any(|(_, name)| *name == SEED)
+}
+
+/// Bytes of what a forward result needs and the backward half reads: all of it is there when the one half ends and the other begins.
+pub fn kept(g: &Graph, e: &Entry, opts: &Options) -> u64 {
+    let forward = cut::forward(e, &gradients(e));
+    saved(g, e, opts).iter().filter(|s| forward[s.value.index()]).map(|s| s.bytes).sum()
 }
 
 /// Which values depend on the seed.
@@ -97,67 +109,87 @@ fn gradients(e: &Entry) -> Vec<bool> {
 fn apply(params: &[Param], e: &Entry, rebuilt: &[bool]) -> Result<Entry, IrError> {
     let gradient = gradients(e);
     let order = early_sums(e, &gradient);
-    let first = first_uses(e, &gradient, rebuilt, &order);
-    let mut out = Entry::new(e.name.clone());
-    let mut map = vec![ValueId(0); e.nodes.len()];
-    let copy = |out: &mut Entry, map: &mut Vec<ValueId>, v: ValueId| -> Result<(), IrError> {
-        let n = e.node(v);
-        let inputs: Vec<ValueId> = n.inputs.iter().map(|i| map[i.index()]).collect();
-        map[v.index()] = out.push_from(params, n.op.clone(), &inputs, n.origin.clone())?;
-        Ok(())
-    };
-    for v in e.values().filter(|v| !gradient[v.index()]) {
-        copy(&mut out, &mut map, v)?;
-    }
-    // clones by the gradient they are first used for
-    let mut due: BTreeMap<ValueId, BTreeSet<ValueId>> = BTreeMap::new();
-    for v in e.values().filter(|v| rebuilt[v.index()]) {
-        if let Some(b) = first[v.index()] {
-            due.entry(b).or_default().insert(v);
+    let direct: Vec<bool> =
+        e.nodes.iter().map(|n| matches!(n.op, Op::Param(_) | Op::Const { .. } | Op::Iota { .. })).collect();
+    Clones { e, gradient: &gradient, rebuilt, direct: &direct }.apply(params, order)
+}
+
+/// What is cloned, and what clones read.
+struct Clones<'a> {
+    e: &'a Entry,
+    gradient: &'a [bool],
+    rebuilt: &'a [bool],
+    /// What clones read as it is where they have other operands that wait for a gradient.
+    direct: &'a [bool],
+}
+
+impl Clones<'_> {
+    /// The entry with the clones, and the gradients in this order.
+    fn apply(&self, params: &[Param], order: Vec<ValueId>) -> Result<Entry, IrError> {
+        let Clones { e, gradient, rebuilt, direct } = *self;
+        let first = first_uses(e, gradient, rebuilt, &order);
+        let mut out = Entry::new(e.name.clone());
+        let mut map = vec![ValueId(0); e.nodes.len()];
+        let copy = |out: &mut Entry, map: &mut Vec<ValueId>, v: ValueId| -> Result<(), IrError> {
+            let n = e.node(v);
+            let inputs: Vec<ValueId> = n.inputs.iter().map(|i| map[i.index()]).collect();
+            map[v.index()] = out.push_from(params, n.op.clone(), &inputs, n.origin.clone())?;
+            Ok(())
+        };
+        for v in e.values().filter(|v| !gradient[v.index()]) {
+            copy(&mut out, &mut map, v)?;
         }
-    }
-    let mut clone: BTreeMap<ValueId, ValueId> = BTreeMap::new();
-    let mut held: BTreeMap<(ValueId, ValueId), ValueId> = BTreeMap::new();
-    let mut place = vec![0usize; e.nodes.len()];
-    order.iter().enumerate().for_each(|(i, v)| place[v.index()] = i);
-    for b in order {
-        if let Some(list) = due.get(&b) {
-            let token = e.node(b).inputs.iter().filter(|i| gradient[i.index()]).max_by_key(|i| place[i.index()]);
-            let token = token.map(|t| map[t.index()]);
-            for &v in list {
-                let n = e.node(v);
-                let mut inputs = vec![];
-                let leaf = |i: &ValueId| matches!(e.node(*i).op, Op::Param(_) | Op::Const { .. } | Op::Iota { .. });
-                let held_anyway = n.inputs.iter().any(|i| clone.contains_key(i) || !leaf(i));
-                let parameter = |i: &ValueId| matches!(e.node(*i).op, Op::Param(_));
-                for i in &n.inputs {
-                    inputs.push(match (clone.get(i), token) {
-                        (Some(c), _) => *c,
-                        (None, Some(token)) if !leaf(i) || !held_anyway && parameter(i) => {
-                            let kept = map[i.index()];
-                            match held.get(&(kept, token)) {
-                                Some(a) => *a,
-                                None => {
-                                    let a = out.push_from(params, Op::After, &[kept, token], n.origin.clone())?;
-                                    held.insert((kept, token), a);
-                                    a
-                                }
-                            }
-                        }
-                        _ => map[i.index()],
-                    });
-                }
-                let c = out.push_from(params, n.op.clone(), &inputs, n.origin.clone())?;
-                clone.insert(v, c);
+        // clones by the gradient they are first used for
+        let mut due: BTreeMap<ValueId, BTreeSet<ValueId>> = BTreeMap::new();
+        for v in e.values().filter(|v| rebuilt[v.index()]) {
+            if let Some(b) = first[v.index()] {
+                due.entry(b).or_default().insert(v);
             }
         }
-        let n = e.node(b);
-        let inputs: Vec<ValueId> = n.inputs.iter().map(|i| clone.get(i).copied().unwrap_or(map[i.index()])).collect();
-        map[b.index()] = out.push_from(params, n.op.clone(), &inputs, n.origin.clone())?;
+        let mut clone: BTreeMap<ValueId, ValueId> = BTreeMap::new();
+        let mut held: BTreeMap<(ValueId, ValueId), ValueId> = BTreeMap::new();
+        let mut place = vec![0usize; e.nodes.len()];
+        order.iter().enumerate().for_each(|(i, v)| place[v.index()] = i);
+        for b in order {
+            if let Some(list) = due.get(&b) {
+                let token = e.node(b).inputs.iter().filter(|i| gradient[i.index()]).max_by_key(|i| place[i.index()]);
+                let token = token.map(|t| map[t.index()]);
+                for &v in list {
+                    let n = e.node(v);
+                    let mut inputs = vec![];
+                    let leaf = |i: &ValueId| direct[i.index()];
+                    let held_anyway = n.inputs.iter().any(|i| clone.contains_key(i) || !leaf(i));
+                    let parameter = |i: &ValueId| matches!(e.node(*i).op, Op::Param(_));
+                    for i in &n.inputs {
+                        inputs.push(match (clone.get(i), token) {
+                            (Some(c), _) => *c,
+                            (None, Some(token)) if !leaf(i) || !held_anyway && parameter(i) => {
+                                let kept = map[i.index()];
+                                match held.get(&(kept, token)) {
+                                    Some(a) => *a,
+                                    None => {
+                                        let a = out.push_from(params, Op::After, &[kept, token], n.origin.clone())?;
+                                        held.insert((kept, token), a);
+                                        a
+                                    }
+                                }
+                            }
+                            _ => map[i.index()],
+                        });
+                    }
+                    let c = out.push_from(params, n.op.clone(), &inputs, n.origin.clone())?;
+                    clone.insert(v, c);
+                }
+            }
+            let n = e.node(b);
+            let inputs: Vec<ValueId> =
+                n.inputs.iter().map(|i| clone.get(i).copied().unwrap_or(map[i.index()])).collect();
+            map[b.index()] = out.push_from(params, n.op.clone(), &inputs, n.origin.clone())?;
+        }
+        out.roots = e.roots.clone();
+        out.roots.iter_mut().for_each(|r| r.value = map[r.value.index()]);
+        compact(params, &out)
     }
-    out.roots = e.roots.clone();
-    out.roots.iter_mut().for_each(|r| r.value = map[r.value.index()]);
-    compact(params, &out)
 }
 
 /// The gradients in an order in which sums over the counted dimensions (gradients of parameters), and what only they read,

@@ -24,10 +24,11 @@ pub mod saturate;
 pub mod search;
 mod weave;
 
-use crate::canonicalize::Builder;
+use crate::canonicalize::{self, Builder};
 use crate::error::PassError;
 use crate::manager::{Report, RuleCount};
 use crate::options::Options;
+use crate::recompute;
 use cost::{Extraction, Kind, Part, Setting};
 use egg::{Id, Language};
 use extract::Choice;
@@ -102,6 +103,8 @@ pub struct Solution {
 /// [`PassError::UnknownRule`] for a rule to disable that does not exist.
 pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, PassError> {
     check_rule_names(&opts.disabled_rules)?;
+    let (plain, lean) = plain(g)?;
+    let g = &plain;
     let mut found: Vec<Option<(Regions, Vec<Known>)>> = vec![];
     let mut tokens: BTreeMap<&Body, Vec<u64>> = BTreeMap::new();
     for e in &g.entries {
@@ -133,7 +136,25 @@ pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, Pass
     }
     fill(report, &found, &solved, &chosen);
     report.forms = forms::forms(g, &found, &solved);
+    for (e, _) in out.entries.iter_mut().zip(lean).filter(|x| x.1) {
+        *e = recompute::lean(&out.params, e, opts).map_err(PassError::build(NAME, &e.name))?;
+    }
     Ok(out)
+}
+
+/// The graph with gradients in the form that says what they are made of, and which entries are to be given the form back that
+/// reads few values.
+fn plain(g: &Graph) -> Result<(Graph, Vec<bool>), PassError> {
+    let mut out = g.clone();
+    let mut lean = vec![];
+    for e in &mut out.entries {
+        let plain = recompute::plain(&g.params, e).map_err(PassError::build(NAME, &e.name))?;
+        lean.push(plain.is_some());
+        if let Some(plain) = plain {
+            *e = canonicalize::entry(&g.params, &plain).map_err(PassError::build(NAME, &e.name))?.0;
+        }
+    }
+    Ok((out, lean))
 }
 
 fn fill(

@@ -17,7 +17,7 @@ mod validate;
 pub use encode::{FORMAT_VERSION, MAGIC};
 pub use error::PlanError;
 pub use expr::{Expr, ExprError, MAX_DEPTH};
-pub use query::{ALIGN, ArenaLayout, GPU_ALIGN, alignment, arena, lifetimes, waves};
+pub use query::{ALIGN, ArenaLayout, GPU_ALIGN, alignment, arena, arena_within, lifetimes, waves};
 pub use types::{
     Blob, BlobKind, Buffer, BufferKind, Check, Choice, DType, Entry, Input, Kernel, Launch, LaunchParam, Layout, Loop,
     Meta, Output, Param, Plan, Residency, Role, Source, Step, Symbol, Target, TensorMap, When, Window,

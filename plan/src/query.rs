@@ -235,12 +235,8 @@ pub fn lifetimes(entry: &Entry, kernels: &[Kernel]) -> Vec<(u32, u64, u64)> {
     out
 }
 
-/// Places the arena of an entry for these values of the symbols (the capacities: every size is monotone, so the layout
-/// serves any smaller counts).
-///
-/// # Errors
-/// [`ExprError`] when a size has no value.
-pub fn arena(entry: &Entry, kernels: &[Kernel], env: &[u64]) -> Result<ArenaLayout, ExprError> {
+/// The buffers of an entry's arena as requests to the planner, for these values of the symbols.
+fn arena_requests(entry: &Entry, kernels: &[Kernel], env: &[u64]) -> Result<Vec<(u32, Request)>, ExprError> {
     let align = alignment(kernels);
     let mut requests = vec![];
     let mut sum = 0u64;
@@ -250,6 +246,27 @@ pub fn arena(entry: &Entry, kernels: &[Kernel], env: &[u64]) -> Result<ArenaLayo
         sum = sum.checked_add(size).ok_or(ExprError::Overflow)?;
         requests.push((b, Request { first, last, size }));
     }
+    Ok(requests)
+}
+
+/// Bytes of an entry's arena, as far as they tell whether it fits into `enough`: no arena is smaller where they are more, and
+/// where they are not there is one of this size, which [`arena`] may still make smaller.
+///
+/// # Errors
+/// As [`arena`].
+pub fn arena_within(entry: &Entry, kernels: &[Kernel], env: &[u64], enough: u64) -> Result<u64, ExprError> {
+    let list: Vec<Request> = arena_requests(entry, kernels, env)?.into_iter().map(|r| r.1).collect();
+    Ok(memory::total_within(&list, alignment(kernels), enough))
+}
+
+/// Places the arena of an entry for these values of the symbols (the capacities: every size is monotone, so the layout
+/// serves any smaller counts).
+///
+/// # Errors
+/// [`ExprError`] when a size has no value.
+pub fn arena(entry: &Entry, kernels: &[Kernel], env: &[u64]) -> Result<ArenaLayout, ExprError> {
+    let align = alignment(kernels);
+    let requests = arena_requests(entry, kernels, env)?;
     let list: Vec<Request> = requests.iter().map(|r| r.1).collect();
     let Placement { offsets, total, lower_bound, .. } = memory::place(&list, align);
     let mut at = vec![None; entry.buffers.len()];

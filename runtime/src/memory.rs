@@ -6,7 +6,7 @@
 use crate::error::Result;
 use crate::session::Options;
 use crate::weights::TensorSource;
-use pleach_plan::{ArenaLayout, Expr, ExprError, Param, Plan, Residency, Role, Source, alignment, arena};
+use pleach_plan::{ArenaLayout, Expr, ExprError, Param, Plan, Residency, Role, Source, alignment, arena, arena_within};
 
 /// Bytes a session holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -110,13 +110,7 @@ pub(crate) fn lay_out(plan: &Plan, weights: &dyn TensorSource, env: &[u64], thre
         memory.entries.push((e.name.clone(), l.total, l.lower_bound));
         arenas.push(l);
     }
-    let mut scratch = 0u64;
-    for k in &plan.kernels {
-        scratch = scratch.max(k.scratch_bytes.eval(env)?);
-    }
-    // Workers' shares begin on cache lines of their own, as the device lays them out.
-    let share = scratch.next_multiple_of(128) + if scratch > 0 { 128 } else { 0 };
-    memory.scratch = if plan.is_gpu() { scratch } else { share.saturating_mul(threads as u64) };
+    memory.scratch = scratch(plan, env, threads)?;
     let mut inputs = vec![];
     for e in plan.entries.iter().filter(|_| plan.is_gpu()) {
         let (mut at, mut end) = (vec![], 0u64);
@@ -130,6 +124,32 @@ pub(crate) fn lay_out(plan: &Plan, weights: &dyn TensorSource, env: &[u64], thre
         inputs.push(at);
     }
     Ok(Layout { homes, arenas, inputs, memory })
+}
+
+/// Scratch of all workers.
+fn scratch(plan: &Plan, env: &[u64], threads: usize) -> Result<u64> {
+    let mut scratch = 0u64;
+    for k in &plan.kernels {
+        scratch = scratch.max(k.scratch_bytes.eval(env)?);
+    }
+    // Workers' shares begin on cache lines of their own, as the device lays them out.
+    let share = scratch.next_multiple_of(128) + if scratch > 0 { 128 } else { 0 };
+    Ok(if plan.is_gpu() { scratch } else { share.saturating_mul(threads as u64) })
+}
+
+/// What the entries of a plan need of a session's arena, as far as it tells whether that fits into `enough` bytes together with the
+/// scratch of the workers, and that scratch.
+///
+/// # Errors
+/// A capacity that is missing or out of range.
+pub fn arena_and_scratch(plan: &Plan, options: &Options, enough: u64) -> Result<(u64, u64)> {
+    let env = crate::session::capacities(plan, options)?;
+    let scratch = scratch(plan, &env, workers(options.threads))?;
+    let mut most = 0;
+    for e in &plan.entries {
+        most = most.max(arena_within(e, &plan.kernels, &env, enough.saturating_sub(scratch))?);
+    }
+    Ok((most, scratch))
 }
 
 /// Workers for a wish: 0 means one per core.

@@ -1,27 +1,26 @@
 //! Passes of a plan that trains, within a memory budget.
 //!
 //! Keeping everything that is dear to build again is tried first. If the session would be too large, rising prices of a
-//! kept byte are tried until it fits, and the price is bisected; between the two prices that are left, the first part of
-//! the forward half takes the higher one. Every trial is cut into kernels, ordered and placed, so the size compared is
-//! the size a session will have.
+//! kept byte are tried until it fits, and the price is halved once; between the two prices that are left, the first part of
+//! the forward half takes the higher one. Every trial that fits is cut into kernels, ordered and placed, so the size compared is
+//! the size a session will have. Only the entry with a backward half is tried: the others are the same at every price. Two
+//! trials run at a time, whatever the number of threads, so that the result is the same.
 
 use super::{Request, TrainPart, cut_of};
 use crate::failure::Result;
 use pleach_codegen::compile::{self, CompileOptions};
 use pleach_ir::Graph;
-use pleach_passes::recompute::Price;
-use pleach_passes::{Options, PassReport, Pipeline, fuse_kernels};
-use pleach_plan::Meta;
-use pleach_runtime::{TensorSource, plan_memory};
+use pleach_passes::recompute::{self, Price};
+use pleach_passes::{Options, PassReport, Pipeline, Report, chunk, fuse_kernels};
+use pleach_plan::{Meta, Plan};
+use pleach_runtime::{Memory, TensorSource, arena_and_scratch, plan_memory};
 
 /// What is tried in turn until it fits: a price in multiples of what keeping a byte costs in time, and at how many narrow places
 /// the forward half stops (every second one is about a layer). At the last ones whatever can be built again is.
 const LADDER: [(f64, usize); 8] = [(2.0, 2), (4.0, 2), (8.0, 2), (16.0, 2), (32.0, 2), (64.0, 2), (1e5, 4), (1e5, 8)];
 
-/// Trials of the price.
-const PRICES: usize = 1;
-/// Trials of the share of the forward half: the last one is about a layer.
-const SHARES: usize = 5;
+/// Rounds in which the share of the forward half falls to a third: the last one is about a layer.
+const SHARES: usize = 3;
 
 /// The graph after all passes, their reports, and the price that `recompute` ran with.
 ///
@@ -46,60 +45,153 @@ pub(super) fn passes(
         let out = pleach_passes::run(&before.graph, &pipeline, &opts)?;
         Ok((out.graph, out.reports, price))
     };
-    let total = |graph: &Graph| -> Result<u64> {
-        let mut s = fuse_kernels::cut(graph, &cut_of(request, graph)?)?;
-        pleach_passes::chunk::run(&mut s, &request.options())?;
-        fuse_kernels::order(&mut s)?;
-        let plan = match request.gpu() {
-            Some(chip) => compile::without_code_gpu(&s, chip, meta.clone())?,
-            None => {
-                let options = CompileOptions { target: request.host()?, threads: 1, meta: meta.clone() };
-                compile::without_code(&s, &options)?
-            }
-        };
-        Ok(plan_memory(&plan, weights, &train.capacities())?.total())
-    };
-    let floor = Price::floor(opts.target.bytes_per_s).byte_us;
     let mut best = finish(None)?;
     if let Some(budget) = train.budget.filter(|_| !disable.iter().any(|d| d == "recompute")) {
-        let mut least = total(&best.0)?;
-        let (mut low, mut high) = (floor, None);
-        for (times, every) in if least > budget { LADDER.to_vec() } else { vec![] } {
-            let price = Price { every, ..Price::flat(times * floor) };
-            let next = finish(Some(price))?;
-            let size = total(&next.0)?;
-            if size < least {
-                (least, best) = (size, next);
-            }
-            if size <= budget {
-                high = Some(price);
-                break;
-            }
-            low = price.byte_us;
-        }
-        if let Some(mut high) = high {
-            for _ in 0..PRICES {
-                let price = Price { every: high.every, ..Price::flat((low * high.byte_us).sqrt()) };
-                let next = finish(Some(price))?;
-                if total(&next.0)? <= budget {
-                    (high, best) = (price, next);
-                } else {
-                    low = price.byte_us;
-                }
-            }
-            let (mut none, mut all) = (0.0, 1.0);
-            for _ in 0..SHARES {
-                let early = (none + all) / 2.0;
-                let next = finish(Some(Price { byte_us: low, early, ..high }))?;
-                if total(&next.0)? <= budget {
-                    (all, best) = (early, next);
-                } else {
-                    none = early;
-                }
+        let whole = plan_memory(&without_code(&best.0, request, meta)?, weights, &train.capacities())?;
+        if whole.total() > budget {
+            let trials = Trials::new(&before.graph, &whole, budget, (request, train, meta));
+            if let Some(price) = trials.search(whole.total())? {
+                best = finish(Some(price))?;
             }
         }
     }
     let mut reports = before.reports;
     reports.extend(best.1);
     Ok((best.0, reports, best.2))
+}
+
+/// The plan of a graph, but for its code.
+fn without_code(graph: &Graph, request: &Request, meta: &Meta) -> Result<Plan> {
+    let mut s = fuse_kernels::cut(graph, &cut_of(request, graph)?)?;
+    chunk::run(&mut s, &request.options())?;
+    fuse_kernels::order(&mut s)?;
+    Ok(match request.gpu() {
+        Some(chip) => compile::without_code_gpu(&s, chip, meta.clone())?,
+        None => {
+            let options = CompileOptions { target: request.host()?, threads: 1, meta: meta.clone() };
+            compile::without_code(&s, &options)?
+        }
+    })
+}
+
+/// Trials of a price.
+struct Trials<'a> {
+    /// The graph with nothing but the entry that has a backward half.
+    graph: Graph,
+    /// Bytes of a session beside arena and scratch.
+    beside: u64,
+    /// What the other entries need of the arena, and all of them of scratch.
+    arena: u64,
+    scratch: u64,
+    budget: u64,
+    request: &'a Request,
+    train: &'a TrainPart,
+    meta: &'a Meta,
+}
+
+impl<'a> Trials<'a> {
+    /// `whole` is what a session needs that keeps everything dear.
+    fn new(
+        graph: &Graph,
+        whole: &Memory,
+        budget: u64,
+        (request, train, meta): (&'a Request, &'a TrainPart, &'a Meta),
+    ) -> Trials<'a> {
+        let entries: Vec<_> = graph.entries.iter().filter(|e| recompute::has_halves(e)).cloned().collect();
+        let tried = |name: &str| entries.iter().any(|e| e.name == name);
+        let arena = whole.entries.iter().filter(|e| !tried(&e.0)).map(|e| e.1).max().unwrap_or(0);
+        Trials {
+            graph: Graph { phase: graph.phase, params: graph.params.clone(), entries },
+            beside: whole.total() - whole.arena - whole.scratch,
+            arena,
+            scratch: whole.scratch,
+            budget,
+            request,
+            train,
+            meta,
+        }
+    }
+
+    fn options(&self, price: Price) -> Options {
+        Options { recompute: Some(price), ..self.request.options() }
+    }
+
+    /// The price that fits into the budget and costs least; if none does, that of the smallest plan seen, which is none where the plan
+    /// of `whole` bytes without a price is.
+    fn search(&self, whole: u64) -> Result<Option<Price>> {
+        let floor = Price::floor(self.request.options().target.bytes_per_s).byte_us;
+        let ladder = LADDER.map(|(times, every)| Price { every, ..Price::flat(times * floor) });
+        let (mut best, mut least) = (None, whole);
+        let (mut low, mut high) = (floor, None);
+        for pair in ladder.chunks(2) {
+            for (price, size) in pair.iter().zip(self.sizes(pair)?) {
+                if size < least {
+                    (best, least) = (Some(*price), size);
+                }
+                if size <= self.budget {
+                    high = high.or(Some(*price));
+                } else if high.is_none() {
+                    low = price.byte_us;
+                }
+            }
+            if high.is_some() {
+                break;
+            }
+        }
+        let Some(mut high) = high else { return Ok(best) };
+        // Dearer and dearer candidates; the first that fits bounds from above, the one before it from below.
+        let middle = (low * high.byte_us).sqrt();
+        let candidates = [(low * middle).sqrt(), middle];
+        match self.first(&candidates.map(|x| Price { every: high.every, ..Price::flat(x) }))? {
+            Some(i) => {
+                high.byte_us = candidates[i];
+                low = if i > 0 { candidates[i - 1] } else { low };
+            }
+            None => low = candidates[1],
+        }
+        high.early_byte_us = high.byte_us;
+        let mut best = high;
+        let (mut none, mut all) = (0.0, 1.0);
+        for _ in 0..SHARES {
+            let candidates = [none + (all - none) / 3.0, none + (all - none) / 3.0 * 2.0];
+            let prices = candidates.map(|early| Price { byte_us: low, early, ..high });
+            match self.first(&prices)? {
+                Some(i) => {
+                    (best, all) = (prices[i], candidates[i]);
+                    none = if i > 0 { candidates[i - 1] } else { none };
+                }
+                None => none = candidates[1],
+            }
+        }
+        Ok(Some(best))
+    }
+
+    /// The first of two prices that fits into the budget.
+    fn first(&self, prices: &[Price]) -> Result<Option<usize>> {
+        Ok(self.sizes(prices)?.iter().position(|size| *size <= self.budget))
+    }
+
+    /// The sizes at these prices, each tried on a thread of its own.
+    fn sizes(&self, prices: &[Price]) -> Result<Vec<u64>> {
+        std::thread::scope(|s| {
+            let running: Vec<_> = prices.iter().map(|p| s.spawn(|| self.size(*p))).collect();
+            let all = running.into_iter().map(|r| r.join().unwrap_or_else(|p| std::panic::resume_unwind(p)));
+            all.collect()
+        })
+    }
+
+    /// Bytes of a session at this price; where they are above the budget maybe less, but not within it.
+    fn size(&self, price: Price) -> Result<u64> {
+        let opts = self.options(price);
+        let graph = recompute::run(&self.graph, &opts, &mut Report::default())?;
+        let kept = graph.entries.iter().map(|e| recompute::kept(&graph, e, &opts)).max().unwrap_or(0);
+        let beside = self.beside + self.scratch;
+        if beside + kept > self.budget {
+            return Ok(beside + kept.max(self.arena));
+        }
+        let plan = without_code(&graph, self.request, self.meta)?;
+        let enough = self.budget.saturating_sub(self.beside);
+        let (arena, scratch) = arena_and_scratch(&plan, &self.train.capacities(), enough)?;
+        Ok(self.beside + arena.max(self.arena) + scratch.max(self.scratch))
+    }
 }

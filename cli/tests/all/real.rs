@@ -85,7 +85,7 @@ fn minilm() {
 }
 
 /// What PaCA keeps for the backward half beside LoRA of the same rank, before anything is built again: next to nothing only because a
-/// weight is trained, and less in all. What is left in common are mostly the values of activation functions and norms, in f32.
+/// weight is trained, and less in all. What both keep is what attention and the functions between the layers are made of.
 #[test]
 fn trained_columns_keep_less_in_smollm2() {
     let gguf = root("models/smollm2.gguf");
@@ -97,7 +97,7 @@ fn trained_columns_keep_less_in_smollm2() {
     let pleach = Pleach::new(&folder);
     let model = text(&folder.join("smollm2"));
     pleach.ok(&["import", &text(&gguf), "--out", &model, "--quiet"]);
-    for (dtype, most) in [("f32", 0.835), ("bf16", 0.885)] {
+    for (dtype, most) in [("f32", 0.69), ("bf16", 0.69)] {
         let kept = |method: &str| -> (f64, f64) {
             let head =
                 ["plan", &model, "--method", method, "--r", "16", "--target-modules", "all-linear", "--dtype", dtype];

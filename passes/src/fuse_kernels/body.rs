@@ -1,7 +1,7 @@
 //! The body of one kernel: a group's operators as a small entry over operands `a0…`, with results `r0…`.
 
 use super::group::Partition;
-use pleach_ir::{Class, Entry, IrError, Kernel, Layout, Op, Param, TensorType, ValueId};
+use pleach_ir::{Class, Entry, IrError, Kernel, Layout, Op, Param, ParamId, TensorType, ValueId};
 use std::collections::BTreeMap;
 
 /// A group as a kernel, and which values of the entry its operands and results are.
@@ -83,16 +83,42 @@ impl Lower<'_> {
     }
 }
 
+/// What the kernels of a partition ask of its entry.
+pub(super) struct Facts {
+    /// Values that a root shows.
+    rooted: Vec<bool>,
+    /// The node that reads each parameter.
+    params: BTreeMap<ParamId, ValueId>,
+}
+
+impl Facts {
+    pub(super) fn new(e: &Entry, p: &Partition) -> Facts {
+        let mut rooted = vec![false; e.nodes.len()];
+        e.roots.iter().for_each(|r| rooted[p.alias_base(e, r.value).index()] = true);
+        let mut params = BTreeMap::new();
+        for v in e.values().filter(|v| !p.is_dead(*v)) {
+            if let Op::Param(q) = e.node(v).op {
+                params.entry(q).or_insert(v);
+            }
+        }
+        Facts { rooted, params }
+    }
+}
+
 /// Builds the kernel of group `g`.
 ///
 /// # Errors
 /// [`IrError`] when a node cannot be rebuilt; that would be a fault of the input graph.
-pub(super) fn region(e: &Entry, p: &Partition, g: usize, params: &[(Param, Layout)]) -> Result<Region, IrError> {
+pub(super) fn region(
+    e: &Entry,
+    p: &Partition,
+    facts: &Facts,
+    g: usize,
+    params: &[(Param, Layout)],
+) -> Result<Region, IrError> {
     let members = p.members(g);
     let class = p.class(g);
-    let mut rooted: Vec<ValueId> = e.roots.iter().map(|r| p.alias_base(e, r.value)).collect();
-    rooted.sort_unstable();
-    let outside = |v: &ValueId| p.readers(*v).iter().any(|r| p.group(*r) != Some(g)) || rooted.binary_search(v).is_ok();
+    let outside = |v: &ValueId| p.readers(*v).iter().any(|r| p.group(*r) != Some(g)) || facts.rooted[v.index()];
     let mut results: Vec<ValueId> = members.iter().copied().filter(outside).collect();
     if results.is_empty() {
         // Nothing reads it, but something waits for it.
@@ -108,8 +134,7 @@ pub(super) fn region(e: &Entry, p: &Partition, g: usize, params: &[(Param, Layou
         if let Op::Scatter { .. } = e.node(*v).op {
             return l.operands.iter().position(|o| *o == e.node(*v).inputs[0]).map(|i| i as u32);
         }
-        let param = *p.in_place.get(v)?;
-        at(e.values().find(|x| e.node(*x).op == Op::Param(param) && !p.is_dead(*x))?)
+        at(*facts.params.get(p.in_place.get(v)?)?)
     };
     let aliases = results.iter().map(alias).collect();
     let layout = |v: &ValueId| match e.node(p.alias_base(e, *v)).op {

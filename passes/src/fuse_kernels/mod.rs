@@ -165,8 +165,9 @@ impl<'a> EntryCut<'a> {
         // A region the target refuses is first built without results in place, then taken apart into single operators.
         for round in 0..3 {
             let mut refused = vec![];
+            let facts = body::Facts::new(entry, &groups);
             for g in &order {
-                let r = body::region(entry, &groups, *g, params).map_err(fault)?;
+                let r = body::region(entry, &groups, &facts, *g, params).map_err(fault)?;
                 let in_place = r.results.iter().any(|v| groups.in_place.contains_key(v));
                 let clash = groups.clashes(entry, &r);
                 let asked = groups.members(*g).len() > 1 || in_place;

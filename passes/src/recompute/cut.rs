@@ -14,7 +14,7 @@ use petgraph::visit::EdgeRef;
 use pleach_ir::{Dim, Entry, Op, Sym, TensorType, UnaryOp, ValueId};
 
 /// No finite sum of costs reaches this.
-const NEVER: u64 = 1 << 52;
+pub(super) const NEVER: u64 = 1 << 52;
 /// Cost units of a microsecond.
 const UNIT: f64 = 1e4;
 
@@ -80,12 +80,47 @@ pub(super) fn time_us(e: &Entry, v: ValueId, opts: &Options) -> f64 {
     }
 }
 
+/// What a forward value costs in units of the cut.
+#[derive(Clone, Copy)]
+pub(super) struct Cost {
+    /// Kept for the backward half.
+    pub(super) keep: u64,
+    /// Computed again from its operands, which are then needed as well.
+    pub(super) again: u64,
+}
+
+/// Cost of so many microseconds.
+fn units(us: f64) -> u64 {
+    ((us * UNIT).round() as u64).min(NEVER)
+}
+
 /// Which forward values are built again for the backward half.
 pub(super) fn rebuilt(e: &Entry, opts: &Options) -> Vec<bool> {
     let gradient = gradients(e);
-    let tokens = opts.tokens(&e.name);
+    let (tokens, price) = (opts.tokens(&e.name), opts.price());
     let forward_result = forward(e, &gradient);
-    let leaf = |v: ValueId| e.node(v).op.is_leaf();
+    let windowed = windowed(e, tokens);
+    let crossing = narrow::Forward::new(e, &forward_result, opts).crossing(price.every);
+    let count = gradient.iter().filter(|x| !**x).count().max(1) as f64;
+    let mut position = 0.0;
+    let costs: Vec<Cost> = e
+        .values()
+        .map(|v| {
+            position += if gradient[v.index()] { 0.0 } else { 1.0 };
+            let byte_us = if position / count <= price.early { price.early_byte_us } else { price.byte_us };
+            let kept = if windowed[v.index()] { 0.0 } else { bytes(e.ty(v), tokens) as f64 * byte_us };
+            // what no forward result needs is computed once either way
+            let once = !forward_result[v.index()] && !matches!(e.node(v).op, Op::AttentionLse(_));
+            let time = if once { 0.0 } else { time_us(e, v, opts) };
+            let stays = crossing[v.index()] || windowed[v.index()];
+            Cost { keep: units(kept).max(1), again: if stays { NEVER } else { units(time) } }
+        })
+        .collect();
+    cheapest(e, &gradient, &costs)
+}
+
+/// The cheapest choice of what is built again, when every gradient must get what it reads: one cost per value.
+pub(super) fn cheapest(e: &Entry, gradient: &[bool], costs: &[Cost]) -> Vec<bool> {
     let mut g: DiGraph<(), u64> = DiGraph::new();
     let (source, sink) = (g.add_node(()), g.add_node(()));
     let mut at: Vec<Option<(NodeIndex, NodeIndex)>> = vec![None; e.nodes.len()];
@@ -96,26 +131,12 @@ pub(super) fn rebuilt(e: &Entry, opts: &Options) -> Vec<bool> {
             e.node(v).inputs.iter().filter(|i| !gradient[i.index()]).for_each(|i| wanted[i.index()] = true);
         }
     }
-    let windowed = windowed(e, tokens);
-    let crossing = narrow::Forward::new(e, &forward_result, opts).crossing(opts.price().every);
-    let count = gradient.iter().filter(|x| !**x).count().max(1) as f64;
-    let mut position = 0.0;
-    for v in e.values().filter(|v| !gradient[v.index()]) {
-        position += 1.0;
-        if !wanted[v.index()] || leaf(v) {
-            continue;
-        }
+    for v in e.values().filter(|v| !gradient[v.index()] && wanted[v.index()] && !e.node(*v).op.is_leaf()) {
         let (needed, again) = (g.add_node(()), g.add_node(()));
         at[v.index()] = Some((needed, again));
-        let price = opts.price();
-        let byte_us = if position / count <= price.early { price.early_byte_us } else { price.byte_us };
-        let cost = |us: f64| ((us * UNIT).round() as u64).min(NEVER);
-        let kept = if windowed[v.index()] { 0.0 } else { bytes(e.ty(v), tokens) as f64 * byte_us };
-        g.add_edge(needed, again, cost(kept).max(1));
-        // what no forward result needs is computed once either way
-        let once = !forward_result[v.index()] && !matches!(e.node(v).op, Op::AttentionLse(_));
-        let time = if once { 0.0 } else { time_us(e, v, opts) };
-        g.add_edge(again, sink, if crossing[v.index()] || windowed[v.index()] { NEVER } else { cost(time) });
+        let cost = costs[v.index()];
+        g.add_edge(needed, again, cost.keep);
+        g.add_edge(again, sink, cost.again);
         for i in &e.node(v).inputs {
             if let Some((needed, _)) = at[i.index()] {
                 g.add_edge(again, needed, NEVER);

@@ -47,7 +47,7 @@ pub(super) fn base(e: &Entry, mut v: ValueId) -> ValueId {
 }
 
 /// Which values are made of an input that has elements: what only parameters and settings are made of is no activation.
-fn of_inputs(e: &Entry) -> Vec<bool> {
+pub(super) fn of_inputs(e: &Entry) -> Vec<bool> {
     let mut out: Vec<bool> = Vec::with_capacity(e.nodes.len());
     for n in &e.nodes {
         let input = matches!(n.op, Op::Input { .. }) && n.ty.rank() > 0;

@@ -97,6 +97,26 @@ pub fn place(requests: &[Request], align: u64) -> Placement {
     place_with(requests, align, None, 1)
 }
 
+/// The size of an arena, as far as it tells whether `enough` bytes suffice: the lower bound where that is more, else the total of
+/// a placement, which is not improved once it is within them.
+pub fn total_within(requests: &[Request], align: u64, enough: u64) -> u64 {
+    let rounded = rounded(requests, align.max(1));
+    let bound = lower_bound(&rounded);
+    if bound > enough {
+        return bound;
+    }
+    match stack::stack(&rounded, bound).0 {
+        total if total <= enough => total,
+        _ => place(requests, align).total,
+    }
+}
+
+/// The requests with their sizes rounded up to the alignment.
+fn rounded(requests: &[Request], align: u64) -> Vec<Request> {
+    let up = |r: &Request| Request { size: r.size.checked_next_multiple_of(align).unwrap_or(u64::MAX), ..*r };
+    requests.iter().map(up).collect()
+}
+
 /// Places the requests at multiples of `align` (at least 1). Requests of no length or no size lie at 0. A `goal` is a
 /// total that is known to suffice: it is tried when the lower bound is not reached. `effort` multiplies the budgets of
 /// the searches, which are used up only where the lower bound is not reached.
@@ -104,10 +124,7 @@ pub fn place(requests: &[Request], align: u64) -> Placement {
 /// Sizes are assumed to sum to less than `u64::MAX`; otherwise offsets saturate and [`check`] finds it.
 pub fn place_with(requests: &[Request], align: u64, goal: Option<u64>, effort: u64) -> Placement {
     let align = align.max(1);
-    let rounded: Vec<Request> = requests
-        .iter()
-        .map(|r| Request { size: r.size.checked_next_multiple_of(align).unwrap_or(u64::MAX), ..*r })
-        .collect();
+    let rounded = rounded(requests, align);
     let bound = lower_bound(&rounded);
     let mut proven = bound;
     let (mut total, mut offsets) = stack::stack(&rounded, bound);
