@@ -50,7 +50,7 @@ pub(super) fn passes(
         let whole = plan_memory(&without_code(&best.0, request, meta)?, weights, &train.capacities())?;
         if whole.total() > budget {
             let trials = Trials::new(&before.graph, &whole, budget, (request, train, meta));
-            if let Some(price) = trials.search(whole.total())? {
+            if let Some(price) = trials.search(whole.total(), weights)? {
                 best = finish(Some(price))?;
             }
         }
@@ -118,16 +118,12 @@ impl<'a> Trials<'a> {
 
     /// The price that fits into the budget and costs least; if none does, that of the smallest plan seen, which is none where the plan
     /// of `whole` bytes without a price is.
-    fn search(&self, whole: u64) -> Result<Option<Price>> {
+    fn search(&self, whole: u64, weights: &dyn TensorSource) -> Result<Option<Price>> {
         let floor = Price::floor(self.request.options().target.bytes_per_s).byte_us;
         let ladder = LADDER.map(|(times, every)| Price { every, ..Price::flat(times * floor) });
-        let (mut best, mut least) = (None, whole);
         let (mut low, mut high) = (floor, None);
         for pair in ladder.chunks(2) {
             for (price, size) in pair.iter().zip(self.sizes(pair)?) {
-                if size < least {
-                    (best, least) = (Some(*price), size);
-                }
                 if size <= self.budget {
                     high = high.or(Some(*price));
                 } else if high.is_none() {
@@ -138,7 +134,7 @@ impl<'a> Trials<'a> {
                 break;
             }
         }
-        let Some(mut high) = high else { return Ok(best) };
+        let Some(mut high) = high else { return self.smallest(&ladder, whole, weights) };
         // Dearer and dearer candidates; the first that fits bounds from above, the one before it from below.
         let middle = (low * high.byte_us).sqrt();
         let candidates = [(low * middle).sqrt(), middle];
@@ -164,6 +160,21 @@ impl<'a> Trials<'a> {
             }
         }
         Ok(Some(best))
+    }
+
+    /// The price of the smallest plan, where none fits: sizes are exact.
+    fn smallest(&self, ladder: &[Price], whole: u64, weights: &dyn TensorSource) -> Result<Option<Price>> {
+        let (mut best, mut least) = (None, whole);
+        for price in ladder {
+            let graph = recompute::run(&self.graph, &self.options(*price), &mut Report::default())?;
+            let plan = without_code(&graph, self.request, self.meta)?;
+            let m = plan_memory(&plan, weights, &self.train.capacities())?;
+            let size = self.beside + m.arena.max(self.arena) + m.scratch.max(self.scratch);
+            if size < least {
+                (best, least) = (Some(*price), size);
+            }
+        }
+        Ok(best)
     }
 
     /// The first of two prices that fits into the budget.
