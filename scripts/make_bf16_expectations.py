@@ -2,6 +2,10 @@
 """Measures how far PEFT in bf16 (weights and activations bf16, adapters f32) is from the reference of the training fixtures, and
 writes it to `tests/fixtures/train/bf16.json`: what our own bf16 is held against.
 
+One run is one draw of roundings. Cases in STARTS have steep losses and are run from more starts: every element of the adapter moves by a
+part in 10,000, up or down by a hash of its place and the number of the start (`tests/src/training/near.rs` does the same), and each
+start has a reference of its own, PEFT in f64.
+
 Only cases whose trained tensors PEFT keeps in f32 are measured: low-rank adapters, and PaCA by the module of our own.
 
     python scripts/make_bf16_expectations.py
@@ -9,14 +13,18 @@ Only cases whose trained tensors PEFT keeps in f32 are measured: low-rank adapte
 
 import json
 import math
+import shutil
+import tempfile
 import warnings
 from pathlib import Path
 
 import make_train_fixtures as fixtures
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+STARTS = {"qwen2-dora": 7}  # case -> starts beside its own
+NEAR = 1e-4
 ROOT = Path(__file__).resolve().parent.parent / "tests/fixtures/train"
 
 
@@ -57,6 +65,36 @@ def adapted(folder, source, config):
     return model
 
 
+def nearby(tensor, k):
+    """The tensor of start number k."""
+    x = (torch.arange(tensor.numel()) * 2654435761 + k * 2246822519) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 3266489917) & 0xFFFFFFFF
+    up = ((x ^ (x >> 13)) & 1) * 2 - 1
+    return (tensor.double() * (1 + NEAR * up.double()).view(tensor.shape)).float()
+
+
+def distance(got, want, end, before, after):
+    """Root mean square of the losses' relative differences, and how far the adapter ends from the reference, as a part of its change."""
+    rms = math.sqrt(sum(((a - b) / b) ** 2 for a, b in zip(got, want)) / len(want))
+    off = sum(((end[k].double() - after[k].double()) ** 2).sum() for k in after).sqrt().item()
+    moved = sum(((before[k].double() - after[k].double()) ** 2).sum() for k in after).sqrt().item()
+    return {"losses": rms, "change": off / moved}
+
+
+def from_near(folder, source, config, run, rows, k):
+    """The same from start number k."""
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        shutil.copy(source / "adapter_config.json", place)
+        before = {key: nearby(t, k) for key, t in load_file(source / "adapter_model.safetensors").items()}
+        save_file(before, place / "adapter_model.safetensors", {"format": "pt"})
+        exact = fixtures.adapted(folder, place, config, torch.float64)
+        want = fixtures.train(exact, rows, run)["losses"]
+        low = adapted(folder, place, config)
+        got = fixtures.train(Floats(low), rows, run)["losses"]
+    return distance(got, want, fixtures.state(low), before, fixtures.state(exact))
+
+
 def main():
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -70,13 +108,13 @@ def main():
         assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad), name
         log = fixtures.train(Floats(model), rows, fixtures.DEFAULTS | run)
         want = json.loads((ROOT / name / "case.json").read_text())["losses"]
-        rms = math.sqrt(sum(((a - b) / b) ** 2 for a, b in zip(log["losses"], want)) / len(want))
         before, after = load_file(source / "adapter_model.safetensors"), load_file(ROOT / name / "final.safetensors")
-        got = fixtures.state(model)
-        off = sum(((got[k].float() - after[k]) ** 2).sum() for k in after).sqrt().item()
-        moved = sum(((before[k] - after[k]) ** 2).sum() for k in after).sqrt().item()
-        found[name] = {"first": abs(log["losses"][0] / want[0] - 1), "losses": rms, "change": off / moved}
-        print(f"{name:20} losses {rms:.1e}, change {off / moved:.1e}")
+        found[name] = {"first": abs(log["losses"][0] / want[0] - 1)} | distance(log["losses"], want, fixtures.state(model), before, after)
+        print(f"{name:20} losses {found[name]['losses']:.1e}, change {found[name]['change']:.1e}")
+        for k in range(1, STARTS.get(name, 0) + 1):
+            near = from_near(ROOT / "models" / family, source, config, fixtures.DEFAULTS | run, rows, k)
+            found[name].setdefault("starts", []).append(near)
+            print(f"  start {k:2}: losses {near['losses']:.1e}, change {near['change']:.1e}")
     (ROOT / "bf16.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

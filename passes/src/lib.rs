@@ -25,6 +25,7 @@ pub mod recompute;
 pub mod rewrite;
 #[cfg(test)]
 mod testing;
+pub mod thin_sums;
 
 pub use error::PassError;
 pub use manager::{

@@ -5,7 +5,7 @@
 
 use crate::error::PassError;
 use crate::options::Options;
-use crate::{canonicalize, differentiate, expand, fold_params, precision, recompute, rewrite};
+use crate::{canonicalize, differentiate, expand, fold_params, precision, recompute, rewrite, thin_sums};
 use pleach_ir::Graph;
 use pleach_ir::text::print;
 use pleach_ir::verify::verify;
@@ -39,6 +39,11 @@ const PASSES: &[Pass] = &[
         run: differentiate::run,
     },
     Pass { name: "expand", about: "operators that no kernel computes become ones that kernels do", run: expand::run },
+    Pass {
+        name: "thin-sums",
+        about: "sums of squares of a weight with a thin change, without the changed weight",
+        run: thin_sums::run,
+    },
     Pass {
         name: "rewrite",
         about: "the cheapest equal form of the linear algebra, by equality saturation",
@@ -149,6 +154,7 @@ impl Default for Pipeline {
                 "differentiate",
                 "expand",
                 "canonicalize",
+                "thin-sums",
                 "rewrite",
                 "fold-params",
                 "canonicalize",

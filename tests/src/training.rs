@@ -3,6 +3,8 @@
 //! The steps are those of the runtime ([`pleach_runtime::train::step`]); the machine behind them is a session, or the reference interpreter
 //! on any graph ([`Interpreted`]).
 
+mod near;
+
 use pleach_frontend::adapter::{self, AdapterPlan, Buffers, EventsPlan, SlotData, SlotTensor, SlotValue, slot_values};
 use pleach_frontend::peft::MethodConfig;
 use pleach_frontend::{Adapter, Checkpoint, Import, TensorTable};

@@ -177,6 +177,37 @@ impl Partition {
         }
     }
 
+    /// Moves elementwise values that sums across rows alone read into the kernels of those sums, where what they are made
+    /// of is in memory anyway: such a value is never stored.
+    pub(super) fn feed_column_sums(&mut self, e: &Entry) {
+        let waited: BTreeSet<ValueId> = e.values().flat_map(|v| self.tokens(v).to_vec()).collect();
+        let mut sums: BTreeSet<usize> = BTreeSet::new();
+        for v in e.values().rev() {
+            let Some(g) = self.group_of[v.index()] else { continue };
+            let n = e.node(v);
+            if matches!(n.op, Op::Reduce { axis: 0, .. }) && self.groups[g].members == [v] {
+                sums.insert(g);
+                continue;
+            }
+            let to = self.readers[v.index()].first().and_then(|u| self.group_of[u.index()]);
+            let Some(to) = to.filter(|to| sums.contains(to)) else { continue };
+            let alone = self.readers[v.index()].iter().all(|u| self.group_of[u.index()] == Some(to));
+            if !n.op.is_elementwise() || !alone || self.roots_show(e, v) || waited.contains(&v) {
+                continue;
+            }
+            let stored = |x: &ValueId| {
+                self.readers[x.index()].iter().any(|u| self.group_of[u.index()] != Some(g)) || self.roots_show(e, *x)
+            };
+            let free = self.sources(v).iter().filter(|x| self.group_of[x.index()] == Some(g)).all(stored);
+            if free && to != g {
+                self.groups[g].members.retain(|m| *m != v);
+                self.group_of[v.index()] = Some(to);
+                self.groups[to].members.push(v);
+                self.groups[to].members.sort_unstable();
+            }
+        }
+    }
+
     fn roots_show(&self, e: &Entry, v: ValueId) -> bool {
         self.rooted[v.index()] || e.roots.iter().any(|r| self.alias_base(e, r.value) == v)
     }

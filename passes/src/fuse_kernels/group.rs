@@ -116,6 +116,7 @@ impl Partition {
             }
         }
         p.sink(e);
+        p.feed_column_sums(e);
         p.join_fills(e);
         p
     }

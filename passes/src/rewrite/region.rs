@@ -2,7 +2,7 @@
 //!
 //! A region is a set of run-time nodes of linear algebra: products with parameters that share an input or feed each
 //! other, and the sums, scales, slices, gathers and concats next to them, with the parameter arithmetic they read.
-//! Attention, reductions and non-linear functions stay outside. Regions that would depend on each other in a circle are
+//! Attention, reductions and non-linear functions stay outside, those of parameters too: what they give is an input. Regions that would depend on each other in a circle are
 //! one region, so an entry can always be put together again whatever a region is rewritten to. Equal regions have equal
 //! [`Body`]s.
 //!
@@ -376,7 +376,8 @@ fn body(
         let run = known[v.index()] == Known::Run;
         // a parameter repeated over the tokens is looked into
         let repeated = matches!(e.node(v).op, Op::Broadcast { .. }) && known[e.node(v).inputs[0].index()] < Known::Run;
-        matches!(e.node(v).op, Op::Param(_) | Op::Input { .. }) || (run && !repeated && !inside[v.index()])
+        let outside = if run { !repeated && !inside[v.index()] } else { function(e, v) };
+        matches!(e.node(v).op, Op::Param(_) | Op::Input { .. }) || outside
     };
     let mut stack: Vec<ValueId> = members.iter().rev().copied().collect();
     while let Some(&v) = stack.last() {
@@ -395,13 +396,7 @@ fn body(
         }
         stack.pop();
         let label = if leaf {
-            let slot = match &e.node(v).op {
-                Op::Param(p) => match &g.params[p.index()].source {
-                    Source::Adapter { slot, .. } => *slot,
-                    _ => derived.get(&p.0).and_then(|s| s.last().copied()).unwrap_or(0),
-                },
-                _ => 0,
-            };
+            let slot = if known[v.index()] == Known::Run { 0 } else { slot(g, e, derived, v) };
             let at = Stage::default();
             r.body.leaves.push(Leaf { ty: e.ty(v).clone(), known: known[v.index()], slot, at, kept: false });
             r.leaves.push(v);
@@ -418,6 +413,32 @@ fn body(
         }
     }
     Some(r)
+}
+
+/// A vector or a number that is no linear function of parameters: no rule looks into it, and whoever else reads it reads the same.
+fn function(e: &Entry, v: ValueId) -> bool {
+    let small = e.ty(v).rank() <= 1;
+    small
+        && matches!(&e.node(v).op, Op::Reduce { .. } | Op::Unary(_) | Op::Select | Op::Binary(_))
+        && e.node(v).op != Op::Binary(BinaryOp::Mul)
+}
+
+/// The last slot that a value of parameters depends on.
+fn slot(g: &Graph, e: &Entry, derived: &BTreeMap<u32, BTreeSet<u32>>, v: ValueId) -> u32 {
+    let (mut seen, mut stack, mut last) = (BTreeSet::new(), vec![v], 0);
+    while let Some(v) = stack.pop() {
+        if !seen.insert(v) {
+            continue;
+        }
+        if let Op::Param(p) = &e.node(v).op {
+            last = last.max(match &g.params[p.index()].source {
+                Source::Adapter { slot, .. } => *slot,
+                _ => derived.get(&p.0).and_then(|s| s.last().copied()).unwrap_or(0),
+            });
+        }
+        stack.extend(&e.node(v).inputs);
+    }
+    last
 }
 
 /// A lone product with a bare weight has no other form.
