@@ -87,12 +87,17 @@ fn syms(list: &[plan::Symbol]) -> Vec<Sym> {
     list.iter().filter_map(|s| Sym::new(&s.name)).collect()
 }
 
+/// The symbols that kernels of a schedule are emitted with, in the order of the plan.
+pub fn kernel_symbols(s: &Schedule) -> Vec<Sym> {
+    syms(&plan_symbols(s))
+}
+
 /// Every kernel of a schedule as text.
 ///
 /// # Errors
 /// As [`emit_host`].
 pub fn emit_all(s: &Schedule, target: &HostTarget) -> Result<Vec<Emitted>, CodegenError> {
-    let symbols = syms(&plan_symbols(s));
+    let symbols = kernel_symbols(s);
     s.kernels.iter().map(|k| emit_host(k, &symbols, target)).collect()
 }
 
@@ -418,7 +423,7 @@ fn assemble(s: &Schedule, code: Vec<Code>, target: plan::Target, meta: plan::Met
                 BufferKind::Param(p) => {
                     (plan::BufferKind::Param(number[&p.index()]), s.params[p.index()].0.name.clone())
                 }
-                BufferKind::Arena => (plan::BufferKind::Arena, String::new()),
+                BufferKind::Arena => (plan::BufferKind::Arena, b.name.clone()),
                 BufferKind::Output(name) => (plan::BufferKind::Output, name.clone()),
             };
             buffers.push(plan::Buffer { kind, bytes: bytes(&b.ty, b.layout, &symbols), name });

@@ -142,6 +142,9 @@ pub struct Buffer {
     pub ty: TensorType,
     /// Layout.
     pub layout: Layout,
+    /// What it holds, for people: where the value comes from and its operator, such as `model.layers.0.mlp.gate_proj matmul`. Empty
+    /// where its kind says that.
+    pub name: String,
 }
 
 /// An operand or result of a step: a buffer, read or written as a tensor of the kernel's type (the same bytes may be

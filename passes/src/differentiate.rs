@@ -34,6 +34,7 @@ use pleach_ir::{
     BinaryOp, DType, Entry, Graph, IrError, Op, Param, ParamId, Role, RootKind, Source, TensorType, UnaryOp, ValueId,
 };
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use sum::Cotangent;
 use tape::Tape;
 
@@ -49,6 +50,8 @@ pub const ACCUMULATE: &str = "accumulate";
 pub const UPDATE: &str = "update";
 /// The entry that does both at once.
 pub const STEP: &str = "step";
+/// Inputs of `update`, and of `step` beside those of `accumulate`: the settings of the optimizer.
+pub const SETTINGS: [&str; 8] = update::INPUTS;
 /// The entry with what `update` does beside AdamW.
 pub const OPTIMIZER: &str = "optimizer";
 
@@ -91,20 +94,23 @@ pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, Pass
         return Err(refused("every gradient is only measured; nothing would be trained"));
     }
     let at_once = opts.step_at_once && steps;
+    let places: Vec<Option<Arc<str>>> = trained.iter().map(|p| place(train, *p)).collect();
     let has = |p: ParamId| update::Has { sums: !at_once, moments: steps && !measured(p) };
     let mut declare = |p: &ParamId| update::declare(&mut out, *p, moments(*p), has(*p));
     let states: Vec<update::State> = trained.iter().map(&mut declare).collect();
     let name = if at_once { STEP } else { ACCUMULATE };
     let fault = |e| PassError::build(NAME, name)(e);
-    let b = backward(&out.params, train, loss, &active, &states, name).map_err(fault)?;
+    let b = backward(&out.params, train, loss, &active, (&states, &places), name).map_err(fault)?;
     let (first, second) = if at_once {
         let gradients = update::Gradients { values: b.gradients, squares: b.squares, loss: b.loss, roots: b.roots };
-        (update::go_on(b.tape, &out.params, &states, optimizer, gradients).map_err(fault)?, None)
+        let step = update::go_on(b.tape, &out.params, (&states, &places), optimizer, gradients);
+        (step.map_err(fault)?, None)
     } else {
         let mut e = b.tape.finish();
         e.roots = b.roots;
         states.iter().zip(&b.gradients).for_each(|(s, v)| s.grad.into_iter().for_each(|g| e.assign(g, *v)));
-        let update = || update::entry(&out.params, &states, optimizer).map_err(PassError::build(NAME, UPDATE));
+        let update =
+            || update::entry(&out.params, (&states, &places), optimizer).map_err(PassError::build(NAME, UPDATE));
         (e, if steps { Some(update()?) } else { None })
     };
     let first = recompute::lean(&out.params, &first, opts).map_err(fault)?;
@@ -167,6 +173,12 @@ fn trained_params(e: &Entry, active: &[bool]) -> Vec<ParamId> {
     all
 }
 
+/// Where a parameter belongs: the origin of what reads it first. Its gradient and its step belong there, too.
+fn place(e: &Entry, param: ParamId) -> Option<Arc<str>> {
+    let is = |v: &ValueId| e.node(*v).op == Op::Param(param);
+    e.nodes.iter().find(|n| n.inputs.iter().any(is)).and_then(|n| n.origin.clone())
+}
+
 /// Forward and backward half under construction.
 struct Backward<'a> {
     tape: Tape<'a>,
@@ -184,7 +196,7 @@ fn backward<'a>(
     train: &Entry,
     loss: ValueId,
     active: &[bool],
-    states: &[update::State],
+    (states, places): (&[update::State], &[Option<Arc<str>>]),
     name: &str,
 ) -> Result<Backward<'a>, IrError> {
     let mut tape = Tape::new(params, name);
@@ -223,7 +235,7 @@ fn backward<'a>(
             if let Some(i) = states.iter().position(|s| s.param == p && s.grad.is_none()).filter(|_| *left == 0) {
                 // Used up as soon as it is whole.
                 let parts = of_param.remove(&p).unwrap_or_default();
-                tape.at(None);
+                tape.at(places[i].clone());
                 let g = sum::total(&mut tape, parts, &params[p.index()].ty, None)?;
                 let square = tape.mul(g, g)?;
                 squares[i] = Some(tape.sum_to(square, &[])?);
@@ -243,18 +255,19 @@ fn backward<'a>(
             cotangents[n.inputs[i].index()].push(c);
         }
     }
-    tape.at(None);
     let mut all = vec![];
-    for (s, g) in states.iter().zip(gradients) {
+    for ((s, place), g) in states.iter().zip(places).zip(gradients) {
         all.push(match g {
             Some(g) => g,
             None => {
+                tape.at(place.clone());
                 let parts = of_param.remove(&s.param).unwrap_or_default();
                 let old = s.grad.map(|g| tape.push(Op::Param(g), &[])).transpose()?;
                 sum::total(&mut tape, parts, &params[s.param.index()].ty, old)?
             }
         });
     }
+    tape.at(None);
     let root = |r: &pleach_ir::Root| pleach_ir::Root { kind: r.kind.clone(), value: map[r.value.index()] };
     Ok(Backward {
         roots: train.roots.iter().map(root).collect(),

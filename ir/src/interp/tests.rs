@@ -251,7 +251,7 @@ fn small_schedule() -> Schedule {
         results: vec![row],
         aliases,
     };
-    let buffer = |kind, ty, layout| Buffer { kind, ty, layout };
+    let buffer = |kind, ty, layout| Buffer { kind, ty, layout, name: String::new() };
     let i32s = TensorType { dtype: DType::I32, shape: t.to_vec() };
     let step = |k, reads: &[u32], write| Step {
         kernel: KernelId(k),

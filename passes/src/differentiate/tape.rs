@@ -25,6 +25,14 @@ impl<'a> Tape<'a> {
         self
     }
 
+    /// What `make` pushes has this origin; afterwards it is as before.
+    pub(super) fn within<T>(&mut self, origin: Option<Arc<str>>, make: impl FnOnce(&mut Tape<'a>) -> T) -> T {
+        let before = std::mem::replace(&mut self.origin, origin);
+        let out = make(self);
+        self.origin = before;
+        out
+    }
+
     pub(super) fn push(&mut self, op: Op, x: &[ValueId]) -> Result<ValueId, IrError> {
         self.entry.push_from(self.params, op, x, self.origin.clone())
     }

@@ -16,6 +16,7 @@ use super::tape::Tape;
 use super::{BinaryOp, Entry, Graph, IrError, Op, Param, ParamId, Role, Source, TensorType, UPDATE, UnaryOp, ValueId};
 use pleach_ir::{Root, RootKind};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// The gradient is scaled by max / (norm + this), as in `clip_grad_norm_`.
 const CLIP_EPS: f32 = 1e-6;
@@ -34,6 +35,9 @@ pub(super) struct State {
     /// Running means of gradients and of their squares; none where nothing steps or the gradient is only measured.
     moments: Option<(ParamId, ParamId)>,
 }
+
+/// Trained parameters with their state, and where each belongs: the origin of what is made for it.
+pub(super) type States<'a> = (&'a [State], &'a [Option<Arc<str>>]);
 
 /// Which state a trained parameter has.
 #[derive(Clone, Copy, Debug)]
@@ -59,7 +63,7 @@ pub(super) fn declare(g: &mut Graph, param: ParamId, moments: Option<&TensorType
 }
 
 /// The entry. Inputs f32 []: [`INPUTS`]. Output `grad_norm` f32 [], before clipping.
-pub(super) fn entry(params: &[Param], states: &[State], program: Option<&Entry>) -> Result<Entry, IrError> {
+pub(super) fn entry(params: &[Param], states: States<'_>, program: Option<&Entry>) -> Result<Entry, IrError> {
     let mut s = Stepper::new(Tape::new(params, UPDATE), params, states, None)?;
     let assigns = s.steps(program)?;
     let mut e = s.t.finish();
@@ -82,7 +86,7 @@ pub(super) struct Gradients {
 pub(super) fn go_on<'a>(
     tape: Tape<'a>,
     params: &'a [Param],
-    states: &'a [State],
+    states: States<'a>,
     program: Option<&Entry>,
     gradients: Gradients,
 ) -> Result<Entry, IrError> {
@@ -93,8 +97,11 @@ pub(super) fn go_on<'a>(
     let sound = s.t.binary(BinaryOp::Lt, size, infinite)?;
     let mut assigns = s.steps(program)?;
     for (p, new) in &mut assigns {
-        let old = s.t.push(Op::Param(*p), &[])?;
-        *new = s.t.select(sound, *new, old)?;
+        let place = s.place(*p);
+        *new = s.t.within(place, |t| {
+            let old = t.push(Op::Param(*p), &[])?;
+            t.select(sound, *new, old)
+        })?;
     }
     let mut e = s.t.finish();
     roots.retain(|r| !matches!(r.kind, RootKind::Assign(p) if assigns.iter().any(|(q, _)| *q == p)));
@@ -118,6 +125,7 @@ pub(super) struct Stepper<'a> {
     pub(super) t: Tape<'a>,
     params: &'a [Param],
     states: &'a [State],
+    places: &'a [Option<Arc<str>>],
     inputs: [ValueId; 8],
     /// Clipped, but for those that are only measured.
     gradients: Vec<ValueId>,
@@ -137,7 +145,7 @@ impl<'a> Stepper<'a> {
     fn new(
         mut t: Tape<'a>,
         params: &'a [Param],
-        states: &'a [State],
+        (states, places): States<'a>,
         made: Option<Gradients>,
     ) -> Result<Stepper<'a>, IrError> {
         let mut inputs = [ValueId(0); 8];
@@ -151,6 +159,7 @@ impl<'a> Stepper<'a> {
             t,
             params,
             states,
+            places,
             inputs,
             gradients: vec![],
             norm: one,
@@ -170,6 +179,7 @@ impl<'a> Stepper<'a> {
         let clips = made.is_none();
         let mut squares = vec![];
         for (at, state) in states.iter().enumerate() {
+            s.t.at(places[at].clone());
             let g = match (&made, state.grad) {
                 (Some(m), _) => m.values[at],
                 (None, Some(grad)) => s.t.push(Op::Param(grad), &[])?,
@@ -186,6 +196,7 @@ impl<'a> Stepper<'a> {
             }
             s.gradients.push(g);
         }
+        s.t.at(None);
         let total = if let [only] = squares[..] { only } else { s.t.push(Op::Add, &squares)? };
         s.norm = s.t.unary(UnaryOp::Sqrt, total)?;
         if !clips {
@@ -195,8 +206,8 @@ impl<'a> Stepper<'a> {
         let shifted = s.t.add(s.norm, small)?;
         let clip = s.t.div(most, shifted)?;
         let clip = s.t.binary(BinaryOp::Min, one, clip)?;
-        for (g, _) in s.gradients.iter_mut().zip(states).filter(|(_, state)| state.moments.is_some()) {
-            *g = s.t.mul(*g, clip)?;
+        for (at, g) in s.gradients.iter_mut().enumerate().filter(|(at, _)| states[*at].moments.is_some()) {
+            *g = s.t.within(places[at].clone(), |t| t.mul(*g, clip))?;
         }
         Ok(s)
     }
@@ -213,7 +224,8 @@ impl<'a> Stepper<'a> {
                 assigns.extend([(state.param, value), (m, new_m), (v, new_v)]);
             }
             if let Some(grad) = state.grad {
-                assigns.push((grad, self.t.zeros(&params[state.param.index()].ty.shape)?));
+                let shape = &params[state.param.index()].ty.shape;
+                assigns.push((grad, self.t.within(self.places[at].clone(), |t| t.zeros(shape))?));
             }
         }
         if let Some(p) = &mut program {
@@ -230,6 +242,12 @@ impl<'a> Stepper<'a> {
     /// The place of the trained parameter of this name.
     pub(super) fn find(&self, name: &str) -> Option<usize> {
         self.states.iter().position(|s| self.params[s.param.index()].name == name)
+    }
+
+    /// Where what a parameter becomes belongs: itself or the parameter that it is a state of.
+    fn place(&self, param: ParamId) -> Option<Arc<str>> {
+        let is = |s: &State| s.param == param || s.moments.is_some_and(|m| m.0 == param || m.1 == param);
+        self.states.iter().position(is).and_then(|at| self.places[at].clone())
     }
 
     /// An input of the entry.
@@ -265,7 +283,7 @@ impl<'a> Stepper<'a> {
         if let Some(v) = self.scalars.get(&key) {
             return Ok(*v);
         }
-        let v = make(&mut self.t)?;
+        let v = self.t.within(None, make)?;
         self.scalars.insert(key, v);
         Ok(v)
     }
@@ -314,6 +332,7 @@ impl<'a> Stepper<'a> {
         let (correction1, correction2) = (setting("correction1")?, setting("correction2")?);
         let (rest1, rest2) = (self.rest(beta1)?, self.rest(beta2)?);
         let (step, root2) = (self.rate(lr, correction1)?, self.root(correction2)?);
+        self.t.at(self.places[at].clone());
         let t = &mut self.t;
         let (m, v) = (t.push(Op::Param(m), &[])?, t.push(Op::Param(v), &[])?);
         let (old, new) = (t.mul(m, beta1)?, t.mul(g, rest1)?);
@@ -326,6 +345,7 @@ impl<'a> Stepper<'a> {
         let denominator = t.add(root, eps)?;
         let direction = t.div(m, denominator)?;
         let change = t.mul(direction, step)?;
+        t.at(None);
         let a = Adam { m, v, change };
         self.made[at] = Some(a);
         Ok(a)
@@ -345,9 +365,12 @@ impl<'a> Stepper<'a> {
         let change = self.change(program, at)?;
         let (lr, decay) = (self.setting(program, at, "lr")?, self.setting(program, at, "weight_decay")?);
         let kept = self.kept(lr, decay)?;
-        let p = self.t.push(Op::Param(self.states[at].param), &[])?;
-        let p = self.t.mul(p, kept)?;
-        self.t.sub(p, change)
+        let param = Op::Param(self.states[at].param);
+        self.t.within(self.places[at].clone(), |t| {
+            let p = t.push(param, &[])?;
+            let p = t.mul(p, kept)?;
+            t.sub(p, change)
+        })
     }
 
     /// The new value of a parameter.

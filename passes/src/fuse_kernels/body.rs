@@ -142,8 +142,8 @@ pub(super) fn region(
         _ => Layout::RowMajor,
     };
     let operands: Vec<Layout> = l.operands.iter().map(layout).collect();
-    let anchor = members.iter().find(|m| class != Class::Contraction || matches!(e.node(**m).op, Op::MatMul { .. }));
-    let origin = anchor.and_then(|m| e.node(*m).origin.as_ref()).map(|s| s.to_string());
+    let anchors = members.iter().filter(|m| class != Class::Contraction || matches!(e.node(**m).op, Op::MatMul { .. }));
+    let origin = anchors.filter_map(|m| e.node(*m).origin.as_ref()).next().map(|s| s.to_string());
     let kernel = Kernel {
         name: "kernel".into(),
         class,

@@ -236,7 +236,7 @@ struct Builder<'a, 'b> {
 
 impl Builder<'_, '_> {
     fn buffer(&mut self, kind: BufferKind, ty: pleach_ir::TensorType, layout: Layout) -> BufferId {
-        self.out.buffers.push(Buffer { kind, ty, layout });
+        self.out.buffers.push(Buffer { kind, ty, layout, name: String::new() });
         BufferId(self.out.buffers.len() as u32 - 1)
     }
 
@@ -327,6 +327,11 @@ impl Builder<'_, '_> {
                     None => self.buffer(BufferKind::Arena, ty, Layout::RowMajor),
                 }
             };
+            let held = e.node(self.cut.groups.alias_base(e, *v));
+            if self.out.buffers[b.0 as usize].kind == BufferKind::Arena {
+                let place = held.origin.as_deref().or(r.origin.as_deref()).unwrap_or("?");
+                self.out.buffers[b.0 as usize].name = format!("{place} {}", held.op.name());
+            }
             self.of_value.insert(*v, b);
             writes.push(b);
         }
