@@ -109,12 +109,18 @@ pub(crate) struct ExInfo {
     pub(crate) level: u8,
     /// A vector: differs between lanes.
     pub(crate) lane: bool,
+    /// The node of the kernel's body that it was first made for.
+    pub(crate) node: u32,
 }
 
 /// The expressions of one kernel.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Exprs {
     infos: Vec<ExInfo>,
+    /// The node whose expressions are being made.
+    pub(crate) node: u32,
+    /// Nodes that an expression is a view of something for.
+    views: HashMap<ExId, Vec<u32>>,
     memo: HashMap<Ex, ExId>,
 }
 
@@ -122,6 +128,19 @@ impl Exprs {
     /// An expression by number.
     pub(crate) fn info(&self, e: ExId) -> &ExInfo {
         &self.infos[e as usize]
+    }
+
+    /// The nodes that an expression was made for: the first one, and views.
+    pub(crate) fn nodes(&self, e: ExId) -> Vec<u32> {
+        let views = self.views.get(&e).into_iter().flatten();
+        std::iter::once(self.info(e).node).chain(views.copied()).collect()
+    }
+
+    /// Says that a node has this expression for its value.
+    pub(crate) fn stands_for(&mut self, e: ExId, node: u32) {
+        if !self.nodes(e).contains(&node) {
+            self.views.entry(e).or_default().push(node);
+        }
     }
 
     /// How many there are.
@@ -151,7 +170,7 @@ impl Exprs {
         }
         let id = self.infos.len() as ExId;
         self.memo.insert(ex.clone(), id);
-        self.infos.push(ExInfo { ex, kind, level, lane });
+        self.infos.push(ExInfo { ex, kind, level, lane, node: self.node });
         id
     }
 

@@ -3,8 +3,11 @@
 //! Kernels are written in func + scf + arith + math + vector, with memory accessed through the llvm dialect
 //! (`!llvm.ptr`, `llvm.getelementptr`, `llvm.load`, `llvm.store`): no memrefs, no descriptors, no index type. All integers are
 //! i64. Constants are folded while they are built, so addresses with static strides end up as immediates.
+//! Each line says in a comment which values of the kernel's body it is written for ([`Func::of`]), by the numbers that the
+//! kernel's own text gives them: `… // %4 %7`. What serves all of them, such as constants and loops, says nothing.
 //! Leaves alone: what the kernels mean, and how the text is lowered.
 
+use pleach_ir::{Kernel, ValueId};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::rc::Rc;
@@ -54,6 +57,13 @@ pub struct Func {
     named: Vec<String>,
     next: u32,
     depth: usize,
+    /// The values that lines are written for, and how lines end that say so.
+    values: Rc<[ValueId]>,
+    end: Rc<str>,
+    /// Of each buffer of the kernel: the operand, or the result and what it lies over.
+    buffers: Vec<Vec<ValueId>>,
+    /// The buffer of each tensor map (GPU).
+    pub maps: Vec<u32>,
     /// For a GPU: address arithmetic that is there already, for each region that encloses the current position. Equal
     /// expressions are one value, so that the same position has the same name.
     known: Vec<BTreeMap<String, Val>>,
@@ -73,6 +83,10 @@ impl Func {
             named: vec![],
             next: 0,
             depth: 1,
+            values: [].into(),
+            end: "".into(),
+            buffers: vec![],
+            maps: vec![],
             known: vec![BTreeMap::new()],
         }
     }
@@ -89,6 +103,53 @@ impl Func {
                 ("scratch", "!llvm.ptr"),
             ],
         )
+    }
+
+    /// Says which kernel this is: lines that use its buffers are for its operands and results, and lines that are said to be for
+    /// nothing else are for these values.
+    pub fn is_for(&mut self, k: &Kernel, values: &[ValueId]) {
+        let operands = k.body.inputs();
+        self.buffers = operands.iter().map(|(v, _)| vec![*v]).collect();
+        for (r, over) in k.body.roots.iter().zip(&k.aliases) {
+            let over = over.and_then(|a| operands.get(a as usize)).map(|x| x.0);
+            self.buffers.push(std::iter::once(r.value).chain(over).collect());
+        }
+        self.set_values(values);
+    }
+
+    fn set_values(&mut self, values: &[ValueId]) {
+        let list: String = values.iter().map(|v| format!(" {v}")).collect();
+        self.end = if list.is_empty() { "".into() } else { format!(" //{list}").into() };
+        self.values = values.into();
+    }
+
+    /// What `body` writes is for these values of the kernel's body.
+    pub fn of<T>(&mut self, values: &[ValueId], body: impl FnOnce(&mut Func) -> T) -> T {
+        let before = (self.values.clone(), self.end.clone());
+        self.set_values(values);
+        let out = body(self);
+        (self.values, self.end) = before;
+        out
+    }
+
+    /// How a line of a GPU's kernel ends: it is also for the buffers whose parameters it names.
+    fn end_of(&self, text: &str) -> String {
+        let mut end = self.end.to_string();
+        let number = |at: usize| {
+            let digits = &text[at..];
+            let n = digits.find(|c: char| !c.is_ascii_digit()).unwrap_or(digits.len());
+            digits[..n].parse::<usize>().ok()
+        };
+        let plain = text.match_indices("%p").filter_map(|(i, s)| number(i + s.len()));
+        let map = |n: usize| self.maps.get(n).map(|b| *b as usize);
+        let maps = text.match_indices("%map").filter_map(|(i, s)| number(i + s.len()).and_then(map));
+        let mut more: Vec<ValueId> = plain.chain(maps).filter_map(|b| self.buffers.get(b)).flatten().copied().collect();
+        more.sort_unstable();
+        more.dedup();
+        for v in more.iter().filter(|v| !self.values.contains(v)) {
+            end += &format!("{} {v}", if end.is_empty() { " //" } else { "" });
+        }
+        end
     }
 
     /// The argument of that name.
@@ -113,7 +174,8 @@ impl Func {
 
     /// A statement without result.
     pub fn stmt(&mut self, text: &str) {
-        let _ = writeln!(self.body, "{:w$}{text}", "", w = 2 * self.depth);
+        let end = if self.gpu { self.end_of(text).into() } else { self.end.clone() };
+        let _ = writeln!(self.body, "{:w$}{text}{end}", "", w = 2 * self.depth);
     }
 
     /// A statement with one result.
@@ -388,10 +450,13 @@ impl Func {
 
     /// The pointer of kernel buffer `i` (host kernels).
     pub fn buffer(&mut self, i: usize) -> Val {
-        let b = self.arg("buffers");
-        let i = self.i64(i as i64);
-        let p = self.gep(&b, &i, "!llvm.ptr");
-        self.op(format!("llvm.load {p} : !llvm.ptr -> !llvm.ptr"))
+        let values = self.buffers.get(i).cloned().unwrap_or_default();
+        self.of(&values, |f| {
+            let b = f.arg("buffers");
+            let i = f.i64(i as i64);
+            let p = f.gep(&b, &i, "!llvm.ptr");
+            f.op(format!("llvm.load {p} : !llvm.ptr -> !llvm.ptr"))
+        })
     }
 
     /// The value of symbol `i` of the plan (host kernels).
@@ -539,6 +604,12 @@ impl Func {
         s.push_str("  return\n}\n");
         s
     }
+}
+
+/// The values of a kernel's body that a line of MLIR says it was written for.
+pub fn values_of(line: &str) -> impl Iterator<Item = ValueId> + '_ {
+    let list = line.split_once(" // %").map_or("", |x| x.1);
+    list.split(" %").filter_map(|n| n.parse().ok().map(ValueId))
 }
 
 /// Alignment of one element of a scalar or vector type, in bytes.

@@ -16,8 +16,9 @@ pub mod scatter;
 pub mod vmath;
 
 use crate::error::CodegenError;
+use contraction::analyze::Analysis;
 use func::{Func, Val};
-use pleach_ir::{Dim, Kernel, Sym, TensorType};
+use pleach_ir::{Class, Dim, Kernel, Op, Sym, TensorType, ValueId};
 use pleach_plan::Expr;
 
 /// A kernel as text, with its launch data.
@@ -52,6 +53,16 @@ impl HostIsa {
             HostIsa::Avx512 => 16,
         }
     }
+}
+
+/// The values that a kernel is there for: its products with the sums that are made with them, its attention, its scatter.
+pub(crate) fn anchors(k: &Kernel) -> Vec<ValueId> {
+    if k.class == Class::Contraction {
+        let all = Analysis::new(k).map(|a| a.values).unwrap_or_default();
+        return all.into_iter().flat_map(|v| v.product).collect();
+    }
+    let is = |op: &Op| matches!(op, Op::Scatter { .. }) || op.is_attention();
+    k.body.values().filter(|v| is(&k.body.node(*v).op)).collect()
 }
 
 /// The refusal of a kernel.

@@ -83,6 +83,7 @@ pub fn emit(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted,
     let tables = tables(k, &p);
     let mut f = Func::host_kernel(&k.name);
     f.round_bf16 = target.bf16;
+    f.is_for(k, &[]);
     let bases = bases(k, &mut f, &mut p);
     text::Text::new(&mut p).write(&mut f, bases);
     Ok(Emitted { text: tables + &f.text(), tasks, scratch_bytes, flops, bytes })

@@ -6,7 +6,7 @@
 
 use super::attention::view::{operand_index, strip_reshape};
 use super::func::{Func, Val, vty};
-use super::{Emitted, HostIsa, bytes_expr, dim_expr, dim_val, unsupported};
+use super::{Emitted, HostIsa, anchors, bytes_expr, dim_expr, dim_val, unsupported};
 use crate::error::CodegenError;
 use pleach_ir::{Class, DType, Dim, Kernel, Op, ScatterMode, Sym, ValueId};
 use pleach_plan::Expr;
@@ -55,6 +55,7 @@ pub fn emit(k: &Kernel, symbols: &[Sym], isa: HostIsa) -> Result<Emitted, Codege
 
     let (shape, update_ty) = (node.ty.shape.clone(), body.ty(node.inputs[2]).clone());
     let mut f = Func::host_kernel(&k.name);
+    f.is_for(k, &anchors(k));
     let product = |f: &mut Func, dims: &[Dim]| -> Result<Val, CodegenError> {
         let mut p = f.i64(1);
         for d in dims {

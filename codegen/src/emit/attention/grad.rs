@@ -74,6 +74,7 @@ pub(super) fn emit(
     let (tokens, keys, sequences) =
         (dim_expr(k, dim(0), symbols)?, dim_expr(k, dim(1), symbols)?, dim_expr(k, dim(4), symbols)?);
     let mut f = Func::host_kernel(&k.name);
+    f.is_for(k, &anchors(k));
     f.round_bf16 = target.bf16;
     let n_keys = super::dim_val(&mut f, k, dim(1), symbols)?;
     let (first, last) = (f.arg("first"), f.arg("last"));

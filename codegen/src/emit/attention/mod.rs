@@ -26,7 +26,7 @@ pub(crate) mod view;
 
 use super::elementwise::memory_elem;
 use super::func::{Func, Val, vty};
-use super::{Emitted, HostIsa, bytes_expr, dim_expr, dim_val, unsupported};
+use super::{Emitted, HostIsa, anchors, bytes_expr, dim_expr, dim_val, unsupported};
 use crate::error::CodegenError;
 use crate::mlir::HostTarget;
 use lanes::{each_lane, gather_query, pad_lanes, put_result, scale_lanes};
@@ -114,6 +114,7 @@ pub fn emit(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted,
     let (tokens, keys, sequences) = (shape(c.inputs[0], 0), shape(c.inputs[1], 0), shape(c.inputs[4], 0));
 
     let mut f = Func::host_kernel(&k.name);
+    f.is_for(k, &anchors(k));
     f.round_bf16 = target.bf16;
     let t = dim_val(&mut f, k, tokens, symbols)?;
     let s = dim_val(&mut f, k, sequences, symbols)?;

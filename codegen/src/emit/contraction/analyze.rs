@@ -62,6 +62,15 @@ pub(crate) struct Sum {
     pub(crate) rest: Vec<ValueId>,
 }
 
+/// The values of the body that a product stands for: the products themselves with the sums and scales that are made with
+/// them, and the way from an operand of the kernel to the left and the right side.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub(crate) struct Values {
+    pub(crate) product: Vec<ValueId>,
+    pub(crate) left: Vec<ValueId>,
+    pub(crate) right: Vec<ValueId>,
+}
+
 /// A kernel taken apart.
 pub(crate) struct Analysis {
     pub(crate) batch: Vec<Dim>,
@@ -69,6 +78,8 @@ pub(crate) struct Analysis {
     /// Columns of the results.
     pub(crate) n: Dim,
     pub(crate) products: Vec<Product>,
+    /// Of each product.
+    pub(crate) values: Vec<Values>,
     pub(crate) groups: Vec<Group>,
     /// Groups of `matmul` and `Add` nodes, by node and column offset.
     pub(crate) sums: BTreeMap<(ValueId, u64), Sum>,
@@ -107,6 +118,7 @@ impl Analysis {
             m: *m,
             n: *n,
             products: vec![],
+            values: vec![],
             groups: vec![],
             sums: BTreeMap::new(),
             computed,
@@ -168,7 +180,10 @@ impl Analysis {
                 if !chain.is_empty() {
                     let mut order = vec![];
                     for (m, scale) in &chain {
-                        order.push((self.product(k, *m)?, *scale));
+                        let p = self.product(k, *m)?;
+                        let scaled = scale.and_then(|_| users[m.index()].first().copied());
+                        self.values[p].product.extend(scaled.into_iter().chain([v]));
+                        order.push((p, *scale));
                     }
                     // The longest sum runs last, over accumulators that hold the others already; scaled ones run first.
                     let long = |p: usize| self.products[p].k.known().unwrap_or(u64::MAX);
@@ -308,12 +323,18 @@ impl Analysis {
             Right::Strided(_) => true,
         };
         let p = Product { left, right, k: dim, n: *n, dtype, packs_left, packs_right };
-        Ok(match self.products.iter().position(|q| *q == p) {
-            Some(i) => i,
-            None => {
-                self.products.push(p);
-                self.products.len() - 1
-            }
-        })
+        let at = self.products.iter().position(|q| *q == p).unwrap_or(self.products.len());
+        if at == self.products.len() {
+            self.products.push(p);
+            self.values.push(Values { product: vec![], left: way(body, l), right: way(body, r) });
+        }
+        self.values[at].product.push(v);
+        Ok(at)
     }
+}
+
+/// A value and those that it is a view of, down to the operand of the kernel.
+fn way(body: &Entry, v: ValueId) -> Vec<ValueId> {
+    let next = |v: &ValueId| body.node(*v).inputs.first().copied();
+    std::iter::successors(Some(v), next).collect()
 }

@@ -80,11 +80,12 @@ impl<'a> Cells<'a> {
             let down = f.mulc(&step, i as i64);
             for j in 0..self.cx.bl.vectors {
                 let at = f.addc(&down, (j * LANES) as i64);
-                for (d, base) in dtypes.iter().zip(&bases) {
-                    let p = f.gep(base, &at, memory_elem(*d));
-                    if let Some(v) = out.next() {
+                for ((d, base), r) in dtypes.iter().zip(&bases).zip(&body.roots) {
+                    let Some(v) = out.next() else { continue };
+                    f.of(&[r.value], |f| {
+                        let p = f.gep(base, &at, memory_elem(*d));
                         store(f, *d, &v, &p, self.masks[j].as_ref(), LANES);
-                    }
+                    });
                 }
             }
         }
@@ -132,7 +133,7 @@ impl<'a> Cells<'a> {
         if let Some(x) = self.seen.get(&key) {
             return Ok(x.clone());
         }
-        let x = self.compute(f, v, at, i, j)?;
+        let x = f.of(&[v], |f| self.compute(f, v, at, i, j))?;
         self.seen.insert(key, x.clone());
         Ok(x)
     }

@@ -48,6 +48,7 @@ impl<'a> Context<'a> {
         symbols: &[Sym],
     ) -> Result<Context<'a>, String> {
         let body = &kernel.body;
+        f.is_for(kernel, &[]);
         let buffers = (0..kernel.operands.len() + kernel.results.len()).map(|i| f.buffer(i)).collect::<Vec<_>>();
         let mut counts = BTreeMap::new();
         for s in body.nodes.iter().flat_map(|n| n.ty.symbols()) {
@@ -60,8 +61,10 @@ impl<'a> Context<'a> {
         for v in body.values() {
             let n = body.node(v);
             if let (Op::Input { .. }, 0, Some(arg)) = (&n.op, n.ty.rank(), an.args[v.index()]) {
-                let x = load(f, n.ty.dtype, &buffers[arg], None, 1);
-                scalars.insert(v, splat(f, n.ty.dtype, &x, LANES));
+                f.of(&[v], |f| {
+                    let x = load(f, n.ty.dtype, &buffers[arg], None, 1);
+                    scalars.insert(v, splat(f, n.ty.dtype, &x, LANES));
+                });
             }
         }
         Ok(Context { kernel, an, bl, buffers, scratch: f.arg("scratch"), dot: f.round_bf16, scalars, counts })

@@ -90,7 +90,7 @@ pub(super) fn pack(
     (group, product): (usize, usize),
     (k0, k1): (&Val, &Val),
 ) {
-    let p = &cx.an.products[product];
+    let (p, values) = (&cx.an.products[product], &cx.an.values[product]);
     let elem = memory_elem(p.dtype);
     let depth = f.sub(k1, k0);
     if p.packs_left {
@@ -110,7 +110,7 @@ pub(super) fn pack(
         let full = full.filter(|n| *n <= 4);
         let b =
             Block { dtype: p.dtype, base, along, across, depth: &depth, real, to, columns, line, step, full, ahead: 8 };
-        copy(f, cx, &b, whole);
+        f.of(&values.left, |f| copy(f, cx, &b, whole));
     }
     if !p.packs_right {
         return;
@@ -142,7 +142,7 @@ pub(super) fn pack(
         let (depth, step) = (&depth, width * pair);
         let b =
             Block { dtype: p.dtype, base, along, across, depth, real, to, columns: lanes, line, step, full, ahead: 32 };
-        copy(f, cx, &b, whole);
+        f.of(&values.right, |f| copy(f, cx, &b, whole));
     });
 }
 

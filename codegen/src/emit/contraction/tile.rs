@@ -7,7 +7,7 @@
 //! A step of bf16 is a pair of elements. Targets with dot products of pairs use them; elsewhere both halves are widened
 //! in integer registers and multiplied as f32, so that no 16-bit vector occurs.
 
-use super::analyze::{Product, Right, Term};
+use super::analyze::{Product, Right, Term, Values};
 use super::blocking::LANES;
 use super::context::{Context, Place};
 use super::pack;
@@ -204,7 +204,7 @@ fn second_half(f: &mut Func, x: &Val) -> Val {
 fn step(
     f: &mut Func,
     cx: &Context,
-    p: &Product,
+    (p, v): (&Product, &Values),
     left: &LeftAt,
     right: &RightAt,
     masks: &[Option<Val>],
@@ -214,7 +214,7 @@ fn step(
 ) -> Vec<Val> {
     let nv = cx.bl.vectors;
     let elem = memory_elem(p.dtype);
-    let b = right_vectors(f, cx, p, right, masks, s);
+    let b = f.of(&v.right, |f| right_vectors(f, cx, p, right, masks, s));
     let l = f.mul(s, &left.step);
     let mut out = Vec::with_capacity(acc.len());
     let mut last: Option<(Val, Val)> = None;
@@ -229,20 +229,24 @@ fn step(
         let q = f.gep(&q, &d, elem);
         let acc = &acc[i * nv..(i + 1) * nv];
         if !p.pairs() {
-            let x = f.load(&q, "f32");
-            let x = f.splat(&x, "f32", LANES);
+            let x = f.of(&v.left, |f| {
+                let x = f.load(&q, "f32");
+                f.splat(&x, "f32", LANES)
+            });
             for (a, b) in acc.iter().zip(&b) {
                 out.push(f.op(format!("math.fma {x}, {b}, {a} : {}", vector())));
             }
             continue;
         }
-        let x = if half {
-            let x = f.load(&q, "i16");
-            f.op(format!("arith.extui {x} : i16 to i32"))
-        } else {
-            f.op(format!("llvm.load {q} {{alignment = 2 : i64}} : !llvm.ptr -> i32"))
-        };
-        let x = f.splat(&x, "i32", LANES);
+        let x = f.of(&v.left, |f| {
+            let x = if half {
+                let x = f.load(&q, "i16");
+                f.op(format!("arith.extui {x} : i16 to i32"))
+            } else {
+                f.op(format!("llvm.load {q} {{alignment = 2 : i64}} : !llvm.ptr -> i32"))
+            };
+            f.splat(&x, "i32", LANES)
+        });
         if cx.dot {
             let x = f.op(format!("llvm.bitcast {x} : vector<16xi32> to vector<32xbf16>"));
             for (a, b) in acc.iter().zip(&b) {
@@ -278,15 +282,30 @@ pub(super) fn multiply(
     acc: Vec<Val>,
     (k0, k1): (&Val, &Val),
 ) -> Vec<Val> {
-    let p = &cx.an.products[product];
-    let left = left_of(f, cx, group, product, at, rows, k0);
-    let right = right_of(f, cx, group, product, at, k0);
+    let (p, v) = (&cx.an.products[product], &cx.an.values[product]);
+    let left = f.of(&v.left, |f| left_of(f, cx, group, product, at, rows, k0));
+    let right = f.of(&v.right, |f| right_of(f, cx, group, product, at, k0));
+    f.of(&v.product, |f| sum(f, cx, (p, v), (&left, &right), masks, rows, acc, (k0, k1)))
+}
+
+/// The loops over a product's sum.
+#[allow(clippy::too_many_arguments, reason = "the loop's frame")]
+fn sum(
+    f: &mut Func,
+    cx: &Context,
+    p: (&Product, &Values),
+    (left, right): (&LeftAt, &RightAt),
+    masks: &[Option<Val>],
+    rows: u64,
+    acc: Vec<Val>,
+    (k0, k1): (&Val, &Val),
+) -> Vec<Val> {
     let tile = rows as usize * cx.bl.vectors;
     let steps = (CHAINS / (tile * cx.bl.registers)).clamp(1, 8);
     let steps = 1usize << steps.ilog2();
     let types = |v: Vec<Val>| v.into_iter().map(|x| (x, vector())).collect::<Vec<_>>();
     // From elements to steps. Half a pair at the end is whole where the left operand was packed.
-    let (low, high) = match (p.pairs(), left.in_place) {
+    let (low, high) = match (p.0.pairs(), left.in_place) {
         (false, _) => (k0.clone(), k1.clone()),
         (true, true) => (f.divc(k0, 2), f.divc(k1, 2)),
         (true, false) => (f.divc(k0, 2), f.ceil_divc(k1, 2)),
@@ -305,7 +324,7 @@ pub(super) fn multiply(
             let mut out = vec![];
             for u in 0..steps {
                 let s = f.addc(s, u as i64);
-                out.extend(step(f, cx, p, &left, &right, masks, &s, &acc[u * tile..(u + 1) * tile], false));
+                out.extend(step(f, cx, p, left, right, masks, &s, &acc[u * tile..(u + 1) * tile], false));
             }
             out
         });
@@ -323,14 +342,14 @@ pub(super) fn multiply(
         all.truncate(tile);
     }
     if middle.known().is_none() || middle.known() != high.known() {
-        all = f.for_(&middle, &high, 1, &types(all), |f, s, acc| step(f, cx, p, &left, &right, masks, s, acc, false));
+        all = f.for_(&middle, &high, 1, &types(all), |f, s, acc| step(f, cx, p, left, right, masks, s, acc, false));
     }
-    let even = p.k.known().is_some_and(|k| k % 2 == 0);
-    if !p.pairs() || !left.in_place || even {
+    let even = p.0.k.known().is_some_and(|k| k % 2 == 0);
+    if !p.0.pairs() || !left.in_place || even {
         return all;
     }
     let up = f.ceil_divc(k1, 2);
-    f.for_(&high, &up, 1, &types(all), |f, s, acc| step(f, cx, p, &left, &right, masks, s, acc, true))
+    f.for_(&high, &up, 1, &types(all), |f, s, acc| step(f, cx, p, left, right, masks, s, acc, true))
 }
 
 /// Adds whole products to the accumulators (`None`: zeros).
@@ -365,14 +384,15 @@ pub(super) fn chain(
         let x = multiply(f, cx, group, *p, at, masks, rows, start, (&k0, &k1));
         sum = Some(match (sum, scale) {
             (_, None) => x,
-            (None, Some(s)) => scaled(f, cx, *s, x)?,
+            (None, Some(s)) => f.of(&cx.an.values[*p].product, |f| scaled(f, cx, *s, x))?,
             (Some(_), Some(s)) => {
                 let s = super::scalar(f, cx, *s)?;
                 let mut out = vec![];
                 for (i, x) in x.iter().enumerate() {
                     let d = spot(f, i);
                     let a = f.load_at(&spare, &d, "f32", LANES);
-                    out.push(f.op(format!("math.fma {x}, {s}, {a} : {}", vector())));
+                    let fma = format!("math.fma {x}, {s}, {a} : {}", vector());
+                    out.push(f.of(&cx.an.values[*p].product, |f| f.op(fma)));
                 }
                 out
             }

@@ -1,6 +1,7 @@
 //! Entries of a kernel: parameters, attributes, static shared memory.
 
 use super::special;
+use crate::emit::anchors;
 use crate::emit::func::{Func, Val};
 use pleach_ir::Kernel;
 use pleach_plan::{Expr, Launch, LaunchParam, TensorMap};
@@ -53,6 +54,8 @@ impl Unit {
         let mut f = Func::new(&format!("{}{suffix}", k.name), &list);
         f.gpu = true;
         f.round_bf16 = true;
+        f.is_for(k, &anchors(k));
+        f.maps = maps.iter().map(|m| m.buffer).collect();
         Unit { f, params, statics: 0 }
     }
 
@@ -69,6 +72,7 @@ impl Unit {
             Func::new(&k.name, &[("table", table.as_str()), ("dims", "!llvm.ptr {llvm.noalias, llvm.readonly}")]);
         f.gpu = true;
         f.round_bf16 = true;
+        f.is_for(k, &anchors(k));
         let (copy, base) = (special(&mut f, "ctaid.y"), f.arg("table"));
         for (first, count, from) in [(0, n, 0), (n * copies, r, n)] {
             let start = f.mulc(&copy, count as i64);

@@ -238,9 +238,12 @@ impl<'a> Pull<'a> {
             self.fail("a result overwrites an operand that is still needed");
         }
         for ((i, index), x) in list.iter().zip(values) {
-            let ty = self.k.body.ty(self.k.body.roots[*i].value).clone();
-            let (p, align) = self.address(f, self.k.operands.len() + i, &ty, index);
-            elementwise::store_aligned(f, ty.dtype, &x, &p, align);
+            let root = self.k.body.roots[*i].value;
+            let ty = self.k.body.ty(root).clone();
+            f.of(&[root], |f| {
+                let (p, align) = self.address(f, self.k.operands.len() + i, &ty, index);
+                elementwise::store_aligned(f, ty.dtype, &x, &p, align);
+            });
         }
         self.written.extend(over);
     }
@@ -253,7 +256,7 @@ impl<'a> Pull<'a> {
         if let Some(x) = self.scopes.iter().rev().find_map(|s| s.get(&at)) {
             return x.clone();
         }
-        let x = self.compute(f, v, index);
+        let x = f.of(&[v], |f| self.compute(f, v, index));
         if let Some(s) = self.scopes.last_mut() {
             s.insert(at, x.clone());
         }

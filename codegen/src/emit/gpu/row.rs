@@ -184,10 +184,10 @@ impl Rows {
             let mut first = 0;
             for ((_, columns), list) in &self.reductions {
                 let parts = walk.fold(f, &mut p, *columns, list);
-                let totals = match &shared {
+                let totals = f.of(list, |f| match &shared {
                     None => parts.iter().map(|(op, d, x)| reduce::warp(f, *op, *d, x)).collect(),
                     Some(base) => reduce::block(f, &parts, &walk.lane, threads / 32, base, first),
-                };
+                });
                 first += list.len() as i64 * threads / 32;
                 for (v, x) in list.iter().zip(totals) {
                     p.set(*v, &walk.own, x, &[]);
@@ -307,22 +307,24 @@ impl Walk<'_> {
                     p.eval(f, v, if scalar { &[] } else { &index })
                 };
                 let (mut a, b) = (part(p, f, n.inputs[0]), part(p, f, n.inputs[1]));
-                let next = |f: &mut Func, a: &Val| f.op(format!("math.fma {a}, {b}, {acc} : f32"));
-                if let Some(c) = inside {
-                    let y = next(f, &a);
-                    a = f.op(format!("arith.select {c}, {y}, {acc} : f32"));
-                } else {
-                    a = next(f, &a);
-                }
+                a = f.of(&[*r, x], |f| {
+                    let next = f.op(format!("math.fma {a}, {b}, {acc} : f32"));
+                    match inside {
+                        Some(c) => f.op(format!("arith.select {c}, {next}, {acc} : f32")),
+                        None => next,
+                    }
+                });
                 *acc = a;
                 continue;
             }
             let y = p.eval(f, x, &index);
-            let next = combine(f, *op, *d, acc, &y);
-            *acc = match inside {
-                Some(c) => f.op(format!("arith.select {c}, {next}, {acc} : {}", register_type(*d, 1))),
-                None => next,
-            };
+            *acc = f.of(&[*r], |f| {
+                let next = combine(f, *op, *d, acc, &y);
+                match inside {
+                    Some(c) => f.op(format!("arith.select {c}, {next}, {acc} : {}", register_type(*d, 1))),
+                    None => next,
+                }
+            });
         }
     }
 

@@ -218,6 +218,7 @@ impl Planner {
         let register = self.b.registers.get(&n).copied().unwrap_or(false);
         let flat = self.b.mode == super::model::Mode::Flat;
         let at = if register && !flat { vec![] } else { index.clone() };
+        self.b.exprs.node = n as u32;
         let into = self.b.exprs.intern(&self.b.space, Ex::Reduced(n as u32, at), kind, 1);
         let mut out = vec![Stmt::Finish { accs, op, kind, across, into }];
         if let Some(slot) = self.b.slot_of.get(&n).copied().filter(|_| !register) {

@@ -190,6 +190,10 @@ fn int_div(f: &mut Func, x: &Val, y: &Val, lanes: usize) -> Val {
 impl Text<'_> {
     /// The text of one expression; its operands are written where they are missing.
     pub(super) fn operation(&mut self, f: &mut Func, e: ExId) -> Val {
+        f.of(&self.made_for(e), |f| self.written(f, e))
+    }
+
+    fn written(&mut self, f: &mut Func, e: ExId) -> Val {
         let info = self.p.b.exprs.info(e).clone();
         let lanes = if info.lane { self.lanes } else { 1 };
         let get = |s: &mut Self, f: &mut Func, x: ExId| if info.lane { s.vector(f, x) } else { s.scalar(f, x) };

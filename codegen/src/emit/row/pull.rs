@@ -118,7 +118,14 @@ impl Build {
         }
         let e = match self.saved.get(&n).copied() {
             Some(s) if self.level > s.level && self.is_own(index) => self.reload(n, s.buf, index),
-            _ => self.compute(n, index)?,
+            _ => {
+                let user = std::mem::replace(&mut self.exprs.node, n as u32);
+                let e = self.compute(n, index);
+                self.exprs.node = user;
+                let e = e?;
+                self.exprs.stands_for(e, n as u32);
+                e
+            }
         };
         self.memo.insert(key, e);
         Ok(e)

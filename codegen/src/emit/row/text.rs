@@ -5,7 +5,7 @@ use super::stmt::Stmt;
 use crate::emit::expr::{Buf, Ex, Kind};
 use crate::emit::func::{Func, Val, transpose, vty};
 use crate::emit::index::{Atom, AtomId, ExId, Mask, Poly};
-use pleach_ir::{DType, ReduceOp};
+use pleach_ir::{DType, ReduceOp, ValueId};
 use std::collections::HashMap;
 
 /// What a scope of the text has defined.
@@ -25,6 +25,8 @@ pub(super) struct Text<'p> {
     pub(super) lanes: usize,
     scopes: Vec<Scope>,
     accs: HashMap<u32, Val>,
+    /// The expressions that accumulators end as.
+    reduced: HashMap<u32, ExId>,
     /// How often each expression is read.
     uses: Vec<u32>,
     /// Whether a reduction is below an expression.
@@ -63,9 +65,14 @@ impl<'p> Text<'p> {
     /// A writer for this plan.
     pub(super) fn new(p: &'p mut Planned) -> Text<'p> {
         let mut uses = vec![0u32; p.b.exprs.len()];
-        let mut roots = vec![];
+        let (mut roots, mut reduced) = (vec![], HashMap::new());
         for s in &p.body {
-            s.walk(&mut |s| roots.extend(s.reads().0));
+            s.walk(&mut |s| {
+                roots.extend(s.reads().0);
+                if let Stmt::Finish { accs, into, .. } = s {
+                    reduced.extend(accs.iter().map(|a| (*a, *into)));
+                }
+            });
         }
         let mut reads = vec![];
         for e in p.b.exprs.reach(&p.b.space, roots.iter().copied(), &[]) {
@@ -82,7 +89,7 @@ impl<'p> Text<'p> {
                 || ex.index().is_some_and(|q| p.b.exprs.reach(&p.b.space, [], &[q]).iter().any(|i| waits[*i as usize]));
         }
         let lanes = p.lanes;
-        Text { p, lanes, scopes: vec![Scope::default()], accs: HashMap::new(), uses, waits }
+        Text { p, lanes, scopes: vec![Scope::default()], accs: HashMap::new(), reduced, uses, waits }
     }
 
     /// Writes the whole body; `bases` are the pointers of buffers.
@@ -244,7 +251,7 @@ impl<'p> Text<'p> {
                 let v = super::reduce::neutral(f, *op, *kind, self.lanes);
                 self.accs.insert(*acc, v);
             }
-            Stmt::Update { acc, op, kind, value, mask } => {
+            Stmt::Update { acc, op, kind, value, mask } => f.of(&self.updates(*acc, *value), |f| {
                 let old = self.accs[acc].clone();
                 let sum = *op == ReduceOp::Sum && *kind == Kind::Float;
                 let t = vty(self.lanes, kind.name());
@@ -263,8 +270,8 @@ impl<'p> Text<'p> {
                     None => new,
                 };
                 self.accs.insert(*acc, new);
-            }
-            Stmt::Finish { accs, op, kind, across, into } => {
+            }),
+            Stmt::Finish { accs, op, kind, across, into } => f.of(&[self.node(*into)], |f| {
                 let mut v: Vec<Val> = accs.iter().map(|a| self.accs[a].clone()).collect();
                 while v.len() > 1 {
                     v = v
@@ -283,11 +290,11 @@ impl<'p> Text<'p> {
                 if !*across {
                     self.here().splats.insert(*into, r);
                 }
-            }
+            }),
             Stmt::Store { buf, addr, value, dtype, mask, vector } => {
-                self.store(f, *buf, addr, *value, *dtype, *mask, *vector)
+                f.of(&[self.kept(*buf, *value)], |f| self.store(f, *buf, addr, *value, *dtype, *mask, *vector));
             }
-            Stmt::Tile { values, buf, addr, stride, count, dtype } => {
+            Stmt::Tile { values, buf, addr, stride, count, dtype } => f.of(&[self.kept(*buf, values[0])], |f| {
                 let rows: Vec<Val> = values.iter().map(|v| self.vector(f, *v)).collect();
                 let narrow: Vec<Val> = rows.iter().map(|v| super::ops::narrow(f, v, *dtype, self.lanes)).collect();
                 let (rows, elem) = if narrow.len() > self.lanes {
@@ -300,8 +307,8 @@ impl<'p> Text<'p> {
                     let p = self.pointer(f, *buf, &addr.plus(k as i64 * stride));
                     f.store(c, &p, &vty(self.lanes, elem));
                 }
-            }
-            Stmt::Pair { lo, hi, buf, addr, dtype, mask } => {
+            }),
+            Stmt::Pair { lo, hi, buf, addr, dtype, mask } => f.of(&[self.kept(*buf, *lo)], |f| {
                 let lanes = self.lanes;
                 let (t16, t32) = (vty(lanes, "i16"), vty(lanes, "i32"));
                 let [lo, hi] = [lo, hi].map(|e| {
@@ -319,7 +326,7 @@ impl<'p> Text<'p> {
                     Some(m) => f.masked_store(&v, &p, &m, "i32", lanes),
                     None => f.store(&v, &p, &t32),
                 }
-            }
+            }),
             Stmt::Fence | Stmt::For { .. } | Stmt::If { .. } => {}
         }
     }
@@ -336,6 +343,35 @@ impl<'p> Text<'p> {
                 Some((a, b))
             }
             _ => None,
+        }
+    }
+
+    /// The value of the body that an expression was made for.
+    fn node(&self, e: ExId) -> ValueId {
+        ValueId(self.p.b.exprs.info(e).node)
+    }
+
+    /// All of them, with those of products that are fused into it.
+    pub(super) fn made_for(&self, e: ExId) -> Vec<ValueId> {
+        let exprs = &self.p.b.exprs;
+        let mut all = exprs.nodes(e);
+        if let Ex::Add(parts) = &exprs.info(e).ex {
+            all.extend(parts.iter().filter(|x| self.product(**x).is_some()).flat_map(|x| exprs.nodes(*x)));
+        }
+        all.into_iter().map(ValueId).collect()
+    }
+
+    /// The reduction that an accumulator is for, and a product that is fused into it.
+    fn updates(&self, acc: u32, value: ExId) -> Vec<ValueId> {
+        let fused = self.product(value).map(|_| self.node(value));
+        self.reduced.get(&acc).map(|e| self.node(*e)).into_iter().chain(fused).collect()
+    }
+
+    /// What a store keeps: a result, or a value in scratch memory.
+    fn kept(&self, buf: Buf, value: ExId) -> ValueId {
+        match buf {
+            Buf::Result(i) => ValueId(self.p.b.model.results[i as usize] as u32),
+            _ => self.node(value),
         }
     }
 
