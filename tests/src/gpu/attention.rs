@@ -2,9 +2,11 @@
 
 use super::{alone, compile, ptxas};
 use pleach_codegen::emit::gpu::GpuChip;
+use pleach_codegen::ptxas::Resources;
 use pleach_ir::{AttentionAttrs, AttentionWrt, Class, DType, Dim, Entry, Graph, Op, Sym, ValueId};
 use pleach_passes::Options;
 use pleach_plan::Meta;
+use std::collections::BTreeMap;
 
 /// A form of attention.
 #[derive(Clone, Copy, Debug)]
@@ -79,12 +81,11 @@ pub fn graph(x: &Form) -> Result<Graph, String> {
 /// Counts: one short sequence; some of them empty; some within one block of rows; longer than blocks and tiles.
 const COUNTS: [[u64; 3]; 4] = [[1, 1, 1], [5, 7, 1], [70, 2, 1], [150, 3, 1]];
 
-/// Compiles a form, assembles it where there is an assembler, and runs its attention kernels alone. Gives what the assembler
-/// says.
+/// Compiles a form, assembles it where there is an assembler, and runs its attention kernels alone. Gives what its entries take.
 ///
 /// # Errors
 /// Whatever refuses, spills of registers, and every difference.
-pub fn check(x: &Form, chip: GpuChip) -> Result<Option<String>, String> {
+pub fn check(x: &Form, chip: GpuChip) -> Result<BTreeMap<String, Resources>, String> {
     let c = compile(&graph(x)?, &Options::default(), chip, Meta::default())?;
     let kernels: Vec<usize> =
         (0..c.schedule.kernels.len()).filter(|i| c.schedule.kernels[*i].class == Class::Attention).collect();
@@ -102,11 +103,11 @@ pub fn check(x: &Form, chip: GpuChip) -> Result<Option<String>, String> {
     }
     let (heads, kv) = x.heads;
     let name = format!("attention-{}-{heads}-{kv}-{}-{:?}-{}", x.head_dim, x.causal, x.window, x.cached);
-    let mut said = None;
+    let mut all = BTreeMap::new();
     for b in &c.plan.blobs {
-        said = ptxas::assemble(&name, chip, &b.bytes)?;
+        all.extend(ptxas::assemble(&name, chip.name(), &b.bytes)?.unwrap_or_default());
     }
-    Ok(said)
+    Ok(all)
 }
 
 /// What is checked: `full` takes every width.

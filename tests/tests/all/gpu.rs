@@ -4,15 +4,14 @@
 
 use pleach_codegen::compile::{GpuOptions, compile_gpu, compile_gpu_with, supported_gpu};
 use pleach_codegen::emit::gpu::GpuChip;
-use pleach_codegen::ptxas;
 use pleach_ir::{DType, Graph, Schedule};
 use pleach_passes::fuse_kernels::{self, CutOptions};
 use pleach_passes::{Options, Pipeline, Target, chunk, join, manager};
 use pleach_plan::{LaunchParam, Meta, Plan};
+use pleach_tests::gpu::ptxas;
 use pleach_tests::shaped;
 use pleach_tests::training::cases;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 /// A graph cut into kernels.
 fn schedule(graph: &Graph, dtype: DType) -> Schedule {
@@ -40,29 +39,17 @@ fn plan(name: &str, dtype: DType, chip: GpuChip) -> Plan {
     Plan::from_bytes(&bytes).unwrap()
 }
 
-/// The assembler: `PLEACH_PTXAS`, one in `PATH`, or that of the Python package in `.venv`.
-fn assembler() -> Option<PathBuf> {
-    let list = |p: PathBuf| -> Vec<PathBuf> {
-        let mut v: Vec<PathBuf> = std::fs::read_dir(p).into_iter().flatten().flatten().map(|d| d.path()).collect();
-        v.sort();
-        v
-    };
-    ptxas::find().or_else(|| {
-        let root = pleach_tests::root().join(".venv/lib");
-        let nvidia = list(root).into_iter().flat_map(|p| list(p.join("site-packages/nvidia")));
-        nvidia.map(|p| p.join("bin/ptxas")).find(|p| p.exists())
-    })
-}
-
 /// Assembles the code of a plan: no spills, no stack.
 fn assemble(name: &str, plan: &Plan) {
-    let Some(ptxas) = assembler() else {
+    if ptxas::program().is_none() {
         eprintln!("skipped: {name} is not assembled, there is no ptxas; set PLEACH_PTXAS or run `make setup`");
         return;
-    };
+    }
     let mut all = BTreeMap::new();
     for b in &plan.blobs {
-        all.extend(ptxas::assemble(&ptxas, &b.bytes, &plan.target.arch).unwrap_or_else(|e| panic!("{name}: {e}")));
+        all.extend(
+            ptxas::assemble(name, &plan.target.arch, &b.bytes).unwrap_or_else(|e| panic!("{e}")).unwrap_or_default(),
+        );
     }
     let table = std::env::var_os("PLEACH_RESOURCES").is_some();
     for l in plan.kernels.iter().flat_map(|k| &k.launches) {

@@ -41,10 +41,10 @@ pub(crate) fn trials(trials: &mut Trials) {
 /// A form of attention; in a full sweep with what the assembler says of it.
 #[allow(clippy::print_stdout, reason = "registers are what a full sweep is asked for")]
 fn attend(x: &attention::Form, chip: GpuChip, full: bool) -> Result<(), String> {
-    let said = attention::check(x, chip)?.unwrap_or_default();
-    let lines = said.lines().filter(|l| l.contains("registers") || l.contains("Compiling"));
+    let all = attention::check(x, chip)?;
     if full {
-        println!("{x:?} {}\n{}", chip.name(), lines.collect::<Vec<_>>().join("\n"));
+        println!("{x:?} {}", chip.name());
+        all.iter().for_each(|(entry, r)| println!("{entry}: {r:?}"));
     }
     Ok(())
 }
