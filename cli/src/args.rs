@@ -324,10 +324,10 @@ pub(crate) struct InspectArgs {
     /// The kernels as MLIR
     #[arg(long)]
     pub mlir: bool,
-    /// The kernels as assembly
+    /// The kernels as assembly; as PTX where the target is a GPU
     #[arg(long)]
     pub asm: bool,
-    /// The kernels as PTX for sm_80
+    /// The kernels as PTX: for the target, or for sm_80 where that is a processor
     #[arg(long)]
     pub ptx: bool,
     /// With --mlir, --asm, --ptx or --kernels: only kernels whose name contains this

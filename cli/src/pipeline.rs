@@ -408,6 +408,28 @@ fn saved(s: &Saved) -> serde_json::Value {
 /// # Errors
 /// What the target refuses.
 pub(crate) fn lower(graph: &Graph, request: &Request, meta: Meta) -> Result<(Plan, Vec<Row>)> {
+    let (s, mut rows) = schedule(graph, request)?;
+    let (plan, times) = match request.gpu() {
+        Some(chip) => gpu(&s, chip, request, meta)?,
+        None => {
+            let options = CompileOptions { target: request.host()?, threads: request.threads, meta };
+            compile::compile(&s, &options)?
+        }
+    };
+    let code: usize = plan.blobs.iter().map(|b| b.bytes.len()).sum();
+    let clock = Instant::now();
+    let note = arenas(&plan, &request.options())?;
+    rows.push(Row::stage("plan-memory", ms(clock), note));
+    rows.push(Row::stage("codegen", times.emit + times.lower, format!("on {} threads", request.threads)));
+    rows.push(Row::stage("link", times.link, format!("{} of code", bytes(code as u64))));
+    Ok((plan, rows))
+}
+
+/// A graph in phase Core as the kernels and launches of a plan, with a row for each stage.
+///
+/// # Errors
+/// What cannot be cut.
+pub(crate) fn schedule(graph: &Graph, request: &Request) -> Result<(Schedule, Vec<Row>)> {
     let mut rows = vec![];
     let clock = Instant::now();
     let mut s = fuse_kernels::cut(graph, &cut_of(request, graph)?)?;
@@ -443,20 +465,7 @@ pub(crate) fn lower(graph: &Graph, request: &Request, meta: Meta) -> Result<(Pla
         changed: Some(joined > 0),
         ..Row::stage("join", ms(clock), format!("{joined} launches fewer"))
     });
-    let (plan, times) = match request.gpu() {
-        Some(chip) => gpu(&s, chip, request, meta)?,
-        None => {
-            let options = CompileOptions { target: request.host()?, threads: request.threads, meta };
-            compile::compile(&s, &options)?
-        }
-    };
-    let code: usize = plan.blobs.iter().map(|b| b.bytes.len()).sum();
-    let clock = Instant::now();
-    let note = arenas(&plan, &request.options())?;
-    rows.push(Row::stage("plan-memory", ms(clock), note));
-    rows.push(Row::stage("codegen", times.emit + times.lower, format!("on {} threads", request.threads)));
-    rows.push(Row::stage("link", times.link, format!("{} of code", bytes(code as u64))));
-    Ok((plan, rows))
+    Ok((s, rows))
 }
 
 /// Name of the list of [`Alternative`]s among a plan's facts.

@@ -1,10 +1,30 @@
 //! Flags of the tools: compiling to a file, passes on text, the two solvers, facts, shells.
 
-use super::Count;
+use super::{Count, DType, Target};
 #[cfg(feature = "compiler")]
 use super::{MethodArgs, ModelArgs, ShapeArgs};
 use clap::Args;
 use std::path::PathBuf;
+use std::str::FromStr;
+
+/// A token count, of every entry or of one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Tokens {
+    /// The entry; every one without it.
+    pub entry: Option<String>,
+    /// Tokens.
+    pub count: u64,
+}
+
+impl FromStr for Tokens {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Tokens, String> {
+        let (entry, count) = s.split_once('=').map_or((None, s), |(e, n)| (Some(e.to_string()), n));
+        let count = count.parse().ok().filter(|n| *n > 0).ok_or("expected a number of at least 1, or ENTRY=NUMBER")?;
+        Ok(Tokens { entry, count })
+    }
+}
 
 /// `pleach opt`.
 #[derive(Debug, Args)]
@@ -45,6 +65,18 @@ pub(crate) struct OptArgs {
     /// Fold adapter slots into the weights
     #[arg(long)]
     pub merge: bool,
+    /// Type of weights and activations that `precision` brings in
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: DType,
+    /// What costs are computed for
+    #[arg(long, value_enum, default_value = "cpu")]
+    pub target: Target,
+    /// Token count that costs are computed at: of every entry, or of one; repeatable
+    #[arg(long, value_name = "[ENTRY=]N")]
+    pub tokens: Vec<Tokens>,
+    /// `differentiate` makes one entry `step` of forward, backward and optimizer, as training does without --accum and --max-grad-norm
+    #[arg(long)]
+    pub at_once: bool,
     /// Run the result in the reference interpreter: inputs and parameters by name
     #[arg(long, value_name = "FILE")]
     pub interpret: Option<PathBuf>,

@@ -187,6 +187,7 @@ fn gpu() -> Vec<(&'static str, String)> {
         Err(e) => {
             let why = e.to_string();
             let why = why.rsplit_once("this machine cannot run the plan: ").map_or(why.as_str(), |w| w.1);
+            let why = why.trim_start_matches("it is for a GPU, and ");
             let present = kernel.or_else(|| Path::new("/dev/nvidia0").exists().then(|| "device present".to_string()));
             return vec![("NVIDIA driver", present.map_or(format!("none ({why})"), |p| format!("{p} ({why})")))];
         }

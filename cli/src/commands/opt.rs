@@ -5,10 +5,12 @@
 mod diff;
 mod interpret;
 
-use crate::args::OptArgs;
+use crate::args::{DType, OptArgs, Target};
 use crate::failure::{Failure, Result};
 use crate::report::{self, Table, Ui};
+use clap::ValueEnum;
 use pleach_ir::{Graph, IrError, text};
+use pleach_passes::differentiate::{ACCUMULATE, STEP};
 use pleach_passes::{Options, Outcome, Pipeline, run_watched};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -31,7 +33,7 @@ pub(crate) fn opt(ui: &Ui, args: &OptArgs) -> Result<()> {
         print_ir_after_change: args.print_ir_after_change,
         verify_each: args.verify_each,
     };
-    let options = Options { merge: args.merge, disabled_rules: args.disable_rule.clone(), ..Options::default() };
+    let options = options(args, &graph);
     let (stages, out) = run(args, &graph, &pipeline, &options)?;
     if args.timing {
         let mut t = Table::new(&["pass", "<nodes", "<changed", "ms", "<"]);
@@ -56,6 +58,56 @@ pub(crate) fn opt(ui: &Ui, args: &OptArgs) -> Result<()> {
     }
     report::print(&text::print(&out.graph));
     Ok(())
+}
+
+/// Options of the passes.
+fn options(args: &OptArgs, graph: &Graph) -> Options {
+    let mut tokens_hint: Vec<(String, u64)> = vec![];
+    for t in &args.tokens {
+        tokens_hint.extend(t.entry.clone().map(|e| (e, t.count)));
+    }
+    if let Some(all) = args.tokens.iter().find(|t| t.entry.is_none()) {
+        // Those that a pass will make, too.
+        let names = graph.entries.iter().map(|e| e.name.as_str()).chain([ACCUMULATE, STEP]);
+        tokens_hint.extend(names.map(|n| (n.to_string(), all.count)));
+    }
+    let gpu = matches!(args.target, Target::Cuda | Target::Sm80 | Target::Sm90a);
+    Options {
+        merge: args.merge,
+        disabled_rules: args.disable_rule.clone(),
+        tokens_hint,
+        dtype: if args.dtype == DType::Bf16 { pleach_ir::DType::BF16 } else { pleach_ir::DType::F32 },
+        target: if gpu { pleach_passes::Target::GPU } else { pleach_passes::Target::CPU },
+        step_at_once: args.at_once,
+        ..Options::default()
+    }
+}
+
+/// A value as it is given on the command line.
+fn name(v: impl ValueEnum) -> String {
+    v.to_possible_value().map_or_else(String::new, |v| v.get_name().to_string())
+}
+
+/// The flags that these options were given by.
+fn flags(args: &OptArgs) -> String {
+    let mut out = String::new();
+    args.disable_rule.iter().for_each(|r| out += &format!(" --disable-rule {r}"));
+    for (flag, on) in [("merge", args.merge), ("at-once", args.at_once)] {
+        if on {
+            out += &format!(" --{flag}");
+        }
+    }
+    if args.dtype != DType::F32 {
+        out += &format!(" --dtype {}", name(args.dtype));
+    }
+    if args.target != Target::Cpu {
+        out += &format!(" --target {}", name(args.target));
+    }
+    for t in &args.tokens {
+        let entry = t.entry.as_ref().map_or(String::new(), |e| format!("{e}="));
+        out += &format!(" --tokens {entry}{}", t.count);
+    }
+    out
 }
 
 /// Runs the passes; gives every graph on the way, `(name of the pass that made it, graph)`, where they are wanted.
@@ -94,11 +146,7 @@ fn run(
         dump(dir, &stages)?;
     }
     let Some((pass, g)) = given else { return Err(failed) };
-    let mut command = format!("pleach opt {} --passes {pass}", args.reproducer.display());
-    args.disable_rule.iter().for_each(|r| command += &format!(" --disable-rule {r}"));
-    if args.merge {
-        command += " --merge";
-    }
+    let command = format!("pleach opt {} --passes {pass}{}", args.reproducer.display(), flags(args));
     std::fs::write(&args.reproducer, format!("// {command}\n{}", text::print(&g)))
         .map_err(Failure::io("write", &args.reproducer))?;
     Err(Failure::new(format!("pass {pass}: {}\nto repeat only this: {command}", failed.message)))

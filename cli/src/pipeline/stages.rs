@@ -1,12 +1,14 @@
-//! Every graph on the way of a compilation, for looking at: as imported, after each pass, and the schedule.
+//! Every graph on the way of a compilation, for looking at: as imported, after each pass, the schedule, and the text of a kernel.
 //!
 //! The same passes with the same options as [`super::compile_here`]: the last graph is the one that the plan was made of.
 
-use super::{Request, budget, cut_of};
+use super::{Request, budget};
 use crate::failure::Result;
 use crate::model::Model;
-use pleach_ir::{Graph, Schedule};
-use pleach_passes::{PassReport, Pipeline, chunk, fuse_kernels, run_watched};
+use pleach_codegen::compile;
+use pleach_codegen::emit::gpu;
+use pleach_ir::{Graph, Kernel, Schedule, Sym};
+use pleach_passes::{PassReport, Pipeline, run_watched};
 
 /// What a compilation makes on its way.
 pub(crate) struct Stages {
@@ -30,6 +32,7 @@ impl Stages {
 /// # Errors
 /// The error of a pass.
 pub(crate) fn stages(imported: Graph, request: &Request, model: &Model) -> Result<Stages> {
+    let request = &request.steps_made_at_once(model, &imported);
     let mut options = request.options();
     if let Some(train) = request.train.as_ref().filter(|t| t.budget.is_some()) {
         let meta = request.meta(model)?;
@@ -44,8 +47,17 @@ pub(crate) fn stages(imported: Graph, request: &Request, model: &Model) -> Resul
         graphs.push((format!("{:02}-{}", i + 1, r.name), g));
     }
     let last = &graphs[graphs.len() - 1].1;
-    let mut schedule = fuse_kernels::cut(last, &cut_of(request, last)?)?;
-    chunk::run(&mut schedule, &options)?;
-    fuse_kernels::order(&mut schedule)?;
+    let (schedule, _) = super::schedule(last, request)?;
     Ok(Stages { graphs, reports: out.reports, schedule })
+}
+
+/// A kernel in MLIR, ready to become assembly, or PTX where the request is for a GPU.
+///
+/// # Errors
+/// What the target refuses.
+pub(crate) fn kernel_text(k: &Kernel, symbols: &[Sym], request: &Request) -> Result<String> {
+    Ok(match request.gpu() {
+        Some(chip) => gpu::module([gpu::emit(k, symbols, chip)?.text.as_str()]),
+        None => compile::emit_host(k, symbols, &request.host()?)?.text,
+    })
 }

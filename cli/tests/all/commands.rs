@@ -229,6 +229,42 @@ fn paca_becomes_an_equal_lora() {
 }
 
 #[test]
+fn inspect_shows_code_for_a_gpu() {
+    let (_folder, pleach, model) = setup("inspect-gpu");
+    let train = ["--method", "lora", "--r", "4", "--target-modules", "q_proj", "--batch", "1", "--max-length", "16"];
+    for target in ["sm_80", "sm_90a"] {
+        let shown = |form: &[&str], more: &[&str]| {
+            pleach.ok(&[&["inspect", &model, "--target", target], form, more, &["--quiet"]].concat())
+        };
+        let mlir = shown(&["--mlir"], &train);
+        assert!(mlir.contains("gpu.module @kernels") && mlir.contains("nvvm.kernel"), "{mlir}");
+        for form in ["--ptx", "--asm"] {
+            let ptx = shown(&[form, "--kernel", "mm"], &train);
+            assert!(ptx.contains(&format!(".target {target}")) && ptx.contains(".entry k"), "{ptx}");
+        }
+        let names = shown(&["--kernels"], &train);
+        let one =
+            names.lines().find_map(|l| l.split_whitespace().next().filter(|k| k.starts_with('k') && k.contains("_mm")));
+        // the kernels whose code is shown are those of the plan
+        let one = one.unwrap();
+        assert!(mlir.contains(&format!("llvm.func @{one}(")), "{one}");
+        assert!(shown(&["--memory", "--rules", "--ir"], &train).contains("entry \"accumulate\""));
+        let all = json(&shown(&["--json", "--mlir", "--ptx", "--kernel", one, "--dot", "--ir"], &[]));
+        assert!(all["code"][0]["ptx"].as_str().unwrap_or_default().contains(target) || all["code"].is_null(), "{all}");
+    }
+    // a processor's target, and PTX beside it: of a graph that was made for a GPU
+    let ptx = pleach.ok(&["inspect", &model, "--ptx", "--kernel", "mm"]);
+    assert!(ptx.contains(".target sm_80"), "{ptx}");
+    let both = json(&pleach.ok(&["inspect", &model, "--json", "--mlir", "--asm", "--kernel", "k1_"]));
+    let code = both["code"].as_array().unwrap();
+    assert_eq!(code.len(), 1, "{both}");
+    assert!(
+        code[0]["mlir"].as_str().unwrap().contains("func.func @k1_")
+            && code[0]["asm"].as_str().unwrap().contains("k1_")
+    );
+}
+
+#[test]
 fn opt_finds_what_a_pass_changes() {
     let (folder, pleach, model) = setup("opt-diff");
     let at = |name: &str| folder.join(name).display().to_string();
@@ -261,6 +297,22 @@ fn opt_finds_what_a_pass_changes() {
     assert!(said.contains("stages give the same outputs"), "{said}");
 }
 
+/// The text of a training graph goes the way that `train` compiles it.
+#[test]
+fn opt_does_what_a_compile_does() {
+    let (folder, pleach, model) = setup("opt-train");
+    let at = |name: &str| folder.join(name).display().to_string();
+    let method = ["--method", "lora", "--r", "4", "--batch", "2", "--max-length", "32", "--dtype", "bf16"];
+    let stage = |name: &str| pleach.ok(&[&["inspect", &model, "--ir", "--stage", name], &method[..]].concat());
+    std::fs::write(at("g.ir"), stage("imported")).unwrap();
+    let options = ["--dtype", "bf16", "--tokens", "64", "--at-once"];
+    let made = pleach.ok(&[&["opt", &at("g.ir")], &options[..]].concat());
+    assert!(made.contains("entry \"step\"") && !made.contains("entry \"update\""));
+    assert_eq!(made, stage("final"));
+    let two = pleach.ok(&["opt", &at("g.ir"), "--dtype", "bf16", "--passes", "canonicalize,precision,differentiate"]);
+    assert!(two.contains("entry \"accumulate\"") && two.contains("entry \"update\""));
+}
+
 #[test]
 fn opt_leaves_a_reproducer() {
     let (folder, pleach, _) = setup("opt-reproducer");
@@ -272,6 +324,11 @@ fn opt_leaves_a_reproducer() {
     assert!(said.contains("pass differentiate") && said.contains("--passes differentiate"), "{said}");
     let again = pleach.fails(1, &["opt", &at("r.ir"), "--passes", "differentiate", "--reproducer", &at("s.ir")]);
     assert_eq!(said.lines().next(), again.lines().next());
+    // every option goes into the command that repeats it
+    let options = ["--dtype", "bf16", "--target", "sm_80", "--tokens", "64", "--tokens", "train=7", "--at-once"];
+    let said = pleach.fails(1, &[&["opt", &at("g.ir"), "--reproducer", &at("r.ir")], &options[..]].concat());
+    let command = "--passes differentiate --at-once --dtype bf16 --target sm_80 --tokens 64 --tokens train=7";
+    assert!(said.contains(command), "{said}");
 }
 
 #[test]

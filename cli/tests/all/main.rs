@@ -9,6 +9,8 @@ mod damaged;
 mod docs;
 mod kit;
 mod page;
+mod page_code;
+mod page_scale;
 mod real;
 mod solvers;
 mod train;

@@ -4,15 +4,15 @@ use super::page::{self, Made, Subject};
 use super::{model_explorer, plan};
 use crate::args::{Count, InspectArgs};
 use crate::failure::{Failure, Result};
+use crate::model::Model;
 use crate::pipeline::stages::{self, Stages};
-use crate::pipeline::{self, Request, TrainPart, table};
+use crate::pipeline::{self, Request, table};
 use crate::ready::Ready;
 use crate::report::{self, Table, Ui};
-use pleach_codegen::emit::gpu;
+use pleach_codegen::emit::gpu::GpuChip;
 use pleach_codegen::{compile, mlir};
-use pleach_ir::{Class, Graph, Schedule, Sym, text};
+use pleach_ir::{Class, Graph, Kernel, Schedule, text};
 use pleach_passes::PassReport;
-use pleach_passes::fuse_kernels::{self, CutOptions};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
@@ -36,12 +36,7 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
     let chosen = args.entry.iter().map(String::as_str).collect::<Vec<_>>();
     let trains = chosen.contains(&"train") || (chosen.is_empty() && args.method.any());
     let train = match trains {
-        // The form that serves any number of micro-batches: its two entries show more than a step made at once. Times are of the
-        // plan that training used.
-        true => {
-            let train = crate::training::request(&args.model, &args.method, &args.shape_of_training)?;
-            Some(TrainPart { at_once: train.at_once && args.profile.is_some(), ..train })
-        }
+        true => Some(crate::training::request(&args.model, &args.method, &args.shape_of_training)?),
         false => None,
     };
     let mut request = Request { train, ..Request::new(ui, &args.model, &[], &[])? };
@@ -70,7 +65,7 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
         ui.note(&format!("{} written", out.display()));
     }
     if args.json {
-        return as_json(args, &s, &ready()?);
+        return as_json(args, &s, &model, &ready()?);
     }
     if args.ir {
         report::print(&stage(&s, &args.stage)?);
@@ -80,12 +75,7 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
             report::print(&pleach_ir::view::to_dot(e));
         }
     }
-    if args.mlir || args.asm {
-        code(args, &s)?;
-    }
-    if args.ptx {
-        ptx(args, &s)?;
-    }
+    print_code(&all_code(args, &s, &model)?);
     if args.rules {
         report::print(&rules(&s.stages.reports));
     }
@@ -145,35 +135,74 @@ fn stage(s: &Seen, name: &str) -> Result<String> {
     }
 }
 
-/// The kernels as MLIR or as assembly.
-fn code(args: &InspectArgs, s: &Seen) -> Result<()> {
-    let host = s.request.host()?;
-    let emitted = compile::emit_all(s.schedule(), &host)?;
-    let only = args.kernel.as_deref().unwrap_or_default();
-    for (k, e) in s.schedule().kernels.iter().zip(&emitted).filter(|(k, _)| k.name.contains(only)) {
-        if args.mlir {
-            report::print(&format!("// {}\n{}\n", k.name, e.text.trim_end()));
-        }
-        if args.asm {
-            report::print(&format!("# {}\n{}\n", k.name, mlir::assembly(&e.text, &host)?.trim_end()));
-        }
-    }
-    Ok(())
+/// Which texts of which kernels are wanted.
+#[derive(Clone, Copy)]
+struct Wanted<'a> {
+    mlir: bool,
+    machine: bool,
+    kernel: &'a str,
 }
 
-/// The kernels as PTX; weights are row-major there.
-fn ptx(args: &InspectArgs, s: &Seen) -> Result<()> {
-    let chip = s.request.gpu().unwrap_or(gpu::GpuChip::Sm80);
-    let cut = CutOptions { supported: &compile::supported_gpu, panels: &[] };
-    let schedule = fuse_kernels::schedule(s.last(), &cut)?;
-    let symbols: Vec<Sym> = compile::plan_symbols(&schedule).iter().filter_map(|x| Sym::new(&x.name)).collect();
-    let only = args.kernel.as_deref().unwrap_or_default();
-    for k in schedule.kernels.iter().filter(|k| k.name.contains(only)) {
-        let e = gpu::emit(k, &symbols, chip)?;
-        let text = mlir::compile_ptx(&gpu::module([e.text.as_str()]), chip.name())?;
-        report::print(&format!("// {}\n{}\n", k.name, text.trim_end()));
+/// A kernel's texts.
+struct Code {
+    kernel: String,
+    mlir: Option<String>,
+    /// The language, and the text.
+    machine: Option<(&'static str, String)>,
+}
+
+/// The kernels as MLIR, and in the machine's language: assembly, or PTX for a GPU.
+fn code(s: &Seen, wanted: Wanted<'_>) -> Result<Vec<Code>> {
+    let symbols = compile::kernel_symbols(s.schedule());
+    let kernels = s.schedule().kernels.iter().filter(|k| k.name.contains(wanted.kernel));
+    let one = |k: &Kernel| {
+        let text = stages::kernel_text(k, &symbols, &s.request)?;
+        let machine = match (wanted.machine, s.request.gpu()) {
+            (false, _) => None,
+            (true, Some(chip)) => Some(("ptx", mlir::compile_ptx(&text, chip.name())?)),
+            (true, None) => Some(("asm", mlir::assembly(&text, &s.request.host()?)?)),
+        };
+        Ok(Code { kernel: k.name.clone(), mlir: wanted.mlir.then_some(text), machine })
+    };
+    kernels.map(one).collect()
+}
+
+/// Every text that was asked for. `--ptx` beside a processor's target asks for a GPU's as well.
+fn all_code(args: &InspectArgs, s: &Seen, model: &Model) -> Result<Vec<Code>> {
+    let kernel = args.kernel.as_deref().unwrap_or_default();
+    let gpu = s.request.gpu().is_some();
+    let machine = args.asm || (args.ptx && gpu);
+    let mut all = if args.mlir || machine { code(s, Wanted { mlir: args.mlir, machine, kernel })? } else { vec![] };
+    if args.ptx && !gpu {
+        // The passes know what they compile for: a GPU's kernels are those of a graph that was made for one.
+        let request = Request { target: GpuChip::Sm80.name().into(), ..s.request.clone() };
+        let stages = stages::stages(request.import(model)?, &request, model)?;
+        all.extend(code(&Seen { request, stages }, Wanted { mlir: false, machine: true, kernel })?);
     }
-    Ok(())
+    Ok(all)
+}
+
+fn print_code(list: &[Code]) {
+    for c in list {
+        if let Some(text) = &c.mlir {
+            report::print(&format!("// {}\n{}\n", c.kernel, text.trim_end()));
+        }
+        if let Some((language, text)) = &c.machine {
+            let sign = if *language == "ptx" { "//" } else { "#" };
+            report::print(&format!("{sign} {}\n{}\n", c.kernel, text.trim_end()));
+        }
+    }
+}
+
+fn code_json(list: &[Code]) -> Value {
+    let one = |c: &Code| {
+        let mut m = Map::new();
+        m.insert("kernel".into(), c.kernel.clone().into());
+        m.extend(c.mlir.iter().map(|t| ("mlir".to_string(), t.clone().into())));
+        m.extend(c.machine.iter().map(|(language, t)| ((*language).to_string(), t.clone().into())));
+        Value::Object(m)
+    };
+    list.iter().map(one).collect::<Vec<_>>().into()
 }
 
 /// How often each operator occurs.
@@ -213,7 +242,7 @@ fn rules(reports: &[PassReport]) -> String {
     t.text()
 }
 
-fn as_json(args: &InspectArgs, s: &Seen, ready: &Ready) -> Result<()> {
+fn as_json(args: &InspectArgs, s: &Seen, model: &Model, ready: &Ready) -> Result<()> {
     let passes: Vec<Value> = s
         .stages
         .reports
@@ -242,6 +271,10 @@ fn as_json(args: &InspectArgs, s: &Seen, ready: &Ready) -> Result<()> {
     if args.dot {
         let list = graph(s, &args.stage)?.entries.iter().map(pleach_ir::view::to_dot);
         out.insert("dot".into(), list.collect::<Vec<_>>().into());
+    }
+    let code = all_code(args, s, model)?;
+    if !code.is_empty() {
+        out.insert("code".into(), code_json(&code));
     }
     report::json(&Value::Object(out));
     Ok(())

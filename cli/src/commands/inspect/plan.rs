@@ -177,7 +177,7 @@ fn resources(plan: &Plan, only: Option<&str>) -> Result<String> {
 
 /// What the assembler says of the code of a plan; nothing where there is none.
 #[cfg(feature = "compiler")]
-fn taken(plan: &Plan) -> Result<Taken> {
+pub(super) fn taken(plan: &Plan) -> Result<Taken> {
     let Some(ptxas) = pleach_codegen::ptxas::find() else { return Ok(Taken::new()) };
     let mut all = Taken::new();
     for b in plan.blobs.iter().filter(|b| b.kind == pleach_plan::BlobKind::Ptx) {

@@ -22,16 +22,17 @@ class Arena {
     this.savedOf = this.matchSaved();
   }
 
-  /** Kept values by rectangle: the plan's list says why; it names them by module, type size and count. */
+  /** Kept values by rectangle: the plan's list says why. It names them as buffers do, by module and operator. */
   matchSaved() {
     const free = this.data.plan.saved.map((s) => ({ ...s, bytes: s.unit_bytes * (this.data.symbols[s.symbol] || 1) })), out = new Map();
     const clean = (s) => s.split(' [')[0], module = (s) => clean(s.name.replace(/ \S+$/, ''));
     // a launch that makes several values bears the name of one: then the module around has to do
     const around = (a, b) => { const [x, y] = [a.split('.'), b.split('.')]; let n = 0; while (n < x.length && x[n] === y[n]) n++; return n >= Math.min(3, x.length, y.length); };
-    for (const fits of [(s, from) => module(s) === from, (s, from) => around(module(s), from)]) {
+    const place = (from) => clean(from).replace(/ \S+$/, '');
+    for (const fits of [(s, from) => s.name === from, (s, from) => module(s) === place(from), (s, from) => around(module(s), place(from))]) {
       for (let k = 0; k < this.a.buffer.length; k++) {
         if (this.a.kind[k] !== 'kept' || out.has(k)) continue;
-        const size = this.entry.buffers.bytes[this.a.buffer[k]], at = free.findIndex((s) => !s.taken && s.bytes === size && fits(s, clean(this.owner(k))));
+        const size = this.entry.buffers.bytes[this.a.buffer[k]], at = free.findIndex((s) => !s.taken && s.bytes === size && fits(s, this.owner(k)));
         if (at >= 0) { free[at].taken = true; out.set(k, free[at]); }
       }
     }
@@ -139,7 +140,11 @@ class Arena {
     c.beginPath(); c.moveTo(LEFT, 6); c.lineTo(LEFT, this.h - FOOT); c.lineTo(this.w - 8, this.h - FOOT); c.moveTo(LEFT, CURVE); c.lineTo(this.w - 8, CURVE); c.stroke();
     c.textAlign = 'center';
     const [lo, hi] = this.range, every = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000].find((s) => (hi - lo) / s <= 8) || 20000;
-    for (let t = Math.ceil(lo / every) * every; t <= hi; t += every) c.fillText(String(t), this.x(t), this.h - FOOT / 2);
+    c.textAlign = 'right';
+    const note = 'launches in order', end = this.w - 10, free = end - c.measureText(note).width - 24;
+    c.fillText(note, end, this.h - FOOT / 2);
+    c.textAlign = 'center';
+    for (let t = Math.ceil(lo / every) * every; t <= hi; t += every) if (this.x(t) < free) c.fillText(String(t), this.x(t), this.h - FOOT / 2);
     c.textAlign = 'left';
   }
 

@@ -23,6 +23,9 @@ function category(op) {
   return 'element';
 }
 
+/** The parts of a training step. */
+const PARTS = ['forward', 'backward', 'optimizer'];
+
 /** An entry of a graph, or of a plan's launches: nodes in columns. */
 class Entry {
   constructor(name, cols, strings, params) {
@@ -53,16 +56,18 @@ class Entry {
     }
     return this.readers;
   }
-  /** Whether each node is of the backward half: it depends on the factor of the loss. */
-  late(seed) {
-    if (this.lates) return this.lates;
-    const late = new Uint8Array(this.n);
-    for (let i = 0; i < this.n; i++) {
-      late[i] = this.given ? this.given[i] : Number(this.opText(i) === `input\t"${seed}"`);
-      if (!this.given) for (const u of this.inputs(i)) late[i] |= late[u];
+  /** The part of a training step that each node is of, as a place in PARTS: forward; backward depends on the factor of the loss; the
+      optimizer on its settings. All zero for an entry without a backward part. */
+  parts(seed, settings) {
+    if (this.part) return this.part;
+    const part = this.given ? Uint8Array.from(this.given) : new Uint8Array(this.n);
+    const inputs = new Map([[`input\t"${seed}"`, 1], ...settings.map((s) => [`input\t"${s}"`, 2])]);
+    const of = Array.from(this.op, (_, i) => inputs.get(this.opText(i)) || 0);
+    if (!this.given && of.includes(1)) {
+      for (let i = 0; i < this.n; i++) part[i] = this.inputs(i).reduce((m, u) => Math.max(m, part[u]), of[i]);
     }
-    this.lates = late;
-    return late;
+    this.part = part;
+    return part;
   }
   /** The line of the text form. */
   line(i) {
@@ -141,10 +146,10 @@ function launches(data, p) {
   const id = (s) => { if (!number.has(s)) { number.set(s, strings.length); strings.push(s); } return number.get(s); };
   const cols = { op: [], ty: [], from: [], arity: [], in: [], flops: [], roots: [], sizes: [], step: [], given: [] };
   const made = new Map();
-  const push = (op, ty, from, inputs, flops, size, step, late) => {
+  const push = (op, ty, from, inputs, flops, size, step, part) => {
     const at = cols.op.length;
     cols.op.push(id(op)); cols.ty.push(id(ty)); cols.from.push(id(from)); cols.arity.push(inputs.length);
-    cols.in.push(...inputs.map((v) => at - v)); cols.flops.push(flops); cols.sizes.push(size); cols.step.push(step); cols.given.push(late);
+    cols.in.push(...inputs.map((v) => at - v)); cols.flops.push(flops); cols.sizes.push(size); cols.step.push(step); cols.given.push(part);
     return at;
   };
   const source = (b) => {
@@ -162,7 +167,7 @@ function launches(data, p) {
     const inputs = [...new Set(reads.map(source).filter((v) => v >= 0))];
     const outs = k.out ? k.out.join(' ') : bytes(writes.reduce((n, b) => n + p.buffers.bytes[b], 0));
     const size = writes.reduce((n, b) => n + (p.buffers.kind[b] === 'a' || p.buffers.kind[b] === 'o' ? p.buffers.bytes[b] : 0), 0);
-    const v = push(`${k.name}\t`, outs, data.strings[s.from[i]], inputs, k.flops, size, i, s.late[i]);
+    const v = push(`${k.name}\t`, outs, data.strings[s.from[i]], inputs, k.flops, size, i, s.part[i]);
     writes.forEach((b) => made.set(b, v));
   }
   p.outputs.forEach(([name, , b]) => { if (made.has(b)) cols.roots.push([made.get(b), name]); });

@@ -29,7 +29,7 @@ function linkList(view, list) {
 
 function nodeDetails(view, box, i) {
   const { data, entry: e, tree } = view, stage = data.graphs[view.stage], p = e.param(i), param = p >= 0 ? e.params[p] : null;
-  const saved = data.saved(stage, e).get(i), rule = e.rule(i), late = tree.late.includes(1) ? (tree.late[i] ? 'backward' : 'forward') : '';
+  const saved = data.saved(stage, e).get(i), rule = e.rule(i), part = tree.both ? PARTS[tree.part[i]] : '';
   const kernel = e.kernelOf ? e.kernelOf(i) : -1, k = kernel >= 0 ? data.kernels[kernel] : null;
   const time = e.step ? data.profile?.by.get(e.name)?.steps.get(e.step[i]) : null;
   const shape = /\[(.*)\]/.exec(e.type(i))?.[1];
@@ -44,7 +44,7 @@ function nodeDetails(view, box, i) {
       ['bytes', bytes(param ? param.bytes : data.nodeBytes(e, i)) + (!param && VIEWS.has(e.opName(i)) ? ' (a view)' : '')],
       ['FLOPs', e.flops[i] ? count(e.flops[i]) : ''],
       ['time', time ? `${duration(time.ns / time.calls)} a launch, ${count(time.calls)} launches, ${duration(time.ns)} in all` : ''],
-      ['origin', e.module(i)], ['half', late],
+      ['origin', e.module(i)], ['part', part],
       ['made by', rule ? el('button', { type: 'button', class: 'link', onclick: () => view.app.goRule(rule) }, `rule ${ruleNumber(data, rule)} · ${rule}`) : ''],
       ['kernel', k ? el('button', { type: 'button', class: 'link', onclick: () => view.app.goKernel(kernel) }, k.name) : ''],
     ]));

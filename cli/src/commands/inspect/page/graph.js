@@ -61,7 +61,7 @@ class GraphView {
   setEntries() {
     const old = this.entries.value, list = this.data.graphs[this.stage].entries;
     clear(this.entries).append(...list.map((e) => el('option', { value: e.name, text: `${e.name} · ${e.n}` })));
-    const both = (e) => { const late = e.late(this.data.raw.seed).reduce((n, l) => n + l, 0); return late > e.n / 8 && late < e.n; };
+    const both = (e) => { const late = e.parts(this.data.raw.seed, this.data.raw.settings).reduce((n, l) => n + (l > 0), 0); return late > e.n / 8 && late < e.n; };
     const keep = list.find((e) => e.name === old) || list.find(both) || list.find((e) => !e.name.startsWith('prepare')) || list[0];
     if (keep) this.entries.value = keep.name;
     this.open();

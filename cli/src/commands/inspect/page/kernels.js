@@ -1,4 +1,6 @@
-// The tab "Kernels": a table to sort, and the code of one kernel at every level, with lines linked where they are known.
+// The tab "Kernels": a table to sort, and the code of one kernel at every level. A line of MLIR says in a comment which values of
+// the kernel's IR it is written for, and the line table of the machine code which line of MLIR an instruction stems from: lines
+// that belong together have one colour, and mark each other.
 
 class KernelsView {
   constructor(box, app) {
@@ -64,40 +66,74 @@ class KernelsView {
       ...(k.launches || []).map((l) => el('span', { class: 'muted', text: `grid ${l.grid.join('×')} of ${l.block}, ${bytes(l.shared)} shared${l.registers ? `, ${l.registers} registers` : ''}${l.spilled ? `, ${l.spilled} B spilled` : ''}` }))));
     if (!k.ir) {
       const ptx = (this.data.raw.ptx || []).map(([n, t]) => this.pane(n, t));
+      this.linked = null;
       this.code.append(el('div', { class: 'panes' }, ptx.length ? ptx : el('p', { class: 'empty', text: 'A plan holds machine code only: give inspect the model folder to see IR, MLIR and assembly.' })));
       return;
     }
-    const ir = this.pane('IR', k.ir), mlir = this.pane('MLIR', k.mlir), asm = this.pane(k.language, k.code, k.lines);
-    this.link(mlir, asm, k.lines);
-    this.code.append(el('div', { class: 'panes' }, ir, mlir, asm));
-    for (const p of [ir, mlir, asm]) p.list.set(p.lines.length);
-    const first = k.lines.findIndex((l) => l > 0);
-    if (first > 0) asm.list.show(first + 12);
+    const panes = [['IR', k.ir], ['MLIR', k.mlir], [k.language, k.code]].map(([title, text]) => this.pane(title, text));
+    this.linked = new Linked(panes, k.lines, k.period);
+    this.code.append(el('div', { class: 'panes' }, panes));
+    for (const p of panes) p.list.set(p.lines.length);
+    // begin where there is something to see
+    for (const p of panes.slice(1)) { const first = p.values.findIndex((v) => v.length); if (first > 0) p.list.show(first + 12); }
   }
 
-  pane(title, text, from) {
-    const lines = text.replace(/\n$/, '').split('\n'), body = el('div', { class: 'text', tabindex: '0', 'aria-label': title });
+  pane(title, text) {
+    const lines = text.replace(/\n$/, '').split('\n').map((l) => l.replace(/ \/\/( %\d+)+$/, '')), body = el('div', { class: 'text', tabindex: '0', 'aria-label': title });
     const box = el('div', { class: 'pane' }, el('div', { class: 'pane-head' }, el('b', { text: title }), el('span', { class: 'muted', text: `${count(lines.length)} lines` }),
       el('button', { type: 'button', text: 'Copy', onclick: () => navigator.clipboard?.writeText(text) })), body);
-    box.marked = new Set();
-    box.lines = lines;
-    box.list = virtualList(body, 16, (i) => el('div', { class: `ln ${box.marked.has(i) ? 'on' : ''} ${from && from[i] ? 'linked' : ''}`, 'data-line': i, onmouseenter: () => box.enter?.(i), onclick: () => box.enter?.(i, true) },
-      el('span', { class: 'no', text: String(i + 1) }), el('span', { class: 'code', text: lines[i].replaceAll('\t', '    ') })));
+    Object.assign(box, { text, lines, values: [], marked: new Set() });
+    box.list = virtualList(body, 16, (i) => {
+      const of = box.values[i]?.[0];
+      return el('div', { class: `ln${box.marked.has(i) ? ' on' : ''}${of === undefined ? '' : ' linked'}`, style: of === undefined ? null : `--h:${hue(of)}`, 'data-line': i,
+        onmouseenter: () => this.linked?.enter(box, i, false), onclick: () => this.linked?.enter(box, i, true) },
+      el('span', { class: 'no', text: String(i + 1) }), el('span', { class: 'code', text: lines[i].replaceAll('\t', '    ') }));
+    });
     return box;
   }
+}
 
-  /** Lines of MLIR and of machine code mark each other. */
-  link(mlir, asm, from) {
-    const to = new Map();
-    from.forEach((m, i) => { if (m) { if (!to.has(m - 1)) to.set(m - 1, []); to.get(m - 1).push(i); } });
-    const mark = (m, list, jump, other, at) => {
-      mlir.marked = new Set(m === null ? [] : [m]);
-      asm.marked = new Set(list);
-      mlir.list.refresh();
-      asm.list.refresh();
-      if (jump && at !== undefined) other.list.show(at);
-    };
-    mlir.enter = (i, jump) => mark(i, to.get(i) || [], jump, asm, to.get(i)?.[0]);
-    asm.enter = (i, jump) => { const m = from[i] ? from[i] - 1 : null; mark(m, m === null ? [] : to.get(m), jump, mlir, m === null ? undefined : m); };
+/** A hue for a value, far from that of its neighbours. */
+const hue = (v) => Math.round((v * 137.5 + 25) % 360);
+
+/** The lines of IR, MLIR and machine code that belong together. `from`: the line of MLIR of each line of code, from 1; 0 for none.
+    `period`: a GPU's kernel may be one body many times over, with code for the first; values repeat after so many. */
+class Linked {
+  constructor([ir, mlir, code], from, period) {
+    Object.assign(this, { ir, mlir, code, from, pinned: null });
+    const numbers = (l) => Array.from(l.matchAll(/%(\d+)/g), (m) => Number(m[1]));
+    // a line of IR defines a value, or returns one
+    ir.values = ir.lines.map((l) => (/^\s*(%\d+ =|output )/.test(l) ? numbers(l).slice(0, 1).map((v) => (period ? v % period : v)) : []));
+    mlir.values = mlir.text.split('\n').slice(0, mlir.lines.length).map((l) => { const at = l.lastIndexOf(' // %'); return at < 0 ? [] : numbers(l.slice(at)); });
+    code.values = code.lines.map((_, i) => (from[i] ? mlir.values[from[i] - 1] : []));
+    const written = new Set(mlir.values.flat());
+    ir.values = ir.values.map((v) => v.filter((x) => written.has(x)));
+    this.codeOf = new Map();
+    from.forEach((m, i) => { if (m) { if (!this.codeOf.has(m - 1)) this.codeOf.set(m - 1, []); this.codeOf.get(m - 1).push(i); } });
+  }
+
+  /** Marks what belongs to a line; a click keeps it marked until the next one, and shows it. */
+  enter(pane, i, click) {
+    if (!click && this.pinned) return;
+    const again = click && this.pinned?.pane === pane && this.pinned.i === i;
+    if (click) this.pinned = again ? null : { pane, i };
+    const marked = again ? { ir: [], mlir: [], code: [] } : this.of(pane, i);
+    for (const k of ['ir', 'mlir', 'code']) {
+      this[k].marked = new Set(marked[k]);
+      this[k].list.refresh();
+      if (click && !again && this[k] !== pane && marked[k].length) this[k].list.show(marked[k][0]);
+    }
+  }
+
+  of(pane, i) {
+    const lines = (p, values) => p.values.flatMap((v, k) => (v.some((x) => values.includes(x)) ? [k] : []));
+    const codeOf = (list) => list.flatMap((m) => this.codeOf.get(m) || []).sort((a, b) => a - b);
+    if (pane === this.ir) {
+      const mlir = lines(this.mlir, pane.values[i]);
+      return { ir: lines(this.ir, pane.values[i]), mlir, code: codeOf(mlir) };
+    }
+    const m = pane === this.mlir ? i : this.from[i] - 1;
+    if (!(m >= 0)) return { ir: [], mlir: [], code: [] };
+    return { ir: lines(this.ir, this.mlir.values[m]), mlir: [m], code: codeOf([m]) };
   }
 }

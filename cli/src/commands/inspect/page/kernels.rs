@@ -1,20 +1,21 @@
 //! Kernels: what each computes, how much work it is, and its code at every level.
 
+use super::super::plan::taken;
 use crate::failure::Result;
 use crate::pipeline::Request;
+use crate::pipeline::stages::kernel_text;
 use pleach_codegen::emit::gpu;
 use pleach_codegen::{compile, mlir};
 use pleach_ir::{Kernel, Schedule, Sym, text};
-use pleach_plan::{BlobKind, Plan};
+use pleach_plan::Plan;
 use serde_json::{Map, Value, json};
-use std::process::Command;
 
 /// What the plan says of each kernel at these values of the symbols.
 ///
 /// # Errors
 /// A size without a value.
 pub(super) fn facts(plan: &Plan, env: &[u64]) -> Result<Vec<Map<String, Value>>> {
-    let resources = resources(plan);
+    let resources = taken(plan)?;
     let one = |k: &pleach_plan::Kernel| {
         let mut m = Map::new();
         m.insert("name".into(), k.symbol.clone().into());
@@ -30,10 +31,10 @@ pub(super) fn facts(plan: &Plan, env: &[u64]) -> Result<Vec<Map<String, Value>>>
         let mut launches = vec![];
         for l in &k.launches {
             let grid = l.grid.iter().map(|g| g.eval(env)).collect::<std::result::Result<Vec<u64>, _>>()?;
-            let used = resources.iter().find(|r| r.0 == l.function);
+            let [registers, fixed, spilled] = resources.get(&l.function).map_or([None; 3], |r| r.map(Some));
             launches.push(json!({
-                "function": l.function, "grid": grid, "block": l.block, "shared": l.shared_bytes,
-                "registers": used.map(|r| r.1), "spilled": used.map(|r| r.2),
+                "function": l.function, "grid": grid, "block": l.block, "shared": l.shared_bytes + fixed.unwrap_or(0),
+                "registers": registers, "spilled": spilled,
             }));
         }
         m.insert("launches".into(), launches.into());
@@ -42,42 +43,12 @@ pub(super) fn facts(plan: &Plan, env: &[u64]) -> Result<Vec<Map<String, Value>>>
     plan.kernels.iter().map(one).collect()
 }
 
-/// Registers and spilled bytes of each function, as `ptxas` reports them; nothing without `ptxas`.
-fn resources(plan: &Plan) -> Vec<(String, u64, u64)> {
-    let mut out = vec![];
-    let program = std::env::var("PLEACH_PTXAS").ok().filter(|p| !p.is_empty()).unwrap_or_else(|| "ptxas".into());
-    for b in plan.blobs.iter().filter(|b| b.kind == BlobKind::Ptx) {
-        let file = std::env::temp_dir().join(format!("pleach-{}-{}.ptx", std::process::id(), b.name));
-        if std::fs::write(&file, &b.bytes).is_err() {
-            return out;
-        }
-        let arch = format!("-arch={}", plan.target.arch);
-        let said = Command::new(&program).args(["-v", &arch, "-o", "/dev/null"]).arg(&file).output();
-        let _ = std::fs::remove_file(&file);
-        let Ok(said) = said else { return out };
-        let text = String::from_utf8_lossy(&said.stderr).into_owned();
-        let (mut name, mut spilled) = (String::new(), 0);
-        for line in text.lines() {
-            if let Some(rest) = line.split("Compiling entry function '").nth(1) {
-                name = rest.split('\'').next().unwrap_or_default().to_string();
-            }
-            if let Some(n) = line.split(" bytes spill stores").next().filter(|_| line.contains("bytes spill stores")) {
-                spilled = n.rsplit([' ', ',']).next().and_then(|n| n.parse().ok()).unwrap_or(0);
-            }
-            if let Some(n) = line.split("Used ").nth(1).and_then(|r| r.split(' ').next()?.parse().ok()) {
-                out.push((std::mem::take(&mut name), n, spilled));
-            }
-        }
-    }
-    out
-}
-
 /// Adds types, IR, MLIR and machine code of the kernels of a schedule, which are those of the plan in the same order.
 ///
 /// # Errors
 /// What the target refuses.
 pub(super) fn code(list: &mut [Map<String, Value>], schedule: &Schedule, request: &Request) -> Result<()> {
-    let symbols: Vec<Sym> = compile::plan_symbols(schedule).iter().filter_map(|x| Sym::new(&x.name)).collect();
+    let symbols = compile::kernel_symbols(schedule);
     for (m, k) in list.iter_mut().zip(&schedule.kernels) {
         let shown = |t: Vec<pleach_ir::TensorType>, l: &[pleach_ir::Layout]| -> Vec<String> {
             t.iter().zip(l).map(|(t, l)| format!("{t}{}", layout(*l))).collect()
@@ -86,6 +57,9 @@ pub(super) fn code(list: &mut [Map<String, Value>], schedule: &Schedule, request
         m.insert("out".into(), shown(k.result_types(), &k.results).into());
         m.insert("alias".into(), k.aliases.clone().into());
         m.insert("ir".into(), text::print_kernel(k).into());
+        if let Some(n) = request.gpu().and_then(|_| gpu::period(k)) {
+            m.insert("period".into(), n.into());
+        }
         let (mlir, name, code, lines) = lowered(k, &symbols, request)?;
         m.insert("mlir".into(), mlir.into());
         m.insert("language".into(), name.into());
@@ -101,14 +75,10 @@ fn layout(l: pleach_ir::Layout) -> String {
 
 /// MLIR, the name of the machine's language, its text, and for every line of it the line of the MLIR it stems from (0: unknown).
 fn lowered(k: &Kernel, symbols: &[Sym], request: &Request) -> Result<(String, &'static str, String, Vec<u32>)> {
-    if let Some(chip) = request.gpu() {
-        let e = gpu::emit(k, symbols, chip)?;
-        let module = gpu::module([e.text.as_str()]);
-        let (code, lines) = mlir::ptx_with_lines(&module, chip.name())?;
-        return Ok((module, "PTX", code, lines));
-    }
-    let host = request.host()?;
-    let e = compile::emit_host(k, symbols, &host)?;
-    let (code, lines) = mlir::assembly_with_lines(&e.text, &host)?;
-    Ok((e.text, "assembly", code, lines))
+    let text = kernel_text(k, symbols, request)?;
+    let (name, (code, lines)) = match request.gpu() {
+        Some(chip) => ("PTX", mlir::ptx_with_lines(&text, chip.name())?),
+        None => ("assembly", mlir::assembly_with_lines(&text, &request.host()?)?),
+    };
+    Ok((text, name, code, lines))
 }

@@ -12,7 +12,7 @@ function layered(size, edges) {
   edges.forEach(([a, b], k) => out[a].push([b, k]));
   const back = new Uint8Array(edges.length);
   breakCircles(n, out, back);
-  const layer = layersOf(n, edges, back);
+  const layer = wrap(layersOf(n, edges, back), size);
   // long edges get a stop in every layer they cross, as long as there are not too many
   const depth = Math.max(...layer) + 1;
   const span = edges.map(([a, b], k) => { const [lo, hi] = back[k] ? [layer[b], layer[a]] : [layer[a], layer[b]]; return hi - lo; });
@@ -93,6 +93,22 @@ function layersOf(n, edges, back) {
   }
   for (const v of sources) if (out[v].length) layer[v] = Math.min(...out[v].map((w) => layer[w])) - 1;
   return layer;
+}
+
+/** A layer that is much wider than the whole is high becomes several rows: nothing in it depends on anything else in it. */
+function wrap(layer, size) {
+  const area = size.reduce((s, [w, h]) => s + (w + GAP_X) * (h + GAP_Y), 0), most = Math.max(2400, 1.5 * Math.sqrt(area));
+  const depth = layer.reduce((m, l) => Math.max(m, l), 0) + 1, rows = Array.from({ length: depth }, () => ({ width: 0, more: 0 }));
+  const row = new Uint32Array(layer.length);
+  for (let i = 0; i < layer.length; i++) {
+    const r = rows[layer[i]];
+    if (r.width && r.width + size[i][0] > most) { r.width = 0; r.more++; }
+    r.width += size[i][0] + GAP_X;
+    row[i] = r.more;
+  }
+  const first = [0];
+  for (let l = 0; l < depth; l++) first.push(first[l] + rows[l].more + 1);
+  return layer.map((l, i) => first[l] + row[i]);
 }
 
 /** Order inside the layers by medians of neighbours, downwards and upwards; gives the place of every node. */

@@ -2,6 +2,7 @@
 
 use super::columns::Strings;
 use crate::failure::Result;
+use pleach_passes::differentiate::SETTINGS;
 use pleach_passes::recompute::SEED;
 use pleach_plan::{Buffer, BufferKind, Entry, Expr, Plan, Residency, Source};
 use serde_json::{Value, json};
@@ -71,8 +72,24 @@ fn backward(plan: &Plan, e: &Entry) -> (Vec<bool>, Vec<bool>) {
     (out, again)
 }
 
+/// Steps of the optimizer: those that depend on its settings.
+fn optimizer(plan: &Plan, e: &Entry) -> Vec<bool> {
+    let setting =
+        |b: &Buffer| matches!(b.kind, BufferKind::Input(i) if SETTINGS.contains(&e.inputs[i as usize].name.as_str()));
+    let mut set: Vec<bool> = e.buffers.iter().map(setting).collect();
+    let one = |s: &pleach_plan::Step| {
+        let (reads, writes) = s.buffers.split_at(plan.kernels[s.kernel as usize].operands.len());
+        let is = reads.iter().any(|b| set[*b as usize]);
+        writes.iter().for_each(|b| set[*b as usize] |= is);
+        is
+    };
+    e.steps.iter().map(one).collect()
+}
+
 fn entry(plan: &Plan, e: &Entry, env: &[u64], strings: &mut Strings) -> Result<Value> {
     let (late, again) = backward(plan, e);
+    let steps = optimizer(plan, e);
+    let part = late.iter().zip(&steps).map(|(l, s)| if *l && *s { 2 } else { u8::from(*l) });
     let waves = pleach_plan::waves(e, &plan.kernels);
     let (mut kernel, mut origin, mut reads, mut buffers) = (vec![], vec![], vec![], vec![]);
     for s in &e.steps {
@@ -106,7 +123,7 @@ fn entry(plan: &Plan, e: &Entry, env: &[u64], strings: &mut Strings) -> Result<V
     Ok(json!({
         "name": e.name, "inputs": inputs, "outputs": outputs, "loops": loops,
         "steps": {"kernel": kernel, "from": origin, "reads": reads, "buffers": buffers, "wave": waves,
-                  "late": late.iter().map(|l| u8::from(*l)).collect::<Vec<_>>()},
+                  "part": part.collect::<Vec<_>>()},
         "buffers": {"kind": kind, "bytes": bytes, "from": names},
         "arena": arena(plan, e, env, &late, &again)?,
     }))
@@ -131,10 +148,11 @@ fn arena(plan: &Plan, e: &Entry, env: &[u64], late: &[bool], again: &[bool]) -> 
         let forward = w.is_none_or(|w| !late[w]);
         let is = if e.buffers[i].kind == BufferKind::Output {
             "output"
+        } else if w.is_some_and(inside) && rs.iter().all(|s| inside(*s)) {
+            // Both halves of a window run one after the other: nothing of it is kept.
+            "window"
         } else if both && forward && rs.iter().any(|s| late[*s]) {
             "kept"
-        } else if w.is_some_and(inside) && rs.iter().all(|s| inside(*s)) {
-            "window"
         } else if !both {
             "activation"
         } else if w.is_some_and(|w| again[w]) {

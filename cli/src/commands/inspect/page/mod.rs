@@ -16,6 +16,7 @@ use crate::pipeline::{Request, Row};
 use crate::report::{Ui, bytes};
 use columns::Strings;
 use pleach_ir::Sym;
+use pleach_passes::differentiate::SETTINGS;
 use pleach_passes::recompute::SEED;
 use pleach_plan::Plan;
 use serde_json::{Map, Value, json};
@@ -83,6 +84,7 @@ fn data(args: &InspectArgs, subject: &Subject<'_>, title: &str) -> Result<Value>
     out.insert("program".into(), json!(env!("CARGO_PKG_VERSION")));
     out.insert("title".into(), json!(title));
     out.insert("seed".into(), json!(SEED));
+    out.insert("settings".into(), json!(SETTINGS));
     out.insert("rules".into(), passes::rules());
     let gpu = !plan.target.arch.starts_with("x86");
     let speeds = if gpu { pleach_passes::Target::GPU } else { pleach_passes::Target::CPU };

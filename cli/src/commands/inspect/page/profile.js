@@ -41,7 +41,7 @@ class ProfileView {
       const t = p.by.get(e.name);
       if (!t) continue;
       for (const [s, x] of t.steps) {
-        const name = this.data.strings[e.steps.from[s]].split(' [')[0].replace(/\.\d+(?=\.|$)/g, '.*') || '(none)', half = e.steps.late.includes(1) ? (e.steps.late[s] ? ' · backward' : ' · forward') : '';
+        const name = this.data.strings[e.steps.from[s]].split(' [')[0].replace(/\.\d+(?=\.|$)/g, '.*') || '(none)', half = e.steps.part.includes(1) ? ` · ${PARTS[e.steps.part[s]]}` : '';
         const key = `${name}|${e.name}${half}`, g = groups.get(key) || { name, entry: e.name + half, ns: 0, n: 0 };
         g.ns += x.ns;
         g.n++;
@@ -50,7 +50,7 @@ class ProfileView {
     }
     const rows = [...groups.values()].sort((a, b) => b.ns - a.ns), most = rows[0]?.ns || 1;
     return el('section', {}, el('h3', { text: 'By module' }), el('table', {}, el('thead', {}, el('tr', {}, ['module', 'entry', 'steps', 'time', 'share', ''].map((t, k) => el('th', { class: k > 1 ? 'num' : '', text: t })))),
-      el('tbody', {}, rows.slice(0, 40).map((g) => el('tr', {}, el('td', { text: g.name }), el('td', { text: g.entry }), el('td', { class: 'num', text: String(g.n) }), el('td', { class: 'num', text: duration(g.ns) }), el('td', { class: 'num', text: percent(g.ns / p.total) }), this.bar(g.ns / most))))));
+      el('tbody', {}, rows.slice(0, 40).map((g) => el('tr', {}, el('td', { text: g.name }), el('td', { class: 'nowrap', text: g.entry }), el('td', { class: 'num', text: String(g.n) }), el('td', { class: 'num', text: duration(g.ns) }), el('td', { class: 'num', text: percent(g.ns / p.total) }), this.bar(g.ns / most))))));
   }
 
   events() {

@@ -140,23 +140,22 @@ class Metrics {
       for (let i = 0; i < e.n; i++) this.value[i] = t.steps.get(e.step[i])?.ns || 0;
       return;
     }
-    const steps = data.plan.entries.find((p) => p.name === e.name).steps, late = this.tree.late, groups = new Map(), spent = new Map();
-    const key = (l, origin) => `${l}|${origin.split(' [')[0]}`;
+    const steps = data.plan.entries.find((p) => p.name === e.name).steps, part = this.tree.part, groups = new Map(), spent = new Map();
+    const key = (p, origin) => `${p}|${origin.split(' [')[0]}`;
     for (let i = 0; i < e.n; i++) {
       if (e.isLeaf(i) || VIEWS.has(e.opName(i))) continue;
-      const k = key(late[i], e.origin(i));
+      const k = key(part[i], e.origin(i));
       if (!groups.has(k)) groups.set(k, []);
       groups.get(k).push(i);
     }
     for (const [s, x] of t.steps) {
-      const k = key(steps.late[s], data.strings[steps.from[s]]);
+      const k = key(steps.part[s], data.strings[steps.from[s]]);
       spent.set(k, (spent.get(k) || 0) + x.ns);
     }
-    const both = late.includes(1) && late.includes(0);
     for (const [k, ns] of spent) {
       const list = groups.get(k);
       if (!list) {
-        const [l, module] = k.split('|'), box = this.tree.find(both ? (l === '1' ? 'backward' : 'forward') : '', module);
+        const [l, module] = k.split('|'), box = this.tree.find(this.tree.both ? PARTS[l] : '', module);
         this.extra.set(box ?? this.tree.root, (this.extra.get(box ?? this.tree.root) || 0) + ns);
         continue;
       }

@@ -58,8 +58,8 @@ class Tree {
     this.root = new Box(entry.name, null, '');
     this.root.open = true;
     this.home = new Array(entry.n).fill(null);      // the box of each node
-    const late = entry.late(data.raw.seed), both = late.includes(1) && late.includes(0);
-    this.late = late;
+    this.part = entry.parts(data.raw.seed, data.raw.settings);
+    this.both = this.part.includes(1) && this.part.includes(0);
     this.hidden = (i) => !options.params && entry.isLeaf(i);
     const byPath = new Map([['', this.root]]);
     for (let i = 0; i < entry.n; i++) {
@@ -67,8 +67,8 @@ class Tree {
       let box = this.root, path = '';
       // a leaf without a module of its own stands with the first that reads it
       const user = entry.isLeaf(i) ? entry.users()[i][0] ?? i : i, reader = entry.module(i) ? i : user;
-      const half = both ? [late[reader] ? 'backward' : 'forward'] : [];
-      for (const name of [...half, ...levels(entry.module(reader))]) {
+      const part = this.both ? [PARTS[this.part[reader]]] : [];
+      for (const name of [...part, ...levels(entry.module(reader))]) {
         path += `/${name}`;
         let next = byPath.get(path);
         if (!next) {
