@@ -16,7 +16,7 @@ use super::{Config, load_i32, products, transpose};
 use crate::emit::elementwise::{load, round_to, store};
 use crate::emit::func::{Func, Val};
 use crate::emit::vmath::Math;
-use crate::emit::{Emitted, bytes_expr, dim_expr, unsupported};
+use crate::emit::{Emitted, anchors, bytes_expr, dim_expr, unsupported};
 use crate::error::CodegenError;
 use crate::mlir::HostTarget;
 use pleach_ir::{AttentionWrt, DType, Dim, Kernel, Op, Sym, ValueId};

@@ -85,6 +85,9 @@ class Entry {
 class Data {
   constructor(raw) {
     this.raw = raw;
+    // pages that were written before say in which half a launch is
+    raw.settings ||= [];
+    for (const e of raw.plan.entries) e.steps.part ||= e.steps.late;
     this.title = raw.title;
     this.plan = raw.plan;
     this.kernels = raw.kernels;
