@@ -7,6 +7,9 @@
 //! kernel's own text gives them: `… // %4 %7`. What serves all of them, such as constants and loops, says nothing.
 //! Leaves alone: what the kernels mean, and how the text is lowered.
 
+#[cfg(test)]
+mod tests;
+
 use pleach_ir::{Kernel, ValueId};
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -147,7 +150,8 @@ impl Func {
         more.sort_unstable();
         more.dedup();
         for v in more.iter().filter(|v| !self.values.contains(v)) {
-            end += &format!("{} {v}", if end.is_empty() { " //" } else { "" });
+            let sign = if end.is_empty() { " //" } else { "" };
+            let _ = write!(end, "{sign} {v}");
         }
         end
     }
