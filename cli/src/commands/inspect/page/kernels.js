@@ -119,8 +119,9 @@ class Linked {
     if (click) this.pinned = again ? null : { pane, i };
     const marked = again ? { ir: [], mlir: [], code: [] } : this.of(pane, i);
     for (const k of ['ir', 'mlir', 'code']) {
-      this[k].marked = new Set(marked[k]);
-      this[k].list.refresh();
+      const on = (this[k].marked = new Set(marked[k]));
+      // rows stay as they are: one that was made anew under the pointer would be entered again
+      this[k].querySelectorAll('.ln').forEach((row) => row.classList.toggle('on', on.has(Number(row.dataset.line))));
       if (click && !again && this[k] !== pane && marked[k].length) this[k].list.show(marked[k][0]);
     }
   }
