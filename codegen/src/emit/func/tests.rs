@@ -1,7 +1,7 @@
 //! Lines and the values that they are written for.
 
 use super::*;
-use pleach_ir::{Class, DType, Dim, Entry, Layout, Op};
+use pleach_ir::{Class, DType, Dim, Entry, Kernel, Layout, Op};
 
 #[test]
 fn lines_name_the_values_they_are_for() {
