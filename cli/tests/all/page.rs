@@ -310,7 +310,7 @@ fn windows_of_a_loss_are_not_kept() {
         b.click("#tab-memory");
         b.wait("pleach.views.memory.arenas[0].w > 0");
         let windows = b.js("pleach.views.memory.arenas[0].a.kind.filter((k) => k === 'window').length").as_u64();
-        assert!(windows > Some(1), "the loss runs in windows");
+        assert!(windows >= Some(1), "the loss runs in windows");
         kept_is_listed(b);
         b.picture(&format!("windows-{dtype}"));
     }
