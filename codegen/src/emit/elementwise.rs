@@ -46,8 +46,12 @@ pub(crate) fn load_aligned(f: &mut Func, d: DType, ptr: &Val, align: i64) -> Val
 
 /// Stores one element to an address that is a multiple of `align` bytes.
 pub(crate) fn store_aligned(f: &mut Func, d: DType, x: &Val, ptr: &Val, align: i64) {
-    let x = narrow(f, d, x, 1);
-    f.stmt(&format!("llvm.store {x}, {ptr} {{alignment = {align} : i64}} : {}, !llvm.ptr", memory_elem(d)));
+    let (x, ty) = match f.rounded(x) {
+        // Two neighbours round into one register by one instruction.
+        Some(half) if d == DType::BF16 => (half, "bf16"),
+        _ => (narrow(f, d, x, 1), memory_elem(d)),
+    };
+    f.stmt(&format!("llvm.store {x}, {ptr} {{alignment = {align} : i64}} : {ty}, !llvm.ptr"));
 }
 
 /// The register form of what was loaded.
@@ -137,7 +141,11 @@ pub(crate) fn round_to(f: &mut Func, d: DType, x: &Val, lanes: usize) -> Val {
         DType::BF16 if f.round_bf16 => {
             let tb = vty(lanes, "bf16");
             let h = f.op(format!("arith.truncf {x} : {tf} to {tb}"));
-            f.op(format!("arith.extf {h} : {tb} to {tf}"))
+            let y = f.op(format!("arith.extf {h} : {tb} to {tf}"));
+            if f.gpu {
+                f.set_rounded(&y, h);
+            }
+            y
         }
         DType::BF16 => {
             // To nearest even by integers: add 0x7fff and the bit that will be the last. A NaN stays a quiet NaN.

@@ -72,6 +72,8 @@ pub struct Func {
     /// For a GPU: address arithmetic that is there already, for each region that encloses the current position. Equal
     /// expressions are one value, so that the same position has the same name.
     known: Vec<BTreeMap<String, Val>>,
+    /// Values that were rounded to 16 bits and widened again, with what they were in between.
+    rounded: BTreeMap<Rc<str>, Val>,
 }
 
 impl Func {
@@ -93,6 +95,7 @@ impl Func {
             buffers: vec![],
             maps: vec![],
             known: vec![BTreeMap::new()],
+            rounded: BTreeMap::new(),
         }
     }
 
@@ -141,6 +144,16 @@ impl Func {
         let v = self.fresh();
         self.stmt(&format!("{v} = {}", text.as_ref()));
         v
+    }
+
+    /// Says that `wide` is `half` widened.
+    pub fn set_rounded(&mut self, wide: &Val, half: Val) {
+        self.rounded.insert(wide.name.clone(), half);
+    }
+
+    /// What a value was when it was rounded to 16 bits.
+    pub fn rounded(&self, wide: &Val) -> Option<Val> {
+        self.rounded.get(&wide.name).cloned()
     }
 
     /// An operator without effects: on a GPU, an equal one that is there already.

@@ -26,16 +26,20 @@ fn linear(name: &str, k: u64, n: u64, turned: bool, residual: bool) -> Kernel {
     b.named(name, Class::Contraction, &[y])
 }
 
-/// silu(gate) * up with a branch each.
-fn gated(k: u64, n: u64) -> Kernel {
+/// silu(gate) * up with a branch each, or without.
+fn gated(name: &str, k: u64, n: u64, branches: bool) -> Kernel {
     let mut b = Build::shapes(&[(Sym::T, 8)]);
     let x = b.input(DType::BF16, &[T, k.into()]);
     let mut parts = vec![];
     for _ in 0..2 {
         let w = b.input(DType::BF16, &[n.into(), k.into()]);
+        let part = b.product(x, w, false, true);
+        if !branches {
+            parts.push(part);
+            continue;
+        }
         let (h, up) = (b.input(DType::BF16, &[T, 16.into()]), b.input(DType::BF16, &[n.into(), 16.into()]));
         let s = b.input(DType::F32, &[]);
-        let part = b.product(x, w, false, true);
         let branch = b.product(h, up, false, true);
         let branch = b.mul(branch, s);
         parts.push(b.push(Op::Add, &[part, branch]));
@@ -44,7 +48,7 @@ fn gated(k: u64, n: u64) -> Kernel {
     let gate = b.mul(parts[0], gate);
     let y = b.mul(gate, parts[1]);
     let y = b.push(Op::Cast(DType::BF16), &[y]);
-    b.named("gated", Class::Contraction, &[y])
+    b.named(name, Class::Contraction, &[y])
 }
 
 /// xᵀ · y over all tokens.
@@ -76,7 +80,9 @@ fn products_of_a_large_model() {
         linear("forward", 4096, 6144, false, false),
         linear("residual", 14336, 4096, false, true),
         linear("backward", 4096, 4096, true, false),
-        gated(4096, 14336),
+        gated("gated", 4096, 14336, true),
+        // All of the sum is one stage: the products of both follow each other without a loop.
+        gated("gated_once", 64, 14336, false),
         thin(4096),
         gradient("gradient_down", 4096, 16),
         gradient("gradient_up", 16, 4096),

@@ -254,6 +254,42 @@ fn two_groups_share_a_left_operand() {
     }
 }
 
+/// silu(gate) · up where all of the sum is one stage: products of two groups follow each other without a loop.
+#[test]
+fn two_groups_of_a_single_step() {
+    for (k, chip) in [(64, GpuChip::Sm90a), (40, GpuChip::Sm90a), (40, GpuChip::Sm80)] {
+        let mut b = Build::new(&[(Sym::T, 67)]);
+        let x = b.input(DType::BF16, &[T, k.into()]);
+        let parts = [0, 1].map(|_| {
+            let w = b.input(DType::BF16, &[96.into(), k.into()]);
+            b.product(x, w, false, true)
+        });
+        let gate = b.push(Op::Unary(UnaryOp::Sigmoid), &[parts[0]]);
+        let gate = b.mul(parts[0], gate);
+        let y = b.mul(gate, parts[1]);
+        let y = b.push(Op::Cast(DType::BF16), &[y]);
+        let (ptx, _) = b.check(chip, &[y], 1e-2);
+        assert_eq!(ptx.contains("wgmma"), chip == GpuChip::Sm90a);
+    }
+}
+
+/// xᵀ · y over all tokens, added in place: gradients of whole weights. What lies past the last token is NaN.
+#[test]
+fn sums_over_tokens() {
+    for (t, room) in [(139, 90), (64, 64), (37, 300)] {
+        let (m, n) = (Dim::Known(640), Dim::Known(640));
+        let mut b = Build::new(&[(Sym::T, t)]);
+        let (x, y) = (b.input(DType::BF16, &[T, m]), b.input(DType::BF16, &[T, n]));
+        let before = b.input(DType::F32, &[m, n]);
+        let z = b.product(x, y, true, false);
+        let z = b.push(Op::Add, &[before, z]);
+        let mut k = b.kernel(Class::Contraction, &[z]);
+        k.aliases = vec![Some(2)];
+        let (ptx, _) = simulate_at(&k, GpuChip::Sm90a, &b.operands, &[(Sym::T, t)], &[(Sym::T, t + room)], 1e-2);
+        assert!(ptx.contains("wgmma"));
+    }
+}
+
 /// Few rows go another way: 16-byte loads of the weights, the sum shared by the warps of a block.
 #[test]
 fn few_rows() {
@@ -375,7 +411,13 @@ fn work_of_a_large_product() {
     let (read, written) = (counts.global_read as f64 / least as f64, counts.global_written);
     let instructions = counts.warp_instructions as f64 / products as f64;
     eprintln!("{read:.3} of the bytes that tiles have, {instructions:.1} instructions for a product of a warp");
+    if std::env::var_os("PLEACH_OPCODES").is_some() {
+        for (name, n) in &counts.by_opcode {
+            eprintln!("{:8.3} {name}", *n as f64 / products as f64);
+        }
+    }
     assert!(read < 1.02 && written == 2 * t * n * 2, "{read} {written}");
-    // With the retries of waits: the simulator lets every wait return early once.
-    assert!(instructions < 48.0, "{instructions}");
+    // For a product: 11 that exchange, round and store four results of a thread, and 4 zeros that a tile begins with; less than half
+    // of one is a wait, which the simulator lets return early once.
+    assert!(instructions < 40.0, "{instructions}");
 }

@@ -13,11 +13,14 @@ mod chip;
 mod contraction;
 mod form;
 mod launch;
+mod mma;
 mod pull;
 mod reduce;
 mod repeat;
+mod ring;
 mod row;
 mod scatter;
+mod wgmma;
 
 use super::func::{Func, Val};
 use super::{bytes_expr, dim_expr, unsupported};

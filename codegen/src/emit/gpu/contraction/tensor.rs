@@ -16,6 +16,7 @@ use crate::emit::func::{Func, Val};
 use crate::emit::gpu::at::At;
 use crate::emit::gpu::chip::Limits;
 use crate::emit::gpu::launch::Unit;
+use crate::emit::gpu::mma;
 use crate::emit::gpu::pull::Pull;
 use crate::emit::gpu::{Form, Parts, Units, barrier, special};
 use crate::error::CodegenError;
@@ -365,12 +366,7 @@ impl Place {
         let at = f.add(&at, stage);
         let at = f.addc(&at, s.start);
         let at = self.shared(f, &at);
-        let layout = if s.along { "row" } else { "col" };
-        let q = f.op(format!(
-            "nvvm.ldmatrix {at} {{num = 4 : i32, layout = #nvvm.mma_layout<{layout}>, shape = #nvvm.ld_st_matrix_shape<m = 8, \
-             n = 8>, eltType = #nvvm.ld_st_matrix_elt_type<b16>}} : (!llvm.ptr<3>) -> !llvm.struct<(i32, i32, i32, i32)>"
-        ));
-        [0, 1, 2, 3].map(|i| f.op(format!("llvm.extractvalue {q}[{i}] : !llvm.struct<(i32, i32, i32, i32)>")))
+        mma::load(f, &at, !s.along)
     }
 
     /// The thread's sums of products of one left operand over a range of steps, added to what is there: four for every
@@ -422,16 +418,7 @@ impl Place {
                 for j in 0..columns as usize {
                     let b = &b[j / 2][2 * (j % 2)..];
                     let c = &mut acc[4 * (i * columns as usize + j)..][..4];
-                    let d = f.op(format!(
-                        "nvvm.mma.sync A[{}, {}, {}, {}] B[{}, {}] C[{}, {}, {}, {}] {{layoutA = #nvvm.mma_layout<row>, layoutB = \
-                         #nvvm.mma_layout<col>, multiplicandAPtxType = #nvvm.mma_type<bf16>, multiplicandBPtxType = \
-                         #nvvm.mma_type<bf16>, shape = #nvvm.shape<m = 16, n = 8, k = 16>}} : (i32, i32, f32) -> \
-                         !llvm.struct<(f32, f32, f32, f32)>",
-                        a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2], c[3]
-                    ));
-                    for (e, c) in c.iter_mut().enumerate() {
-                        *c = f.op(format!("llvm.extractvalue {d}[{e}] : !llvm.struct<(f32, f32, f32, f32)>"));
-                    }
+                    mma::multiply(f, a.each_ref(), [&b[0], &b[1]], c);
                 }
             }
         }

@@ -11,6 +11,7 @@ use crate::emit::contraction::analyze::{Analysis, Product, Right};
 use crate::emit::func::{Func, Val};
 use crate::emit::gpu::at::At;
 use crate::emit::gpu::launch::{Unit, shared_at, shared_load, shared_store};
+use crate::emit::gpu::mma;
 use crate::emit::gpu::pull::Pull;
 use crate::emit::gpu::{barrier, special};
 use crate::error::CodegenError;
@@ -228,16 +229,8 @@ fn accumulate(
         for (rows, lines) in &loaded {
             for (pair, c) in lines.chunks(2).zip(sums.chunks_mut(4)) {
                 for h in [0, 2] {
-                    let d = f.op(format!(
-                        "nvvm.mma.sync A[{}, {}, {}, {}] B[{}, {}] C[{}, {}, {}, {}] {{layoutA = #nvvm.mma_layout<row>, \
-                         layoutB = #nvvm.mma_layout<col>, multiplicandAPtxType = #nvvm.mma_type<bf16>, \
-                         multiplicandBPtxType = #nvvm.mma_type<bf16>, shape = #nvvm.shape<m = 16, n = 8, k = 16>}} : (i32, \
-                         i32, f32) -> !llvm.struct<(f32, f32, f32, f32)>",
-                        pair[0][h], pair[1][h], pair[0][h + 1], pair[1][h + 1], rows[h], rows[h + 1], c[0], c[1], c[2], c[3]
-                    ));
-                    for (e, c) in c.iter_mut().enumerate() {
-                        *c = f.op(format!("llvm.extractvalue {d}[{e}] : !llvm.struct<(f32, f32, f32, f32)>"));
-                    }
+                    let a = [&pair[0][h], &pair[1][h], &pair[0][h + 1], &pair[1][h + 1]];
+                    mma::multiply(f, a, [&rows[h], &rows[h + 1]], c);
                 }
             }
         }

@@ -7,6 +7,7 @@ use super::{THREADS, Thread};
 use crate::emit::attention::view::RowView;
 use crate::emit::func::{Func, Val};
 use crate::emit::gpu::launch::shared_at;
+use crate::emit::gpu::mma;
 
 /// Elements of 16 bytes.
 const PIECE: i64 = 8;
@@ -110,12 +111,7 @@ impl Lanes {
         let at = shared_at(f, &t.smem, &at, "i8");
         let offset = f.i64(byte);
         let at = shared_at(f, &at, &offset, "i8");
-        let layout = if turned { "col" } else { "row" };
-        let q = f.op(format!(
-            "nvvm.ldmatrix {at} {{num = 4 : i32, layout = #nvvm.mma_layout<{layout}>, shape = #nvvm.ld_st_matrix_shape<m = 8, \
-             n = 8>, eltType = #nvvm.ld_st_matrix_elt_type<b16>}} : (!llvm.ptr<3>) -> !llvm.struct<(i32, i32, i32, i32)>"
-        ));
-        [0, 1, 2, 3].map(|i| f.op(format!("llvm.extractvalue {q}[{i}] : !llvm.struct<(i32, i32, i32, i32)>")))
+        mma::load(f, &at, turned)
     }
 
     /// A left operand: rows `row..row + 16` of a tile, columns `column..column + 16`.
@@ -138,15 +134,7 @@ impl Lanes {
 
 /// c + a · b for 16 rows and 8 columns.
 pub(super) fn multiply(f: &mut Func, a: &[Val; 4], b: &[Val], c: &mut [Val]) {
-    let d = f.op(format!(
-        "nvvm.mma.sync A[{}, {}, {}, {}] B[{}, {}] C[{}, {}, {}, {}] {{layoutA = #nvvm.mma_layout<row>, layoutB = \
-         #nvvm.mma_layout<col>, multiplicandAPtxType = #nvvm.mma_type<bf16>, multiplicandBPtxType = #nvvm.mma_type<bf16>, \
-         shape = #nvvm.shape<m = 16, n = 8, k = 16>}} : (i32, i32, f32) -> !llvm.struct<(f32, f32, f32, f32)>",
-        a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2], c[3]
-    ));
-    for (e, c) in c.iter_mut().enumerate() {
-        *c = f.op(format!("llvm.extractvalue {d}[{e}] : !llvm.struct<(f32, f32, f32, f32)>"));
-    }
+    mma::multiply(f, a.each_ref(), [&b[0], &b[1]], c);
 }
 
 /// Two f32 as a pair of bf16 in an i32, `low` in the lower half.

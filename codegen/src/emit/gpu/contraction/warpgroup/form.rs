@@ -7,6 +7,8 @@ use crate::emit::gpu;
 use crate::emit::gpu::chip::Limits;
 use crate::emit::gpu::contraction::operand::axes;
 use crate::emit::gpu::contraction::passes::{Taken, passes};
+use crate::emit::gpu::ring::Ring;
+use crate::emit::gpu::wgmma;
 use crate::error::CodegenError;
 use pleach_ir::{DType, Dim, Kernel, Sym, ValueId};
 use pleach_plan::{Expr, TensorMap};
@@ -14,7 +16,7 @@ use pleach_plan::{Expr, TensorMap};
 /// Steps of the contracted dimension in a stage: rows of 128 bytes, which one swizzle covers.
 pub(super) const STEP: i64 = 64;
 /// Rows of a warpgroup.
-pub(super) const ROWS: i64 = 64;
+pub(super) const ROWS: i64 = wgmma::ROWS;
 /// Bytes of 64 rows or columns of a stage.
 pub(super) const BLOCK: i64 = ROWS * STEP * 2;
 /// Rows that a symbol is taken for where a choice depends on it.
@@ -67,11 +69,7 @@ impl Cut {
 
     /// Dynamic shared memory, bytes.
     pub(super) fn shared(&self) -> i64 {
-        self.barriers() + 16 * self.stages
-    }
-
-    pub(super) fn threads(&self) -> i64 {
-        128 * (self.consumers + 1)
+        self.barriers() + Ring::barrier_bytes(self.stages)
     }
 
     /// Blocks that one multiprocessor holds.
@@ -166,9 +164,10 @@ pub(in super::super) fn forms(
 fn shape(a: &Analysis) -> Option<(Shape, Vec<Vec<Taken>>)> {
     let rows = a.m.known();
     let (Some(columns), true) = (a.n.known(), a.batch.is_empty()) else { return None };
-    // A sum of unknown length would have to be cut off within a tile: a branch that the products would wait for.
+    // A sum of unknown length ends within a stage, where what is past its end is cleared: whole lines.
     let fits = |x: &Product| {
-        x.dtype == DType::BF16 && x.k.known().is_some_and(|k| k > 0) && (0..2).all(|s| place(a, x, s).is_some())
+        let side = |s: usize| place(a, x, s).is_some_and(|p| x.k.known().is_some() || !p.along);
+        x.dtype == DType::BF16 && x.k.known() != Some(0) && (0..2).all(side)
     };
     if columns % 4 != 0 || rows.is_some_and(|m| m < ROWS as u64) || !a.products.iter().all(fits) {
         return None;
@@ -178,11 +177,8 @@ fn shape(a: &Analysis) -> Option<(Shape, Vec<Vec<Taken>>)> {
     let sets = a.groups.len() as i64 + i64::from(scaled);
     let parts = order.iter().map(|p| p.len()).max().unwrap_or(1) as i64;
     let across = a.products.iter().any(|x| place(a, x, 1).is_some_and(|p| !p.along));
-    let depth: u64 = order.iter().filter_map(|p| a.products[p[0].1].k.known()).map(|k| k.div_ceil(STEP as u64)).sum();
-    // Several products of a single step have nothing to overlap, and the assembler would put waits between them.
-    if parts > 1 && depth < 2 {
-        return None;
-    }
+    let length = |p: &Vec<Taken>| a.products[p[0].1].k.known().unwrap_or(TYPICAL_ROWS).div_ceil(STEP as u64);
+    let depth: u64 = order.iter().map(length).sum();
     Some((Shape { rows: rows.unwrap_or(TYPICAL_ROWS), columns, sets, parts, depth, across }, order))
 }
 
@@ -197,6 +193,11 @@ pub(super) fn form(
     let Some((shape, order)) = shape(a) else { return Ok(None) };
     let cut = shape.cuts(limits).into_iter().find(|c| wish.is_none_or(|w| *w == c.form()));
     let Some(cut) = cut else { return Ok(None) };
+    // Few tiles of a long sum leave multiprocessors idle, unless they share it. Who wishes the form knows better.
+    let few = 4 * shape.tiles(&cut) < 3 * u64::from(limits.multiprocessors);
+    if wish.is_none() && few && a.products.iter().any(|x| x.k.known().is_none()) {
+        return Ok(None);
+    }
 
     let mut maps: Vec<TensorMap> = vec![];
     let mut passes = vec![];
@@ -283,9 +284,13 @@ impl Shape {
         all.into_iter().map(|c| c.1).collect()
     }
 
+    fn tiles(&self, cut: &Cut) -> u64 {
+        self.rows.div_ceil(cut.rows() as u64) * self.columns.div_ceil(cut.columns as u64)
+    }
+
     /// Cycles, roughly: tensor cores against the cache's bandwidth, in whole rounds of all multiprocessors.
     fn cost(&self, cut: &Cut, limits: &Limits) -> u64 {
-        let tiles = self.rows.div_ceil(cut.rows() as u64) * self.columns.div_ceil(cut.columns as u64);
+        let tiles = self.tiles(cut);
         let n = (cut.columns * self.parts) as u64;
         let (sms, consumers) = (u64::from(limits.multiprocessors), cut.consumers as u64);
         // A product of 64 by n by 16 takes n / 2 cycles, or as long as shared memory gives its operands.
