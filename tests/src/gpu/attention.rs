@@ -80,6 +80,8 @@ pub fn graph(x: &Form) -> Result<Graph, String> {
 
 /// Counts: one short sequence; some of them empty; some within one block of rows; longer than blocks and tiles.
 const COUNTS: [[u64; 3]; 4] = [[1, 1, 1], [5, 7, 1], [70, 2, 1], [150, 3, 1]];
+/// One sequence of several blocks of 128 rows, which warpgroups take: some see tiles that others pass over.
+const LONG: [u64; 3] = [290, 1, 1];
 
 /// Compiles a form, assembles it where there is an assembler, and runs its attention kernels alone. Gives what its entries take.
 ///
@@ -94,7 +96,8 @@ pub fn check(x: &Form, chip: GpuChip) -> Result<BTreeMap<String, Resources>, Str
     }
     let mut products = 0;
     for k in kernels {
-        for (seed, at) in COUNTS.into_iter().enumerate() {
+        let long = (chip == GpuChip::Sm90a).then_some(LONG);
+        for (seed, at) in COUNTS.into_iter().chain(long).enumerate() {
             products += alone::check(&c, k, at, seed as u64)?.1.mma_flops;
         }
     }

@@ -21,7 +21,9 @@ pub(crate) fn trials(trials: &mut Trials) {
         add(trials, from, full);
     }
     for x in attention::forms(full) {
-        for chip in GpuChip::ALL.into_iter().filter(|c| full || *c == GpuChip::Sm80) {
+        // Wide heads have a form of their own on the newer chip.
+        let both = full || (64..=128).contains(&x.head_dim);
+        for chip in GpuChip::ALL.into_iter().filter(|c| both || *c == GpuChip::Sm80) {
             let name = format!("attention/{x:?}/{}", chip.name());
             trials.add(name, move || attend(&x, chip, full));
         }

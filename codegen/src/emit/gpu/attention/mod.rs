@@ -67,9 +67,9 @@ impl Config {
 }
 
 /// Emits an attention kernel.
-pub(super) fn emit(k: &Kernel, symbols: &[Sym], _chip: GpuChip) -> Result<Parts, CodegenError> {
+pub(super) fn emit(k: &Kernel, symbols: &[Sym], chip: GpuChip) -> Result<Parts, CodegenError> {
     let c = Config::new(k)?;
-    match flash::emit(k, symbols, &c)? {
+    match flash::emit(k, symbols, &c, chip)? {
         Some(parts) => Ok(parts),
         None => plain::emit(k, symbols, &c, false),
     }

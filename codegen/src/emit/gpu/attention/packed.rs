@@ -47,6 +47,21 @@ impl Sequence {
         .remove(0)
     }
 
+    /// First and one past the last number of the sequences that have one of `rows` rows from `block` on, of `all` rows.
+    pub(super) fn of_rows(
+        f: &mut Func,
+        p: &mut Pull<'_>,
+        c: &Config,
+        (block, rows): (&Val, i64),
+        all: &Val,
+    ) -> (Val, Val) {
+        let (last, end) = (f.addc(block, rows - 1), f.addc(all, -1));
+        let last = f.min(&last, &end);
+        let (first, last) = (Sequence::find(f, p, c, block), Sequence::find(f, p, c, &last));
+        let past = f.addc(&last, 1);
+        (first, past)
+    }
+
     /// First and one past the last key that query `i` of the sequence sees.
     pub(super) fn sees(&self, f: &mut Func, c: &Config, i: &Val) -> (Val, Val) {
         let zero = f.i64(0);

@@ -1,9 +1,9 @@
 //! The gradients of keys and values, for 64 keys of a key/value head: all queries that see them, sequence by sequence, head by
 //! head, tile by tile, in one order. Scores are computed turned: keys are rows.
 
-use super::forward::store_row;
 use super::queries::of_query;
-use super::tile::{Lanes, Source, arrive, as_left, binary, carried, commit, exp2, fma, multiply};
+use super::softmax::{changes, store_row};
+use super::tile::{Lanes, Source, arrive, as_left, binary, carried, commit, multiply};
 use super::{Flash, ROWS, THREADS, Thread};
 use crate::emit::func::{Func, Val};
 use crate::emit::gpu::attention::packed::Sequence;
@@ -69,10 +69,15 @@ fn block(x: &Flash<'_>, t: Thread, f: &mut Func, p: &mut Pull<'_>, queries: i64,
         let s = Sequence::of(f, p, x.c, s);
         w.sequence(f, p, &s, now.to_vec())
     });
+    write(f, p, x, &w.t, rows, &done);
+}
+
+/// Writes the gradients of the keys of a block and of their values: sums of a thread, of keys, then of values.
+pub(super) fn write(f: &mut Func, p: &mut Pull<'_>, x: &Flash<'_>, t: &Thread, rows: &Val, sums: &[Val]) {
     let half = (x.d / 2) as usize;
-    let warp = w.t.warp_row(f);
-    let first = f.add(&w.t.block, &warp);
-    let first = f.add(&first, &w.t.row);
+    let warp = t.warp_row(f);
+    let first = f.add(&t.block, &warp);
+    let first = f.add(&first, &t.row);
     let scale = f.f32(f32::from_bits(x.c.at.scale), 1);
     for h in 0..2 {
         let row = f.addc(&first, 8 * h as i64);
@@ -80,14 +85,14 @@ fn block(x: &Flash<'_>, t: Thread, f: &mut Func, p: &mut Pull<'_>, queries: i64,
         f.if_(&inside, |f| {
             let of = |from: usize| -> Vec<Val> {
                 let list = (0..x.d / 8).flat_map(|i| [0, 1].map(|e| from + (4 * i) as usize + 2 * h + e));
-                list.map(|i| done[i].clone()).collect()
+                list.map(|i| sums[i].clone()).collect()
             };
             if let Some(r) = x.c.grads[1] {
                 let own: Vec<Val> = of(0).iter().map(|g| binary(f, "mulf", g, &scale)).collect();
-                store_row(f, p, x, r, &w.t, &w.t.head, &row, &own);
+                store_row(f, p, x, r, t, &t.head, &row, &own);
             }
             if let Some(r) = x.c.grads[2] {
-                store_row(f, p, x, r, &w.t, &w.t.head, &row, &of(half));
+                store_row(f, p, x, r, t, &t.head, &row, &of(half));
             }
         });
     }
@@ -208,37 +213,19 @@ impl Keys<'_, '_> {
                 multiply(f, &v, &b[2..], &mut products[at + 4..at + 8]);
             }
         }
-        let column = f.add(at, &self.t.pair);
-        let from = [0, 1].map(|h: usize| {
-            let x = f.sub(&column, &bounds[h].0);
-            f.op(format!("arith.trunci {x} : i64 to i32"))
-        });
         let base = f.mulc(slot, 2 * self.queries);
         let base = f.addc(&base, self.numbers / 4);
         let base = f.add(&base, &self.t.pair);
         let base = shared_at(f, &self.t.smem, &base, "f32");
-        let (mut weights, mut changes) = (vec![], vec![]);
-        for j in 0..self.queries / 8 {
-            let number = |f: &mut Func, more: i64| {
-                let offset = f.i64(8 * j + more);
-                let at = shared_at(f, &base, &offset, "f32");
-                shared_load(f, &at, "f32", 4)
-            };
-            let lse = [number(f, 0), number(f, 1)];
-            let sum = [number(f, self.queries), number(f, self.queries + 1)];
-            for e in 0..4 {
-                let (i, h) = ((4 * j) as usize + e, e / 2);
-                let x = fma(f, &scores[i], &self.factor, &lse[e % 2]);
-                let w = exp2(f, &x);
-                let step = f.i32((8 * j) as i32 + (e % 2) as i32, 1);
-                let query = f.op(format!("arith.addi {}, {step} : i32", from[h]));
-                let seen = f.op(format!("arith.cmpi ult, {query}, {} : i32", bounds[h].1));
-                let w = f.op(format!("arith.select {seen}, {w}, {none} : f32"));
-                let g = binary(f, "subf", &products[i], &sum[e % 2]);
-                changes.push(binary(f, "mulf", &w, &g));
-                weights.push(w);
-            }
-        }
+        let number = |f: &mut Func, at: i64| {
+            let offset = f.i64(at);
+            let at = shared_at(f, &base, &offset, "f32");
+            shared_load(f, &at, "f32", 4)
+        };
+        let columns = (0..self.queries / 8).flat_map(|j| [8 * j, 8 * j + 1]);
+        let numbers: Vec<(Val, Val)> = columns.map(|c| (number(f, c), number(f, c + self.queries))).collect();
+        let numbers = |_: &mut Func, i: usize| numbers[i / 4 * 2 + i % 2].clone();
+        let (weights, changes) = changes(f, (&self.t, &self.factor), &scores, &products, Some((at, bounds)), numbers);
         let half = (self.x.d / 2) as usize;
         for j in 0..self.queries / 16 {
             let a = as_left(f, &changes, (16 * j) as usize);

@@ -4,21 +4,24 @@
 //! A block of four warps takes 64 rows of one head: queries for the result and their gradient, keys for the gradients of keys
 //! and values. Tiles of the other side go through two stages of shared memory. Rows of several sequences may share a block,
 //! which then takes one sequence after the other and masks the rest. Scores, weights and their gradients stay in the
-//! registers they are computed in, whose layout is that of the next product's left operand.
+//! registers they are computed in, whose layout is that of the next product's left operand. [`warpgroup`] does the same on
+//! chips that have products of warpgroups, 128 rows to a block.
 //!
 //! The gradients need rowsum(d_out · out) of every query: a launch of its own puts them into scratch memory.
 
 mod forward;
 mod keys;
 mod queries;
+mod softmax;
 mod tile;
+mod warpgroup;
 
 use super::{Config, plain};
 use crate::emit::attention::view::{RowView, row_view};
 use crate::emit::dim_expr;
 use crate::emit::func::{Func, Val};
 use crate::emit::gpu::pull::Pull;
-use crate::emit::gpu::{Parts, special};
+use crate::emit::gpu::{GpuChip, Parts, special};
 use crate::error::CodegenError;
 use pleach_ir::{DType, Dim, Kernel, Sym, ValueId};
 use pleach_plan::Expr;
@@ -101,8 +104,9 @@ pub(super) fn many(f: &mut Func, p: &mut Pull<'_>, c: &Config) -> Val {
 }
 
 /// Emits the kernel, if it has this form.
-pub(super) fn emit(k: &Kernel, symbols: &[Sym], c: &Config) -> Result<Option<Parts>, CodegenError> {
+pub(super) fn emit(k: &Kernel, symbols: &[Sym], c: &Config, chip: GpuChip) -> Result<Option<Parts>, CodegenError> {
     let Some(x) = Flash::of(k, c) else { return Ok(None) };
+    let limits = chip.limits();
     let (mut text, mut launches, mut scratch) = (String::new(), vec![], Expr::Const(0));
     let mut add = |part: (String, pleach_plan::Launch)| {
         text += &part.0;
@@ -113,13 +117,22 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], c: &Config) -> Result<Option<Par
         scratch = rows.mul(u64::from(c.at.heads) * 4);
         add(queries::sums(&x, symbols)?);
         if c.grads[0].is_some() {
-            add(queries::emit(&x, symbols)?);
+            add(match warpgroup::queries(&x, symbols, &limits)? {
+                Some(part) => part,
+                None => queries::emit(&x, symbols)?,
+            });
         }
         if c.grads[1..].iter().any(Option::is_some) {
-            add(keys::emit(&x, symbols)?);
+            add(match warpgroup::keys(&x, symbols, &limits)? {
+                Some(part) => part,
+                None => keys::emit(&x, symbols)?,
+            });
         }
     } else {
-        add(forward::emit(&x, symbols)?);
+        add(match warpgroup::forward(&x, symbols, &limits)? {
+            Some(part) => part,
+            None => forward::emit(&x, symbols)?,
+        });
         if x.split {
             let (more, few, _) = plain::emit(k, symbols, c, true)?;
             text += &more;

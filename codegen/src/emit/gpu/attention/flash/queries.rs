@@ -1,7 +1,7 @@
 //! The gradient of queries, and the sums that all gradients need.
 
-use super::forward::store_row;
-use super::tile::{Lanes, Source, arrive, as_left, binary, carried, commit, exp2, fma, multiply};
+use super::softmax::{changes, store_row};
+use super::tile::{Lanes, Source, arrive, as_left, binary, carried, commit, fma, multiply};
 use super::{Flash, ROWS, THREADS, Thread, WARPS};
 use crate::emit::dim_expr;
 use crate::emit::func::{Func, Val};
@@ -124,15 +124,19 @@ fn block(x: &Flash<'_>, t: Thread, f: &mut Func, p: &mut Pull<'_>, keys: i64, ro
     let two = |v: Vec<Val>| [v[0].clone(), v[1].clone()];
     let w = Queries { x, t, lanes, keys, k, v, kv_head, d_out, stages, factor, lse: two(lse), sums: two(sums) };
     let start = vec![f.f32(0.0, 1); (x.d / 2) as usize];
-    let last = f.addc(&w.t.block, ROWS - 1);
-    let end = f.addc(rows, -1);
-    let last = f.min(&last, &end);
-    let (from, last) = (Sequence::find(f, p, x.c, &w.t.block), Sequence::find(f, p, x.c, &last));
-    let past = f.addc(&last, 1);
+    let (from, past) = Sequence::of_rows(f, p, x.c, (&w.t.block, ROWS), rows);
     let done = f.for_(&from, &past, 1, &carried(&start), |f, s, now| {
         let s = Sequence::of(f, p, x.c, s);
         w.sequence(f, &s, now.to_vec())
     });
+    write(f, p, x, &w.t, rows, &done);
+}
+
+/// Writes the gradient of the queries of a block: sums of a thread, four for every 8 columns.
+pub(super) fn write(f: &mut Func, p: &mut Pull<'_>, x: &Flash<'_>, t: &Thread, rows: &Val, sums: &[Val]) {
+    let warp = t.warp_row(f);
+    let first = f.add(&t.block, &warp);
+    let first = f.add(&first, &t.row);
     let scale = f.f32(f32::from_bits(x.c.at.scale), 1);
     for h in 0..2 {
         let row = f.addc(&first, 8 * h as i64);
@@ -140,10 +144,10 @@ fn block(x: &Flash<'_>, t: Thread, f: &mut Func, p: &mut Pull<'_>, keys: i64, ro
         f.if_(&inside, |f| {
             let own: Vec<Val> = (0..x.d / 8)
                 .flat_map(|i| [0, 1].map(|e| (4 * i) as usize + 2 * h + e))
-                .map(|i| binary(f, "mulf", &done[i], &scale))
+                .map(|i| binary(f, "mulf", &sums[i], &scale))
                 .collect();
             if let Some(r) = x.c.grads[0] {
-                store_row(f, p, x, r, &w.t, &w.t.head, &row, &own);
+                store_row(f, p, x, r, t, &t.head, &row, &own);
             }
         });
     }
@@ -236,23 +240,8 @@ impl Queries<'_, '_> {
                 multiply(f, &g, &b[2..], &mut products[at + 4..at + 8]);
             }
         }
-        let column = f.add(at, &self.t.pair);
-        let from = [0, 1].map(|h: usize| {
-            let x = f.sub(&column, &bounds[h].0);
-            f.op(format!("arith.trunci {x} : i64 to i32"))
-        });
-        let mut changes = vec![];
-        for (i, (s, g)) in scores.iter().zip(&products).enumerate() {
-            let h = i % 4 / 2;
-            let x = fma(f, s, &self.factor, &self.lse[h]);
-            let w = exp2(f, &x);
-            let step = f.i32((8 * (i / 4) + i % 2) as i32, 1);
-            let key = f.op(format!("arith.addi {}, {step} : i32", from[h]));
-            let seen = f.op(format!("arith.cmpi ult, {key}, {} : i32", bounds[h].1));
-            let w = f.op(format!("arith.select {seen}, {w}, {none} : f32"));
-            let g = binary(f, "subf", g, &self.sums[h]);
-            changes.push(binary(f, "mulf", &w, &g));
-        }
+        let numbers = |_: &mut Func, i: usize| (self.lse[i % 4 / 2].clone(), self.sums[i % 4 / 2].clone());
+        let (_, changes) = changes(f, (&self.t, &self.factor), &scores, &products, Some((at, bounds)), numbers);
         for j in 0..self.keys / 16 {
             let a = as_left(f, &changes, (16 * j) as usize);
             for i in 0..self.x.d / 16 {
