@@ -10,7 +10,7 @@ use pleach_ir::interp::{Symbols, Tensor};
 use pleach_ir::{DType, Graph, Param, Sym};
 use pleach_passes::Options;
 use pleach_plan::Meta;
-use pleach_runtime::train::{Machine, Order, Stepped, step_with};
+use pleach_runtime::train::{Machine, Order, Settings, Stepped, Warmup, step_with};
 use std::collections::BTreeSet;
 use std::sync::OnceLock;
 
@@ -142,9 +142,11 @@ impl Case {
         let c = self.compiled()?;
         let params: Vec<Param> = c.schedule.params.iter().map(|(p, _)| p.clone()).collect();
         let start = o.values(&params)?;
+        // The first step of a warm-up changes nothing.
+        let settings = Settings { warmup: Warmup::Steps(0), ..o.settings.clone() };
         let step = |m: &mut dyn Machine| -> Result<Stepped, String> {
             let mut order = Order::new(o.rows.len(), None);
-            step_with(m, &o.rows, &mut order, &o.settings, 0, None).map_err(text)
+            step_with(m, &o.rows, &mut order, &settings, 0, None).map_err(text)
         };
         let mut machines = vec![];
         for how in WAYS {

@@ -112,8 +112,11 @@ fn shaped_plan(name: &str, graph: &Graph, dtype: DType, chip: GpuChip) -> Plan {
 
 #[test]
 fn a_layer_of_a_large_model_trains() {
-    let graph = shaped::LLAMA_3_8B.open(1).unwrap().training("lora", 16).unwrap();
-    shaped_plan("llama-3-8b lora", &graph, DType::BF16, GpuChip::Sm90a);
+    let model = shaped::LLAMA_3_8B.open(1).unwrap();
+    for (method, chip) in [("lora", GpuChip::Sm80), ("lora", GpuChip::Sm90a), ("paca", GpuChip::Sm90a)] {
+        let graph = model.training(method, 16).unwrap();
+        shaped_plan(&format!("llama-3-8b {method}"), &graph, DType::BF16, chip);
+    }
 }
 
 #[test]
@@ -122,6 +125,7 @@ fn small_models_run() {
     shaped_plan("smollm2", &graph, DType::BF16, GpuChip::Sm90a);
     let graph = shaped::minilm().unwrap().inference(&["infer"], 0).unwrap();
     shaped_plan("minilm", &graph, DType::F32, GpuChip::Sm80);
+    shaped_plan("minilm", &graph, DType::BF16, GpuChip::Sm90a);
 }
 
 /// Every form that a kernel of a layer's training step can have.
