@@ -1,7 +1,7 @@
 //! The child's work for methods that ask for gradients or statistics of inputs: plans that look at some layers, runs, preparation.
 //!
-//! The fewest parts are taken in which a session stays within a layer's weights of what training itself will take. Rows are run one
-//! at a time.
+//! The fewest parts are taken in which a session, and all prepared values beside it, take no more than training itself will. What was
+//! measured is copied and decomposed layer by layer, so the whole stays within about a layer of that. Rows are run one at a time.
 
 use super::{Values, floats};
 use crate::args::{DType, ModelArgs, TrainArgs};
@@ -11,9 +11,9 @@ use crate::ready::{self, Ready};
 use crate::report::Ui;
 use crate::rows;
 use crate::training::Training;
+use pleach_frontend::Adapter;
 use pleach_frontend::adapter::{Request, collect, prepare};
-use pleach_frontend::{Adapter, Checkpoint};
-use pleach_runtime::train::{Look, Order, calibrate};
+use pleach_runtime::train::{Init, Look, Order, calibrate};
 use pleach_runtime::{Session, plan_memory};
 
 /// The prepared values, and in how many parts the model was looked at.
@@ -34,8 +34,9 @@ pub(super) fn values(ui: &Ui, args: &TrainArgs, training: &Training, adapter: &A
     let modules: Vec<&str> = requests.iter().map(|(m, _)| m.as_str()).collect();
     let layers = layers(&modules);
     let weights = training.ready.weights()?;
-    let largest = layers.iter().map(|l| layer_bytes(l, base)).max().unwrap_or(0);
-    let most = training.memory(ui, &weights)?.total() + largest;
+    let made = training.adapter.tensors.iter().filter(|t| matches!(t.init, Init::Prepared { .. }));
+    let made: u64 = made.map(|t| 4 * t.shape.iter().product::<u64>()).sum();
+    let most = training.memory(ui, &weights)?.total().saturating_sub(made);
     let length = data.report().longest;
     let model = ModelArgs { model: folder, weights: None, adapter: vec![], dtype: DType::F32, ..args.model.clone() };
     let part = |modules: &[String]| TrainPart {
@@ -72,13 +73,15 @@ pub(super) fn values(ui: &Ui, args: &TrainArgs, training: &Training, adapter: &A
         let mut order = Order::new(data.len(), (!args.no_shuffle).then_some(args.seed));
         calibrate(&mut session, look, &data, &mut order, args.shape.batch, batches)?;
         let names: Vec<String> = ready.plan.params.iter().map(|p| p.name.clone()).collect();
-        let measured = collect(&modules, base, batches, &names, |name| -> Result<Vec<f32>> {
-            let v = session.read_param(name)?;
-            Ok(v.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
-        })?;
+        for layer in chunk {
+            let measured = collect(layer, base, batches, &names, |name| -> Result<Vec<f32>> {
+                let v = session.read_param(name)?;
+                Ok(v.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+            })?;
+            out.extend(floats(prepare(adapter, base, &measured, ui.workers())?));
+        }
         drop(session);
         pleach_runtime::give_back();
-        out.extend(floats(prepare(adapter, base, &measured, ui.workers())?));
     }
     Ok((out, layers.len().div_ceil(each)))
 }
@@ -96,10 +99,4 @@ fn layers(modules: &[&str]) -> Vec<Vec<String>> {
         }
     }
     out.into_iter().map(|l| l.1).collect()
-}
-
-/// Bytes of the weights of these modules in f32.
-fn layer_bytes(modules: &[String], base: &Checkpoint) -> u64 {
-    let weight = |m: &String| base.param(&format!("{m}.weight")).map_or(0, |t| 4 * t.shape.iter().product::<u64>());
-    modules.iter().map(weight).sum()
 }
