@@ -142,12 +142,15 @@ fn norms(kept: &Kept) -> Vec<f64> {
 /// How far results of two forms may be apart, relative to the larger one.
 const APART: f64 = 2e-2;
 
+/// A kernel's signature, and of each of its forms: its kernel, its name, milliseconds.
+type Timed = (String, Vec<(u32, String, f64)>);
+
 /// Times every form of every kernel within runs of everything, round by round. A form that gives other results has no time.
 fn forms(s: &mut Session, a: &Args, inputs: &BTreeMap<String, Input>) -> Result<Vec<Value>> {
     let bad = || RuntimeError::Values("the plan has no list of forms; `pleach tune --forms-only` makes one".into());
     let list = s.plan().meta.extra.get("alternatives").and_then(Value::as_array).cloned().ok_or_else(bad)?;
-    // By signature, in the plan's order: kernel, form, milliseconds.
-    let mut kernels: Vec<(String, Vec<(u32, String, f64)>)> = vec![];
+    // In the plan's order.
+    let mut kernels: Vec<Timed> = vec![];
     for x in &list {
         let text = |k: &str| x[k].as_str().map(String::from).ok_or_else(bad);
         let kernel = x["kernel"].as_u64().and_then(|n| u32::try_from(n).ok()).ok_or_else(bad)?;
@@ -162,7 +165,7 @@ fn forms(s: &mut Session, a: &Args, inputs: &BTreeMap<String, Input>) -> Result<
     let mut usual: Option<Vec<f64>> = None;
     let mut wrong = vec![false; most];
     for round in 0..=a.repeat.max(1) {
-        for number in 0..most {
+        for (number, wrong) in wrong.iter_mut().enumerate() {
             for (k, now) in kernels.iter().zip(&mut running) {
                 let next = k.1.get(number).unwrap_or(&k.1[0]).0;
                 s.substitute(*now, next)?;
@@ -177,7 +180,7 @@ fn forms(s: &mut Session, a: &Args, inputs: &BTreeMap<String, Input>) -> Result<
             let want = usual.get_or_insert_with(|| got.clone());
             // What is no number is near nothing.
             let near = |a: &f64, b: &f64| (a - b).abs() <= APART * a.abs().max(b.abs()).max(1e-6);
-            wrong[number] |= want.iter().zip(&got).any(|(a, b)| !near(a, b));
+            *wrong |= want.iter().zip(&got).any(|(a, b)| !near(a, b));
             let mut times: BTreeMap<u32, f64> = BTreeMap::new();
             for t in s.step_times().iter().filter(|_| round > 0) {
                 let kernel = s.plan().entries[t.entry as usize].steps[t.step as usize].kernel;
