@@ -107,7 +107,7 @@ fn graph(seed: u64) -> Graph {
 }
 
 /// What the text of the schedule module promises about row kernels, written again from the promise: a computed value is
-/// read at its own row only.
+/// read at its own row only, but for a sum across rows of an elementwise function of operands.
 fn rows_stay_apart(k: &Kernel) -> Result<(), String> {
     if k.class != Class::Row || k.body.nodes.len() <= k.operands.len() + 1 {
         return Ok(());
@@ -119,8 +119,14 @@ fn rows_stay_apart(k: &Kernel) -> Result<(), String> {
     }
     // `exact[v]`: v is a computed value or a row-keeping view of one; `moved[v]`: rows were mixed on the way from one.
     let (mut exact, mut moved) = (vec![false; e.nodes.len()], vec![false; e.nodes.len()]);
+    // `direct[v]`: an operand, a view of one or an elementwise function of such, which may be summed across rows.
+    let mut direct = vec![false; e.nodes.len()];
     for v in e.values() {
         let n = e.node(v);
+        let view = matches!(n.op, Op::Reshape(_) | Op::Slice { .. } | Op::Transpose(_) | Op::Broadcast { .. });
+        direct[v.index()] = n.op.is_leaf()
+            || view && !exact[n.inputs[0].index()]
+            || n.op.is_elementwise() && n.inputs.iter().all(|x| direct[x.index()]);
         if n.op.is_leaf() {
             continue;
         }
@@ -135,10 +141,10 @@ fn rows_stay_apart(k: &Kernel) -> Result<(), String> {
             Op::Gather { .. } => !(exact[from(0)] || moved[from(0)]),
             _ => (0..n.inputs.len()).all(|i| e.ty(n.inputs[i]).rank() == 0 || first(i) == n.ty.shape.first().copied()),
         };
-        if any && !keeps {
+        let across = matches!(n.op, Op::Reduce { axis: 0, .. }) && direct[from(0)];
+        if any && !keeps && !across {
             return Err(format!("{} mixes rows of a computed value", n.op.name()));
         }
-        let view = matches!(n.op, Op::Reshape(_) | Op::Slice { .. } | Op::Transpose(_) | Op::Broadcast { .. });
         exact[v.index()] = !view || any;
         moved[v.index()] = false;
     }

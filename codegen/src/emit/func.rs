@@ -9,12 +9,14 @@
 
 #[cfg(test)]
 mod tests;
+mod transpose;
 mod values;
 
 use pleach_ir::ValueId;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::rc::Rc;
+pub(crate) use transpose::transpose;
 pub use values::values_of;
 
 /// An SSA value, with its number when it is an i64 constant.
@@ -586,25 +588,4 @@ fn align_of(ty: &str) -> u32 {
         "i64" | "!llvm.ptr" => 8,
         _ => 1,
     }
-}
-
-/// The columns of a square block whose rows are vectors of 2^n elements, by swapping ever smaller blocks: n rounds of two-operand
-/// shuffles.
-pub(crate) fn transpose(f: &mut Func, mut rows: Vec<Val>, elem: &str) -> Vec<Val> {
-    let lanes = rows.len();
-    let t = vty(lanes, elem);
-    let mut d = lanes / 2;
-    while d > 0 {
-        for i in (0..lanes).filter(|i| i & d == 0) {
-            let (a, b) = (rows[i].clone(), rows[i + d].clone());
-            let pick = |high: usize| {
-                let at = |l: usize| if l & d == 0 { l + high } else { lanes + l - d + high };
-                (0..lanes).map(|l| at(l).to_string()).collect::<Vec<_>>().join(", ")
-            };
-            rows[i] = f.op(format!("vector.shuffle {a}, {b} [{}] : {t}, {t}", pick(0)));
-            rows[i + d] = f.op(format!("vector.shuffle {a}, {b} [{}] : {t}, {t}", pick(d)));
-        }
-        d /= 2;
-    }
-    rows
 }

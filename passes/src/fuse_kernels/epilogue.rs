@@ -181,6 +181,9 @@ impl Partition {
     /// of is in memory anyway: such a value is never stored.
     pub(super) fn feed_column_sums(&mut self, e: &Entry) {
         let waited: BTreeSet<ValueId> = e.values().flat_map(|v| self.tokens(v).to_vec()).collect();
+        // What a view moves is read at other rows than its own.
+        let views = e.values().filter(|v| self.is_view(*v));
+        let moved: BTreeSet<ValueId> = views.flat_map(|v| e.node(v).inputs.to_vec()).collect();
         let mut sums: BTreeSet<usize> = BTreeSet::new();
         for v in e.values().rev() {
             let Some(g) = self.group_of[v.index()] else { continue };
@@ -192,7 +195,7 @@ impl Partition {
             let to = self.readers[v.index()].first().and_then(|u| self.group_of[u.index()]);
             let Some(to) = to.filter(|to| sums.contains(to)) else { continue };
             let alone = self.readers[v.index()].iter().all(|u| self.group_of[u.index()] == Some(to));
-            if !n.op.is_elementwise() || !alone || self.roots_show(e, v) || waited.contains(&v) {
+            if !n.op.is_elementwise() || !alone || self.roots_show(e, v) || waited.contains(&v) || moved.contains(&v) {
                 continue;
             }
             let stored = |x: &ValueId| {
