@@ -1,6 +1,7 @@
 //! `pleach tune`: compiles every form of every kernel, measures each on the GPU within whole runs on random rows, and writes a plan with the
 //! fastest ones. The plan names its choices, so that `compile --choices` makes the same plan again.
 
+use super::bench::train::random_rows;
 use crate::args::TuneArgs;
 use crate::failure::{Failure, Result};
 use crate::inputs::{InferInputs, Sequences};
@@ -215,12 +216,7 @@ impl Runner {
                     lr: 0.0,
                     ..Settings::default()
                 };
-                let random = Philox::new(1);
-                let mut rows = Rows::default();
-                for r in 0..part.sequences {
-                    let ids: Vec<i32> = (0..part.positions).map(|i| (random.uniform(r, i) * vocab) as i32).collect();
-                    rows.push(&ids, None, ids.len());
-                }
+                let rows = random_rows(&training, 1);
                 (session, Work::Train(Box::new(settings), rows))
             }
             None => {

@@ -3,7 +3,7 @@
 
 mod kernels;
 mod machine;
-mod train;
+pub(super) mod train;
 
 use crate::args::{BenchArgs, BenchCommand};
 use crate::failure::{Failure, Result};

@@ -107,7 +107,7 @@ fn open(ui: &Ui, training: &Training, weights: Weights) -> Result<Session> {
 }
 
 /// Rows of random ids, enough for one step.
-fn random_rows(training: &Training, accum: u64) -> Rows {
+pub(crate) fn random_rows(training: &Training, accum: u64) -> Rows {
     let random = Philox::new(1);
     let vocab = training.ready.plan.meta.vocab as f64;
     let mut rows = Rows::default();
