@@ -15,12 +15,11 @@ use serde_json::{Value, json};
 
 use super::lora::Lora;
 use super::low_rank::{Change, DOWN, Middle, UP};
-use super::method::{Buffer, Entry, Key, Method, Scope, linear_only};
+use super::method::{Buffer, Entry, Key, Method, Scope};
 use super::slots::{lowest, orthogonality, sensitivity};
 use super::{Event, Init, Moment, RankPattern, SavedRanks, Site, Update};
 use crate::error::Result;
 use crate::json::Fields;
-use crate::peft::Target;
 
 /// The part, and the name in PEFT's files, of e.
 const VALUES: &str = "lora_E";
@@ -128,10 +127,6 @@ impl Method for AdaLora {
 
     fn has_patterns(&self) -> bool {
         true
-    }
-
-    fn attach(&self, target: &Target) -> std::result::Result<(), String> {
-        linear_only(target)
     }
 
     fn shared(&self, _site: &Site) -> Vec<Buffer> {

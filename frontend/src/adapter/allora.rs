@@ -11,6 +11,7 @@ use super::method::{Buffer, Entry, Key, Method, Scope};
 use super::{Site, TRAINING, Update};
 use crate::error::Result;
 use crate::json::Fields;
+use crate::peft::Target;
 use pleach_ir::{UnaryOp, ValueId};
 use serde_json::Value;
 
@@ -50,6 +51,10 @@ impl Method for Allora {
 
     fn formula(&self) -> &'static str {
         "LoRA with alpha = r; gradients of rows w of A and B times 1/√(‖w‖ + 1/η²)"
+    }
+
+    fn attach(&self, _target: &Target) -> std::result::Result<(), String> {
+        Ok(())
     }
 
     fn own_keys(&self) -> &'static [&'static str] {

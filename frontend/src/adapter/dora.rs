@@ -15,6 +15,7 @@ use super::method::{Buffer, Entry, Key, Method, Scope};
 use super::{Init, Site};
 use crate::error::Result;
 use crate::json::Fields;
+use crate::peft::Target;
 
 /// How it is found.
 pub(super) const ENTRY: Entry = Entry {
@@ -59,6 +60,10 @@ impl Method for Dora {
 
     fn scale(&self, rank: u64, alpha: f64) -> f64 {
         self.lora.scale(rank, alpha)
+    }
+
+    fn attach(&self, _target: &Target) -> std::result::Result<(), String> {
+        Ok(())
     }
 
     fn buffers(&self, site: &Site) -> Vec<Buffer> {

@@ -9,11 +9,10 @@ use std::sync::Arc;
 
 use super::lora::{Lora, like_lora};
 use super::low_rank::{Change, DOWN, Middle, UP};
-use super::method::{Buffer, Entry, Key, Method, Scope, linear_only};
+use super::method::{Buffer, Entry, Key, Method, Scope};
 use super::{Event, Moment, Site, TRAINING};
 use crate::error::Result;
 use crate::json::Fields;
-use crate::peft::Target;
 use pleach_ir::{BinaryOp, Op, ValueId};
 use serde_json::Value;
 
@@ -65,10 +64,6 @@ impl Method for DyLora {
 
     fn own_keys(&self) -> &'static [&'static str] {
         &KEYS
-    }
-
-    fn attach(&self, target: &Target) -> std::result::Result<(), String> {
-        linear_only(target)
     }
 
     fn buffers(&self, site: &Site) -> Vec<Buffer> {

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::Site;
 use super::method::{Buffer, Entry, Key, Method};
+use crate::peft::Target;
 
 /// `target_modules` of a configuration that targets nothing.
 pub(crate) const NO_TARGET: &str = "dummy-target-modules";
@@ -32,6 +33,10 @@ impl Method for Full {
 
     fn peft_type(&self) -> &'static str {
         "LORA"
+    }
+
+    fn attach(&self, _target: &Target) -> std::result::Result<(), String> {
+        Ok(())
     }
 
     fn buffers(&self, _site: &Site) -> Vec<Buffer> {

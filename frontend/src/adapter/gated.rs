@@ -15,10 +15,9 @@ use pleach_ir::{UnaryOp, ValueId};
 use serde_json::{Value, json};
 
 use super::low_rank::{Change, DOWN, Middle, UP, down, up};
-use super::method::{Buffer, Entry, Key, Method, Scope, linear_only};
+use super::method::{Buffer, Entry, Key, Method, Scope};
 use super::{Event, Init, Moment, RankPattern, SavedRanks, Site, Update};
 use crate::error::Result;
-use crate::peft::Target;
 
 /// The part that holds g.
 const GATE: &str = "lora_gate";
@@ -124,10 +123,6 @@ impl Method for Gated {
 
     fn own_keys(&self) -> &'static [&'static str] {
         &KEYS
-    }
-
-    fn attach(&self, target: &Target) -> std::result::Result<(), String> {
-        linear_only(target)
     }
 
     fn shared(&self, _site: &Site) -> Vec<Buffer> {

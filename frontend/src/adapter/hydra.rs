@@ -9,11 +9,10 @@ use std::sync::Arc;
 use pleach_ir::ValueId;
 use serde_json::{Value, json};
 
-use super::method::{Buffer, Entry, Key, Method, Scope, linear_only};
+use super::method::{Buffer, Entry, Key, Method, Scope};
 use super::{Init, Site};
 use crate::error::Result;
 use crate::json::Fields;
-use crate::peft::Target;
 
 /// How it is found.
 pub(super) const ENTRY: Entry =
@@ -42,10 +41,6 @@ impl Method for Hydra {
 
     fn peft_type(&self) -> &'static str {
         "HYDRA"
-    }
-
-    fn attach(&self, target: &Target) -> std::result::Result<(), String> {
-        linear_only(target)
     }
 
     fn buffers(&self, site: &Site) -> Vec<Buffer> {

@@ -8,12 +8,12 @@ use std::sync::Arc;
 use pleach_ir::ValueId;
 use serde_json::{Value, json};
 
-use super::method::{Buffer, Entry, Key, Method, Scope, linear_only};
+use super::method::{Buffer, Entry, Key, Method, Scope};
 use super::{Init, Site};
 use crate::error::Result;
 use crate::json::Fields;
 use crate::modules::ModuleTable;
-use crate::peft::{Pattern, Target};
+use crate::peft::Pattern;
 
 /// How it is found.
 pub(super) const ENTRY: Entry =
@@ -80,10 +80,6 @@ impl Method for Ia3 {
 
     fn default_targets(&self, modules: &ModuleTable) -> &'static [&'static str] {
         modules.scaled_targets()
-    }
-
-    fn attach(&self, target: &Target) -> std::result::Result<(), String> {
-        linear_only(target)
     }
 
     fn buffers(&self, site: &Site) -> Vec<Buffer> {

@@ -15,12 +15,11 @@ use pleach_ir::{UnaryOp, ValueId};
 use serde_json::{Value, json};
 
 use super::low_rank::{Change, DOWN, Middle, UP, down, up};
-use super::method::{Buffer, Entry, Key, LowRank, Method, Scope, linear_only};
+use super::method::{Buffer, Entry, Key, LowRank, Method, Scope};
 use super::slots::{by_rank, count, grow_older, highest, hold, in_use, orthogonality, scale_by_count, sensitivity};
 use super::{Event, Init, Moment, RankPattern, SavedRanks, Site, Update};
 use crate::error::Result;
 use crate::json::Fields;
-use crate::peft::Target;
 
 /// The part, and the name in files, of e [r].
 const VALUES: &str = "lora_E";
@@ -113,10 +112,6 @@ impl Method for IncreLora {
 
     fn own_keys(&self) -> &'static [&'static str] {
         &KEYS
-    }
-
-    fn attach(&self, target: &Target) -> std::result::Result<(), String> {
-        linear_only(target)
     }
 
     fn buffers(&self, site: &Site) -> Vec<Buffer> {

@@ -8,11 +8,10 @@ use std::sync::Arc;
 use pleach_ir::ValueId;
 use serde_json::{Value, json};
 
-use super::method::{Buffer, Entry, Key, Method, Scope, linear_only};
+use super::method::{Buffer, Entry, Key, Method, Scope};
 use super::{Init, Site};
 use crate::error::Result;
 use crate::json::Fields;
-use crate::peft::Target;
 
 /// How it is found.
 pub(super) const ENTRY: Entry =
@@ -52,10 +51,6 @@ impl Method for LoHa {
 
     fn has_patterns(&self) -> bool {
         true
-    }
-
-    fn attach(&self, target: &Target) -> std::result::Result<(), String> {
-        linear_only(target)
     }
 
     fn buffers(&self, site: &Site) -> Vec<Buffer> {

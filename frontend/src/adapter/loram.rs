@@ -12,12 +12,11 @@ use std::sync::Arc;
 use pleach_ir::ValueId;
 use serde_json::{Value, json};
 
-use super::method::{Buffer, Entry, Key, LowRank, Method, Scope, linear_only};
+use super::method::{Buffer, Entry, Key, LowRank, Method, Scope};
 use super::{Init, Site, units};
 use crate::coupling::{Coupling, Member, Side};
 use crate::error::Result;
 use crate::json::{Fields, brief};
-use crate::peft::Target;
 
 /// The part, and the name in files, of the units that stay.
 const KEPT: &str = "loram_units";
@@ -83,10 +82,6 @@ impl Method for Loram {
 
     fn peft_type(&self) -> &'static str {
         "LORAM"
-    }
-
-    fn attach(&self, target: &Target) -> std::result::Result<(), String> {
-        linear_only(target)
     }
 
     fn buffers(&self, site: &Site) -> Vec<Buffer> {

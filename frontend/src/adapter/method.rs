@@ -153,13 +153,12 @@ pub trait Method: fmt::Debug + Send + Sync {
         &[]
     }
 
-    /// Whether it can attach to this module.
+    /// Whether it can attach to this module; most methods take linear layers only.
     ///
     /// # Errors
     /// Why not.
     fn attach(&self, target: &Target) -> std::result::Result<(), String> {
-        let _ = target;
-        Ok(())
+        linear_only(target)
     }
 
     /// The buffers of a site.

@@ -10,11 +10,10 @@ use std::sync::Arc;
 use pleach_ir::ValueId;
 use serde_json::{Value, json};
 
-use super::method::{Buffer, Entry, Key, LowRank, Method, Scope, linear_only};
+use super::method::{Buffer, Entry, Key, LowRank, Method, Scope};
 use super::{Init, Site};
 use crate::error::Result;
 use crate::json::Fields;
-use crate::peft::Target;
 
 /// How it is found.
 pub(super) const ENTRY: Entry =
@@ -49,10 +48,6 @@ impl Method for Nola {
 
     fn peft_type(&self) -> &'static str {
         "NOLA"
-    }
-
-    fn attach(&self, target: &Target) -> std::result::Result<(), String> {
-        linear_only(target)
     }
 
     fn shared(&self, site: &Site) -> Vec<Buffer> {

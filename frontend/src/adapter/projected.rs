@@ -19,6 +19,7 @@ use super::svd::{Side, leading};
 use super::{Event, Moment, Site, TRAINING, Update};
 use crate::error::{Error, Result};
 use crate::json::Fields;
+use crate::peft::Target;
 
 /// Keys that only training knows.
 const KEYS: [&str; 3] = ["update_proj_gap", "proj_scale", "proj_type"];
@@ -193,6 +194,10 @@ impl Method for Projected {
 
     fn own_keys(&self) -> &'static [&'static str] {
         &KEYS
+    }
+
+    fn attach(&self, _target: &Target) -> std::result::Result<(), String> {
+        Ok(())
     }
 
     fn buffers(&self, _site: &Site) -> Vec<Buffer> {

@@ -10,10 +10,9 @@ use pleach_ir::{UnaryOp, ValueId};
 use serde_json::{Value, json};
 
 use super::low_rank::{Change, DOWN, Middle, UP};
-use super::method::{Buffer, Entry, Key, Method, Scope, linear_only};
+use super::method::{Buffer, Entry, Key, Method, Scope};
 use super::{Init, Site};
 use crate::error::Result;
-use crate::peft::Target;
 
 /// The part, and the name in files, of s.
 const FACTORS: &str = "s2_lora_s";
@@ -48,10 +47,6 @@ impl Method for S2Lora {
 
     fn own_keys(&self) -> &'static [&'static str] {
         &[PENALTY]
-    }
-
-    fn attach(&self, target: &Target) -> std::result::Result<(), String> {
-        linear_only(target)
     }
 
     fn group(&self, site: &Site) -> Option<String> {

@@ -15,12 +15,11 @@ use pleach_ir::{BinaryOp, DType, Dim, Op, UnaryOp, ValueId};
 use serde_json::{Value, json};
 
 use super::low_rank::{Change, DOWN, Middle, UP, down, up};
-use super::method::{Buffer, Entry, Key, Method, Scope, linear_only};
+use super::method::{Buffer, Entry, Key, Method, Scope};
 use super::slots::{by_rank, count, grow_older, highest, hold, in_use, orthogonality, scale_by_count};
 use super::{Event, Init, Moment, RankPattern, SavedRanks, Site, Update};
 use crate::error::Result;
 use crate::json::Fields;
-use crate::peft::Target;
 
 /// The parts, and the names in files, of L and U [r, r].
 const LOWER: &str = "lora_C_row";
@@ -171,10 +170,6 @@ impl Method for TriAdapt {
 
     fn own_keys(&self) -> &'static [&'static str] {
         &KEYS
-    }
-
-    fn attach(&self, target: &Target) -> std::result::Result<(), String> {
-        linear_only(target)
     }
 
     fn buffers(&self, site: &Site) -> Vec<Buffer> {
