@@ -1,6 +1,7 @@
 //! Adapters combined, beside what PEFT's `add_weighted_adapter` makes of them.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pleach_frontend::adapter::{Combination, SlotData, combine};
 use pleach_frontend::{Adapter, Checkpoint, TensorTable};
@@ -20,8 +21,10 @@ fn combined(kind: &str, density: f64, seed: u64) -> Result<Vec<Merged>, String> 
 fn ranked(kind: &str, density: f64, seed: u64, rank: Option<u64>) -> Result<Vec<Merged>, String> {
     let base = Checkpoint::open(&fixtures().join("train/models/llama")).unwrap();
     let open = |name| Adapter::open(&fixtures().join("merge").join(name), None, &base.modules).unwrap();
-    let out = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("merge-{kind}-{density}-{seed}-{rank:?}"));
-    let _ = std::fs::remove_dir_all(&out);
+    // Tests run at once and may ask for the same combination: each call has a folder of its own.
+    static CALLS: AtomicUsize = AtomicUsize::new(0);
+    let call = CALLS.fetch_add(1, Ordering::Relaxed);
+    let out = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("merge-{}-{call}", std::process::id()));
     std::fs::create_dir_all(&out).unwrap();
     let how = Combination { kind: kind.into(), weights: vec![0.7, -0.4], density, rank, seed };
     let (rank, modules) = combine(&[open("a"), open("b")], &how, &base, &out).map_err(|e| e.to_string())?;
@@ -34,7 +37,9 @@ fn ranked(kind: &str, density: f64, seed: u64, rank: Option<u64>) -> Result<Vec<
     let site = |s: &pleach_frontend::adapter::Site| {
         (s.module.clone(), [value(s, "lora_A"), value(s, "lora_B")], rank as usize)
     };
-    Ok(adapter.sites.iter().map(site).collect())
+    let merged = adapter.sites.iter().map(site).collect();
+    std::fs::remove_dir_all(&out).unwrap();
+    Ok(merged)
 }
 
 fn product(a: &[f32], b: &[f32], rank: usize) -> Vec<f32> {
