@@ -518,6 +518,11 @@ def main():
     if a.device == "cuda" and not torch.cuda.is_available():
         p.error("PyTorch finds no GPU; --device cpu tests the script without one")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # PyTorch brings cuBLASLt, which is one of the forms that are timed.
+    at = Path(torch.__file__).parent
+    found = [f for folder in (at / "lib", at.parent / "nvidia") for f in sorted(folder.glob("**/libcublasLt.so*"))]
+    if found:
+        os.environ.setdefault("PLEACH_CUBLASLT_LIBRARY", str(found[0]))
     # Whoever stops the run gets what it had: every part was written, and the scratch folder goes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     b = Bench(a)

@@ -18,7 +18,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 PYTHON=$python bash benches/gpu/build.sh "$work/bundle" --tiny
 fake=${FAKE_CUDA:-$target/debug/libpleach_fake_cuda.so}
-run() { PLEACH_CUDA_LIBRARY=$fake PYTHON=$python "$work/bundle/run.sh" "$@"; }
+run() { PLEACH_CUDA_LIBRARY=$fake PLEACH_CUBLASLT_LIBRARY=$fake PYTHON=$python "$work/bundle/run.sh" "$@"; }
 
 # What is asked for wrongly is refused, and says what there is.
 for bad in "--only speed" "--bundle /nonexistent" "--device tpu" "--seconds soon"; do

@@ -21,6 +21,7 @@ use pleach_passes::fuse_kernels::{self, CutOptions};
 use pleach_passes::recompute::Saved;
 use pleach_passes::{Options, Outcome, PassReport, Pipeline, chunk, join, recompute};
 use pleach_plan::{Choice, Meta, Plan};
+use pleach_runtime::{ALTERNATIVES, Alternative};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -466,21 +467,6 @@ pub(crate) fn schedule(graph: &Graph, request: &Request) -> Result<(Schedule, Ve
         ..Row::stage("join", ms(clock), format!("{joined} launches fewer"))
     });
     Ok((s, rows))
-}
-
-/// Name of the list of [`Alternative`]s among a plan's facts.
-pub(crate) const ALTERNATIVES: &str = "alternatives";
-
-/// A kernel of a plan with all forms: which it is, in which form, and what it computes. Those of one signature stand together, the
-/// one that steps run first.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Alternative {
-    /// What it computes.
-    pub signature: String,
-    /// Index in the plan.
-    pub kernel: u32,
-    /// Its form.
-    pub form: String,
 }
 
 /// The plan of a GPU, in the forms that the request asks for.

@@ -217,6 +217,7 @@ impl Ready {
         }
         #[allow(unused_mut, reason = "slots are filled only where adapters can be read")]
         let mut session = Session::open(self.plan.clone(), weights, &options)?;
+        note_missing(ui, &session);
         #[cfg(feature = "models")]
         model::fill_slots(&mut session, &self.model)?;
         Ok(session)
@@ -225,5 +226,12 @@ impl Ready {
     /// Whether the model is an encoder.
     pub(crate) fn is_encoder(&self) -> bool {
         self.plan.meta.kind == "encoder"
+    }
+}
+
+/// Says what the plan would make use of and the machine lacks.
+pub(crate) fn note_missing(ui: &Ui, session: &Session) {
+    if let Some(why) = session.missing() {
+        ui.note(&format!("{why}. The plan's own kernels run instead of its products"));
     }
 }

@@ -94,6 +94,7 @@ impl Training {
     /// What the runtime refuses, an adapter that does not fit.
     pub(crate) fn session(&self, ui: &Ui, weights: Weights, seed: u64, measured: &Measured) -> Result<Session> {
         let mut session = Session::open(self.ready.plan.clone(), weights.clone(), &self.options(ui))?;
+        crate::ready::note_missing(ui, &session);
         if self.fresh {
             let values = initial_values(&self.adapter, &*weights, seed, measured)?;
             session.load_slot(self.adapter.slot, &values)?;

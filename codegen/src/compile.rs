@@ -242,7 +242,8 @@ fn gpu_code(emitted: &[GpuEmitted]) -> Vec<Code> {
         let blocks = e.launches.iter().map(|l| Expr::product(l.grid.iter().cloned()));
         let tasks = blocks.fold(Expr::Const(0), |a, b| a.add(b));
         let (scratch_bytes, flops, bytes) = (e.scratch_bytes.clone(), e.flops.clone(), e.bytes.clone());
-        Code { blob: (i / PTX_GROUP) as u32, tasks, scratch_bytes, flops, bytes, launches: e.launches.clone() }
+        let (launches, library) = (e.launches.clone(), e.library.clone());
+        Code { blob: (i / PTX_GROUP) as u32, tasks, scratch_bytes, flops, bytes, launches, library }
     };
     emitted.iter().enumerate().map(code).collect()
 }
@@ -258,6 +259,7 @@ struct Code {
     flops: Expr,
     bytes: Expr,
     launches: Vec<plan::Launch>,
+    library: Option<plan::ByLibrary>,
 }
 
 /// Host code of all kernels, in one blob.
@@ -269,6 +271,7 @@ fn host_code(emitted: &[Emitted]) -> Vec<Code> {
         flops: e.flops.clone(),
         bytes: e.bytes.clone(),
         launches: vec![],
+        library: None,
     };
     emitted.iter().map(code).collect()
 }
@@ -402,6 +405,7 @@ fn assemble(s: &Schedule, code: Vec<Code>, target: plan::Target, meta: plan::Met
             flops: c.flops,
             bytes: c.bytes,
             launches: c.launches,
+            library: c.library,
         })
         .collect();
     let mut plan = Plan { target, symbols: symbols_list, params, kernels, meta, ..Plan::default() };

@@ -271,6 +271,7 @@ mod tests {
             flops,
             bytes,
             launches: vec![launch],
+            library: None,
         }
     }
 

@@ -8,6 +8,7 @@
 mod encode;
 mod error;
 mod expr;
+mod library;
 pub mod memory;
 mod query;
 pub mod random;
@@ -17,6 +18,7 @@ mod validate;
 pub use encode::{FORMAT_VERSION, MAGIC};
 pub use error::PlanError;
 pub use expr::{Expr, ExprError, MAX_DEPTH};
+pub use library::{ByLibrary, Matrix, Product, Target as ProductTarget};
 pub use query::{ALIGN, ArenaLayout, GPU_ALIGN, alignment, arena, arena_within, lifetimes, waves};
 pub use types::{
     Blob, BlobKind, Buffer, BufferKind, Check, Choice, DType, Entry, Input, Kernel, Launch, LaunchParam, Layout, Loop,

@@ -296,6 +296,7 @@ mod tests {
             flops: Expr::Const(0),
             bytes: Expr::Const(0),
             launches: vec![],
+            library: None,
         };
         let step = |r, w| Step { kernel: 0, buffers: vec![r, w], origin: String::new() };
         // Two readers of 0; then a read of what one of them wrote; then an overwrite of what that step reads.

@@ -4,6 +4,7 @@
 //! reads anything; [`crate::validate`] says what every consumer may rely on.
 
 use crate::expr::{Expr, ExprError};
+use crate::library::ByLibrary;
 use serde::{Deserialize, Serialize};
 
 /// Element type.
@@ -227,6 +228,9 @@ pub struct Kernel {
     /// For a GPU: the launches that are one run of the kernel, in order on one stream. Empty for host code.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub launches: Vec<Launch>,
+    /// For a GPU: another way to run it, which is taken where the machine has the library.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub library: Option<ByLibrary>,
 }
 
 /// One launch of a GPU kernel. In a GPU plan a [`Kernel`]'s `tasks` are the blocks of all its launches, and `scratch_bytes` is
@@ -258,9 +262,7 @@ impl Launch {
     /// # Errors
     /// As [`Expr::eval`].
     pub fn runs(&self, env: &[u64]) -> Result<bool, ExprError> {
-        let Some(w) = &self.when else { return Ok(true) };
-        let n = w.count.eval(env)?;
-        Ok(n > w.above && w.most.is_none_or(|m| n <= m))
+        self.when.as_ref().map_or(Ok(true), |w| w.holds(env))
     }
 }
 
@@ -274,6 +276,17 @@ pub struct When {
     /// And not larger than this.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub most: Option<u64>,
+}
+
+impl When {
+    /// Whether the count is in the range.
+    ///
+    /// # Errors
+    /// As [`Expr::eval`].
+    pub fn holds(&self, env: &[u64]) -> Result<bool, ExprError> {
+        let n = self.count.eval(env)?;
+        Ok(n > self.above && self.most.is_none_or(|m| n <= m))
+    }
 }
 
 fn is_zero(n: &u32) -> bool {

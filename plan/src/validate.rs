@@ -166,7 +166,8 @@ fn launches(plan: &Plan, k: &Kernel, envs: &[Vec<u64>], f: &mut Faults) {
     let ptx = plan.blobs.get(k.blob as usize).is_some_and(|b| b.kind == BlobKind::Ptx);
     f.check(ptx != k.launches.is_empty(), || format!("kernel {s}: launches go with PTX, and PTX with launches"));
     let buffers = (k.operands.len() + k.results.len()) as u32;
-    for l in &k.launches {
+    by_library(k, envs, f);
+    for l in k.launches.iter().chain(k.library.iter().flat_map(|y| &y.launches)) {
         let ok = !l.function.is_empty() && l.block > 0 && l.block <= 1024 && l.block % 32 == 0;
         f.check(ok, || format!("kernel {s}: a launch of {} threads of `{}`", l.block, l.function));
         let positive = |e: &Expr| values(e, envs).is_some_and(|v| v.iter().all(|n| *n > 0));
@@ -200,6 +201,32 @@ fn launches(plan: &Plan, k: &Kernel, envs: &[Vec<u64>], f: &mut Faults) {
             };
             f.check(ok, || format!("kernel {s}: a parameter of `{}` makes no sense", l.function));
         }
+    }
+}
+
+/// Products by a library stay within the kernel's buffers and its scratch memory, and write none that the kernel reads.
+fn by_library(k: &Kernel, envs: &[Vec<u64>], f: &mut Faults) {
+    let (s, Some(library)) = (&k.symbol, &k.library) else { return };
+    f.check(!k.launches.is_empty() && !library.products.is_empty(), || {
+        format!("kernel {s}: a library goes with products, and beside launches")
+    });
+    let sizes: Vec<&Expr> = k.operands.iter().chain(&k.results).collect();
+    for (i, p) in library.products.iter().enumerate() {
+        let inside = |env: &Vec<u64>| -> Option<bool> {
+            let runs = p.runs(env).ok()?;
+            let rows = p.rows.eval(env).ok().filter(|n| *n > 0)?;
+            let [left, right, to] = p.touches(rows)?;
+            let size = |b: u32| sizes.get(b as usize)?.eval(env).ok();
+            let target = match p.to.buffer {
+                Some(b) => size(b).filter(|_| b as usize >= k.operands.len())?,
+                None => k.scratch_bytes.eval(env).ok()?,
+            };
+            let scale = p.scale.map_or(Some(4), size)?;
+            let fits = left <= size(p.left.buffer)? && right <= size(p.right.buffer)? && to <= target && scale >= 4;
+            Some(fits || !runs)
+        };
+        let ok = p.is_aligned() && envs.iter().all(|env| inside(env) == Some(true));
+        f.check(ok, || format!("kernel {s}: product {i} by a library leaves its buffers, or makes no sense"));
     }
 }
 

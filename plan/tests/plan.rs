@@ -45,6 +45,7 @@ fn sample() -> Plan {
         flops: k(1),
         bytes: k(1),
         launches: vec![],
+        library: None,
     };
     let (x, y, packed, cache) = (t.clone().mul(32), t.clone().mul(80), k(32 * 8 * 4), c.mul(32));
     p.kernels = vec![

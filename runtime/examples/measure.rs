@@ -11,7 +11,8 @@
 
 use pleach_runtime::plan::{DType, Plan};
 use pleach_runtime::{
-    Files, InMemory, Options, Result, RuntimeError, Session, TensorSource, Values, open_weights, shared_weights,
+    Files, Forms, InMemory, Options, Result, RuntimeError, Session, TensorSource, Values, measure_forms, open_weights,
+    shared_weights,
 };
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -139,65 +140,28 @@ fn norms(kept: &Kept) -> Vec<f64> {
         .collect()
 }
 
-/// How far results of two forms may be apart, relative to the larger one.
-const APART: f64 = 2e-2;
-
-/// A kernel's signature, and of each of its forms: its kernel, its name, milliseconds.
-type Timed = (String, Vec<(u32, String, f64)>);
-
-/// Times every form of every kernel within runs of everything, round by round. A form that gives other results has no time.
+/// Times every form of every kernel within runs of everything. A form that gives other results has no time.
 fn forms(s: &mut Session, a: &Args, inputs: &BTreeMap<String, Input>) -> Result<Vec<Value>> {
-    let bad = || RuntimeError::Values("the plan has no list of forms; `pleach tune --forms-only` makes one".into());
-    let list = s.plan().meta.extra.get("alternatives").and_then(Value::as_array).cloned().ok_or_else(bad)?;
-    // In the plan's order.
-    let mut kernels: Vec<Timed> = vec![];
-    for x in &list {
-        let text = |k: &str| x[k].as_str().map(String::from).ok_or_else(bad);
-        let kernel = x["kernel"].as_u64().and_then(|n| u32::try_from(n).ok()).ok_or_else(bad)?;
-        let (signature, form) = (text("signature")?, (kernel, text("form")?, f64::INFINITY));
-        match kernels.last_mut().filter(|k| k.0 == signature) {
-            Some(k) => k.1.push(form),
-            None => kernels.push((signature, vec![form])),
-        }
+    let mut kernels = Forms::of(s.plan())?;
+    if kernels.is_empty() {
+        return Err(RuntimeError::Values(
+            "the plan has no forms to choose from; `pleach tune --forms-only` makes one that has".into(),
+        ));
     }
-    let mut running: Vec<u32> = kernels.iter().map(|k| k.1[0].0).collect();
-    let most = kernels.iter().map(|k| k.1.len()).max().unwrap_or(0);
-    let mut usual: Option<Vec<f64>> = None;
-    let mut wrong = vec![false; most];
-    for round in 0..=a.repeat.max(1) {
-        for (number, wrong) in wrong.iter_mut().enumerate() {
-            for (k, now) in kernels.iter().zip(&mut running) {
-                let next = k.1.get(number).unwrap_or(&k.1[0]).0;
-                s.substitute(*now, next)?;
-                *now = next;
-            }
-            s.set_profile(true);
-            let mut kept = Kept::new();
-            for e in &a.entries {
-                run(s, e, inputs, Some(&mut kept))?;
-            }
-            let got = norms(&kept);
-            let want = usual.get_or_insert_with(|| got.clone());
-            // What is no number is near nothing.
-            let near = |a: &f64, b: &f64| (a - b).abs() <= APART * a.abs().max(b.abs()).max(1e-6);
-            *wrong |= want.iter().zip(&got).any(|(a, b)| !near(a, b));
-            let mut times: BTreeMap<u32, f64> = BTreeMap::new();
-            for t in s.step_times().iter().filter(|_| round > 0) {
-                let kernel = s.plan().entries[t.entry as usize].steps[t.step as usize].kernel;
-                *times.entry(kernel).or_default() += t.ns as f64 * 1e-6;
-            }
-            for f in kernels.iter_mut().filter_map(|k| k.1.get_mut(number)) {
-                f.2 = times.get(&f.0).map_or(f.2, |ms| f.2.min(*ms));
-            }
+    let everything = |s: &mut Session| -> Result<Vec<f64>> {
+        let mut kept = Kept::new();
+        for e in &a.entries {
+            run(s, e, inputs, Some(&mut kept))?;
         }
-    }
-    s.set_profile(false);
+        Ok(norms(&kept))
+    };
+    measure_forms(s, &mut kernels, a.repeat.max(1), everything, || ())?;
     let mut out = vec![];
-    for (signature, list) in &kernels {
-        for (number, (kernel, form, ms)) in list.iter().enumerate() {
-            let ms = (ms.is_finite() && !wrong[number]).then_some(*ms);
-            let symbol = &s.plan().kernels[*kernel as usize].symbol;
-            out.push(json!({"signature": signature, "kernel": symbol, "form": form, "ms": ms, "wrong": wrong[number]}));
+    for k in &kernels {
+        for f in &k.list {
+            let symbol = &s.plan().kernels[f.kernel as usize].symbol;
+            let (ms, wrong) = (f.ms.filter(|_| f.wrong.is_none()), f.wrong.is_some());
+            out.push(json!({"signature": k.signature, "kernel": symbol, "form": f.form, "ms": ms, "wrong": wrong}));
         }
     }
     Ok(out)
@@ -282,7 +246,7 @@ fn measure(a: &Args) -> Result<Value> {
         "device": format!("{s:?}"), "entries": a.entries, "open_ms": open_ms, "ready_ms": ready_ms,
         "first_ms": first_ms, "times_ms": times, "planned_bytes": m.total(), "arena_bytes": m.arena,
         "weights_bytes": m.weights, "adapter_bytes": m.adapter, "optimizer_bytes": m.optimizer,
-        "driver_bytes": used, "profile": kernels, "profile_runs": a.repeat.max(1), "forms": forms,
+        "driver_bytes": used, "missing": s.missing(), "profile": kernels, "profile_runs": a.repeat.max(1), "forms": forms,
     }))
 }
 

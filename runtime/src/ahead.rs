@@ -124,6 +124,7 @@ mod tests {
             flops: Expr::Const(0),
             bytes: Expr::Const(0),
             launches: vec![],
+            library: None,
         }
     }
 

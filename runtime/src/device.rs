@@ -156,6 +156,11 @@ pub trait Device: Send {
     /// Called before the launches of a run.
     fn begin(&mut self) {}
 
+    /// What the plan would make use of and the machine lacks, with the reason; everything runs without it.
+    fn missing(&self) -> Option<&str> {
+        None
+    }
+
     /// Called when steps of the plan run other kernels than before; everything asked for before is done.
     fn changed(&mut self) {}
 

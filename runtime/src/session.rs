@@ -188,6 +188,11 @@ impl Session {
         Ok(())
     }
 
+    /// What the plan would make use of and this machine lacks, with the reason; everything runs without it.
+    pub fn missing(&self) -> Option<&str> {
+        self.device.missing()
+    }
+
     /// The capacity of a symbol, or its only value for one that nothing else decides.
     pub fn capacity(&self, symbol: &str) -> Option<u64> {
         self.plan.symbol(symbol).and_then(|i| self.capacity.get(i as usize).copied())

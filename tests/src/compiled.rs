@@ -78,7 +78,11 @@ pub fn session(
             Source::Derived | Source::Zeros => None,
         };
         if let Some((to, name)) = to {
-            let dtype = if t.dtype() == pleach_ir::DType::I32 { DType::I32 } else { DType::F32 };
+            let dtype = match t.dtype() {
+                pleach_ir::DType::I32 => DType::I32,
+                pleach_ir::DType::BF16 => DType::BF16,
+                _ => DType::F32,
+            };
             to.insert(name.clone(), dtype, &t.shape, t.to_bytes());
         }
     }

@@ -210,5 +210,10 @@ fn gpu() -> Vec<(&'static str, String)> {
             ),
         ));
     }
+    let library = match cuda::find_cublaslt() {
+        Ok(()) => "found; `pleach tune` tries it".to_string(),
+        Err(why) => format!("none ({why}); nothing needs it"),
+    };
+    out.push(("cuBLASLt", library));
     out
 }

@@ -5,37 +5,18 @@ use super::bench::train::random_rows;
 use crate::args::TuneArgs;
 use crate::failure::{Failure, Result};
 use crate::inputs::{InferInputs, Sequences};
-use crate::pipeline::{ALTERNATIVES, Alternative, Request, TrainPart, is_graph};
+use crate::pipeline::{Request, TrainPart, is_graph};
 use crate::ready::{self, Ready};
 use crate::report::{self, Table, Ui, bytes};
 use crate::training::{self, Training};
 use pleach_plan::{Choice, Plan};
 use pleach_runtime::train::{Order, Rows, Settings, step};
-use pleach_runtime::{Philox, Session, random_weights};
+use pleach_runtime::{Forms, Philox, Session, measure_forms, random_weights};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// A form must be faster than the usual one by this share to be chosen: less is noise.
 const GAIN: f64 = 0.02;
-/// How far results of two forms may be apart, relative to the larger one: sums have another order.
-const APART: f64 = 2e-2;
-
-/// A kernel's forms with the milliseconds of each in a run of everything: the smallest of all rounds.
-struct Timed {
-    signature: String,
-    forms: Vec<(u32, String, f64)>,
-}
-
-impl Timed {
-    /// The form to take: the fastest one, the usual one where that is hardly slower.
-    fn best(&self) -> usize {
-        let usual = self.forms.first().map_or(0.0, |f| f.2);
-        let fastest = (0..self.forms.len()).min_by(|a, b| self.forms[*a].2.total_cmp(&self.forms[*b].2)).unwrap_or(0);
-        if self.forms.get(fastest).is_some_and(|f| f.2 < usual * (1.0 - GAIN)) { fastest } else { 0 }
-    }
-}
-
 /// Tunes.
 ///
 /// # Errors
@@ -63,20 +44,12 @@ pub(crate) fn tune(ui: &Ui, args: &TuneArgs) -> Result<()> {
     let once = crate::args::ModelArgs { no_cache: true, ..model.clone() };
     let (slot, ready) = ready::compile_as(&once, request.clone())?;
     drop(slot);
-    let list = ready.plan.meta.extra.get(ALTERNATIVES).cloned().unwrap_or_default();
-    let mut kernels: Vec<Timed> = vec![];
-    for a in serde_json::from_value::<Vec<Alternative>>(list)? {
-        let form = (a.kernel, a.form, f64::INFINITY);
-        match kernels.last_mut().filter(|k| k.signature == a.signature) {
-            Some(k) => k.forms.push(form),
-            None => kernels.push(Timed { signature: a.signature, forms: vec![form] }),
-        }
-    }
+    let mut kernels = Forms::of(&ready.plan)?;
     let plan = ready.plan.clone();
     if args.forms_only {
         plan.write(&args.compile.output)?;
         let size = std::fs::metadata(&args.compile.output).map_or(0, |m| m.len());
-        let forms: usize = kernels.iter().map(|k| k.forms.len()).sum();
+        let forms: usize = kernels.iter().map(|k| k.list.len()).sum();
         let out = args.compile.output.display();
         report::line(&format!("{out}: {}, {forms} forms of {} kernels, to be measured", bytes(size), kernels.len()));
         return Ok(());
@@ -84,13 +57,13 @@ pub(crate) fn tune(ui: &Ui, args: &TuneArgs) -> Result<()> {
     ui.note(&format!(
         "{} kernels have several forms, {} in all",
         kernels.len(),
-        kernels.iter().map(|k| k.forms.len()).sum::<usize>()
+        kernels.iter().map(|k| k.list.len()).sum::<usize>()
     ));
     match &args.times {
         Some(path) => read(path, &mut kernels)?,
         None => measure(ui, args, ready, &request, &mut kernels)?,
     }
-    let chosen = |k: &Timed| Choice { signature: k.signature.clone(), form: k.forms[k.best()].1.clone() };
+    let chosen = |k: &Forms| Choice { signature: k.signature.clone(), form: k.best(GAIN).form.clone() };
     let choices: Vec<Choice> = kernels.iter().map(chosen).collect();
     let request = Request { alternatives: false, choices, out: args.compile.output.clone(), ..request };
     crate::child::compile(&request)?;
@@ -107,7 +80,7 @@ struct Time {
 }
 
 /// Takes times from a file: a list, or an object that holds it as `forms`.
-fn read(path: &std::path::Path, kernels: &mut [Timed]) -> Result<()> {
+fn read(path: &std::path::Path, kernels: &mut [Forms]) -> Result<()> {
     let bad = |why: String| Failure::new(format!("--times {}: {why}", path.display()));
     let text = std::fs::read(path).map_err(Failure::io("read", path))?;
     let value: Value = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
@@ -116,10 +89,10 @@ fn read(path: &std::path::Path, kernels: &mut [Timed]) -> Result<()> {
         serde_json::from_value(list).map_err(|e| bad(format!("is no list of signature, form and ms: {e}")))?;
     let mut found = 0;
     for t in &times {
-        let forms = kernels.iter_mut().filter(|k| k.signature == t.signature).flat_map(|k| &mut k.forms);
-        for f in forms.filter(|f| f.1 == t.form) {
+        let forms = kernels.iter_mut().filter(|k| k.signature == t.signature).flat_map(|k| &mut k.list);
+        for f in forms.filter(|f| f.form == t.form) {
             found += 1;
-            f.2 = t.ms.filter(|ms| ms.is_finite() && *ms >= 0.0).unwrap_or(f64::INFINITY);
+            f.ms = t.ms.filter(|ms| ms.is_finite() && *ms >= 0.0);
         }
     }
     if found == 0 {
@@ -131,42 +104,20 @@ fn read(path: &std::path::Path, kernels: &mut [Timed]) -> Result<()> {
     Ok(())
 }
 
-/// Runs everything in every form, round by round so that what changes with time changes all of them.
-fn measure(ui: &Ui, args: &TuneArgs, ready: Ready, request: &Request, kernels: &mut [Timed]) -> Result<()> {
-    let mut runner = Runner::new(ui, args, ready, request.train.as_ref())?;
-    let most = kernels.iter().map(|k| k.forms.len()).max().unwrap_or(0);
-    let mut running: Vec<u32> = kernels.iter().map(|k| k.forms[0].0).collect();
-    let mut usual: Option<Vec<f64>> = None;
+/// Runs everything in every form.
+fn measure(ui: &Ui, args: &TuneArgs, ready: Ready, request: &Request, kernels: &mut [Forms]) -> Result<()> {
+    let (mut session, work) = Work::open(ui, args, ready, request.train.as_ref())?;
+    let most = kernels.iter().map(|k| k.list.len()).max().unwrap_or(0);
     let bar = ui.progress((args.rounds + 1) * most as u64, "measuring");
-    for round in 0..=args.rounds {
-        for number in 0..most {
-            for (k, now) in kernels.iter().zip(&mut running) {
-                // Those with fewer forms run the usual one.
-                let next = k.forms.get(number).unwrap_or(&k.forms[0]).0;
-                runner.session.substitute(*now, next)?;
-                *now = next;
-            }
-            let (numbers, times) = runner.run()?;
-            bar.inc(1);
-            agree(usual.get_or_insert_with(|| numbers.clone()), &numbers, kernels, number)?;
-            // The first round loads code and warms up.
-            for f in kernels.iter_mut().filter(|_| round > 0).filter_map(|k| k.forms.get_mut(number)) {
-                if let Some(ms) = times.get(&f.0) {
-                    f.2 = f.2.min(*ms);
-                }
-            }
-        }
-    }
+    measure_forms(&mut session, kernels, args.rounds as usize, |s| work.run(s), || bar.inc(1))?;
     bar.finish_and_clear();
-    Ok(())
-}
-
-/// Holds what runs give against each other.
-fn agree(want: &[f64], got: &[f64], kernels: &[Timed], number: usize) -> Result<()> {
-    // What is no number is near nothing.
-    let near = |a: &f64, b: &f64| (a - b).abs() <= APART * a.abs().max(b.abs()).max(1e-6);
-    let Some((a, b)) = want.iter().zip(got).find(|(a, b)| !near(a, b)) else { return Ok(()) };
-    let forms: Vec<&str> = kernels.iter().filter_map(|k| k.forms.get(number)).map(|f| f.1.as_str()).collect();
+    // All forms of a number run together.
+    let Some((number, [a, b])) =
+        kernels.iter().flat_map(|k| k.list.iter().enumerate()).find_map(|(i, f)| Some((i, f.wrong?)))
+    else {
+        return Ok(());
+    };
+    let forms: Vec<&str> = kernels.iter().filter_map(|k| k.list.get(number)).map(|f| f.form.as_str()).collect();
     Err(Failure::new(format!(
         "other forms give {b} where the usual ones give {a}; this is a fault of pleach, please report it with `pleach doctor`. Forms: {}",
         forms.join(", ")
@@ -178,24 +129,17 @@ enum Work {
     /// A step of training at rate 0, which leaves the adapter as it is.
     Train(Box<Settings>, Rows),
     /// A run of `infer`, with as many tokens; and of `generate` one token at a time.
-    Infer { infer: Option<u64>, generate: bool },
-}
-
-struct Runner {
-    session: Session,
-    work: Work,
-    vocab: f64,
-    encoder: bool,
+    Infer { infer: Option<u64>, generate: bool, vocab: f64, encoder: bool },
 }
 
 /// Tokens in the cache before the one that is decoded.
 const CACHED: u64 = 64;
 
-impl Runner {
-    fn new(ui: &Ui, args: &TuneArgs, ready: Ready, train: Option<&TrainPart>) -> Result<Runner> {
+impl Work {
+    fn open(ui: &Ui, args: &TuneArgs, ready: Ready, train: Option<&TrainPart>) -> Result<(Session, Work)> {
         let (vocab, encoder) = (ready.plan.meta.vocab as f64, ready.is_encoder());
         let weights = if args.random_weights { random_weights(&ready.plan, 0)? } else { ready.weights()? };
-        let (session, work) = match train {
+        match train {
             Some(part) => {
                 let training = Training {
                     adapter: pleach_runtime::train::AdapterPlan::of(&ready.plan)?,
@@ -217,36 +161,34 @@ impl Runner {
                     ..Settings::default()
                 };
                 let rows = random_rows(&training, 1);
-                (session, Work::Train(Box::new(settings), rows))
+                Ok((session, Work::Train(Box::new(settings), rows)))
             }
             None => {
                 let n = args.tokens;
                 let has = |e: &str| ready.plan.entry(e).is_ok();
-                let work = Work::Infer { infer: has("infer").then_some(n), generate: has("generate") };
+                let (infer, generate) = (has("infer").then_some(n), has("generate"));
                 let needed = [("T", n.max(CACHED)), ("S", 1), ("C", CACHED + 1), ("P", n.max(CACHED + 1))];
-                (ready.session_with(ui, &[], &needed, weights)?, work)
+                let work = Work::Infer { infer, generate, vocab, encoder };
+                Ok((ready.session_with(ui, &[], &needed, weights)?, work))
             }
-        };
-        Ok(Runner { session, work, vocab, encoder })
+        }
     }
 
-    /// Runs once: numbers that must not depend on forms, and milliseconds by kernel.
-    fn run(&mut self) -> Result<(Vec<f64>, BTreeMap<u32, f64>)> {
-        self.session.prepare_all()?;
-        self.session.set_profile(true);
+    /// Runs once: numbers that must not depend on forms.
+    fn run(&self, session: &mut Session) -> Result<Vec<f64>> {
         let mut numbers = vec![];
-        match &self.work {
+        match self {
             Work::Train(settings, rows) => {
                 let mut order = Order::new(rows.len(), None);
-                let done = step(&mut self.session, rows, &mut order, settings, 0)?;
+                let done = step(session, rows, &mut order, settings, 0)?;
                 numbers.extend([done.loss, done.grad_norm]);
             }
-            Work::Infer { infer, generate } => {
+            Work::Infer { infer, generate, vocab, encoder } => {
                 let random = Philox::new(1);
-                let ids = |n: u64| (0..n).map(|i| (random.uniform(0, i) * self.vocab) as i32).collect::<Vec<i32>>();
+                let ids = |n: u64| (0..n).map(|i| (random.uniform(0, i) * vocab) as i32).collect::<Vec<i32>>();
                 if let Some(n) = infer {
-                    let inputs = InferInputs::new(&Sequences::pack(&[ids(*n)])?, self.encoder);
-                    let out = self.session.run("infer", &inputs.values())?;
+                    let inputs = InferInputs::new(&Sequences::pack(&[ids(*n)])?, *encoder);
+                    let out = session.run("infer", &inputs.values())?;
                     numbers.push(norm(&out.list));
                 }
                 if *generate {
@@ -257,7 +199,7 @@ impl Runner {
                         let places: Vec<i32> = (first..first + n).collect();
                         let (segments, start, length) = ([0, n], [0], [first + n]);
                         let ids = ids(n as u64);
-                        let out = self.session.run(
+                        let out = session.run(
                             "generate",
                             &[
                                 ("input_ids", ids.as_slice().into()),
@@ -274,14 +216,7 @@ impl Runner {
                 }
             }
         }
-        let mut times = BTreeMap::new();
-        let plan = self.session.plan();
-        for t in self.session.step_times() {
-            let kernel = plan.entries[t.entry as usize].steps[t.step as usize].kernel;
-            *times.entry(kernel).or_insert(0.0) += t.ns as f64 * 1e-6;
-        }
-        self.session.set_profile(false);
-        Ok((numbers, times))
+        Ok(numbers)
     }
 }
 
@@ -291,18 +226,18 @@ fn norm(list: &[pleach_runtime::Output<'_>]) -> f64 {
     words.map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])).powi(2)).sum::<f64>().sqrt()
 }
 
-fn show(args: &TuneArgs, plan: &Arc<Plan>, kernels: &[Timed]) -> Result<()> {
+fn show(args: &TuneArgs, plan: &Arc<Plan>, kernels: &[Forms]) -> Result<()> {
     let out = &args.compile.output;
     let size = std::fs::metadata(out).map_err(Failure::io("read", out))?.len();
-    let name = |k: &Timed| plan.kernels[k.forms[0].0 as usize].symbol.clone();
-    let measured = |k: &&Timed| k.forms[0].2.is_finite();
-    let sum = |of: &dyn Fn(&Timed) -> f64| kernels.iter().filter(measured).map(of).sum::<f64>();
-    let (before, after) = (sum(&|k| k.forms[0].2), sum(&|k| k.forms[k.best()].2));
+    let name = |k: &Forms| plan.kernels[k.list[0].kernel as usize].symbol.clone();
+    let time = |of: &dyn Fn(&Forms) -> Option<f64>| {
+        kernels.iter().filter(|k| k.list[0].ms.is_some()).filter_map(of).sum::<f64>()
+    };
+    let (before, after) = (time(&|k| k.list[0].ms), time(&|k| k.best(GAIN).ms));
     if args.compile.json {
-        let row = |k: &Timed| {
-            let forms: Vec<Value> =
-                k.forms.iter().map(|f| json!({"form": f.1, "ms": f.2.is_finite().then_some(f.2)})).collect();
-            json!({"kernel": name(k), "signature": k.signature, "chosen": k.forms[k.best()].1, "forms": forms})
+        let row = |k: &Forms| {
+            let forms: Vec<Value> = k.list.iter().map(|f| json!({"form": f.form, "ms": f.ms})).collect();
+            json!({"kernel": name(k), "signature": k.signature, "chosen": k.best(GAIN).form, "forms": forms})
         };
         report::json(&json!({
             "plan": out, "bytes": size, "target": plan.target.arch, "usual_ms": before, "chosen_ms": after,
@@ -311,10 +246,10 @@ fn show(args: &TuneArgs, plan: &Arc<Plan>, kernels: &[Timed]) -> Result<()> {
         return Ok(());
     }
     let mut t = Table::new(&["kernel", "<usual", "ms", "<chosen", "ms", "forms"]);
-    let ms = |x: f64| if x.is_finite() { format!("{x:.3}") } else { "not run".into() };
+    let ms = |x: Option<f64>| x.map_or("not run".into(), |x| format!("{x:.3}"));
     for k in kernels {
-        let (usual, best) = (&k.forms[0], &k.forms[k.best()]);
-        t.row([name(k), usual.1.clone(), ms(usual.2), best.1.clone(), ms(best.2), k.forms.len().to_string()]);
+        let (usual, best) = (&k.list[0], k.best(GAIN));
+        t.row([name(k), usual.form.clone(), ms(usual.ms), best.form.clone(), ms(best.ms), k.list.len().to_string()]);
     }
     report::print(&t.text());
     report::line(&format!(

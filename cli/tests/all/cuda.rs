@@ -22,13 +22,25 @@ impl Gpu {
         Gpu { cpu, model: fixture("llama-tiny").display().to_string(), folder }
     }
 
-    /// The binary with the stand-in driver, which has these properties.
+    /// The binary with the stand-in driver, which has these properties, and without cuBLASLt.
     pub(crate) fn with(&self, properties: &str) -> Pleach {
+        self.with_library(properties, "/nonexistent/libcublasLt.so")
+    }
+
+    /// The same with a stand-in for cuBLASLt.
+    pub(crate) fn with_cublaslt(&self, properties: &str) -> Pleach {
+        self.with_library(properties, &pleach_fake_cuda::library().display().to_string())
+    }
+
+    fn with_library(&self, properties: &str, cublaslt: &str) -> Pleach {
         let library = pleach_fake_cuda::library();
         assert!(library.is_file(), "{} is missing; build the whole workspace", library.display());
         let log = format!("{properties},log={}", self.log().display());
-        self.cpu
-            .with_env(&[("PLEACH_CUDA_LIBRARY", &library.display().to_string()), (pleach_fake_cuda::VARIABLE, &log)])
+        self.cpu.with_env(&[
+            ("PLEACH_CUDA_LIBRARY", &library.display().to_string()),
+            ("PLEACH_CUBLASLT_LIBRARY", cublaslt),
+            (pleach_fake_cuda::VARIABLE, &log),
+        ])
     }
 
     fn log(&self) -> std::path::PathBuf {
@@ -40,6 +52,13 @@ impl Gpu {
         let text = std::fs::read_to_string(self.log()).unwrap_or_default();
         let _ = std::fs::remove_file(self.log());
         ["graph", "replay", "set", "launch"].map(|k| text.lines().filter(|l| l.starts_with(k)).count())
+    }
+
+    /// How many products cuBLASLt was given since the last call.
+    pub(crate) fn products(&self) -> usize {
+        let text = std::fs::read_to_string(self.log()).unwrap_or_default();
+        let _ = std::fs::remove_file(self.log());
+        text.lines().filter(|l| l.starts_with("product")).count()
     }
 
     pub(crate) fn file(&self, name: &str) -> String {

@@ -50,8 +50,17 @@ fn the_fastest_forms_are_kept_and_compiled_again() {
     let out = tune("sm=8.0,checks=off,time=_form1:4,time=_form2:3.99", &tuned);
     let all = forms(&out);
     let mut simple = 0;
+    let mut libraries = 0;
     for (forms, chosen) in &all {
         assert!(forms.len() >= 2, "{forms:?}");
+        // Without the library nobody waits for it.
+        let (library, forms): (Vec<_>, Vec<_>) = forms.iter().cloned().partition(|f| f.0 == "cublaslt");
+        assert!(library.iter().all(|f| f.1.is_nan()), "{library:?}");
+        libraries += library.len();
+        if forms.len() < 2 {
+            assert_eq!(*chosen, forms[0].0);
+            continue;
+        }
         if forms[0].1.is_nan() {
             assert_eq!(*chosen, forms[0].0);
             continue;
@@ -65,7 +74,7 @@ fn the_fastest_forms_are_kept_and_compiled_again() {
             assert_eq!(*chosen, forms[2.min(forms.len() - 1)].0, "{forms:?}");
         }
     }
-    assert!(all.len() > 3 && simple > 0, "{all:?}");
+    assert!(all.len() > 3 && simple > 0 && libraries > 0, "{all:?}");
     assert!(out["chosen_ms"].as_f64() < out["usual_ms"].as_f64());
 
     // The same plan is made from the choices in it; without them, another one.
@@ -138,6 +147,49 @@ fn the_fastest_forms_are_kept_and_compiled_again() {
     for (a, b) in losses(&tuned).iter().zip(losses(&plain)) {
         assert!((a[0] - b[0]).abs() < 2e-3 * b[0] && (a[1] - b[1]).abs() < 2e-2 * b[1], "{a:?} {b:?}");
     }
+}
+
+#[test]
+fn products_go_to_a_library_where_it_is_faster() {
+    let g = Gpu::new("tune-library");
+    let (tuned, plain, data) = (g.file("tuned.pleach"), g.file("plain.pleach"), g.file("rows.jsonl"));
+    rows(Path::new(&data));
+    // Everything takes 10 µs, but for the library and what is computed from its sums.
+    let args = [&["tune", &g.model, "--rounds", "1", "--json", "-o", &tuned][..], &TRAIN, &CUDA].concat();
+    let out = json(&g.with_cublaslt("sm=8.0,checks=off,time=cublaslt:0.1,time=_rest:0.1").ok(&args));
+    let mut chosen = 0;
+    for (forms, form) in forms(&out) {
+        let library = forms.iter().any(|f| f.0 == "cublaslt" && f.1.is_finite());
+        assert!(!library || form == "cublaslt", "{forms:?} {form}");
+        chosen += usize::from(library);
+    }
+    assert!(chosen > 3 && g.products() > 0, "{out}");
+    let shown = g.cpu.ok(&["inspect", &tuned, "--kernels"]);
+    assert!(shown.matches("(cuBLASLt)").count() >= chosen && shown.contains("_rest"), "{shown}");
+    g.cpu.ok(&[&["compile", &g.model, "--target", "sm_80", "-o", &plain, "--quiet"][..], &TRAIN].concat());
+
+    let train = |pleach: &crate::kit::Pleach, plan: &str, name: &str| {
+        let out = g.file(name);
+        let run = ["train", plan, "--weights", &g.model, "--data", &data, "--out", &out, "--batch", "2"];
+        let said = pleach.call(&[&run[..], &["--max-length", "12", "--max-steps", "3", "--lr", "1e-2"]].concat());
+        assert_eq!(said.code, Some(0), "{}", said.err);
+        let bytes = std::fs::read(Path::new(&out).join("adapter_model.safetensors")).unwrap();
+        (crate::cuda::lines(&out, &["loss", "grad_norm"]), bytes, said.err)
+    };
+    let (want, bytes, _) = train(&g.with("sm=8.0"), &plain, "plain");
+    assert_eq!(g.products(), 0);
+    let (got, _, said) = train(&g.with_cublaslt("sm=8.0"), &tuned, "library");
+    assert!(g.products() > 0 && !said.contains("cuBLASLt"), "{said}");
+    for (a, b) in got.iter().zip(&want) {
+        assert!((a[0] - b[0]).abs() < 2e-3 * b[0] && (a[1] - b[1]).abs() < 2e-2 * b[1], "{a:?} {b:?}");
+    }
+    // Without the library the same plan runs with its own kernels, which are those of the other plan, and says so.
+    let (_, own, said) = train(&g.with("sm=8.0"), &tuned, "own");
+    assert!(said.contains("cuBLASLt") && said.contains("/nonexistent") && said.contains("own kernels"), "{said}");
+    assert!(own == bytes && g.products() == 0);
+    let doctor = |p: &crate::kit::Pleach| p.ok(&["doctor"]);
+    assert!(doctor(&g.with_cublaslt("sm=8.0")).contains("found; `pleach tune`"));
+    assert!(doctor(&g.with("sm=8.0")).contains("nothing needs it"));
 }
 
 #[test]

@@ -5,7 +5,7 @@
 use super::driver::{Context, Gpu, check, version};
 use crate::error::{Result, RuntimeError};
 use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute, CUjit_option, CUmodule, CUresult};
-use pleach_plan::{BlobKind, Plan};
+use pleach_plan::{BlobKind, Kernel, Launch, Plan, Product};
 use std::ffi::{CString, c_void};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -20,7 +20,7 @@ const LOG: usize = 8 << 10;
 #[derive(Debug, Default)]
 pub(crate) struct Code {
     modules: Vec<CUmodule>,
-    /// Per kernel of the plan, per launch of the kernel.
+    /// Per kernel of the plan, per launch of the kernel: its own, then those beside a library's products.
     functions: Vec<Vec<CUfunction>>,
 }
 
@@ -61,7 +61,7 @@ impl Code {
                 return Err(RuntimeError::Target(format!("kernel {} is not compiled for a GPU", k.symbol)));
             }
             let mut list = vec![];
-            for l in &k.launches {
+            for l in k.launches.iter().chain(k.library.iter().flat_map(|y| &y.launches)) {
                 if l.shared_bytes as i64 > i64::from(gpu.shared) {
                     return Err(RuntimeError::Target(format!(
                         "kernel {} needs {} bytes of shared memory, the GPU ({}) has {} for a block; compile it for \
@@ -76,10 +76,32 @@ impl Code {
         Ok(out)
     }
 
-    /// The function of a launch.
+    /// The function of a launch, as [`Way`] counts them.
     pub(crate) fn function(&self, kernel: u32, launch: usize) -> CUfunction {
         self.functions[kernel as usize][launch]
     }
+}
+
+/// What a run of a kernel is: products by a library, then launches.
+pub(crate) struct Way<'a> {
+    pub(crate) products: &'a [Product],
+    pub(crate) launches: &'a [Launch],
+    /// Number of the first launch among all of the kernel.
+    pub(crate) first: usize,
+}
+
+/// The way a kernel runs.
+pub(crate) fn way(k: &Kernel, by_library: bool) -> Way<'_> {
+    match k.library.as_ref().filter(|_| by_library) {
+        Some(y) => Way { products: &y.products, launches: &y.launches, first: k.launches.len() },
+        None => Way { products: &[], launches: &k.launches, first: 0 },
+    }
+}
+
+/// A launch by its number among all of a kernel.
+pub(crate) fn launch(k: &Kernel, number: usize) -> &Launch {
+    let more = k.library.as_ref().map_or(&[][..], |y| &y.launches);
+    k.launches.get(number).unwrap_or_else(|| &more[number - k.launches.len()])
 }
 
 impl Drop for Code {

@@ -10,7 +10,7 @@ use std::ffi::{OsString, c_void};
 use std::sync::OnceLock;
 
 /// Every function of the driver that is called.
-const NEEDED: [&str; 39] = [
+const NEEDED: [&str; 42] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGetCount",
@@ -32,6 +32,8 @@ const NEEDED: [&str; 39] = [
     "cuStreamCreate",
     "cuStreamSynchronize",
     "cuStreamDestroy_v2",
+    "cuStreamBeginCapture_v2",
+    "cuStreamEndCapture",
     "cuEventCreate",
     "cuEventRecord",
     "cuEventSynchronize",
@@ -45,6 +47,7 @@ const NEEDED: [&str; 39] = [
     "cuTensorMapEncodeTiled",
     "cuGraphCreate",
     "cuGraphAddKernelNode_v2",
+    "cuGraphAddChildGraphNode",
     "cuGraphInstantiateWithFlags",
     "cuGraphLaunch",
     "cuGraphExecKernelNodeSetParams_v2",

@@ -6,13 +6,14 @@
 //! maps hold counts themselves: where they depend on them, their nodes are set anew when counts change.
 
 use super::args::{Args, Given, depends_on_counts, grid};
-use super::code::Code;
+use super::code::{Code, launch, way};
+use super::cublaslt::{Products, captured};
 use super::driver::check;
 use crate::device::Address;
 use crate::error::Result;
 use crate::launch::{Steps, row_bytes};
-use cudarc::driver::sys::{self, CUDA_KERNEL_NODE_PARAMS, CUfunction, CUgraph, CUgraphExec, CUgraphNode};
-use pleach_plan::{ExprError, Launch, Plan};
+use cudarc::driver::sys::{self, CUDA_KERNEL_NODE_PARAMS, CUfunction, CUgraph, CUgraphExec, CUgraphNode, CUstream};
+use pleach_plan::{ExprError, Launch};
 
 /// Graphs that are kept at most.
 const KEPT: usize = 32;
@@ -36,6 +37,15 @@ pub(crate) struct Graph {
     set_for: Vec<u64>,
     /// When it was last used.
     used: u64,
+}
+
+/// What nodes are made with.
+pub(crate) struct Means<'a> {
+    pub(crate) code: &'a Code,
+    pub(crate) scratch: u64,
+    pub(crate) stream: CUstream,
+    pub(crate) library: Option<&'a mut Products>,
+    pub(crate) args: &'a mut Args,
 }
 
 #[derive(Debug)]
@@ -133,14 +143,7 @@ impl Graph {
     ///
     /// # Safety
     /// As [`crate::device::Device::run`].
-    pub(crate) unsafe fn new(
-        steps: &Steps<'_>,
-        env: Vec<u64>,
-        code: &Code,
-        scratch: u64,
-        dims: u64,
-        args: &mut Args,
-    ) -> Result<Graph> {
+    pub(crate) unsafe fn new(steps: &Steps<'_>, env: Vec<u64>, dims: u64, means: &mut Means<'_>) -> Result<Graph> {
         let (_, windows) = Graph::layout(steps, &env);
         let none = std::ptr::null_mut();
         let mut out = Graph {
@@ -161,20 +164,37 @@ impl Graph {
         steps.waves(&env, &mut |wave| {
             let row = wave.window.map_or(0, |(l, w)| out.windows[l].0 + w as usize);
             for w in wave.works {
-                for (i, l) in steps.plan.kernels[w.kernel as usize].launches.iter().enumerate() {
+                let k = &steps.plan.kernels[w.kernel as usize];
+                let at = dims + (row * env.len() * size_of::<i64>()) as u64;
+                let given = Given { buffers: w.buffers, scratch: means.scratch, dims: at, env: wave.env };
+                let library = match &mut means.library {
+                    Some(l) => l.takes(w.kernel, k, wave.env)?.then_some(&**l),
+                    None => None,
+                };
+                let way = way(k, library.is_some());
+                for (i, p) in way.products.iter().enumerate() {
+                    let Some(l) = library.filter(|_| p.runs(wave.env).unwrap_or(false)) else { continue };
+                    // SAFETY: nothing else is enqueued while the graph is made; the caller promises the buffers.
+                    last = unsafe {
+                        captured(out.graph, last, means.stream, &mut || {
+                            l.multiply(w.kernel, i, p, &given, means.stream)
+                        })?
+                    };
+                }
+                for (i, l) in way.launches.iter().enumerate() {
                     if !l.runs(wave.env)? {
                         continue;
                     }
-                    let at = dims + (row * env.len() * size_of::<i64>()) as u64;
-                    args.set(l, &Given { buffers: w.buffers, scratch, dims: at, env: wave.env })?;
-                    let params = node(code.function(w.kernel, i), l, grid(l, wave.env)?, args);
+                    let number = way.first + i;
+                    means.args.set(l, &given)?;
+                    let params = node(means.code.function(w.kernel, number), l, grid(l, wave.env)?, means.args);
                     let (before, n) = (last, usize::from(!last.is_null()));
                     // SAFETY: the arguments are copied into the node; the caller promises that they are the kernel's.
                     let r = unsafe { sys::cuGraphAddKernelNode_v2(&mut last, out.graph, &before, n, &params) };
                     check(r, "a node of a graph")?;
                     if depends_on_counts(l) {
                         let buffers = w.buffers.to_vec();
-                        out.moving.push(Moving { node: last, kernel: w.kernel, launch: i, buffers, row });
+                        out.moving.push(Moving { node: last, kernel: w.kernel, launch: number, buffers, row });
                     }
                 }
             }
@@ -206,7 +226,7 @@ impl Graph {
         let values =
             |t: &[i64], row: usize| t[row * symbols..][..symbols].iter().map(|v| *v as u64).collect::<Vec<_>>();
         for m in &self.moving {
-            let l = launch(steps.plan, m.kernel, m.launch);
+            let l = launch(&steps.plan.kernels[m.kernel as usize], m.launch);
             let dims = self.dims + (m.row * symbols * size_of::<i64>()) as u64;
             let env = values(&counts, m.row);
             args.set(l, &Given { buffers: &m.buffers, scratch, dims, env: &env })?;
@@ -223,10 +243,6 @@ impl Graph {
     pub(crate) fn exec(&self) -> CUgraphExec {
         self.exec
     }
-}
-
-fn launch(plan: &Plan, kernel: u32, launch: usize) -> &Launch {
-    &plan.kernels[kernel as usize].launches[launch]
 }
 
 fn node(func: CUfunction, l: &Launch, grid: [u32; 3], args: &mut Args) -> CUDA_KERNEL_NODE_PARAMS {

@@ -6,10 +6,12 @@
 
 mod args;
 mod code;
+mod cublaslt;
 mod driver;
 mod graph;
 mod stage;
 
+pub use cublaslt::{CUBLASLT, find_cublaslt};
 pub use driver::{Gpu, LIBRARY, gpus, version};
 
 use crate::device::{Address, Device, Make, Work};
@@ -17,10 +19,11 @@ use crate::error::{Result, RuntimeError};
 use crate::launch::Steps;
 use crate::memory::Memory;
 use args::{Args, Given, grid};
-use code::Code;
+use code::{Code, way};
+use cublaslt::{Products, WORKSPACE};
 use cudarc::driver::sys::{self, CUevent, CUstream, CUstream_flags};
 use driver::{Context, check};
-use graph::{Graph, Graphs, bucket};
+use graph::{Graph, Graphs, Means, bucket};
 use pleach_plan::{Kernel, Plan};
 use stage::Stage;
 use std::time::Duration;
@@ -30,6 +33,9 @@ use std::time::Duration;
 pub struct Cuda {
     // Dropped in this order: what belongs to a context before the context.
     graphs: Graphs,
+    library: Option<Products>,
+    /// Why the plan's products by a library are not computed by it.
+    missing: Option<String>,
     stage: Stage,
     code: Code,
     stream: Stream,
@@ -136,6 +142,8 @@ impl Cuda {
         }
         let mut out = Cuda {
             graphs: Graphs::default(),
+            library: None,
+            missing: None,
             stage: Stage::new()?,
             code,
             stream,
@@ -151,7 +159,31 @@ impl Cuda {
         };
         out.scratch = out.allocate(scratch, "scratch", false)? as u64;
         out.dims = out.allocate(size_of_val(env) as u64, "counts", false)? as u64;
+        if plan.kernels.iter().any(|k| k.library.is_some()) {
+            out.open_library()?;
+        }
         Ok(out)
+    }
+
+    /// Opens the library that the plan has products for; without it, its own kernels run.
+    fn open_library(&mut self) -> Result<()> {
+        let opened = match find_cublaslt() {
+            Err(why) => Err(why),
+            Ok(()) => {
+                let workspace = self.allocate(WORKSPACE as u64, "cuBLASLt", false)? as u64;
+                let factors = [0f32, 1.0];
+                let at = self.allocate(size_of_val(&factors) as u64, "cuBLASLt", false)?;
+                let bytes: Vec<u8> = factors.iter().flat_map(|x| x.to_le_bytes()).collect();
+                // SAFETY: just reserved, with this size.
+                unsafe { self.write(at, &bytes)? };
+                Products::open(workspace, at as u64)
+            }
+        };
+        match opened {
+            Ok(p) => self.library = Some(p),
+            Err(why) => self.missing = Some(format!("cuBLASLt: {why}")),
+        }
+        Ok(())
     }
 
     fn reserve(&self, bytes: u64, what: &str) -> Result<u64> {
@@ -170,16 +202,28 @@ impl Cuda {
             self.dims_now = dims.to_vec();
         }
         let env: Vec<u64> = dims.iter().map(|v| *v as u64).collect();
+        let stream = self.stream.raw();
         for w in wave {
-            for (i, l) in self.kernels[w.kernel as usize].launches.iter().enumerate() {
+            let k = &self.kernels[w.kernel as usize];
+            let given = Given { buffers: w.buffers, scratch: self.scratch, dims: self.dims, env: &env };
+            let library = match &mut self.library {
+                Some(l) => l.takes(w.kernel, k, &env)?.then_some(&*l),
+                None => None,
+            };
+            let way = way(k, library.is_some());
+            for (i, p) in way.products.iter().enumerate() {
+                if let Some(l) = library.filter(|_| p.runs(&env).unwrap_or(false)) {
+                    // SAFETY: promised by the caller.
+                    unsafe { l.multiply(w.kernel, i, p, &given, stream)? };
+                }
+            }
+            for (i, l) in way.launches.iter().enumerate() {
                 if !l.runs(&env)? {
                     continue;
                 }
-                let given = Given { buffers: w.buffers, scratch: self.scratch, dims: self.dims, env: &env };
                 self.args.set(l, &given)?;
                 let [x, y, z] = grid(l, &env)?;
-                let f = self.code.function(w.kernel, i);
-                let stream = self.stream.raw();
+                let f = self.code.function(w.kernel, way.first + i);
                 // SAFETY: the arguments are as many as the function has, and are read before the call returns; the caller
                 // promises what they point to.
                 let r = unsafe {
@@ -316,8 +360,10 @@ impl Device for Cuda {
         if self.graphs.find(steps.index, &env).is_none() {
             let (rows, _) = Graph::layout(steps, &env);
             let dims = self.allocate((rows * env.len() * size_of::<i64>()) as u64, "counts", false)? as u64;
+            let (code, scratch, stream) = (&self.code, self.scratch, self.stream.raw());
+            let mut means = Means { code, scratch, stream, library: self.library.as_mut(), args: &mut self.args };
             // SAFETY: promised by the caller.
-            let made = unsafe { Graph::new(steps, env.clone(), &self.code, self.scratch, dims, &mut self.args)? };
+            let made = unsafe { Graph::new(steps, env.clone(), dims, &mut means)? };
             if let Some(old) = self.graphs.keep(made) {
                 self.free(old.dims)?;
             }
@@ -347,6 +393,10 @@ impl Device for Cuda {
             check(sys::cuEventElapsedTime(&mut ms, start, end), "the time of a kernel")?;
         }
         Ok(Duration::from_secs_f64(f64::from(ms.max(0.0)) / 1e3))
+    }
+
+    fn missing(&self) -> Option<&str> {
+        self.missing.as_deref()
     }
 
     fn changed(&mut self) {

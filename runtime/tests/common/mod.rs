@@ -66,6 +66,7 @@ impl Builder {
             results,
             aliases,
             launches: vec![],
+            library: None,
         });
         self.plan.kernels.len() as u32 - 1
     }

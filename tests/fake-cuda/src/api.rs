@@ -2,14 +2,14 @@
 #![allow(clippy::missing_safety_doc, reason = "each function is the driver's of that name")]
 #![allow(non_snake_case, reason = "the names are the driver's")]
 
-use crate::graphs::{Exec, Graph, KernelNode};
+use crate::graphs::{Exec, Graph, KernelNode, Node};
 use crate::maps::pack;
 use crate::state::*;
 use pleach_ptx_sim::{Module, Ptr, TensorMap};
 use std::ffi::{CStr, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-const UNKNOWN: u32 = 999;
+pub(crate) const UNKNOWN: u32 = 999;
 
 /// Exports functions; each body gets the locked state under the name before the bar.
 macro_rules! export {
@@ -32,7 +32,7 @@ macro_rules! export {
 }
 
 /// Writes through a pointer of the caller.
-unsafe fn give<T>(to: *mut T, value: T) -> Answer {
+pub(crate) unsafe fn give<T>(to: *mut T, value: T) -> Answer {
     if to.is_null() {
         return Err(INVALID_VALUE);
     }
@@ -333,7 +333,7 @@ export! {
         // SAFETY: the caller gives as many arguments as the function has parameters.
         let call = unsafe { s.call(function, [gx, gy, gz], [bx, by, bz], shared, params)? };
         s.log("launch");
-        s.push(stream, Work::Launch(Box::new(call)))
+        s.push(stream, Work::Run(Box::new(Node::Launch(call))))
     }
 
     without fn cuTensorMapEncodeTiled(
@@ -398,7 +398,35 @@ export! {
             let after = if n == 0 { vec![] } else { std::slice::from_raw_parts(after, n).to_vec() };
             (after, s.node(&*node)?)
         };
-        let number = s.add_node(graph, &after, call)?;
+        let number = s.add_node(graph, &after, Node::Launch(call))?;
+        // SAFETY: see `give`.
+        unsafe { give(out, number) }
+    }
+
+    within fn cuStreamBeginCapture_v2(s | stream: usize, mode: u32) {
+        if mode != 2 {
+            return Err(NOT_SUPPORTED);
+        }
+        if !s.streams.contains_key(&stream) || s.captures.contains_key(&stream) {
+            return Err(INVALID_HANDLE);
+        }
+        s.captures.insert(stream, vec![]);
+        Ok(())
+    }
+
+    within fn cuStreamEndCapture(s | stream: usize, out: *mut usize) {
+        let nodes = s.captures.remove(&stream).ok_or(INVALID_VALUE)?;
+        let h = s.handle();
+        s.graphs.insert(h, Graph { nodes });
+        // SAFETY: see `give`.
+        unsafe { give(out, h) }
+    }
+
+    within fn cuGraphAddChildGraphNode(s | out: *mut usize, graph: usize, after: *const usize, n: usize, child: usize) {
+        // SAFETY: the caller gives so many nodes.
+        let after = if n == 0 { vec![] } else { unsafe { std::slice::from_raw_parts(after, n) }.to_vec() };
+        let nodes = s.graphs.get(&child).ok_or(INVALID_HANDLE)?.nodes.clone();
+        let number = s.add_node(graph, &after, Node::Child(nodes))?;
         // SAFETY: see `give`.
         unsafe { give(out, number) }
     }
@@ -407,10 +435,10 @@ export! {
         if flags != 0 {
             return Err(NOT_SUPPORTED);
         }
-        let calls = s.graphs.get(&graph).ok_or(INVALID_HANDLE)?.calls.clone();
-        s.log(&format!("graph of {} launches", calls.len()));
+        let nodes = s.graphs.get(&graph).ok_or(INVALID_HANDLE)?.nodes.clone();
+        s.log(&format!("graph of {} launches", nodes.len()));
         let h = s.handle();
-        s.execs.insert(h, Exec { graph, calls });
+        s.execs.insert(h, Exec { graph, nodes });
         // SAFETY: see `give`.
         unsafe { give(out, h) }
     }
@@ -427,10 +455,10 @@ export! {
         if !s.graphs.contains_key(&e.graph) {
             return Err(INVALID_VALUE);
         }
-        let calls = e.calls.clone();
+        let nodes = e.nodes.clone();
         s.log("replay");
         // What is enqueued keeps the arguments it had.
-        calls.into_iter().try_for_each(|c| s.push(stream, Work::Launch(Box::new(c))))
+        nodes.into_iter().try_for_each(|n| s.push(stream, Work::Run(Box::new(n))))
     }
 
     within fn cuGraphExecDestroy(s | exec: usize) {

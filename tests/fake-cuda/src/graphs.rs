@@ -1,5 +1,6 @@
 //! Launches with their arguments, and graphs of them.
 
+use crate::cublaslt::Product;
 use crate::maps::unpack;
 use crate::state::{Answer, INVALID_VALUE, NOT_SUPPORTED, State};
 use pleach_ptx_sim::{Param, Ptr};
@@ -15,17 +16,26 @@ pub(crate) struct Call {
     pub(crate) params: Vec<Param>,
 }
 
-/// A graph that is being built: calls in the order of their nodes. A node's number is its place, from 1.
+/// What a node does.
+#[derive(Clone, Debug)]
+pub(crate) enum Node {
+    Launch(Call),
+    Product(Box<Product>),
+    /// Another graph as it was.
+    Child(Vec<Node>),
+}
+
+/// A graph that is being built: nodes in their order. A node's number is its place, from 1.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Graph {
-    pub(crate) calls: Vec<Call>,
+    pub(crate) nodes: Vec<Node>,
 }
 
 /// An instance, with the graph it is of.
 #[derive(Clone, Debug)]
 pub(crate) struct Exec {
     pub(crate) graph: usize,
-    pub(crate) calls: Vec<Call>,
+    pub(crate) nodes: Vec<Node>,
 }
 
 /// The driver's `CUDA_KERNEL_NODE_PARAMS_v2`.
@@ -100,23 +110,25 @@ impl State {
     }
 
     /// Adds a node behind others of the same graph; its number.
-    pub(crate) fn add_node(&mut self, graph: usize, after: &[usize], call: Call) -> Result<usize, u32> {
+    pub(crate) fn add_node(&mut self, graph: usize, after: &[usize], node: Node) -> Result<usize, u32> {
         let g = self.graphs.get_mut(&graph).ok_or(crate::state::INVALID_HANDLE)?;
-        if after.iter().any(|n| *n == 0 || *n > g.calls.len()) {
+        if after.iter().any(|n| *n == 0 || *n > g.nodes.len()) {
             return Err(INVALID_VALUE);
         }
         // Nodes run one after another here; what is not ordered by edges must not matter, and is not looked for.
-        if after.is_empty() && !g.calls.is_empty() {
+        if after.is_empty() && !g.nodes.is_empty() {
             return Err(NOT_SUPPORTED);
         }
-        g.calls.push(call);
-        Ok(g.calls.len())
+        g.nodes.push(node);
+        Ok(g.nodes.len())
     }
 
     /// Sets the launch of a node of an instance: the same function, other arguments.
     pub(crate) fn set_node(&mut self, exec: usize, node: usize, call: Call) -> Answer {
         let e = self.execs.get_mut(&exec).ok_or(crate::state::INVALID_HANDLE)?;
-        let old = node.checked_sub(1).and_then(|i| e.calls.get_mut(i)).ok_or(INVALID_VALUE)?;
+        let Some(Node::Launch(old)) = node.checked_sub(1).and_then(|i| e.nodes.get_mut(i)) else {
+            return Err(INVALID_VALUE);
+        };
         if old.function != call.function {
             return Err(INVALID_VALUE);
         }

@@ -1,6 +1,7 @@
 //! Everything the pretended driver knows: memory, modules, and work that is still to be done.
 
-use crate::graphs::{Call, Exec, Graph};
+use crate::cublaslt::{Descriptions, Product};
+use crate::graphs::{Call, Exec, Graph, Node};
 use crate::properties::{Properties, VARIABLE};
 use pleach_ptx_sim::{Checks, Kernel, Launch, Memory, Mode, Module, Ptr};
 use std::cell::Cell;
@@ -27,6 +28,7 @@ pub(crate) const NOT_READY: u32 = 600;
 pub(crate) const ILLEGAL_ADDRESS: u32 = 700;
 pub(crate) const LAUNCH_FAILED: u32 = 719;
 pub(crate) const NOT_SUPPORTED: u32 = 801;
+const CAPTURING: u32 = 900;
 
 /// The only context.
 pub(crate) const CONTEXT: usize = 0x0c0d_e000;
@@ -80,7 +82,7 @@ pub(crate) enum Work {
         value: u8,
         bytes: usize,
     },
-    Launch(Box<Call>),
+    Run(Box<Node>),
     Record(usize),
 }
 
@@ -104,6 +106,10 @@ pub(crate) struct State {
     clock: f64,
     pub(crate) graphs: BTreeMap<usize, Graph>,
     pub(crate) execs: BTreeMap<usize, Exec>,
+    /// Streams whose work becomes a graph, with its nodes so far.
+    pub(crate) captures: BTreeMap<usize, Vec<Node>>,
+    /// What cuBLASLt was told.
+    pub(crate) told: Descriptions,
     queue: Vec<Work>,
     /// After a fault everything fails.
     lost: Option<u32>,
@@ -173,6 +179,11 @@ impl State {
         if !self.streams.contains_key(&stream) {
             return Err(INVALID_HANDLE);
         }
+        if let Some(nodes) = self.captures.get_mut(&stream) {
+            let Work::Run(node) = work else { return Err(CAPTURING) };
+            nodes.push(*node);
+            return Ok(());
+        }
         self.queue.push(work);
         if self.properties.at_once { self.flush() } else { Ok(()) }
     }
@@ -217,14 +228,38 @@ impl State {
                 self.events.insert(event, Some(now));
                 Ok(())
             }
-            Work::Launch(call) => self.run(&call),
+            Work::Run(node) => self.node_now(&node),
         }
     }
 
-    fn run(&mut self, c: &Call) -> Answer {
-        let f = self.functions.get(&c.function).ok_or(INVALID_HANDLE)?;
-        let time = self.properties.times.iter().find(|(part, _)| f.kernel.name().contains(part.as_str()));
+    fn node_now(&mut self, node: &Node) -> Answer {
+        match node {
+            Node::Launch(call) => self.run(call),
+            Node::Product(p) => {
+                self.count("cublaslt");
+                self.multiply(p).map_err(|e| {
+                    say(&e);
+                    ILLEGAL_ADDRESS
+                })
+            }
+            Node::Child(nodes) => nodes.iter().try_for_each(|n| self.node_now(n)),
+        }
+    }
+
+    fn multiply(&mut self, p: &Product) -> Result<(), String> {
+        p.run(&mut self.memory).map_err(|e| format!("a product of {p:?}: {e}"))
+    }
+
+    /// Sets the clock forward by what a launch of that name takes.
+    fn count(&mut self, name: &str) {
+        let time = self.properties.times.iter().find(|(part, _)| name.contains(part.as_str()));
         self.clock += time.map_or(OTHERS, |t| t.1) * 1e-6;
+    }
+
+    fn run(&mut self, c: &Call) -> Answer {
+        let name = self.functions.get(&c.function).ok_or(INVALID_HANDLE)?.kernel.name().to_string();
+        self.count(&name);
+        let f = self.functions.get(&c.function).ok_or(INVALID_HANDLE)?;
         let on = self.properties.checks;
         let launch = Launch {
             grid: c.grid,

@@ -9,6 +9,8 @@ mod cuda;
 #[cfg(feature = "llvm")]
 mod gpu;
 #[cfg(feature = "llvm")]
+mod library;
+#[cfg(feature = "llvm")]
 mod panels;
 mod properties;
 mod tidy;

@@ -116,6 +116,7 @@ fn kernel(symbol: &str, tasks: u64, operands: Vec<u64>, results: Vec<u64>) -> Ke
         flops: Expr::Const(0),
         bytes: Expr::Const(0),
         launches: vec![],
+        library: None,
     }
 }
 

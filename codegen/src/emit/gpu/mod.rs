@@ -28,7 +28,7 @@ use crate::error::CodegenError;
 pub use chip::GpuChip;
 pub use form::{Form, NoForm, Units};
 use pleach_ir::{AttentionAttrs, Class, Dim, Kernel, Layout, Op, Sym, ValueId};
-use pleach_plan::{Expr, Launch};
+use pleach_plan::{ByLibrary, Expr, Launch};
 
 /// Buffers that a kernel may have: parameters of an entry take at most 4096 bytes.
 const MAX_BUFFERS: usize = 500;
@@ -40,6 +40,8 @@ pub struct GpuEmitted {
     pub text: String,
     /// The launches that are one run.
     pub launches: Vec<Launch>,
+    /// Another way to run it, by a library of the machine.
+    pub library: Option<ByLibrary>,
     /// Scratch memory of a run, bytes.
     pub scratch_bytes: Expr,
     /// Floating-point operations, for reports.
@@ -75,16 +77,25 @@ pub fn emit_as(k: &Kernel, symbols: &[Sym], chip: GpuChip, form: Option<&Form>) 
     if let Some(f) = form.filter(|_| k.class != Class::Contraction) {
         return Err(unsupported(k, format!("it has no form {f}")));
     }
-    let (text, launches, scratch_bytes) = match k.class {
+    let own = form.filter(|f| f.units != Units::Library);
+    let (mut text, launches, mut scratch_bytes) = match k.class {
         Class::Row => row::emit(k, symbols)?,
-        Class::Contraction => contraction::emit(k, symbols, chip, form)?,
+        Class::Contraction => contraction::emit(k, symbols, chip, own)?,
         Class::Attention => attention::emit(k, symbols, chip)?,
         Class::Scatter => scatter::emit(k, symbols)?,
     };
+    let mut library = None;
+    if form != own {
+        let found = contraction::by_library(k, symbols, &launches)?;
+        let (more, ways, scratch) = found.ok_or_else(|| unsupported(k, "a library takes no product of it"))?;
+        text += &more;
+        scratch_bytes = scratch_bytes.max(scratch);
+        library = Some(ways);
+    }
     if let Some(op) = chip::lacking(&text, chip) {
         return Err(unsupported(k, format!("{op} does not exist on {}", chip.name())));
     }
-    Ok(GpuEmitted { text, launches, scratch_bytes, flops: flops(k, symbols)?, bytes: bytes(k, symbols)? })
+    Ok(GpuEmitted { text, launches, library, scratch_bytes, flops: flops(k, symbols)?, bytes: bytes(k, symbols)? })
 }
 
 /// Nodes of one part of a kernel that is one body many times over, whose text is for the first part alone: those of the others

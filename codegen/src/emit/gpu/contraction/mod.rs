@@ -6,6 +6,7 @@
 //! [`plain`] takes anything.
 
 mod fragment;
+mod library;
 mod operand;
 mod passes;
 mod plain;
@@ -22,7 +23,7 @@ use crate::emit::func::{Func, Val};
 use crate::emit::{dim_expr, unsupported};
 use crate::error::CodegenError;
 use pleach_ir::{Kernel, Sym};
-use pleach_plan::When;
+use pleach_plan::{ByLibrary, Expr, Launch, When};
 
 /// Emits a contraction kernel, in this form if one is wished.
 pub(super) fn emit(k: &Kernel, symbols: &[Sym], chip: GpuChip, wish: Option<&Form>) -> Result<Parts, CodegenError> {
@@ -43,10 +44,20 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], chip: GpuChip, wish: Option<&For
     Ok((text + &more, launches, scratch))
 }
 
+/// The kernel by a library of the machine beside its own launches: more text, and scratch memory that it needs.
+pub(super) fn by_library(
+    k: &Kernel,
+    symbols: &[Sym],
+    own: &[Launch],
+) -> Result<Option<(String, ByLibrary, Expr)>, CodegenError> {
+    let a = Analysis::new(k).map_err(|why| unsupported(k, why))?;
+    library::emit(k, symbols, &a, own)
+}
+
 /// Forms by warpgroups, and by warps where those are the choice, that are offered at most.
 const OFFERED: [usize; 2] = [4, 2];
 
-/// The forms of a contraction by matrix instructions, the best guess first.
+/// The forms of a contraction by matrix instructions, the best guess first; then a library's.
 pub(super) fn forms(k: &Kernel, symbols: &[Sym], chip: GpuChip) -> Result<Vec<Form>, CodegenError> {
     let a = Analysis::new(k).map_err(|why| unsupported(k, why))?;
     let limits = chip.limits();
@@ -55,6 +66,9 @@ pub(super) fn forms(k: &Kernel, symbols: &[Sym], chip: GpuChip) -> Result<Vec<Fo
     let rest = tensor::forms(&a, &limits);
     let most = if out.is_empty() { rest.len() } else { OFFERED[1] };
     out.extend(rest.into_iter().take(most));
+    if !out.is_empty() && library::supported(k, &a) {
+        out.push(Form::LIBRARY);
+    }
     Ok(out)
 }
 

@@ -38,13 +38,13 @@ pub(super) fn scratch(k: &Kernel, symbols: &[Sym], a: &Analysis, parts: u64) -> 
     Ok(elements.mul(parts * a.groups.len() as u64 * 4))
 }
 
-/// Address of element (row, column) of a group in a part.
+/// Address of element (row, column) of a group in a part: rows of all groups lie side by side.
 fn address(f: &mut Func, size: &[Val; 2], at: [&Val; 3], row: &Val, column: &Val) -> Val {
     let [part, groups, group] = at;
-    let x = f.mul(part, groups);
-    let x = f.add(&x, group);
-    let x = f.mul(&x, &size[0]);
+    let x = f.mul(part, &size[0]);
     let x = f.add(&x, row);
+    let x = f.mul(&x, groups);
+    let x = f.add(&x, group);
     let x = f.mul(&x, &size[1]);
     let x = f.add(&x, column);
     let base = f.arg("scratch");
@@ -74,9 +74,15 @@ pub(super) fn keep(
     }
 }
 
-/// The launch that adds the parts and computes the results.
-pub(super) fn finish(k: &Kernel, symbols: &[Sym], a: &Analysis, parts: u64) -> Result<(String, Launch), CodegenError> {
-    let mut unit = Unit::new(k, "_sum", true);
+/// The launch that adds the parts and computes the results; the suffix tells its function from others of the kernel.
+pub(super) fn finish(
+    k: &Kernel,
+    symbols: &[Sym],
+    a: &Analysis,
+    parts: u64,
+    suffix: &str,
+) -> Result<(String, Launch), CodegenError> {
+    let mut unit = Unit::new(k, suffix, true);
     let f = &mut unit.f;
     let mut p = Pull::new(f, k, symbols);
     let (block, tid) = (special(f, "ctaid.x"), special(f, "tid.x"));

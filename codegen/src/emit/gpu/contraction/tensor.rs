@@ -260,7 +260,7 @@ pub(super) fn emit(
     if parts == 1 {
         return Ok(Some((text, vec![launch], Expr::Const(0))));
     }
-    let (more, second) = split::finish(k, symbols, a, parts)?;
+    let (more, second) = split::finish(k, symbols, a, parts, "_sum")?;
     text += &more;
     Ok(Some((text, vec![launch, second], split::scratch(k, symbols, a, parts)?)))
 }

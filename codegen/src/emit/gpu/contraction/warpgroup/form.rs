@@ -112,15 +112,15 @@ pub(super) struct Form {
 }
 
 /// A matrix of a product: rows of the result by steps of the sum.
-struct Place<'a> {
-    view: &'a View,
-    along: bool,
-    first: [u64; 2],
+pub(in super::super) struct Place<'a> {
+    pub(in super::super) view: &'a View,
+    pub(in super::super) along: bool,
+    pub(in super::super) first: [u64; 2],
     lines: Dim,
 }
 
 /// An operand that tensor copies can read; `None` for any other.
-fn place<'a>(a: &Analysis, x: &'a Product, side: usize) -> Option<Place<'a>> {
+pub(in super::super) fn place<'a>(a: &Analysis, x: &'a Product, side: usize) -> Option<Place<'a>> {
     let view = match (side, &x.right) {
         (0, _) => &x.left,
         (_, Right::Rows(v) | Right::Strided(v)) => v,

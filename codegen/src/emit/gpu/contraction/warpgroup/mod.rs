@@ -21,8 +21,8 @@ use crate::emit::gpu::ring::{Ring, Roles};
 use crate::emit::gpu::wgmma::{self, LINE, Left, Sums};
 use crate::emit::gpu::{Parts, special};
 use crate::error::CodegenError;
-pub(super) use form::forms;
 use form::{BLOCK, Cut, Form, Operand, Pass, ROWS, STEP};
+pub(super) use form::{forms, place};
 use pleach_ir::{Kernel, Sym};
 use pleach_plan::Expr;
 
