@@ -8,7 +8,7 @@
 //! Attention counts the pairs of a query and a key that exist, for sequences of equal length.
 
 use pleach_plan::{BlobKind, Entry, ExprError, Kernel, Plan};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map};
 
 /// What a GPU reaches.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -119,6 +119,19 @@ pub struct Row {
     pub bound: f64,
 }
 
+impl Row {
+    /// Takes other runs in. Those of another kernel may be added up, too: the sum then names the first one.
+    pub fn add(&mut self, other: &Row) {
+        self.units = self.units.max(other.units);
+        self.runs += other.runs;
+        self.launches += other.launches;
+        self.flops = self.flops.saturating_add(other.flops);
+        self.bytes = self.bytes.saturating_add(other.bytes);
+        (0..2).for_each(|i| self.seconds[i] += other.seconds[i]);
+        self.bound += other.bound;
+    }
+}
+
 /// What an entry takes.
 #[derive(Clone, PartialEq, Debug)]
 pub struct EntryRows {
@@ -179,23 +192,20 @@ pub fn entries(plan: &Plan, env: &[u64], machine: &Machine) -> Result<Vec<EntryR
                 Units::Plain => machine.plain,
             };
             let own = [flops as f64 / speed.max(1.0), bytes as f64 / machine.bytes];
-            let row = rows.entry(number).or_insert(Row {
+            let runs = Row {
                 kernel: number,
-                runs: 0,
-                launches: 0,
+                runs: times,
+                launches: times * now.len() as u64,
                 units: strongest,
-                flops: 0,
-                bytes: 0,
-                seconds: [0.0; 2],
-                bound: 0.0,
-            });
-            row.units = row.units.max(strongest);
-            row.runs += times;
-            row.launches += times * now.len() as u64;
-            row.flops = row.flops.saturating_add(flops.saturating_mul(times));
-            row.bytes = row.bytes.saturating_add(bytes.saturating_mul(times));
-            (0..2).for_each(|i| row.seconds[i] += own[i] * times as f64);
-            row.bound += own[0].max(own[1]) * times as f64;
+                flops: flops.saturating_mul(times),
+                bytes: bytes.saturating_mul(times),
+                seconds: own.map(|s| s * times as f64),
+                bound: own[0].max(own[1]) * times as f64,
+            };
+            match rows.entry(number) {
+                btree_map::Entry::Vacant(e) => drop(e.insert(runs)),
+                btree_map::Entry::Occupied(e) => e.into_mut().add(&runs),
+            }
         }
         let mut rows: Vec<Row> = rows.into_values().collect();
         rows.sort_by(|a, b| b.bound.total_cmp(&a.bound).then(a.kernel.cmp(&b.kernel)));

@@ -393,6 +393,25 @@ fn sums_in_place() {
     }
 }
 
+/// A row is added to what is there after a sum over it: rows that a thread walks in one step, in several, and of unequal length.
+#[test]
+fn rows_in_place() {
+    for d in [96, 2048, 4096, 4100] {
+        let mut b = Build::new(&[(Sym::T, 3)]);
+        let d = Dim::Known(d);
+        let (x, before) = (b.input(DType::F32, &[T, d]), b.input(DType::F32, &[T, d]));
+        let square = b.push(Op::Binary(BinaryOp::Mul), &[x, x]);
+        let sum = b.push(Op::Reduce { op: ReduceOp::Sum, axis: 1 }, &[square]);
+        let sum = b.push(Op::Broadcast { shape: vec![T, d], axes: vec![0] }, &[sum]);
+        let y = b.push(Op::Binary(BinaryOp::Mul), &[x, sum]);
+        let z = b.push(Op::Add, &[before, y]);
+        let narrow = b.push(Op::Cast(DType::BF16), &[z]);
+        let mut kernel = b.kernel(Class::Row, &[z, narrow]);
+        kernel.aliases = vec![Some(1), None];
+        simulate(&kernel, GpuChip::Sm80, &b.operands, &[(Sym::T, 3)], 1e-2);
+    }
+}
+
 /// What a tile of a large product costs: operands are read once for every tile, and few instructions go with each product of a
 /// warpgroup.
 #[test]

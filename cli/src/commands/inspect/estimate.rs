@@ -8,6 +8,7 @@ use pleach_codegen::estimate::{EntryRows, MACHINES, Machine, Row, Units, entries
 use pleach_plan::Plan;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 /// What every shown estimate begins with.
 const WHAT: &str = "an estimate from counts, not a measurement: no entry can be faster than its bound on this machine";
@@ -34,16 +35,9 @@ fn classes(plan: &Plan, e: &EntryRows) -> BTreeMap<(String, Units), Row> {
     let mut out: BTreeMap<(String, Units), Row> = BTreeMap::new();
     for r in &e.rows {
         let key = (plan.kernels[r.kernel].class.clone(), r.units);
-        match out.get_mut(&key) {
-            None => drop(out.insert(key, r.clone())),
-            Some(sum) => {
-                sum.runs += r.runs;
-                sum.launches += r.launches;
-                sum.flops += r.flops;
-                sum.bytes += r.bytes;
-                (0..2).for_each(|i| sum.seconds[i] += r.seconds[i]);
-                sum.bound += r.bound;
-            }
+        match out.entry(key) {
+            Entry::Vacant(e) => drop(e.insert(r.clone())),
+            Entry::Occupied(e) => e.into_mut().add(r),
         }
     }
     out

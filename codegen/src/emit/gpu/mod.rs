@@ -140,6 +140,10 @@ fn flops(k: &Kernel, symbols: &[Sym]) -> Result<Expr, CodegenError> {
     let elements = |dims: &[Dim]| -> Result<Expr, CodegenError> {
         dims.iter().try_fold(Expr::Const(1), |e, d| Ok(e.mul(dim_expr(k, *d, symbols)?)))
     };
+    // Scores are computed once for all that needs them.
+    let some = |is: fn(&Op) -> bool| body.nodes.iter().zip(&live).any(|(n, l)| *l && is(&n.op));
+    let scored = some(|op| matches!(op, Op::Attention(_) | Op::AttentionGrad { .. }));
+    let forward = some(|op| matches!(op, Op::Attention(_)));
     let (mut sum, mut shares) = (Expr::Const(0), false);
     for (n, _) in body.nodes.iter().zip(&live).filter(|x| *x.1) {
         let more = match &n.op {
@@ -149,10 +153,11 @@ fn flops(k: &Kernel, symbols: &[Sym]) -> Result<Expr, CodegenError> {
                 elements(&n.ty.shape)?.mul(dim_expr(k, depth, symbols)?).mul(2)
             }
             Op::Attention(a) => pairs(k, symbols, a, &n.inputs)?.mul(4),
-            Op::AttentionLse(a) => pairs(k, symbols, a, &n.inputs)?.mul(2),
+            Op::AttentionLse(a) => pairs(k, symbols, a, &n.inputs)?.mul(if scored { 0 } else { 2 }),
             // Each has a product of its own; all share the scores and their gradient.
             Op::AttentionGrad { attrs: a, .. } => {
-                let shared = if std::mem::replace(&mut shares, true) { 0 } else { 4 };
+                let first = if forward { 2 } else { 4 };
+                let shared = if std::mem::replace(&mut shares, true) { 0 } else { first };
                 pairs(k, symbols, a, &n.inputs)?.mul(2 + shared)
             }
             Op::Reduce { .. } => elements(&body.ty(n.inputs[0]).shape)?,

@@ -354,6 +354,10 @@ impl Walk<'_> {
         let known = shape.iter().try_fold(1u64, |n, d| n.checked_mul(d.known()?)).map(|n| n as i64);
         if let (Some(steps), Some(n)) = (self.steps(known, v), known) {
             for s in 0..steps {
+                if s > 0 {
+                    // Every thread reads what it writes over only where it writes.
+                    p.apart();
+                }
                 let (at, inside) = self.place(f, n, v, s);
                 match inside {
                     Some(c) => f.if_(&c, |f| p.scope(|p| stores(f, p, &at))),
