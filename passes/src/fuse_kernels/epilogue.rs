@@ -1,6 +1,6 @@
 //! Which elementwise operators join the epilogue of the products they read.
 
-use super::group::{Kind, Partition, keeps_rows};
+use super::group::{Kind, Partition, behind, keeps_rows};
 use super::reach::Bits;
 use pleach_ir::{BinaryOp, Class, Dim, Entry, Op, ValueId};
 use std::collections::BTreeSet;
@@ -80,7 +80,11 @@ impl Partition {
         let users = &self.users[m.index()];
         let root = self.rooted[m.index()];
         let slice = |u: ValueId| matches!(e.node(u).op, Op::Slice { start, .. } if start % 16 == 0);
-        !root && users.iter().all(|u| self.last_axis_slice(e, *u) && slice(*u) && e.ty(*u).shape.last() == Some(&width))
+        let sliced = |u: &ValueId| match self.is_view(*u) && e.node(*u).op.is_elementwise() {
+            true => self.only_slices(e, *u, width),
+            false => self.last_axis_slice(e, *u) && slice(*u) && e.ty(*u).shape.last() == Some(&width),
+        };
+        !root && users.iter().all(sliced)
             || users
                 .iter()
                 .all(|u| self.group_of[u.index()].is_some_and(|g| self.groups[g].members.contains(&m)) && !root)
@@ -139,6 +143,7 @@ impl Partition {
                     let b = self.alias_base(e, x);
                     matches!(self.kind[b.index()], Kind::Leaf | Kind::Compute) && !inside(b)
                 }
+                op if op.is_elementwise() => n.inputs.iter().all(|i| self.operand_fits(e, *i, rank, set)),
                 _ => false,
             },
             Kind::Dead => false,
@@ -182,8 +187,12 @@ impl Partition {
     pub(super) fn feed_column_sums(&mut self, e: &Entry) {
         let waited: BTreeSet<ValueId> = e.values().flat_map(|v| self.tokens(v).to_vec()).collect();
         // What a view moves is read at other rows than its own.
-        let views = e.values().filter(|v| self.is_view(*v));
-        let moved: BTreeSet<ValueId> = views.flat_map(|v| e.node(v).inputs.to_vec()).collect();
+        let mut moved: BTreeSet<ValueId> = BTreeSet::new();
+        for v in e.values().rev().filter(|v| self.is_view(*v)) {
+            if !e.node(v).op.is_elementwise() || moved.contains(&v) {
+                moved.extend(&e.node(v).inputs);
+            }
+        }
         let mut sums: BTreeSet<usize> = BTreeSet::new();
         for v in e.values().rev() {
             let Some(g) = self.group_of[v.index()] else { continue };
@@ -221,7 +230,7 @@ impl Partition {
         let mut aligned = e.ty(x).rank() > 0;
         while self.is_view(x) {
             aligned &= keeps_rows(e, x);
-            x = e.node(x).inputs[0];
+            x = behind(e, x);
         }
         (!aligned || e.ty(x).shape.first() != row).then_some(x)
     }

@@ -2,10 +2,11 @@
 //!
 //! Nodes are visited operands first; each computed node joins groups of its operands where that is legal and makes no
 //! cycle, or starts a group. Views (reshape, slice, transpose, broadcast, after) and constants are not grouped: every
-//! reader pulls them in. Only structure is looked at: operators, shapes and who reads what.
+//! reader pulls them in. So are f32 functions of the elements of one 16-bit tensor ([`widened`]): the tensor is half as large as what
+//! would be stored of them. Only structure is looked at: operators, shapes and who reads what.
 
 use super::reach::{Bits, Reach};
-use pleach_ir::{Class, Dim, Entry, Op, ParamId, RootKind, ValueId};
+use pleach_ir::{Class, DType, Dim, Entry, Op, ParamId, RootKind, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What becomes of a node.
@@ -15,7 +16,7 @@ pub(super) enum Kind {
     Leaf,
     /// Constant or iota: built wherever it is read.
     Inline,
-    /// A view: pulled in by its readers.
+    /// A view, or a function of the elements of a narrower tensor: pulled in by its readers.
     View,
     /// Computed by a kernel.
     Compute,
@@ -59,6 +60,35 @@ pub(super) struct Partition {
     pub(super) kept_out: BTreeSet<ValueId>,
 }
 
+/// Turns elementwise f32 matrices that depend on one 16-bit tensor of their shape, and on numbers beside it, into what readers pull in.
+fn widened(e: &Entry, kind: &mut [Kind]) {
+    let mut of: Vec<Option<ValueId>> = vec![None; e.nodes.len()];
+    for v in e.values() {
+        let n = e.node(v);
+        if kind[v.index()] != Kind::Compute || !n.op.is_elementwise() || n.ty.dtype != DType::F32 || n.ty.rank() < 2 {
+            continue;
+        }
+        let mut tensors =
+            n.inputs.iter().filter(|x| e.ty(**x).rank() > 0 || kind[x.index()] != Kind::Inline).map(|x| {
+                let t = e.ty(*x);
+                let narrow = t.dtype.is_float() && t.dtype.size() == 2 && t.shape == n.ty.shape;
+                of[x.index()].or_else(|| (narrow && kind[x.index()] != Kind::Inline).then_some(*x))
+            });
+        let first = tensors.next().flatten();
+        if first.is_some() && tensors.all(|t| t == first) {
+            of[v.index()] = first;
+            kind[v.index()] = Kind::View;
+        }
+    }
+}
+
+/// What a view is of.
+pub(super) fn behind(e: &Entry, v: ValueId) -> ValueId {
+    let n = e.node(v);
+    let tensor = n.inputs.iter().copied().find(|x| n.op.is_elementwise() && e.ty(*x).rank() > 0);
+    tensor.unwrap_or(n.inputs[0])
+}
+
 /// True when a view keeps every element in its row (axis 0).
 pub(super) fn keeps_rows(e: &Entry, v: ValueId) -> bool {
     let n = e.node(v);
@@ -72,14 +102,14 @@ pub(super) fn keeps_rows(e: &Entry, v: ValueId) -> bool {
             a.is_some() && a == b
         }
         Op::After => true,
-        _ => false,
+        op => op.is_elementwise(),
     }
 }
 
 impl Partition {
     pub(super) fn new(e: &Entry) -> Partition {
         let live = e.live();
-        let kind = e
+        let mut kind: Vec<Kind> = e
             .values()
             .map(|v| match &e.node(v).op {
                 _ if !live[v.index()] => Kind::Dead,
@@ -89,6 +119,7 @@ impl Partition {
                 _ => Kind::Compute,
             })
             .collect();
+        widened(e, &mut kind);
         let n = e.nodes.len();
         let mut users = e.users();
         users.iter_mut().for_each(|u| u.retain(|v| live[v.index()]));
@@ -151,7 +182,7 @@ impl Partition {
             // A gather reads its table from memory.
             if matches!(n.op, Op::Gather { .. }) {
                 let base = self.alias_base(e, n.inputs[0]);
-                if self.kind[base.index()] == Kind::Inline {
+                if self.kind[base.index()] == Kind::Inline || e.node(base).op.is_elementwise() {
                     mark(&mut self.kind, base);
                 }
             }
@@ -195,7 +226,7 @@ impl Partition {
                         if m.op == Op::After {
                             stack.push((m.inputs[1], false));
                         }
-                        stack.push((m.inputs[0], read));
+                        stack.push((behind(e, x), read));
                     }
                     Kind::Compute if !list.contains(&x) => list.push(x),
                     Kind::Leaf if read && !list.contains(&x) => list.push(x),
@@ -346,7 +377,7 @@ impl Partition {
             let mut x = *x;
             while self.kind[x.index()] == Kind::View {
                 aligned &= keeps_rows(e, x);
-                x = e.node(x).inputs[0];
+                x = behind(e, x);
             }
             aligned &= e.ty(x).shape.first().copied() == row;
             if !aligned {

@@ -6,7 +6,7 @@
 //! of a scatter.
 
 use super::body::Region;
-use super::group::Partition;
+use super::group::{Partition, behind};
 use pleach_ir::{Class, Entry, Layout, Op, Param, ParamId, RootKind, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -138,7 +138,7 @@ impl Partition {
     /// Whether `v` is a view of `x`.
     fn shows(&self, e: &Entry, mut v: ValueId, x: ValueId) -> bool {
         while self.is_view(v) {
-            v = e.node(v).inputs[0];
+            v = behind(e, v);
         }
         v == x
     }
