@@ -151,9 +151,10 @@ impl Partition {
     }
 
     /// Moves ends of epilogues into the row kernel that alone reads them, where what they are made of is stored anyway:
-    /// one tensor fewer goes through memory.
+    /// one tensor fewer goes through memory. What others wait for stays.
     pub(super) fn sink(&mut self, e: &Entry) {
-        for v in e.values().rev() {
+        let waited = self.waited(e);
+        for v in e.values().rev().filter(|v| !waited.contains(v)) {
             let Some(g) = self.group_of[v.index()] else { continue };
             let Some(r) = self.readers[v.index()].first().and_then(|u| self.group_of[u.index()]) else { continue };
             let inside = |x: &ValueId| self.group_of[x.index()] == Some(g);
@@ -185,7 +186,7 @@ impl Partition {
     /// Moves elementwise values that sums across rows alone read into the kernels of those sums, where what they are made
     /// of is in memory anyway: such a value is never stored.
     pub(super) fn feed_column_sums(&mut self, e: &Entry) {
-        let waited: BTreeSet<ValueId> = e.values().flat_map(|v| self.tokens(v).to_vec()).collect();
+        let waited = self.waited(e);
         // What a view moves is read at other rows than its own.
         let mut moved: BTreeSet<ValueId> = BTreeSet::new();
         for v in e.values().rev().filter(|v| self.is_view(*v)) {
@@ -218,6 +219,11 @@ impl Partition {
                 self.groups[to].members.sort_unstable();
             }
         }
+    }
+
+    /// Values that something waits for without reading them: moved into a later kernel they might wait for themselves.
+    fn waited(&self, e: &Entry) -> BTreeSet<ValueId> {
+        e.values().flat_map(|v| self.tokens(v).to_vec()).collect()
     }
 
     fn roots_show(&self, e: &Entry, v: ValueId) -> bool {

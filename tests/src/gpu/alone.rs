@@ -46,7 +46,10 @@ struct Wanted {
     results: Vec<Tensor>,
 }
 
-/// Random operands: of both signs, or positive ones where a function of the body would give no number.
+/// Signs of operands that are tried where functions of the body give no numbers.
+const SIGNS: u64 = 64;
+
+/// Random operands: of both signs, or where a function of the body would give no number positive ones, or each of one sign or the other.
 fn wanted(k: &Kernel, symbols: &Symbols, seed: u64) -> Result<Wanted, String> {
     let by_name = values::inputs(&k.body, symbols, seed);
     let mixed: Vec<Tensor> = k.body.inputs().iter().map(|(_, n)| by_name[*n].clone()).collect();
@@ -56,7 +59,19 @@ fn wanted(k: &Kernel, symbols: &Symbols, seed: u64) -> Result<Wanted, String> {
     };
     let finite = |list: &[Tensor]| list.iter().all(|t| t.floats().iter().all(|x| x.is_finite()));
     let mut last = vec![];
-    for operands in [mixed.clone(), mixed.iter().map(positive).collect()] {
+    let signed = |pattern: u64| -> Vec<Tensor> {
+        let one = |(i, t): (usize, &Tensor)| match pattern.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (i % 61) & 1 {
+            1 if t.dtype().is_float() => {
+                let t = positive(t);
+                Tensor::from_floats(t.dtype(), t.shape.clone(), t.floats().iter().map(|x| -x).collect())
+            }
+            _ => positive(t),
+        };
+        mixed.iter().enumerate().map(one).collect()
+    };
+    // The pattern 0 has positive ones alone.
+    let tried = std::iter::once(mixed.clone()).chain((0..SIGNS).map(signed));
+    for operands in tried {
         let results = run_kernel_with(k, &operands, symbols).map_err(|e| e.to_string())?;
         if finite(&results) {
             return Ok(Wanted { operands, results });

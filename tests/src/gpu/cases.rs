@@ -10,7 +10,7 @@ use pleach_ir::interp::{Symbols, Tensor};
 use pleach_ir::{DType, Graph, Param, Sym};
 use pleach_passes::Options;
 use pleach_plan::Meta;
-use pleach_runtime::train::{Machine, Order, Settings, Stepped, Warmup, step_with};
+use pleach_runtime::train::{Events, Machine, Order, Settings, Stepped, Warmup, step_with};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
 
@@ -144,9 +144,10 @@ impl Case {
         let start = o.values(&params)?;
         // The first step of a warm-up changes nothing.
         let settings = Settings { warmup: Warmup::Steps(0), ..o.settings.clone() };
+        let events = o.events()?;
         let step = |m: &mut dyn Machine| -> Result<Stepped, String> {
             let mut order = Order::new(o.rows.len(), None);
-            step_with(m, &o.rows, &mut order, &settings, 0, None).map_err(text)
+            step_with(m, &o.rows, &mut order, &settings, 0, events.as_ref().map(|e| e as &dyn Events)).map_err(text)
         };
         let mut machines = vec![];
         for how in WAYS {
