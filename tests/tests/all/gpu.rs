@@ -15,7 +15,9 @@ use std::collections::BTreeMap;
 
 /// A graph cut into kernels.
 fn schedule(graph: &Graph, dtype: DType) -> Schedule {
-    let options = Options { target: Target::GPU, dtype, ..Options::default() };
+    // As a plan for four rows of 2048 tokens is made: large heads run window by window.
+    let hints = ["train", "accumulate", "step", "evaluate"].map(|n| (n.to_string(), 8192)).to_vec();
+    let options = Options { target: Target::GPU, dtype, tokens_hint: hints, ..Options::default() };
     let clock = std::time::Instant::now();
     let graph = manager::run(graph, &Pipeline::default(), &options).unwrap().graph;
     let passes = clock.elapsed();
