@@ -316,13 +316,17 @@ pub(crate) fn passes(graph: &Graph, request: &Request, keep_texts: bool) -> Resu
 /// Weights are packed for inference only: a training step reads them both ways round.
 fn host_cut(graph: &Graph, host: &HostTarget) -> CutOptions<'static> {
     let trains = graph.entries.iter().any(|e| [ACCUMULATE, STEP, "measure"].contains(&e.name.as_str()));
-    CutOptions { supported: &compile::supported, panels: if trains { &[] } else { panel_widths(host.isa) } }
+    CutOptions {
+        supported: &compile::supported,
+        panels: if trains { &[] } else { panel_widths(host.isa) },
+        blocks: Default::default(),
+    }
 }
 
 /// How a request cuts a graph. On a GPU nothing is packed.
 fn cut_of(request: &Request, graph: &Graph) -> Result<CutOptions<'static>> {
     Ok(match request.gpu() {
-        Some(_) => CutOptions { supported: &compile::supported_gpu, panels: &[] },
+        Some(_) => CutOptions { supported: &compile::supported_gpu, panels: &[], blocks: Default::default() },
         None => host_cut(graph, &request.host()?),
     })
 }

@@ -8,7 +8,8 @@ use crate::emit::{self, Emitted};
 use crate::error::CodegenError;
 use crate::mlir::{self, HostTarget};
 use pleach_ir::{
-    BufferKind, Class, Dim, Kernel, Layout, Loop, Role, Schedule, ScheduledEntry, Seen, Source, Sym, TensorType,
+    BlockFormat, BufferKind, Class, Dim, Kernel, Layout, Loop, Role, Schedule, ScheduledEntry, Seen, Source, Sym,
+    TensorType,
 };
 use pleach_plan::{self as plan, Expr, Plan};
 use std::collections::BTreeMap;
@@ -312,10 +313,20 @@ fn role(r: Role) -> plan::Role {
     }
 }
 
+fn format(f: BlockFormat) -> plan::BlockFormat {
+    match f {
+        BlockFormat::Q4_0 => plan::BlockFormat::Q4_0,
+        BlockFormat::Q4_1 => plan::BlockFormat::Q4_1,
+        BlockFormat::Q8_0 => plan::BlockFormat::Q8_0,
+    }
+}
+
 fn layout(l: Layout) -> plan::Layout {
     match l {
         Layout::RowMajor => plan::Layout::RowMajor,
         Layout::Panels { nr, transposed } => plan::Layout::Panels { nr, transposed },
+        Layout::Blocks(x) => plan::Layout::Blocks(format(x)),
+        Layout::CodedPanels { nr, format: x } => plan::Layout::CodedPanels { nr, format: format(x) },
     }
 }
 

@@ -25,6 +25,7 @@ pub use error::IrError;
 pub use graph::{Entry, Graph, Node, Param, ParamId, Phase, Role, Root, RootKind, Source, ValueId};
 pub use op::{AttentionAttrs, AttentionWrt, BinaryOp, Op, ReduceOp, ScatterMode, UnaryOp};
 pub use schedule::{
-    Arg, Buffer, BufferId, BufferKind, Class, Kernel, KernelId, Layout, Loop, Schedule, ScheduledEntry, Seen, Step,
+    Arg, BlockFormat, Buffer, BufferId, BufferKind, Class, Kernel, KernelId, Layout, Loop, Schedule, ScheduledEntry,
+    Seen, Step,
 };
 pub use types::{DType, Dim, Sym, TensorType};

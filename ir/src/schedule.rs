@@ -47,6 +47,75 @@ pub enum Layout {
         /// False: the tensor is `[K, N]`. True: the tensor is `[N, K]` (the product has `tb`).
         transposed: bool,
     },
+    /// A static matrix `[N, K]` as a checkpoint stores it in blocks along `K` (a multiple of 32), block after block, row
+    /// after row. It holds only values that such blocks give; the type says what they expand to.
+    Blocks(BlockFormat),
+    /// A static matrix `[N, K]` as right operand of a product (which has `tb`), panels of `nr` columns of the product,
+    /// `[ceil(N/nr)][K/32]`, still as codes with their scales.
+    ///
+    /// A piece of 32 steps of a panel holds `nr` scales (f16), as many minima (f16, where the format has them), and the
+    /// codes: for each pair of steps `(k, k + 1)` and each 16 columns, with 4 bits 16 bytes (step `k` in the low halves,
+    /// `k + 1` in the high ones), with 8 bits 32 bytes (step `k`, then `k + 1`). The last panel is padded with zeros. The
+    /// element is the value of the code, rounded to the tensor's type.
+    CodedPanels {
+        /// Columns of a panel, a multiple of 16.
+        nr: u32,
+        /// What a code and its scale stand for.
+        format: BlockFormat,
+    },
+}
+
+/// Blocks of 32 values that share a scale, as ggml defines them: value = code · scale, plus a minimum where there is one.
+/// Scales and minima are f16; the sum is rounded once, to f32.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[allow(non_camel_case_types, reason = "ggml's own names")]
+pub enum BlockFormat {
+    /// f16 scale, 4-bit codes minus 8; 18 bytes.
+    Q4_0,
+    /// f16 scale, f16 minimum, 4-bit codes; 20 bytes.
+    Q4_1,
+    /// f16 scale, 8-bit signed codes; 34 bytes.
+    Q8_0,
+}
+
+impl BlockFormat {
+    /// Values in a block.
+    pub const VALUES: u64 = 32;
+
+    /// Every format.
+    pub const ALL: [BlockFormat; 3] = [BlockFormat::Q4_0, BlockFormat::Q4_1, BlockFormat::Q8_0];
+
+    /// Its name, in lower case: `q4_1`.
+    pub fn name(self) -> &'static str {
+        match self {
+            BlockFormat::Q4_0 => "q4_0",
+            BlockFormat::Q4_1 => "q4_1",
+            BlockFormat::Q8_0 => "q8_0",
+        }
+    }
+
+    /// The format of that name.
+    pub fn from_name(name: &str) -> Option<BlockFormat> {
+        BlockFormat::ALL.into_iter().find(|f| f.name() == name)
+    }
+
+    /// Bits of a code.
+    pub fn code_bits(self) -> u64 {
+        match self {
+            BlockFormat::Q4_0 | BlockFormat::Q4_1 => 4,
+            BlockFormat::Q8_0 => 8,
+        }
+    }
+
+    /// A minimum is added.
+    pub fn has_minimum(self) -> bool {
+        self == BlockFormat::Q4_1
+    }
+
+    /// Bytes of a block: codes, scale and minimum.
+    pub fn bytes(self) -> u64 {
+        BlockFormat::VALUES * self.code_bits() / 8 + if self.has_minimum() { 4 } else { 2 }
+    }
 }
 
 impl Layout {
@@ -58,15 +127,25 @@ impl Layout {
         best.map_or(16, |w| *w as u32)
     }
 
-    /// Elements a tensor of this type takes in this layout under an assignment of symbols.
-    pub fn elements(&self, ty: &TensorType, env: &dyn Fn(crate::types::Sym) -> Option<u64>) -> Option<u64> {
+    /// Bytes a tensor of this type takes in this layout under an assignment of symbols.
+    pub fn bytes(&self, ty: &TensorType, env: &dyn Fn(crate::types::Sym) -> Option<u64>) -> Option<u64> {
+        let matrix = || Some((ty.shape.first()?.eval(env)?, ty.shape.get(1)?.eval(env)?));
+        let panels = |n: u64, nr: u32| n.div_ceil(u64::from(nr)).checked_mul(u64::from(nr));
         match self {
-            Layout::RowMajor => ty.elements(env),
+            Layout::RowMajor => ty.elements(env)?.checked_mul(ty.dtype.size()),
             Layout::Panels { nr, transposed } => {
-                let (r, c) = (ty.shape.first()?.eval(env)?, ty.shape.get(1)?.eval(env)?);
+                let (r, c) = matrix()?;
                 let (k, n) = if *transposed { (c, r) } else { (r, c) };
                 let k = if ty.dtype.size() == 2 { k.next_multiple_of(2) } else { k };
-                n.div_ceil(u64::from(*nr)).checked_mul(u64::from(*nr))?.checked_mul(k)
+                panels(n, *nr)?.checked_mul(k)?.checked_mul(ty.dtype.size())
+            }
+            Layout::Blocks(format) => {
+                let (n, k) = matrix()?;
+                n.checked_mul(k.div_ceil(BlockFormat::VALUES))?.checked_mul(format.bytes())
+            }
+            Layout::CodedPanels { nr, format } => {
+                let (n, k) = matrix()?;
+                panels(n, *nr)?.checked_mul(k.div_ceil(BlockFormat::VALUES))?.checked_mul(format.bytes())
             }
         }
     }

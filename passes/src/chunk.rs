@@ -48,7 +48,7 @@ pub fn run_with(s: &mut Schedule, count: &dyn Fn(&str) -> u64, least: u64, rows:
         for symbol in symbols.into_iter().filter(|x| !fixed.contains(x) && *x != Sym::S && *x != Sym::S1) {
             let bytes = |b: usize| {
                 let x = &s.entries[i].buffers[b];
-                x.layout.elements(&x.ty, &|_| Some(n)).unwrap_or(0).saturating_mul(x.ty.dtype.size())
+                x.layout.bytes(&x.ty, &|_| Some(n)).unwrap_or(0)
             };
             if let Some(e) = with_loop(s, &s.entries[i], symbol, least, rows, &bytes) {
                 s.entries[i] = e;

@@ -196,9 +196,7 @@ impl Blocks {
 fn size(e: &ScheduledEntry, b: usize) -> u64 {
     let x = &e.buffers[b];
     match x.kind {
-        BufferKind::Arena | BufferKind::Output(_) => {
-            x.layout.elements(&x.ty, &|_: Sym| Some(NOMINAL)).unwrap_or(0).saturating_mul(x.ty.dtype.size())
-        }
+        BufferKind::Arena | BufferKind::Output(_) => x.layout.bytes(&x.ty, &|_: Sym| Some(NOMINAL)).unwrap_or(0),
         _ => 0,
     }
 }

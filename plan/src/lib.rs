@@ -21,7 +21,7 @@ pub use expr::{Expr, ExprError, MAX_DEPTH};
 pub use library::{ByLibrary, Matrix, Product, Target as ProductTarget};
 pub use query::{ALIGN, ArenaLayout, GPU_ALIGN, alignment, arena, arena_within, lifetimes, waves};
 pub use types::{
-    Blob, BlobKind, Buffer, BufferKind, Check, Choice, DType, Entry, Input, Kernel, Launch, LaunchParam, Layout, Loop,
-    Meta, Output, Param, Plan, Residency, Role, Source, Step, Symbol, Target, TensorMap, When, Window,
+    Blob, BlobKind, BlockFormat, Buffer, BufferKind, Check, Choice, DType, Entry, Input, Kernel, Launch, LaunchParam,
+    Layout, Loop, Meta, Output, Param, Plan, Residency, Role, Source, Step, Symbol, Target, TensorMap, When, Window,
 };
 pub use validate::validate;

@@ -7,7 +7,7 @@
 use crate::error::PlanError;
 use crate::expr::Expr;
 use crate::types::{
-    BlobKind, BufferKind, Check, DType, Entry, Kernel, LaunchParam, Layout, Loop, Plan, Residency, Source,
+    BlobKind, BlockFormat, BufferKind, Check, DType, Entry, Kernel, LaunchParam, Layout, Loop, Plan, Residency, Source,
 };
 use std::collections::BTreeSet;
 
@@ -100,9 +100,15 @@ fn params(plan: &Plan, envs: &[Vec<u64>], f: &mut Faults) {
         let name = &p.name;
         f.check(!name.is_empty() && names.insert(name), || format!("parameter `{name}` occurs twice or has no name"));
         f.check(p.shape.len() <= MAX_RANK, || format!("parameter `{name}` has rank {}", p.shape.len()));
-        if let Layout::Panels { nr, .. } = p.layout {
+        if let Layout::Panels { nr, .. } | Layout::CodedPanels { nr, .. } = p.layout {
             f.check(p.shape.len() == 2 && nr > 0 && nr <= 4096, || {
                 format!("parameter `{name}` cannot lie in panels of {nr}")
+            });
+        }
+        if let Layout::Blocks(_) | Layout::CodedPanels { .. } = p.layout {
+            let whole = |k: &Expr| k.known().is_some_and(|k| k % BlockFormat::VALUES == 0);
+            f.check(p.shape.len() == 2 && whole(&p.shape[1]), || {
+                format!("parameter `{name}` cannot lie in blocks of {} values", BlockFormat::VALUES)
             });
         }
         let size = p.layout.bytes(p.dtype, &p.shape).and_then(|e| values(&e, envs));
@@ -111,8 +117,10 @@ fn params(plan: &Plan, envs: &[Vec<u64>], f: &mut Faults) {
         });
         let outside = matches!(p.source, Source::Checkpoint(_) | Source::Adapter { .. });
         if outside {
-            f.check(p.layout == Layout::RowMajor && p.shape.iter().all(|d| d.symbols().is_empty()), || {
-                format!("parameter `{name}` comes from a file and must be row-major and of known shape")
+            let blocks = matches!((p.layout, &p.source), (Layout::Blocks(_), Source::Checkpoint(_)));
+            let stored = blocks || p.layout == Layout::RowMajor;
+            f.check(stored && p.shape.iter().all(|d| d.symbols().is_empty()), || {
+                format!("parameter `{name}` comes from a file and must be row-major (or in blocks, of the base) and of known shape")
             });
         }
         f.check(p.residency == Residency::Owned || matches!(p.source, Source::Checkpoint(_)), || {

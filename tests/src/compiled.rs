@@ -41,7 +41,11 @@ pub fn plan_with(
     meta: Meta,
 ) -> Result<Plan, String> {
     let after = manager::run(graph, passes, options).map_err(|e| format!("passes: {e}"))?.graph;
-    let cut = CutOptions { supported: &supported, panels: if pack { panel_widths(target.isa) } else { &[] } };
+    let cut = CutOptions {
+        supported: &supported,
+        panels: if pack { panel_widths(target.isa) } else { &[] },
+        blocks: Default::default(),
+    };
     let fail = |e: pleach_passes::PassError| format!("fuse-kernels: {e}");
     let mut s = fuse_kernels::cut(&after, &cut).map_err(fail)?;
     pleach_passes::chunk::run(&mut s, options).map_err(fail)?;

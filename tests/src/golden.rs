@@ -221,7 +221,11 @@ fn pass(name: &str, graph: &Graph, g: &Golden) -> Result<Graph, String> {
 }
 
 fn schedule(graph: &Graph, g: &Golden) -> Result<String, String> {
-    let options = CutOptions { supported: &|_| Ok(()), panels: if g.pack { &[48, 32, 16] } else { &[] } };
+    let options = CutOptions {
+        supported: &|_| Ok(()),
+        panels: if g.pack { &[48, 32, 16] } else { &[] },
+        blocks: Default::default(),
+    };
     let mut s = fuse_kernels::schedule(graph, &options).map_err(|e| e.to_string())?;
     if g.chunk {
         chunk::run_with(&mut s, &|_| 16, 256, 4).map_err(|e| e.to_string())?;

@@ -10,6 +10,8 @@ pub fn print_layout(l: &Layout) -> String {
         Layout::RowMajor => "row".into(),
         Layout::Panels { nr, transposed: false } => format!("panels({nr})"),
         Layout::Panels { nr, transposed: true } => format!("panels({nr}, t)"),
+        Layout::Blocks(format) => format!("blocks({})", format.name()),
+        Layout::CodedPanels { nr, format } => format!("panels({nr}, t, {})", format.name()),
     }
 }
 

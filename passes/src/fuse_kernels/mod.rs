@@ -18,10 +18,11 @@ mod sums;
 
 use crate::PassError;
 use body::{Region, Signature};
+use pack::{Coded, Packed};
 use pleach_ir::schedule::same_elements;
 use pleach_ir::{
-    Buffer, BufferId, BufferKind, Class, Entry, Graph, IrError, Kernel, KernelId, Layout, Op, ParamId, RootKind,
-    Schedule, ScheduledEntry, Step, ValueId,
+    BlockFormat, Buffer, BufferId, BufferKind, Class, Entry, Graph, IrError, Kernel, KernelId, Layout, Op, ParamId,
+    RootKind, Schedule, ScheduledEntry, Step, ValueId,
 };
 use std::collections::{BTreeMap, HashMap};
 
@@ -32,6 +33,9 @@ pub struct CutOptions<'a> {
     /// Widths of the panels in which right operands of products that are parameters are stored, widest first, as the
     /// target's registers suggest; none: they stay as they are.
     pub panels: &'a [u64],
+    /// Tensors of the checkpoint, by name, that it has in blocks of codes too: where panels are made of these alone, they
+    /// keep the codes.
+    pub blocks: BTreeMap<String, BlockFormat>,
 }
 
 fn fault(e: IrError) -> PassError {
@@ -69,10 +73,10 @@ pub fn order(s: &mut Schedule) -> Result<usize, PassError> {
 /// [`PassError`] when the graph breaks a rule of the IR; a region that the target refuses is split, never an error,
 /// unless a single operator is refused.
 pub fn cut(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, PassError> {
-    let (mut graph, layouts) = if options.panels.is_empty() {
-        (graph.clone(), vec![Layout::RowMajor; graph.params.len()])
+    let Packed { mut graph, layouts, coded } = if options.panels.is_empty() {
+        Packed { graph: graph.clone(), layouts: vec![Layout::RowMajor; graph.params.len()], coded: vec![] }
     } else {
-        pack::pack(graph, options.panels).map_err(fault)?
+        pack::pack(graph, options.panels, &options.blocks).map_err(fault)?
     };
     for e in &mut graph.entries {
         if let Some(new) = sums::into_scatters(&graph.params, e).map_err(fault)? {
@@ -87,7 +91,8 @@ pub fn cut(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, PassErro
     let mut accepts = |k: &Kernel| *verdicts.entry(Signature::of(k)).or_insert_with(|| (options.supported)(k).is_ok());
     for e in &graph.entries {
         let cut = EntryCut::new(e, &out.params, &mut accepts)?;
-        out.entries.push(cut.emit(&mut table)?);
+        let coded = if e.name == pack::BASE { &coded[..] } else { &[] };
+        out.entries.push(cut.emit(&mut table, coded)?);
     }
     out.kernels = table.kernels;
     out.check().map_err(fault)?;
@@ -126,7 +131,7 @@ fn label(k: &Kernel) -> String {
         Class::Attention => return "attention".into(),
         Class::Scatter => return "scatter".into(),
     };
-    if k.results.iter().any(|l| matches!(l, Layout::Panels { .. })) {
+    if k.results.iter().any(|l| matches!(l, Layout::Panels { .. } | Layout::CodedPanels { .. })) {
         return "pack".into();
     }
     let mut names: Vec<&str> = vec![];
@@ -196,7 +201,7 @@ impl<'a> EntryCut<'a> {
         Ok(EntryCut { entry, params, groups, regions, order })
     }
 
-    fn emit(mut self, table: &mut Kernels) -> Result<ScheduledEntry, PassError> {
+    fn emit(mut self, table: &mut Kernels, coded: &[Coded]) -> Result<ScheduledEntry, PassError> {
         let mut regions = std::mem::take(&mut self.regions);
         let mut b = Builder {
             cut: &self,
@@ -219,6 +224,9 @@ impl<'a> EntryCut<'a> {
             }
         }
         b.finish()?;
+        for c in coded {
+            b.fill_coded(c)?;
+        }
         Ok(b.out)
     }
 }
@@ -371,6 +379,35 @@ impl Builder<'_, '_> {
         };
         let kernel = self.table.intern(k);
         self.out.steps.push(Step { kernel, reads: vec![from], writes: vec![to], after: vec![], origin: None });
+        Ok(())
+    }
+
+    /// A launch that fills coded panels from blocks: the parts below each other, in the type of the panels.
+    fn fill_coded(&mut self, c: &Coded) -> Result<(), PassError> {
+        let mut body = Entry::new("kernel");
+        let (mut reads, mut operands, mut parts) = (vec![], vec![], vec![]);
+        for (i, p) in c.parts.iter().enumerate() {
+            let b = self.param_buffer(*p);
+            let Buffer { ty, layout, .. } = &self.out.buffers[b.0 as usize];
+            let op = Op::Input { name: format!("a{i}"), dtype: ty.dtype, shape: ty.shape.clone() };
+            parts.push(body.push(&[], op, &[]).map_err(fault)?);
+            operands.push(*layout);
+            reads.push(b);
+        }
+        let to = self.param_buffer(c.twin);
+        let Buffer { ty, layout, .. } = &self.out.buffers[to.0 as usize];
+        let mut x = match parts[..] {
+            [x] => x,
+            _ => body.push(&[], Op::Concat { axis: 0 }, &parts).map_err(fault)?,
+        };
+        if body.ty(x).dtype != ty.dtype {
+            x = body.push(&[], Op::Cast(ty.dtype), &[x]).map_err(fault)?;
+        }
+        body.output("r0", x);
+        let results = vec![*layout];
+        let k = Kernel { name: String::new(), class: Class::Row, body, operands, results, aliases: vec![None] };
+        let kernel = self.table.intern(k);
+        self.out.steps.push(Step { kernel, reads, writes: vec![to], after: vec![], origin: None });
         Ok(())
     }
 

@@ -2,8 +2,13 @@
 //!
 //! Such a parameter gets a derived twin in panels, filled by the `prepare` entry of its phase, and the products read the
 //! twin. The width of a panel suits the number of columns and the slices that are taken of the product.
+//!
+//! Where the checkpoint has a tensor in blocks of codes too ([`Layout::Blocks`]), and the parameter is made of such tensors
+//! alone, the twin keeps the codes ([`Layout::CodedPanels`]): the values are the same, the bytes a fraction.
 
-use pleach_ir::{DType, Entry, Graph, IrError, Layout, Op, Param, ParamId, Role, RootKind, Source, ValueId};
+use pleach_ir::{
+    BlockFormat, DType, Entry, Graph, IrError, Layout, Op, Param, ParamId, Role, RootKind, Source, ValueId,
+};
 use std::collections::BTreeMap;
 
 /// The greatest number that divides every place where a slice of `v` along its last axis starts or ends.
@@ -33,11 +38,68 @@ fn is_prepare(e: &Entry) -> bool {
     e.name.starts_with("prepare(")
 }
 
-/// The graph with packed twins in panels of these widths (widest first), and the layout of every parameter.
+/// Tensors of the checkpoint that it has in blocks too, by name.
+pub(super) type Blocks = BTreeMap<String, BlockFormat>;
+
+/// The value that a `prepare` entry assigns to a parameter.
+fn made(g: &Graph, p: ParamId) -> Option<(usize, ValueId)> {
+    let assigned = |e: &Entry| e.roots.iter().find(|r| r.kind == RootKind::Assign(p)).map(|r| r.value);
+    g.entries.iter().enumerate().filter(|(_, e)| is_prepare(e)).find_map(|(i, e)| Some((i, assigned(e)?)))
+}
+
+/// A parameter in coded panels, and the parameters in blocks that it is made of, one below the other.
+#[derive(Clone, Debug)]
+pub(super) struct Coded {
+    pub(super) twin: ParamId,
+    pub(super) parts: Vec<ParamId>,
+}
+
+/// The checkpoint's tensors that a parameter is made of, one below the other; `None`: it is made in another way.
+fn parts(g: &Graph, p: ParamId) -> Option<Vec<ParamId>> {
+    fn walk(e: &Entry, v: ValueId, out: &mut Vec<ParamId>) -> Option<()> {
+        let n = e.node(v);
+        match n.op {
+            Op::Param(q) => out.push(q),
+            Op::Concat { axis: 0 } | Op::Cast(_) => n.inputs.iter().try_for_each(|x| walk(e, *x, out))?,
+            _ => return None,
+        }
+        Some(())
+    }
+    let Some((i, v)) = made(g, p) else { return Some(vec![p]) };
+    let mut out = vec![];
+    walk(&g.entries[i], v, &mut out)?;
+    Some(out)
+}
+
+/// The format that a matrix `[N, K]` can be kept in: all its parts are there in blocks of that format.
+fn format_of(g: &Graph, blocks: &Blocks, p: ParamId) -> Option<BlockFormat> {
+    let of = |p: &ParamId| {
+        let Param { ty, source: Source::Checkpoint(name), .. } = &g.params[p.index()] else { return None };
+        let whole = ty.rank() == 2 && ty.shape[1].known()?.is_multiple_of(BlockFormat::VALUES);
+        blocks.get(name).copied().filter(|_| whole)
+    };
+    let parts = parts(g, p)?;
+    let first = of(parts.first()?)?;
+    parts.iter().all(|q| of(q) == Some(first)).then_some(first)
+}
+
+/// What packing makes of a graph.
+pub(super) struct Packed {
+    pub(super) graph: Graph,
+    /// Of every parameter.
+    pub(super) layouts: Vec<Layout>,
+    /// To be filled by [`BASE`].
+    pub(super) coded: Vec<Coded>,
+}
+
+/// The entry that fills what depends on the base alone.
+pub(super) const BASE: &str = "prepare(base)";
+
+/// Packed twins in panels of these widths (widest first).
 ///
 /// # Errors
 /// [`IrError`] when a node cannot be rebuilt; that would be a fault of the input graph.
-pub(super) fn pack(graph: &Graph, widths: &[u64]) -> Result<(Graph, Vec<Layout>), IrError> {
+pub(super) fn pack(graph: &Graph, widths: &[u64], blocks: &Blocks) -> Result<Packed, IrError> {
     let mut g = graph.clone();
     let mut layouts = vec![Layout::RowMajor; g.params.len()];
     let mut twins: BTreeMap<(ParamId, Layout), ParamId> = BTreeMap::new();
@@ -61,12 +123,19 @@ pub(super) fn pack(graph: &Graph, widths: &[u64]) -> Result<(Graph, Vec<Layout>)
             }
             let n = ty.shape[usize::from(!tb)].known().unwrap_or(0);
             let nr = Layout::panel_width(n, &[slice_step(e, &users, v, n)], widths);
-            let layout = Layout::Panels { nr, transposed: tb };
+            let layout = match format_of(&g, blocks, p).filter(|_| tb) {
+                Some(format) => Layout::CodedPanels { nr, format },
+                None => Layout::Panels { nr, transposed: tb },
+            };
             let next = ParamId(g.params.len() as u32);
             let twin = *twins.entry((p, layout)).or_insert(next);
             if twin == next {
                 let q = &g.params[p.index()];
-                let name = format!("{}.panels{nr}{}", q.name, if tb { "t" } else { "" });
+                let how = match layout {
+                    Layout::CodedPanels { format, .. } => format!("t.{}", format.name()),
+                    _ => if tb { "t" } else { "" }.into(),
+                };
+                let name = format!("{}.panels{nr}{how}", q.name);
                 let param = Param { name, ty: q.ty.clone(), role: Role::Frozen, source: Source::Derived };
                 g.params.push(param);
                 layouts.push(layout);
@@ -75,11 +144,27 @@ pub(super) fn pack(graph: &Graph, widths: &[u64]) -> Result<(Graph, Vec<Layout>)
         }
         g.entries[i] = with_twins(&g.params, &g.entries[i], &replace)?;
     }
-    for ((p, _), twin) in &twins {
-        fill(&mut g, *p, *twin)?;
+    let mut coded = vec![];
+    let mut stored: BTreeMap<ParamId, ParamId> = BTreeMap::new();
+    for ((p, layout), twin) in &twins {
+        let Layout::CodedPanels { format, .. } = layout else {
+            fill(&mut g, *p, *twin)?;
+            continue;
+        };
+        let mut of_blocks = |q: ParamId| {
+            *stored.entry(q).or_insert_with(|| {
+                let q = g.params[q.index()].clone();
+                g.params.push(Param { name: format!("{}.{}", q.name, format.name()), ..q });
+                layouts.push(Layout::Blocks(*format));
+                ParamId(g.params.len() as u32 - 1)
+            })
+        };
+        let parts = parts(graph, *p).unwrap_or_default().into_iter().map(&mut of_blocks).collect();
+        coded.push(Coded { twin: *twin, parts });
+        entry_named(&mut g, BASE);
     }
     drop_unread(&mut g);
-    Ok((g, layouts))
+    Ok(Packed { graph: g, layouts, coded })
 }
 
 /// The entry with the right operands of these products replaced by parameters.
@@ -100,30 +185,29 @@ fn with_twins(params: &[Param], e: &Entry, replace: &BTreeMap<ValueId, ParamId>)
     Ok(out)
 }
 
+/// The entry of this name, made if there is none.
+fn entry_named(g: &mut Graph, name: &str) -> usize {
+    if let Some(i) = g.entries.iter().position(|e| e.name == name) {
+        return i;
+    }
+    g.entries.push(Entry::new(name));
+    g.entries.len() - 1
+}
+
 /// Adds the assignment of a twin to the `prepare` entry of its parameter's phase.
 fn fill(g: &mut Graph, p: ParamId, twin: ParamId) -> Result<(), IrError> {
-    let made = g.entries.iter().position(|e| e.roots.iter().any(|r| r.kind == RootKind::Assign(p) && is_prepare(e)));
-    if let Some(i) = made {
-        let e = &mut g.entries[i];
-        let value = e.roots.iter().find(|r| r.kind == RootKind::Assign(p)).map(|r| r.value);
-        if let Some(v) = value {
-            e.assign(twin, v);
-        }
+    if let Some((i, v)) = made(g, p) {
+        g.entries[i].assign(twin, v);
         return Ok(());
     }
     let name = match &g.params[p.index()].source {
         Source::Adapter { slot, .. } => format!("prepare(slot{slot})"),
-        _ => "prepare(base)".to_string(),
+        _ => BASE.to_string(),
     };
-    if !g.entries.iter().any(|e| e.name == name) {
-        g.entries.push(Entry::new(name.clone()));
-    }
-    let params = std::mem::take(&mut g.params);
-    for e in g.entries.iter_mut().filter(|e| e.name == name) {
-        let v = e.push(&params, Op::Param(p), &[])?;
-        e.assign(twin, v);
-    }
-    g.params = params;
+    let i = entry_named(g, &name);
+    let e = &mut g.entries[i];
+    let v = e.push(&g.params, Op::Param(p), &[])?;
+    e.assign(twin, v);
     Ok(())
 }
 

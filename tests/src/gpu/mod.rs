@@ -60,7 +60,7 @@ pub const WAYS: [How; 2] =
 pub fn compile(graph: &Graph, options: &Options, chip: GpuChip, meta: Meta) -> Result<Compiled, String> {
     let options = Options { target: Target::GPU, ..options.clone() };
     let graph = manager::run(graph, &Pipeline::default(), &options).map_err(|e| format!("passes: {e}"))?.graph;
-    let cut = CutOptions { supported: &supported_gpu, panels: &[] };
+    let cut = CutOptions { supported: &supported_gpu, panels: &[], blocks: Default::default() };
     let fail = |e: pleach_passes::PassError| format!("fuse-kernels: {e}");
     let mut schedule = fuse_kernels::cut(&graph, &cut).map_err(fail)?;
     chunk::run(&mut schedule, &options).map_err(fail)?;

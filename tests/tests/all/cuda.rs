@@ -66,7 +66,9 @@ fn head() -> Graph {
 fn a_graph_serves_every_count_of_its_range() {
     with_driver("cuda::a_graph_serves_every_count_of_its_range", &["sm=8.0", "sm=8.0,order=at-once"], |log| {
         let g = head();
-        let mut s = fuse_kernels::cut(&g, &CutOptions { supported: &supported_gpu, panels: &[] }).unwrap();
+        let mut s =
+            fuse_kernels::cut(&g, &CutOptions { supported: &supported_gpu, panels: &[], blocks: Default::default() })
+                .unwrap();
         let loops = chunk::run_with(&mut s, &|_| 16, 256, 4).unwrap();
         assert_eq!(loops, 1, "{}", pleach_ir::text::print_schedule(&s));
         fuse_kernels::order(&mut s).unwrap();
@@ -129,7 +131,11 @@ fn an_adapter_is_exchanged_without_another_graph() {
         for merge in [false, true] {
             let options = Options { target: Target::GPU, merge, ..Options::default() };
             let after = manager::run(&graph, &Pipeline::default(), &options).unwrap().graph;
-            let mut s = fuse_kernels::cut(&after, &CutOptions { supported: &supported_gpu, panels: &[] }).unwrap();
+            let mut s = fuse_kernels::cut(
+                &after,
+                &CutOptions { supported: &supported_gpu, panels: &[], blocks: Default::default() },
+            )
+            .unwrap();
             fuse_kernels::order(&mut s).unwrap();
             let meta = Meta { vocab: 128, max_positions: 64, ..Meta::default() };
             let plan = Arc::new(compile_gpu(&s, GpuChip::Sm80, 2, meta).unwrap().0);

@@ -21,7 +21,7 @@ fn schedule(graph: &Graph, dtype: DType) -> Schedule {
     let clock = std::time::Instant::now();
     let graph = manager::run(graph, &Pipeline::default(), &options).unwrap().graph;
     let passes = clock.elapsed();
-    let cut = CutOptions { supported: &supported_gpu, panels: &[] };
+    let cut = CutOptions { supported: &supported_gpu, panels: &[], blocks: Default::default() };
     let mut s = fuse_kernels::cut(&graph, &cut).unwrap();
     chunk::run(&mut s, &options).unwrap();
     fuse_kernels::order(&mut s).unwrap();

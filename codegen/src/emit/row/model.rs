@@ -183,6 +183,9 @@ impl Model {
         if k.results.iter().any(|l| matches!(l, Layout::Panels { .. })) {
             return self.panels(k);
         }
+        if k.results.iter().any(|l| *l != Layout::RowMajor) {
+            return Err("a row kernel writes no codes".into());
+        }
         if self.flatten() {
             self.rows = self.nodes[self.results[0]].shape[0].clone();
             return Ok(Mode::Flat);

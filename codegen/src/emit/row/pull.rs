@@ -252,6 +252,7 @@ impl Build {
                     p.mul(&shape[k]).add(&index[k]).mul(&nr).add(&r)
                 }
             }
+            Layout::Blocks(_) | Layout::CodedPanels { .. } => return Err("a row kernel reads no codes".into()),
         };
         Ok(self.load(Buf::Operand(o), addr, dtype))
     }
