@@ -6,6 +6,8 @@
 mod attention;
 #[path = "all/bodies.rs"]
 mod bodies;
+#[path = "all/coded.rs"]
+mod coded;
 #[path = "all/contraction.rs"]
 mod contraction;
 #[path = "all/contraction_types.rs"]

@@ -5,7 +5,7 @@
 //! Each element of a result is summed in an order that depends on the shapes alone, so any split of the tasks gives
 //! the same bits. f32 and bf16 operands, f32 sums; row-major results; any sizes, 0 and 1 included.
 //!
-//! * Right operands: panels, f32 row-major in place, or packed into scratch memory by the task that needs them (any
+//! * Right operands: panels, panels of codes (`coded`), f32 row-major in place, or packed into scratch memory by the task that needs them (any
 //!   strides, and bf16 that is not in panels). Left operands are read in place; bf16 whose pairs do not lie side by side
 //!   is packed.
 //! * Sums of products, each with a scale or none, run in one set of accumulators, the longest last.
@@ -15,6 +15,7 @@
 pub(crate) mod analyze;
 mod blocking;
 mod cells;
+mod coded;
 mod context;
 mod pack;
 mod tile;
@@ -26,12 +27,31 @@ use crate::emit::{Emitted, HostIsa, bytes_expr, dim_expr, unsupported};
 use crate::error::CodegenError;
 use crate::mlir::HostTarget;
 use analyze::Analysis;
-use blocking::{Blocking, DEPTH_STEP, LANES};
+use blocking::{Blocking, DEPTH_STEP, FEW, LANES};
 pub use blocking::{choose_panel, panel_widths};
 use cells::Cells;
 use context::{Context, Place};
-use pleach_ir::{Dim, Kernel, Op, Sym, ValueId};
+use pleach_ir::{Dim, Kernel, Layout, Op, Sym, ValueId};
 use pleach_plan::Expr;
+
+/// A kernel taken apart, and how its loops are cut.
+struct Form {
+    an: Analysis,
+    bl: Blocking,
+}
+
+/// The forms of a kernel: one, or one for few rows and one for more.
+fn forms(k: &Kernel, isa: HostIsa, dot: bool) -> Result<Vec<Form>, String> {
+    let an = Analysis::new(k)?;
+    let mut forms = vec![];
+    if let Some(an) = an.few() {
+        let bl = Blocking::new(&an, isa, dot)?.for_few();
+        forms.push(Form { an, bl });
+    }
+    let bl = Blocking::new(&an, isa, dot)?;
+    forms.push(Form { an, bl });
+    Ok(forms)
+}
 
 /// Whether a region can be one contraction kernel.
 ///
@@ -41,12 +61,11 @@ pub fn supported(k: &Kernel) -> Result<(), String> {
     let mut symbols: Vec<Sym> = k.body.nodes.iter().flat_map(|n| n.ty.symbols()).collect();
     symbols.sort_unstable();
     symbols.dedup();
-    let an = Analysis::new(k)?;
+    let mut forms = forms(k, HostIsa::Avx512, true)?;
     // One row stands for all tile sizes.
-    let bl = Blocking { rows: vec![1], ..Blocking::new(&an, HostIsa::Avx512, true)? };
+    forms.iter_mut().for_each(|x| x.bl.rows = vec![1]);
     let mut f = Func::host_kernel(&k.name);
-    let cx = Context::new(&mut f, k, &an, &bl, &symbols)?;
-    kernel(&mut f, &cx)
+    kernel(&mut f, k, &forms, &symbols)
 }
 
 /// Emits a contraction kernel.
@@ -54,37 +73,44 @@ pub fn supported(k: &Kernel) -> Result<(), String> {
 /// # Errors
 /// [`CodegenError::Unsupported`] with what has no code and where to cut instead.
 pub fn emit(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted, CodegenError> {
-    let an = Analysis::new(k).map_err(|why| unsupported(k, why))?;
-    let bl = Blocking::new(&an, target.isa, target.bf16).map_err(|why| unsupported(k, why))?;
+    let forms = forms(k, target.isa, target.bf16).map_err(|why| unsupported(k, why))?;
     let mut f = Func::host_kernel(&k.name);
     f.round_bf16 = target.bf16;
-    let cx = Context::new(&mut f, k, &an, &bl, symbols).map_err(|why| unsupported(k, why))?;
-    kernel(&mut f, &cx).map_err(|why| unsupported(k, why))?;
+    kernel(&mut f, k, &forms, symbols).map_err(|why| unsupported(k, why))?;
     let text = f.text();
 
     let dim = |d: Dim| dim_expr(k, d, symbols);
+    let (mut tasks, mut scratch_bytes) = (Expr::Const(0), Expr::Const(0));
+    for Form { an, bl } in &forms {
+        let (m, n) = (dim(an.m)?, dim(an.n)?);
+        let narrow = n.clone().ceil_div(bl.width).ceil_div(bl.narrow_tiles);
+        let wide = n.clone().ceil_div(bl.width).ceil_div(bl.task_tiles).mul(m.clone().ceil_div(bl.task_rows));
+        tasks = tasks.max(match an.m {
+            Dim::Known(x) if x <= bl.task_rows => narrow,
+            Dim::Known(_) => wide,
+            Dim::Symbol(_) => narrow.max(wide),
+        });
+        let mut scratch = Expr::Const(4 * (partial_elements(an, bl) + spare_elements(an, bl)));
+        for p in &bl.packs {
+            scratch = scratch.add(dim(p.depth)?.add(p.slack).ceil_div(DEPTH_STEP).mul(DEPTH_STEP).mul(p.width_bytes));
+        }
+        scratch_bytes = scratch_bytes.max(scratch);
+    }
+    let an = &forms[0].an;
     let batches = an.batch.iter().try_fold(Expr::Const(1), |e, d| Ok::<_, CodegenError>(e.mul(dim(*d)?)))?;
     let (m, n) = (dim(an.m)?, dim(an.n)?);
-    let narrow = n.clone().ceil_div(bl.width).ceil_div(bl.narrow_tiles);
-    let wide = n.clone().ceil_div(bl.width).ceil_div(bl.task_tiles).mul(m.clone().ceil_div(bl.task_rows));
-    let tasks = match an.m {
-        Dim::Known(x) if x <= bl.task_rows => narrow,
-        Dim::Known(_) => wide,
-        Dim::Symbol(_) => narrow.max(wide),
-    };
-    let mut scratch = Expr::Const(4 * (partial_elements(&an, &bl) + spare_elements(&an, &bl)));
-    for p in &bl.packs {
-        scratch = scratch.add(dim(p.depth)?.add(p.slack).ceil_div(DEPTH_STEP).mul(DEPTH_STEP).mul(p.width_bytes));
-    }
     let mut flops = Expr::Const(0);
     for (p, _) in an.groups.iter().flat_map(|g| &g.products) {
         flops = flops.add(batches.clone().mul(m.clone()).mul(n.clone()).mul(dim(an.products[*p].k)?).mul(2));
     }
     let mut bytes = Expr::Const(0);
-    for t in k.operand_types().iter().chain(&k.result_types()) {
-        bytes = bytes.add(bytes_expr(k, t, symbols)?);
+    for (t, l) in k.operand_types().iter().zip(&k.operands).chain(k.result_types().iter().zip(&k.results)) {
+        bytes = bytes.add(match l {
+            Layout::CodedPanels { .. } => Expr::Const(l.bytes(t, &|_| None).unwrap_or(0)),
+            _ => bytes_expr(k, t, symbols)?,
+        });
     }
-    Ok(Emitted { text, tasks: batches.mul(tasks), scratch_bytes: scratch, flops, bytes })
+    Ok(Emitted { text, tasks: batches.mul(tasks), scratch_bytes, flops, bytes })
 }
 
 /// f32 elements of scratch that hold accumulators.
@@ -131,7 +157,27 @@ struct Span {
     chunk: Val,
 }
 
-fn kernel(f: &mut Func, cx: &Context) -> Result<(), String> {
+/// The function: where there are two forms, the number of rows decides between them.
+fn kernel(f: &mut Func, k: &Kernel, forms: &[Form], symbols: &[Sym]) -> Result<(), String> {
+    let mut all = vec![];
+    for form in forms {
+        all.push(Context::new(f, k, &form.an, &form.bl, symbols)?);
+    }
+    let [few, many] = &all[..] else { return tasks(f, &all[0]) };
+    let m = few.dim(f, few.an.m);
+    let limit = f.i64(FEW as i64);
+    let short = f.cmp("sle", &m, &limit);
+    let (mut a, mut b) = (Ok(()), Ok(()));
+    let arm = |f: &mut Func, cx: &Context, out: &mut Result<(), String>| {
+        *out = tasks(f, cx);
+        vec![]
+    };
+    f.if_else(&short, &[], |f| arm(f, few, &mut a), |f| arm(f, many, &mut b));
+    a.and(b)
+}
+
+/// The tasks `first..last` of one form.
+fn tasks(f: &mut Func, cx: &Context) -> Result<(), String> {
     let (first, last) = (f.arg("first"), f.arg("last"));
     let bl = cx.bl;
     let (m, n) = (cx.dim(f, cx.an.m), cx.dim(f, cx.an.n));

@@ -3,7 +3,7 @@
 use pleach_codegen::emit::Emitted;
 use pleach_codegen::{CodegenError, HostTarget, link, mlir};
 use pleach_ir::interp::Tensor;
-use pleach_ir::{Kernel, Layout, Sym};
+use pleach_ir::{Kernel, Layout, Sym, TensorType};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -81,7 +81,7 @@ pub(crate) fn ptxas() -> Option<PathBuf> {
 pub(crate) type Emitter = fn(&Kernel, &[Sym], &HostTarget) -> Result<Emitted, CodegenError>;
 
 /// A tensor in a layout, as bytes.
-fn laid_out(t: &Tensor, layout: &Layout) -> Vec<u8> {
+pub(crate) fn laid_out(t: &Tensor, layout: &Layout) -> Vec<u8> {
     let Layout::Panels { nr, transposed } = layout else { return t.to_bytes() };
     let (r, c) = (t.shape[0] as usize, t.shape[1] as usize);
     let (k, n) = if *transposed { (c, r) } else { (r, c) };
@@ -116,20 +116,36 @@ pub(crate) fn run_host(
     tasks_per_call: u64,
 ) -> Vec<Tensor> {
     let env = |s: Sym| symbols.iter().find(|x| x.0 == s).map(|x| x.1);
+    let memory = operands.iter().zip(&k.operands).map(|(t, l)| laid_out(t, l)).collect();
+    let results = run_bytes(lib, k, e, memory, symbols, tasks_per_call);
+    let typed = |(ty, bytes): (&TensorType, &Vec<u8>)| {
+        let shape: Vec<u64> = ty.shape.iter().map(|d| d.eval(&env).unwrap()).collect();
+        Tensor::from_bytes(ty.dtype, shape, &bytes[..ty.bytes(&env).unwrap() as usize]).unwrap()
+    };
+    k.result_types().iter().zip(&results).map(typed).collect()
+}
+
+/// The same with operands and results as they lie in memory.
+pub(crate) fn run_bytes(
+    lib: &Loaded,
+    k: &Kernel,
+    e: &Emitted,
+    mut memory: Vec<Vec<u8>>,
+    symbols: &[(Sym, u64)],
+    tasks_per_call: u64,
+) -> Vec<Vec<u8>> {
+    let env = |s: Sym| symbols.iter().find(|x| x.0 == s).map(|x| x.1);
     let values: Vec<u64> = symbols.iter().map(|s| s.1).collect();
     // A guard after every buffer shows writes past the end.
     const GUARD: usize = 256;
-    let mut memory: Vec<Vec<u8>> = vec![];
-    for (t, l) in operands.iter().zip(&k.operands) {
-        memory.push(laid_out(t, l));
-    }
-    let mut place: Vec<usize> = (0..memory.len()).collect();
-    for (ty, alias) in k.result_types().iter().zip(&k.aliases) {
+    let operands = memory.len();
+    let mut place: Vec<usize> = (0..operands).collect();
+    for ((ty, layout), alias) in k.result_types().iter().zip(&k.results).zip(&k.aliases) {
         match alias {
             Some(a) => place.push(*a as usize),
             None => {
                 place.push(memory.len());
-                memory.push(vec![0xcd; ty.bytes(&env).unwrap() as usize]);
+                memory.push(vec![0xcd; layout.bytes(ty, &env).unwrap() as usize]);
             }
         }
     }
@@ -147,16 +163,7 @@ pub(crate) fn run_host(
     for (m, n) in memory.iter().zip(&sizes) {
         assert!(m[*n..].iter().all(|b| *b == 0xee), "{} writes past a buffer", k.name);
     }
-    let results = k.result_types();
-    results
-        .iter()
-        .zip(&place[operands.len()..])
-        .map(|(ty, i)| {
-            let shape: Vec<u64> = ty.shape.iter().map(|d| d.eval(&env).unwrap()).collect();
-            let bytes = ty.bytes(&env).unwrap() as usize;
-            Tensor::from_bytes(ty.dtype, shape, &memory[*i][..bytes]).unwrap()
-        })
-        .collect()
+    place[operands..].iter().map(|i| memory[*i][..sizes[*i]].to_vec()).collect()
 }
 
 /// Operands, and the symbols' values.

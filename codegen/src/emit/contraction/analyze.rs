@@ -4,9 +4,9 @@
 //! last axis are pushed through the elementwise operators down to the products, so that a tile of `silu(z[:, :F]) *
 //! z[:, F:]` holds two groups of the same product. Decides nothing about tiles.
 
-use super::blocking::WHOLE_K;
+use super::blocking::{FEW, WHOLE_K};
 use super::view::{Stride, View, view};
-use pleach_ir::{BinaryOp, Class, DType, Dim, Entry, Kernel, Layout, Op, ValueId};
+use pleach_ir::{BinaryOp, BlockFormat, Class, DType, Dim, Entry, Kernel, Layout, Op, ValueId};
 use std::collections::BTreeMap;
 
 /// The right operand of a product. Panels of bf16 lie in pairs along the sum ([`Layout::Panels`]).
@@ -14,6 +14,8 @@ use std::collections::BTreeMap;
 pub(crate) enum Right {
     /// Packed panels of `nr` columns.
     Panels { arg: usize, nr: u64 },
+    /// Panels of codes: decoded in registers by few rows, into scratch memory for many.
+    Coded { arg: usize, nr: u64, format: BlockFormat },
     /// Strides of `(batch…, k, n)`, unit step along `n`. f32 is read in place, bf16 is packed into pairs.
     Rows(View),
     /// Any other strides; packed while it runs.
@@ -72,6 +74,7 @@ pub(crate) struct Values {
 }
 
 /// A kernel taken apart.
+#[derive(Clone)]
 pub(crate) struct Analysis {
     pub(crate) batch: Vec<Dim>,
     pub(crate) m: Dim,
@@ -144,7 +147,7 @@ impl Analysis {
         for over in k.aliases.iter().flatten() {
             let reads = |p: &Product| {
                 let right = match &p.right {
-                    Right::Panels { arg, .. } => *arg,
+                    Right::Panels { arg, .. } | Right::Coded { arg, .. } => *arg,
                     Right::Rows(v) | Right::Strided(v) => v.arg,
                 };
                 p.left.arg == *over as usize || right == *over as usize
@@ -154,6 +157,19 @@ impl Analysis {
             }
         }
         Ok(a)
+    }
+
+    /// The form for few rows, where an unknown number of rows reads codes: they are decoded in registers.
+    pub(super) fn few(&self) -> Option<Analysis> {
+        let coded = |p: &Product| matches!(p.right, Right::Coded { .. }) && p.packs_right;
+        if self.m.known().is_some() || !self.products.iter().any(coded) {
+            return None;
+        }
+        let mut few = self.clone();
+        for p in &mut few.products {
+            p.packs_right &= !matches!(p.right, Right::Coded { .. });
+        }
+        Some(few)
     }
 
     fn walk(
@@ -302,6 +318,16 @@ impl Analysis {
                 }
                 Right::Panels { arg, nr: u64::from(*nr) }
             }
+            (Some(arg), Some(Layout::CodedPanels { nr, format })) => {
+                if !tb || rank != 2 {
+                    return Err("coded panels do not fit the product they are read by".into());
+                }
+                let whole = dim.known().is_some_and(|k| k.is_multiple_of(BlockFormat::VALUES));
+                if *nr == 0 || nr % 16 != 0 || n.known().is_none() || !whole {
+                    return Err("coded panels need static dimensions, whole blocks and a width that 16 divides".into());
+                }
+                Right::Coded { arg, nr: u64::from(*nr), format: *format }
+            }
             _ => {
                 let mut w = view(body, &self.args, r)?;
                 if k.operands.get(w.arg).is_some_and(|x| *x != Layout::RowMajor) {
@@ -319,6 +345,7 @@ impl Analysis {
         let packs_left = pairs && !step(&left.strides[inner]);
         let packs_right = match right {
             Right::Panels { .. } => false,
+            Right::Coded { .. } => many(FEW),
             Right::Rows(_) => pairs || (many(64) && dim.known().is_some_and(|k| k > WHOLE_K)),
             Right::Strided(_) => true,
         };

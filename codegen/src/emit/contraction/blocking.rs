@@ -9,6 +9,8 @@ use pleach_ir::{Dim, Layout};
 pub(super) const LANES: usize = 16;
 /// Bytes of right operand that a task works on at a time: half of a 1 MiB second-level cache.
 const BLOCK_BYTES: u64 = 512 << 10;
+/// Rows that read codes as they are: the most whose sums stay in registers beside the decoding.
+pub(super) const FEW: u64 = 4;
 /// The longest sum that runs in registers from end to end.
 pub(super) const WHOLE_K: u64 = 2048;
 /// Length of a part of a longer sum.
@@ -87,7 +89,7 @@ impl Blocking {
         let panels = || {
             a.groups.iter().flat_map(|g| g.products.iter().map(move |p| (g, &a.products[p.0]))).filter_map(|(g, p)| {
                 match p.right {
-                    Right::Panels { nr, .. } => Some((nr, g.offset)),
+                    Right::Panels { nr, .. } | Right::Coded { nr, .. } => Some((nr, g.offset)),
                     _ => None,
                 }
             })
@@ -117,7 +119,9 @@ impl Blocking {
         let packs = left || a.products.iter().any(|p| p.packs_right);
         let size = a.products.iter().map(|p| p.dtype.size()).max().unwrap_or(4);
         let across = |p: &Product| p.left.strides.last().and_then(Stride::known) != Some(1);
-        let part_k = if packs || a.products.iter().any(across) { PART_BYTES / size } else { PART_K };
+        // Codes are decoded into what plain panels are: parts as long, so that both give the same bits.
+        let copied = left || a.products.iter().any(|p| p.packs_right && !matches!(p.right, Right::Coded { .. }));
+        let part_k = if copied || a.products.iter().any(across) { PART_BYTES / size } else { PART_K };
         let part = match longest {
             Some(k) if k <= WHOLE_K => None,
             Some(k) => Some(k.div_ceil(k.div_ceil(part_k)).next_multiple_of(DEPTH_STEP)),
@@ -168,6 +172,12 @@ impl Blocking {
         };
         b.packs = b.packed(a);
         Ok(b)
+    }
+
+    /// The same for at most [`FEW`] rows.
+    pub(super) fn for_few(mut self) -> Blocking {
+        self.rows.retain(|r| *r <= FEW);
+        self
     }
 
     /// Rows of a packed left operand.

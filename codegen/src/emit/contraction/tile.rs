@@ -9,6 +9,7 @@
 
 use super::analyze::{Product, Right, Term, Values};
 use super::blocking::LANES;
+use super::coded::{self, CodedAt};
 use super::context::{Context, Place};
 use super::pack;
 use super::view::View;
@@ -22,7 +23,7 @@ const LINE: u64 = 64;
 /// Accumulating registers that keep the multipliers busy.
 const CHAINS: usize = 12;
 
-fn vector() -> String {
+pub(super) fn vector() -> String {
     vty(LANES, "f32")
 }
 
@@ -213,12 +214,33 @@ fn step(
     half: bool,
 ) -> Vec<Val> {
     let nv = cx.bl.vectors;
-    let elem = memory_elem(p.dtype);
     let b = f.of(&v.right, |f| right_vectors(f, cx, p, right, masks, s));
-    let l = f.mul(s, &left.step);
+    let x = f.of(&v.left, |f| left_values(f, p, left, s, half));
     let mut out = Vec::with_capacity(acc.len());
+    for (x, acc) in x.iter().zip(acc.chunks(nv)) {
+        if !p.pairs() {
+            out.extend(fma(f, x, &b, acc));
+        } else if cx.dot {
+            out.extend(dot(f, x, &b, acc));
+        } else {
+            let now = {
+                let x = first_half(f, x);
+                fma(f, &x, &b[..nv], acc)
+            };
+            let x = second_half(f, x);
+            out.extend(fma(f, &x, &b[nv..], &now));
+        }
+    }
+    out
+}
+
+/// The elements of a step of the left operand in every lane, row by row: f32, or pairs as i32.
+fn left_values(f: &mut Func, p: &Product, left: &LeftAt, s: &Val, half: bool) -> Vec<Val> {
+    let elem = memory_elem(p.dtype);
+    let l = f.mul(s, &left.step);
     let mut last: Option<(Val, Val)> = None;
-    for (i, (row, d)) in left.rows.iter().enumerate() {
+    let mut out = vec![];
+    for (row, d) in &left.rows {
         // One address per distinct base; the rest is displacement.
         let q = match &last {
             Some((base, q)) if base == row => q.clone(),
@@ -227,46 +249,34 @@ fn step(
         last = Some((row.clone(), q.clone()));
         let d = f.i64(*d);
         let q = f.gep(&q, &d, elem);
-        let acc = &acc[i * nv..(i + 1) * nv];
-        if !p.pairs() {
-            let x = f.of(&v.left, |f| {
-                let x = f.load(&q, "f32");
-                f.splat(&x, "f32", LANES)
-            });
-            for (a, b) in acc.iter().zip(&b) {
-                out.push(f.op(format!("math.fma {x}, {b}, {a} : {}", vector())));
-            }
-            continue;
-        }
-        let x = f.of(&v.left, |f| {
-            let x = if half {
-                let x = f.load(&q, "i16");
-                f.op(format!("arith.extui {x} : i16 to i32"))
-            } else {
-                f.op(format!("llvm.load {q} {{alignment = 2 : i64}} : !llvm.ptr -> i32"))
-            };
-            f.splat(&x, "i32", LANES)
-        });
-        if cx.dot {
-            let x = f.op(format!("llvm.bitcast {x} : vector<16xi32> to vector<32xbf16>"));
-            for (a, b) in acc.iter().zip(&b) {
-                out.push(f.op(format!(
-                    "llvm.call_intrinsic \"llvm.x86.avx512bf16.dpbf16ps.512\"({a}, {x}, {b}) : (vector<16xf32>, \
-                     vector<32xbf16>, vector<32xbf16>) -> vector<16xf32>"
-                )));
-            }
-            continue;
-        }
-        let (x0, x1) = (first_half(f, &x), second_half(f, &x));
-        let mut now = acc.to_vec();
-        for (x, b) in [(x0, &b[..nv]), (x1, &b[nv..])] {
-            for (a, b) in now.iter_mut().zip(b) {
-                *a = f.op(format!("math.fma {x}, {b}, {a} : {}", vector()));
-            }
-        }
-        out.extend(now);
+        let (x, elem) = if !p.pairs() {
+            (f.load(&q, "f32"), "f32")
+        } else if half {
+            let x = f.load(&q, "i16");
+            (f.op(format!("arith.extui {x} : i16 to i32")), "i32")
+        } else {
+            (f.op(format!("llvm.load {q} {{alignment = 2 : i64}} : !llvm.ptr -> i32")), "i32")
+        };
+        out.push(f.splat(&x, elem, LANES));
     }
     out
+}
+
+/// Accumulators plus a row's element times the vectors of the right operand.
+fn fma(f: &mut Func, x: &Val, b: &[Val], acc: &[Val]) -> Vec<Val> {
+    acc.iter().zip(b).map(|(a, b)| f.op(format!("math.fma {x}, {b}, {a} : {}", vector()))).collect()
+}
+
+/// The same for pairs of bf16.
+fn dot(f: &mut Func, x: &Val, b: &[Val], acc: &[Val]) -> Vec<Val> {
+    let x = f.op(format!("llvm.bitcast {x} : vector<16xi32> to vector<32xbf16>"));
+    let product = |(a, b): (&Val, &Val)| {
+        f.op(format!(
+            "llvm.call_intrinsic \"llvm.x86.avx512bf16.dpbf16ps.512\"({a}, {x}, {b}) : (vector<16xf32>, \
+             vector<32xbf16>, vector<32xbf16>) -> vector<16xf32>"
+        ))
+    };
+    acc.iter().zip(b).map(product).collect()
 }
 
 /// Adds elements `k0..k1` of a product's sum to the accumulators; `k0` is even. What is packed begins at `k0`.
@@ -284,6 +294,12 @@ pub(super) fn multiply(
 ) -> Vec<Val> {
     let (p, v) = (&cx.an.products[product], &cx.an.values[product]);
     let left = f.of(&v.left, |f| left_of(f, cx, group, product, at, rows, k0));
+    if !p.packs_right {
+        let column = coded::column(f, cx, group, at);
+        if let Some(right) = f.of(&v.right, |f| CodedAt::new(f, cx, p, &column)) {
+            return f.of(&v.product, |f| coded_sum(f, cx, (p, v), (&left, &right), rows, acc, (k0, k1)));
+        }
+    }
     let right = f.of(&v.right, |f| right_of(f, cx, group, product, at, k0));
     f.of(&v.product, |f| sum(f, cx, (p, v), (&left, &right), masks, rows, acc, (k0, k1)))
 }
@@ -301,8 +317,7 @@ fn sum(
     (k0, k1): (&Val, &Val),
 ) -> Vec<Val> {
     let tile = rows as usize * cx.bl.vectors;
-    let steps = (CHAINS / (tile * cx.bl.registers)).clamp(1, 8);
-    let steps = 1usize << steps.ilog2();
+    let steps = steps_at_once(cx, tile);
     let types = |v: Vec<Val>| v.into_iter().map(|x| (x, vector())).collect::<Vec<_>>();
     // From elements to steps. Half a pair at the end is whole where the left operand was packed.
     let (low, high) = match (p.0.pairs(), left.in_place) {
@@ -328,18 +343,7 @@ fn sum(
             }
             out
         });
-        // Pairs, so that the order is a fixed tree.
-        let mut n = steps;
-        while n > 1 {
-            n /= 2;
-            for u in 0..n {
-                for c in 0..tile {
-                    let (a, b) = (all[u * tile + c].clone(), all[(u + n) * tile + c].clone());
-                    all[u * tile + c] = f.op(format!("arith.addf {a}, {b} : {}", vector()));
-                }
-            }
-        }
-        all.truncate(tile);
+        joined(f, &mut all, tile);
     }
     if middle.known().is_none() || middle.known() != high.known() {
         all = f.for_(&middle, &high, 1, &types(all), |f, s, acc| step(f, cx, p, left, right, masks, s, acc, false));
@@ -350,6 +354,83 @@ fn sum(
     }
     let up = f.ceil_divc(k1, 2);
     f.for_(&high, &up, 1, &types(all), |f, s, acc| step(f, cx, p, left, right, masks, s, acc, true))
+}
+
+/// Steps that a tile of so many vectors takes at a time, each with accumulators of its own.
+fn steps_at_once(cx: &Context, tile: usize) -> usize {
+    let steps = (CHAINS / (tile * cx.bl.registers)).clamp(1, 8);
+    1usize << steps.ilog2()
+}
+
+/// Adds up accumulators of a tile, in pairs, so that the order is a fixed tree.
+fn joined(f: &mut Func, all: &mut Vec<Val>, tile: usize) {
+    let mut n = all.len() / tile;
+    while n > 1 {
+        n /= 2;
+        for u in 0..n {
+            for c in 0..tile {
+                let (a, b) = (all[u * tile + c].clone(), all[(u + n) * tile + c].clone());
+                all[u * tile + c] = f.op(format!("arith.addf {a}, {b} : {}", vector()));
+            }
+        }
+    }
+    all.truncate(tile);
+}
+
+/// The loops over a product's sum whose right operand is decoded in registers; sums are made in the order of [`sum`].
+fn coded_sum(
+    f: &mut Func,
+    cx: &Context,
+    (p, v): (&Product, &Values),
+    (left, right): (&LeftAt, &CodedAt),
+    rows: u64,
+    acc: Vec<Val>,
+    (k0, k1): (&Val, &Val),
+) -> Vec<Val> {
+    let nv = cx.bl.vectors;
+    let tile = rows as usize * nv;
+    let steps = steps_at_once(cx, tile);
+    let mut all = acc;
+    for _ in 1..steps {
+        all.extend(zeros(f, cx, rows));
+    }
+    // A pair of bf16 is one step.
+    let turn = if p.pairs() { steps } else { (steps / 2).max(1) };
+    let inits: Vec<_> = all.into_iter().map(|x| (x, vector())).collect();
+    let mut all = coded::walk(f, cx, p, right, (k0, k1), turn, &inits, &mut |f, pair, found, carried| {
+        let mut all = carried.to_vec();
+        for (u, columns) in found.iter().enumerate() {
+            let pair = f.addc(pair, u as i64);
+            for half in 0..if p.pairs() { 1 } else { 2 } {
+                let (s, set) = if p.pairs() {
+                    (pair.clone(), u)
+                } else {
+                    let s = f.mulc(&pair, 2);
+                    (f.addc(&s, half as i64), (2 * u + half) % steps)
+                };
+                let x = f.of(&v.left, |f| left_values(f, p, left, &s, false));
+                for (i, x) in x.iter().enumerate() {
+                    for (j, w) in columns.iter().enumerate() {
+                        let at = set * tile + i * nv + j;
+                        let a = all[at].clone();
+                        all[at] = match w {
+                            coded::Step::Plain(w) => fma(f, x, &w[half..=half], &[a]),
+                            coded::Step::Pair(w) => dot(f, x, std::slice::from_ref(w), &[a]),
+                            coded::Step::Halves(w) => {
+                                let (low, high) = (first_half(f, x), second_half(f, x));
+                                let a = fma(f, &low, &w[..1], &[a]);
+                                fma(f, &high, &w[1..], &a)
+                            }
+                        }
+                        .remove(0);
+                    }
+                }
+            }
+        }
+        all
+    });
+    joined(f, &mut all, tile);
+    all
 }
 
 /// Adds whole products to the accumulators (`None`: zeros).

@@ -1,0 +1,260 @@
+//! Weights that stay coded: blocks rearranged as panels, and products that read these, beside the same products over the
+//! values in plain panels. Both must give the same bits.
+
+use crate::contraction::Build;
+use crate::kit::{Loaded, laid_out, run_bytes, targets};
+use pleach_codegen::compile::{emit_host, supported};
+use pleach_ir::interp::Tensor;
+use pleach_ir::{BlockFormat, Class, DType, Dim, Kernel, Layout, Op, Sym, UnaryOp, ValueId};
+
+const T: Dim = Dim::Symbol(Sym::T);
+const STEPS: usize = BlockFormat::VALUES as usize;
+
+/// A matrix in blocks: `[n, k]`, row after row.
+struct Blocks {
+    format: BlockFormat,
+    n: usize,
+    k: usize,
+    bytes: Vec<u8>,
+}
+
+fn half(bytes: &[u8]) -> f32 {
+    Tensor::from_bytes(DType::F16, [1], &bytes[..2]).unwrap().floats()[0]
+}
+
+impl Blocks {
+    fn noise(format: BlockFormat, n: usize, k: usize, seed: u64) -> Blocks {
+        let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut next = || {
+            s ^= s << 13;
+            s ^= s >> 7;
+            s ^= s << 17;
+            s >> 32
+        };
+        let f16 = |x: f32| Tensor::from_floats(DType::F16, [1], vec![x]).to_bytes();
+        let mut bytes = vec![];
+        for _ in 0..n * k / STEPS {
+            bytes.extend(f16((next() % 4001) as f32 / 40000.0 - 0.05));
+            if format.has_minimum() {
+                bytes.extend(f16((next() % 3001) as f32 / 1500.0 - 1.0));
+            }
+            bytes.extend((0..STEPS as u64 * format.code_bits() / 8).map(|_| next() as u8));
+        }
+        Blocks { format, n, k, bytes }
+    }
+
+    fn code(&self, n: usize, k: usize) -> u8 {
+        let size = self.format.bytes() as usize;
+        let block = &self.bytes[(n * self.k + k) / STEPS * size..][..size];
+        let (codes, i) = (&block[if self.format.has_minimum() { 4 } else { 2 }..], k % STEPS);
+        match self.format.code_bits() {
+            4 => codes[i % 16] >> (4 * (i / 16)) & 15,
+            _ => codes[i],
+        }
+    }
+
+    /// The bytes of the scale (0) or the minimum (1) of a value's block.
+    fn head(&self, n: usize, k: usize, which: usize) -> &[u8] {
+        &self.bytes[(n * self.k + k) / STEPS * self.format.bytes() as usize + 2 * which..][..2]
+    }
+
+    fn value(&self, n: usize, k: usize) -> f32 {
+        let (code, scale) = (self.code(n, k), half(self.head(n, k, 0)));
+        match self.format {
+            BlockFormat::Q4_0 => (f32::from(code) - 8.0) * scale,
+            BlockFormat::Q4_1 => f32::from(code) * scale + half(self.head(n, k, 1)),
+            BlockFormat::Q8_0 => f32::from(code as i8) * scale,
+        }
+    }
+
+    fn values(&self, dtype: DType) -> Tensor {
+        let all = (0..self.n * self.k).map(|i| self.value(i / self.k, i % self.k)).collect();
+        Tensor::from_floats(dtype, [self.n as u64, self.k as u64], all)
+    }
+
+    /// The panels that the layout describes, written out step by step.
+    fn panels(&self, nr: usize) -> Vec<u8> {
+        let mut out = vec![];
+        for p in 0..self.n.div_ceil(nr) {
+            let columns = || p * nr..(p + 1) * nr;
+            for k in (0..self.k).step_by(STEPS) {
+                for which in 0..if self.format.has_minimum() { 2 } else { 1 } {
+                    for n in columns() {
+                        out.extend(if n < self.n { self.head(n, k, which) } else { &[0, 0] });
+                    }
+                }
+                let code = |n: usize, k: usize| if n < self.n { self.code(n, k) } else { 0 };
+                for k in (k..k + STEPS).step_by(2) {
+                    for n in columns().step_by(16) {
+                        match self.format.code_bits() {
+                            4 => out.extend((n..n + 16).map(|n| code(n, k) | code(n, k + 1) << 4)),
+                            _ => out.extend((k..k + 2).flat_map(|k| (n..n + 16).map(move |n| code(n, k)))),
+                        }
+                    }
+                }
+            }
+        }
+        out
+    }
+}
+
+/// A kernel that packs parts of these heights.
+fn packing(format: BlockFormat, dtype: DType, rows: &[usize], k: usize, nr: u32) -> Kernel {
+    let mut b = Build::new();
+    let part = |b: &mut Build, n: &usize| {
+        b.typed(DType::F32, &[Dim::Known(*n as u64), Dim::Known(k as u64)], Layout::Blocks(format))
+    };
+    let parts: Vec<ValueId> = rows.iter().map(|n| part(&mut b, n)).collect();
+    let mut x = if parts.len() == 1 { parts[0] } else { b.op(Op::Concat { axis: 0 }, &parts) };
+    if dtype != DType::F32 {
+        x = b.op(Op::Cast(dtype), &[x]);
+    }
+    let k = b.done("pack", &[x]);
+    Kernel { class: Class::Row, results: vec![Layout::CodedPanels { nr, format }], ..k }
+}
+
+#[test]
+fn blocks_become_panels() {
+    for format in BlockFormat::ALL {
+        for (i, (rows, k, nr)) in
+            [(vec![50], 32, 48), (vec![32, 7, 25], 96, 32), (vec![16], 64, 16), (vec![1, 1], 32, 48)].iter().enumerate()
+        {
+            let parts: Vec<Blocks> =
+                rows.iter().enumerate().map(|(j, n)| Blocks::noise(format, *n, *k, (10 * i + j) as u64)).collect();
+            let whole = Blocks {
+                format,
+                n: rows.iter().sum(),
+                k: *k,
+                bytes: parts.iter().flat_map(|p| p.bytes.clone()).collect(),
+            };
+            let kernel = packing(format, [DType::F32, DType::BF16][i % 2], rows, *k, *nr as u32);
+            supported(&kernel).unwrap();
+            for target in targets() {
+                let e = emit_host(&kernel, &[], &target).unwrap();
+                let lib = Loaded::new(&e.text, &target);
+                for each in [1, 1000] {
+                    let memory = parts.iter().map(|p| p.bytes.clone()).collect();
+                    let got = run_bytes(&lib, &kernel, &e, memory, &[], each);
+                    assert_eq!(got, [whole.panels(*nr)], "{format:?} {rows:?} {k} {nr}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_no_panel_can_be_made_of_is_refused() {
+    let refused = |k: &Kernel, why: &str| {
+        let e = supported(k).unwrap_err();
+        assert!(e.contains(why), "{e}");
+    };
+    let good = || packing(BlockFormat::Q4_1, DType::F32, &[16, 16], 32, 16);
+    supported(&good()).unwrap();
+    let mut k = good();
+    k.operands[1] = Layout::Blocks(BlockFormat::Q4_0);
+    refused(&k, "of their own format");
+    let mut k = good();
+    k.results[0] = Layout::RowMajor;
+    refused(&k, "into one result in coded panels");
+    refused(&packing(BlockFormat::Q4_1, DType::F32, &[16], 48, 16), "do not divide 48");
+    refused(&packing(BlockFormat::Q4_1, DType::F32, &[16], 64, 24), "a multiple of 16 columns");
+    let mut k = good();
+    k.results[0] = Layout::Panels { nr: 16, transposed: true };
+    refused(&k, "into one result in coded panels");
+}
+
+/// What is done with the product.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum After {
+    Nothing,
+    /// Another product of few columns is added, with a scale.
+    Branch,
+    /// The two halves of the columns are multiplied.
+    Halves,
+}
+
+/// A kernel over a weight in this layout, and the operands beside it.
+fn product(dtype: DType, k: u64, n: u64, layout: Layout, after: After, rows: Dim) -> Kernel {
+    let d = Dim::Known;
+    let mut b = Build::new();
+    let x = b.typed(dtype, &[rows, d(k)], Layout::RowMajor);
+    let w = b.typed(dtype, &[d(n), d(k)], layout);
+    let mut y = b.mm_t(x, w);
+    match after {
+        After::Nothing => {}
+        After::Branch => {
+            let h = b.typed(dtype, &[rows, d(8)], Layout::RowMajor);
+            let v = b.typed(dtype, &[d(8), d(n)], Layout::RowMajor);
+            let z = b.mm(h, v);
+            y = b.op(Op::Add, &[y, z]);
+        }
+        After::Halves => {
+            let (low, high) = (
+                b.op(Op::Slice { axis: 1, start: 0, end: n / 2 }, &[y]),
+                b.op(Op::Slice { axis: 1, start: n / 2, end: n }, &[y]),
+            );
+            let low = b.op(Op::Unary(UnaryOp::Neg), &[low]);
+            y = b.op(Op::Binary(pleach_ir::BinaryOp::Mul), &[low, high]);
+        }
+    }
+    b.done("product", &[y])
+}
+
+fn compare(format: BlockFormat, dtype: DType, (k, n, nr): (u64, u64, u32), after: After, rows: Dim, counts: &[u64]) {
+    let blocks = Blocks::noise(format, n as usize, k as usize, k + n);
+    let values = blocks.values(dtype);
+    let plain = Layout::Panels { nr, transposed: true };
+    let (a, b) = (
+        product(dtype, k, n, plain, after, rows),
+        product(dtype, k, n, Layout::CodedPanels { nr, format }, after, rows),
+    );
+    supported(&b).unwrap();
+    for target in targets() {
+        let (ea, eb) = (emit_host(&a, &[Sym::T], &target).unwrap(), emit_host(&b, &[Sym::T], &target).unwrap());
+        let (la, lb) = (Loaded::new(&ea.text, &target), Loaded::new(&eb.text, &target));
+        for t in counts {
+            let symbols = [(Sym::T, *t)];
+            let rows = rows.eval(&|_| Some(*t)).unwrap();
+            let of = |shape: [u64; 2], seed| {
+                let x = crate::kit::noise(&shape, seed);
+                Tensor::from_floats(dtype, shape, x.floats().into_owned()).to_bytes()
+            };
+            let mut memory = vec![of([rows, k], 3 + t), laid_out(&values, &plain)];
+            if after == After::Branch {
+                memory.extend([of([rows, 8], 4), of([8, n], 5)]);
+            }
+            let want = run_bytes(&la, &a, &ea, memory.clone(), &symbols, u64::MAX >> 1);
+            memory[1] = blocks.panels(nr as usize);
+            for each in [1, u64::MAX >> 1] {
+                let got = run_bytes(&lb, &b, &eb, memory.clone(), &symbols, each);
+                let at = format!("{format:?} {dtype} {k}x{n} {after:?} T {t} {:?} bf16 {}", target.isa, target.bf16);
+                assert!(got == want, "{at}: not the same bits");
+            }
+        }
+    }
+}
+
+const FORMATS: [BlockFormat; 3] = BlockFormat::ALL;
+
+#[test]
+fn products_of_codes_are_those_of_their_values() {
+    let shapes = [(64, 96, 48), (32, 50, 32), (160, 40, 16), (2080, 48, 48)];
+    for (i, shape) in shapes.into_iter().enumerate() {
+        for (j, dtype) in [DType::F32, DType::BF16].into_iter().enumerate() {
+            let format = FORMATS[(i + j) % 3];
+            compare(format, dtype, shape, After::Nothing, T, &[0, 1, 2, 3, 4, 5, 13, 70]);
+        }
+    }
+}
+
+#[test]
+fn every_format_and_what_comes_after() {
+    for format in FORMATS {
+        for dtype in [DType::F32, DType::BF16] {
+            compare(format, dtype, (96, 96, 48), After::Branch, T, &[1, 2, 4, 6]);
+            compare(format, dtype, (64, 192, 32), After::Halves, T, &[1, 3, 7]);
+            compare(format, dtype, (64, 32, 16), After::Nothing, Dim::Known(1), &[1]);
+            compare(format, dtype, (64, 32, 32), After::Nothing, Dim::Known(9), &[9]);
+        }
+    }
+}
