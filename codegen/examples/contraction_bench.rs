@@ -16,7 +16,7 @@ use pleach_codegen::emit::HostIsa;
 use pleach_codegen::emit::contraction::{choose_panel, emit};
 use pleach_codegen::emit::func::{Func, vty};
 use pleach_codegen::{HostTarget, link, mlir};
-use pleach_ir::{BinaryOp, Class, DType, Dim, Entry, Kernel, Layout, Op, Sym, UnaryOp, ValueId};
+use pleach_ir::{BinaryOp, BlockFormat, Class, DType, Dim, Entry, Kernel, Layout, Op, Sym, UnaryOp, ValueId};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -82,16 +82,32 @@ fn thread_time() -> f64 {
     t[0] as f64 + t[1] as f64 * 1e-9
 }
 
-/// Best time of a launch (of one thread: time on the processor): tasks are handed out through one counter, as the runtime does it.
+/// Best time of a launch (of one thread: time on the processor): each thread has a stretch of the tasks, the last quarter of which
+/// others help with, about as in the runtime.
 fn best(l: &Launch, threads: usize, budget_ms: f64) -> f64 {
     let (turn, next, done, stop) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
-    let work = |id: usize, set: usize| loop {
-        let t = next.fetch_add(1, Ordering::Relaxed);
-        if t >= l.tasks {
-            break;
+    let work = |id: usize, set: usize| {
+        let run = |first: u64, last: u64| {
+            // SAFETY: the buffers are as large as the kernel's types say, and the scratch as it asked for.
+            unsafe { (l.f)(l.buffers[set].as_ptr(), l.dims.as_ptr(), first as i64, last as i64, l.scratch[id].ptr()) };
+        };
+        // First most of an equal stretch, then what is left, task by task.
+        let share = |i: usize| l.tasks * i as u64 / threads as u64;
+        let own = (share(id + 1) - share(id)) * 3 / 4;
+        run(share(id), share(id) + own);
+        loop {
+            let mut t = next.fetch_add(1, Ordering::Relaxed);
+            let rest = |i: usize| share(i + 1) - share(i) - (share(i + 1) - share(i)) * 3 / 4;
+            let Some(of) = (0..threads).find(|i| {
+                let here = t < rest(*i);
+                t -= if here { 0 } else { rest(*i) };
+                here
+            }) else {
+                break;
+            };
+            let first = share(of + 1) - rest(of) + t;
+            run(first, first + 1);
         }
-        // SAFETY: the buffers are as large as the kernel's types say, and the scratch as it asked for.
-        unsafe { (l.f)(l.buffers[set].as_ptr(), l.dims.as_ptr(), t as i64, t as i64 + 1, l.scratch[id].ptr()) };
     };
     let mut low = f64::MAX;
     std::thread::scope(|s| {
@@ -201,6 +217,10 @@ fn read_text() -> String {
 #[derive(Clone, Copy, PartialEq)]
 enum Tail {
     Plain,
+    /// The weight stays in codes of 4 bits, with minima.
+    Codes4,
+    /// The weight stays in codes of 8 bits.
+    Codes8,
     /// Bias and residual.
     Add,
     /// Rank-16 branch.
@@ -230,7 +250,12 @@ fn contraction(n: u64, k: u64, isa: HostIsa, tail: Tail, dtype: DType) -> Kernel
         push(Op::Input { name: format!("a{}", operands.len() - 1), dtype, shape: shape.to_vec() }, &[])
     };
     let wide = if tail == Tail::Slices { 2 * n } else { n };
-    let packed = Layout::Panels { nr: choose_panel(n, &[], isa), transposed: true };
+    let nr = choose_panel(n, &[], isa);
+    let packed = match tail {
+        Tail::Codes4 => Layout::CodedPanels { nr, format: BlockFormat::Q4_1 },
+        Tail::Codes8 => Layout::CodedPanels { nr, format: BlockFormat::Q8_0 },
+        _ => Layout::Panels { nr, transposed: true },
+    };
     let x = input(&mut push, &[t, Dim::Known(k)], Layout::RowMajor);
     let mm = Op::MatMul { ta: false, tb: true };
     let product = |push: &mut dyn FnMut(Op, &[ValueId]) -> ValueId,
@@ -277,7 +302,7 @@ fn contraction(n: u64, k: u64, isa: HostIsa, tail: Tail, dtype: DType) -> Kernel
             let g = push(Op::MatMul { ta: true, tb: false }, &[x, dy]);
             push(Op::Add, &[old, g])
         }
-        Tail::Plain | Tail::Rows | Tail::RowsT => product(&mut push, &mut input, false),
+        Tail::Plain | Tail::Codes4 | Tail::Codes8 | Tail::Rows | Tail::RowsT => product(&mut push, &mut input, false),
         Tail::Lora => product(&mut push, &mut input, true),
         Tail::Add => {
             let y = product(&mut push, &mut input, false);
@@ -380,6 +405,11 @@ fn main() {
         (384, 384, Tail::Plain, "bert"),
         (4096, 4096, Tail::Plain, "4096"),
         (49152, 576, Tail::Plain, "head"),
+        (960, 576, Tail::Codes4, "qkv codes"),
+        (3072, 576, Tail::Codes4, "gate+up codes"),
+        (576, 1536, Tail::Codes4, "down codes"),
+        (576, 576, Tail::Codes4, "o codes"),
+        (49152, 576, Tail::Codes8, "head codes"),
     ];
     for &(n, k, tail, name) in shapes.iter().filter(|s| s.3.contains(&filter)) {
         let kernel = contraction(n, k, target.isa, tail, dtype);
@@ -387,7 +417,7 @@ fn main() {
         let (_lib, f, ms) = load(&e.text, "k", &target);
         let sizes = if tail == Tail::Grad { vec![512, 2048] } else { vec![512u64, 1, 4, 16, 128] };
         for m in sizes {
-            if n * k > 1 << 24 && m == 512 && tail != Tail::Plain {
+            if n * k > 1 << 24 && m == 512 && !matches!(tail, Tail::Plain | Tail::Codes8) {
                 continue;
             }
             let env = |_: Sym| Some(m);
@@ -396,7 +426,7 @@ fn main() {
             while sets.is_empty() || (cold && size < COLD_BYTES) {
                 let mut memory = vec![];
                 for (ty, l) in kernel.operand_types().iter().zip(&kernel.operands) {
-                    memory.push(l.elements(ty, &env).unwrap() * ty.dtype.size());
+                    memory.push(l.bytes(ty, &env).unwrap());
                 }
                 memory.push(if tail == Tail::Grad { k } else { m } * n * 4);
                 size += memory.iter().sum::<u64>();

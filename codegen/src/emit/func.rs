@@ -362,7 +362,12 @@ impl Func {
 
     /// Brings the cache line of an address near. The address need not be valid.
     pub fn prefetch(&mut self, ptr: &Val) {
-        let how = "cache = 1 : i32, hint = 3 : i32, rw = 0 : i32";
+        self.prefetch_into(ptr, 3);
+    }
+
+    /// The same with how near: 3 is the first-level cache, 2 the second.
+    pub fn prefetch_into(&mut self, ptr: &Val, level: u32) {
+        let how = format!("cache = 1 : i32, hint = {level} : i32, rw = 0 : i32");
         self.stmt(&format!("\"llvm.intr.prefetch\"({ptr}) <{{{how}}}> : (!llvm.ptr) -> ()"));
     }
 
