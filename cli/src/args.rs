@@ -215,6 +215,9 @@ pub(crate) struct ModelArgs {
     /// Compile anew and keep nothing
     #[arg(long)]
     pub no_cache: bool,
+    /// Read the f32 weights even where the folder has the same values in blocks of codes; only for inference on a processor does it matter
+    #[arg(long)]
+    pub no_blocks: bool,
     /// Leave out a pass; repeatable
     #[arg(long, value_name = "PASS")]
     pub disable: Vec<String>,
@@ -508,6 +511,9 @@ pub(crate) struct ImportArgs {
     /// Replace what the folder holds
     #[arg(long)]
     pub overwrite: bool,
+    /// Write the f32 weights alone: without `blocks/`, the same values as the file has them, which generating on a processor reads faster
+    #[arg(long)]
+    pub no_blocks: bool,
     /// The report as JSON
     #[arg(long)]
     pub json: bool,

@@ -5,6 +5,8 @@
 
 mod args;
 #[cfg(feature = "compiler")]
+mod blocks;
+#[cfg(feature = "compiler")]
 mod cache;
 #[cfg(feature = "compiler")]
 mod child;

@@ -48,14 +48,20 @@ impl Model {
         &self.checkpoint.dir
     }
 
+    /// The files that the weights are in.
+    pub(crate) fn files(&self) -> Vec<&Path> {
+        let mut files: Vec<&Path> = self.checkpoint.params().map(|(_, t)| &*t.file).collect();
+        files.sort_unstable();
+        files.dedup();
+        files
+    }
+
     /// The weights, mapped.
     ///
     /// # Errors
     /// Files that can no longer be opened.
     pub(crate) fn weights(&self) -> Result<Weights> {
-        let mut files: Vec<&Path> = self.checkpoint.params().map(|(_, t)| &*t.file).collect();
-        files.sort_unstable();
-        files.dedup();
+        let files = self.files();
         // One file may have any name; shards are found by their index.
         let single =
             files.first().filter(|_| files.len() == 1 && !self.dir().join("model.safetensors.index.json").is_file());

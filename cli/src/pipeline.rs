@@ -15,7 +15,7 @@ use pleach_codegen::emit::gpu::GpuChip;
 use pleach_frontend::adapter::{AdapterPlan, EventsPlan};
 use pleach_frontend::peft::MethodConfig;
 use pleach_frontend::{Adapter, Import, ModelConfig, eos_ids};
-use pleach_ir::{Dim, Graph, Role, Schedule};
+use pleach_ir::{BlockFormat, Dim, Graph, Role, Schedule};
 use pleach_passes::differentiate::{ACCUMULATE, STEP};
 use pleach_passes::fuse_kernels::{self, CutOptions};
 use pleach_passes::recompute::Saved;
@@ -23,6 +23,7 @@ use pleach_passes::{Options, Outcome, PassReport, Pipeline, chunk, join, recompu
 use pleach_plan::{Choice, Meta, Plan};
 use pleach_runtime::{ALTERNATIVES, Alternative};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -58,6 +59,9 @@ pub(crate) struct Request {
     /// Compile every form of every kernel, for measuring: a plan that nothing but `tune` runs.
     #[serde(default)]
     pub alternatives: bool,
+    /// Tensors of the checkpoint that are read in blocks, with their formats; see [`crate::blocks`].
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub blocks: BTreeMap<String, String>,
     /// Threads that lower kernels; no influence on the plan.
     pub threads: usize,
     /// The plan file.
@@ -181,6 +185,7 @@ impl Request {
             disable_rules: args.disable_rule.clone(),
             choices: vec![],
             alternatives: false,
+            blocks: BTreeMap::new(),
             threads: ui.workers(),
             out: PathBuf::new(),
         })
@@ -199,6 +204,18 @@ impl Request {
             model.adapters.push(Adapter::fresh(&config, &model.checkpoint.modules)?);
         }
         Ok(model)
+    }
+
+    /// The same, with the weights read in blocks where that is possible: inference on a processor.
+    ///
+    /// # Errors
+    /// Blocks that are damaged or do not fit.
+    pub(crate) fn in_blocks(mut self, ui: &Ui, args: &ModelArgs, model: &Model) -> Result<Request> {
+        if self.train.is_none() && self.gpu().is_none() && !args.no_blocks {
+            let usable = crate::blocks::usable(ui, model, !args.no_cache)?;
+            self.blocks = usable.into_iter().map(|(tensor, format)| (tensor, format.name().into())).collect();
+        }
+        Ok(self)
     }
 
     /// The graph of a model.
@@ -314,12 +331,12 @@ pub(crate) fn passes(graph: &Graph, request: &Request, keep_texts: bool) -> Resu
 }
 
 /// Weights are packed for inference only: a training step reads them both ways round.
-fn host_cut(graph: &Graph, host: &HostTarget) -> CutOptions<'static> {
+fn host_cut(graph: &Graph, request: &Request, host: &HostTarget) -> CutOptions<'static> {
     let trains = graph.entries.iter().any(|e| [ACCUMULATE, STEP, "measure"].contains(&e.name.as_str()));
     CutOptions {
         supported: &compile::supported,
         panels: if trains { &[] } else { panel_widths(host.isa) },
-        blocks: Default::default(),
+        blocks: request.blocks.iter().filter_map(|(t, f)| Some((t.clone(), BlockFormat::from_name(f)?))).collect(),
     }
 }
 
@@ -327,7 +344,7 @@ fn host_cut(graph: &Graph, host: &HostTarget) -> CutOptions<'static> {
 fn cut_of(request: &Request, graph: &Graph) -> Result<CutOptions<'static>> {
     Ok(match request.gpu() {
         Some(_) => CutOptions { supported: &compile::supported_gpu, panels: &[], blocks: Default::default() },
-        None => host_cut(graph, &request.host()?),
+        None => host_cut(graph, request, &request.host()?),
     })
 }
 

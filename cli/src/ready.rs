@@ -26,6 +26,8 @@ pub(crate) struct Ready {
     /// The opened folder.
     #[cfg(feature = "models")]
     pub model: Model,
+    /// The blocks of the weights that the plan reads have been compared with the weights.
+    pub blocks_compared: bool,
     /// How the plan was come by.
     #[cfg(feature = "compiler")]
     pub origin: Origin,
@@ -49,7 +51,7 @@ pub(crate) struct Origin {
 /// Files that are refused, a plan without an entry, and whatever compiling refuses.
 pub(crate) fn ready(ui: &Ui, args: &ModelArgs, entries: &[&str], tokens: &[(String, u64)]) -> Result<Ready> {
     if looks_like_a_plan(&args.model) {
-        return from_plan(args, entries);
+        return from_plan(ui, args, entries);
     }
     no_weights(args)?;
     from_model(ui, args, entries, tokens)
@@ -70,7 +72,7 @@ pub(crate) fn looks_like_a_plan(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "pleach") || (path.is_file() && read().is_ok() && &head == pleach_plan::MAGIC)
 }
 
-pub(crate) fn from_plan(args: &ModelArgs, entries: &[&str]) -> Result<Ready> {
+pub(crate) fn from_plan(ui: &Ui, args: &ModelArgs, entries: &[&str]) -> Result<Ready> {
     #[cfg(feature = "compiler")]
     let clock = Instant::now();
     let within = |e: pleach_plan::PlanError| Failure::from(e).within(&args.model.display().to_string());
@@ -94,8 +96,13 @@ pub(crate) fn from_plan(args: &ModelArgs, entries: &[&str]) -> Result<Ready> {
     if !args.adapter.is_empty() {
         return Err(Failure::usage("this build reads no adapters; build it with the feature `models`"));
     }
+    #[cfg(feature = "compiler")]
+    let blocks_compared = crate::blocks::compared(ui, &model, &plan, !args.no_cache)?;
+    #[cfg(not(feature = "compiler"))]
+    let (blocks_compared, _) = (false, ui);
     Ok(Ready {
         plan: Arc::new(plan),
+        blocks_compared,
         #[cfg(not(feature = "models"))]
         folder,
         #[cfg(feature = "models")]
@@ -135,7 +142,7 @@ pub(crate) fn compile(
     train: Option<crate::pipeline::TrainPart>,
 ) -> Result<(crate::cache::Slot, Ready)> {
     let request = crate::pipeline::Request { train, ..crate::pipeline::Request::new(ui, args, entries, tokens)? };
-    compile_as(args, request)
+    compile_as(ui, args, request)
 }
 
 /// [`compile`] of a request as it is.
@@ -144,13 +151,15 @@ pub(crate) fn compile(
 /// As [`compile`].
 #[cfg(feature = "compiler")]
 pub(crate) fn compile_as(
+    ui: &Ui,
     args: &ModelArgs,
-    mut request: crate::pipeline::Request,
+    request: crate::pipeline::Request,
 ) -> Result<(crate::cache::Slot, Ready)> {
     use crate::cache::Slot;
     use crate::pipeline::Request;
     let clock = Instant::now();
     let model = request.open()?;
+    let mut request = request.in_blocks(ui, args, &model)?;
     let place = |r: &Request| -> Result<Slot> { Slot::new(&r.key(&model, &r.import(&model)?)?, !args.no_cache) };
     let mut slot = place(&request)?;
     let mut found = if args.no_cache { None } else { slot.find() };
@@ -174,7 +183,8 @@ pub(crate) fn compile_as(
         }
     };
     let origin = Origin { cached, ms: clock.elapsed().as_secs_f64() * 1e3, rows };
-    Ok((slot, Ready { plan: Arc::new(plan), model, origin }))
+    let blocks_compared = !request.blocks.is_empty();
+    Ok((slot, Ready { plan: Arc::new(plan), model, blocks_compared, origin }))
 }
 
 impl Ready {
@@ -209,6 +219,7 @@ impl Ready {
         weights: Weights,
     ) -> Result<Session> {
         let mut options = Options::default().threads(ui.threads);
+        options.blocks_compared = self.blocks_compared;
         for (symbol, value) in needed {
             options = options.capacity(symbol, (*value).max(1));
         }

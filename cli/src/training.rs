@@ -43,7 +43,7 @@ impl Training {
             if method.any() {
                 return Err(Failure::usage("a compiled plan has its method; leave out --method and its options"));
             }
-            let ready = ready::from_plan(model, &ENTRIES)?;
+            let ready = ready::from_plan(ui, model, &ENTRIES)?;
             let has = |names: &[&str]| names.iter().all(|n| ready.plan.entry(n).is_ok());
             if !(has(&["accumulate", "update"]) || has(&["step"]) && shape.one_run_a_step()) {
                 return Err(Failure::usage(if has(&["step"]) {

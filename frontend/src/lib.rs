@@ -6,6 +6,7 @@
 //! graph is built.
 
 pub mod adapter;
+pub mod blocks;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;

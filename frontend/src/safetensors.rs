@@ -130,8 +130,13 @@ pub struct Writer {
 impl Writer {
     /// Creates `path` with a header for `tensors` (name, dtype, shape) and `metadata {"format": "pt"}`.
     pub fn create(path: &Path, tensors: &[(String, Dtype, Vec<u64>)]) -> Result<Writer> {
+        Writer::create_with(path, tensors, json!({"format": "pt"}))
+    }
+
+    /// As [`Writer::create`], with this object of strings as metadata.
+    pub fn create_with(path: &Path, tensors: &[(String, Dtype, Vec<u64>)], metadata: Value) -> Result<Writer> {
         let mut header = Map::new();
-        header.insert("__metadata__".into(), json!({"format": "pt"}));
+        header.insert("__metadata__".into(), metadata);
         let mut at = 0u64;
         for (name, dtype, shape) in tensors {
             let end = shape

@@ -8,9 +8,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
-use pleach_frontend::gguf::{Gguf, import_gguf};
+use pleach_frontend::gguf::{Gguf, ImportOptions, import_gguf};
 use pleach_frontend::peft::{MethodConfig, match_modules};
-use pleach_frontend::{ChatInput, ChatTemplate, ModelConfig, ModuleTable, TensorTable, TextTokenizer};
+use pleach_frontend::{ChatInput, ChatTemplate, Checkpoint, ModelConfig, ModuleTable, TensorTable, TextTokenizer};
 
 /// Damaged copies of each file of the corpus.
 const ROUNDS: u64 = 60;
@@ -141,8 +141,24 @@ fn gguf_files() {
     replay("gguf", |dir, bytes| {
         let path = dir.join("m.gguf");
         fs::write(&path, bytes).unwrap();
-        let _ = import_gguf(&path, &dir.join("out"), true);
+        let options = ImportOptions { overwrite: true, ..ImportOptions::default() };
+        let _ = import_gguf(&path, &dir.join("out"), &options);
         Gguf::open(&path).is_ok()
+    });
+}
+
+#[test]
+fn blocks() {
+    let model = Scratch::new("blocks-model");
+    for file in ["config.json", "model.safetensors"] {
+        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/llama-tiny").join(file);
+        fs::copy(from, model.0.join(file)).unwrap();
+    }
+    fs::create_dir_all(model.0.join(pleach_frontend::blocks::FOLDER)).unwrap();
+    let checkpoint = Checkpoint::open(&model.0).unwrap();
+    replay("blocks", |_, bytes| {
+        fs::write(pleach_frontend::blocks::file(&model.0), bytes).unwrap();
+        pleach_frontend::blocks::formats(&checkpoint).is_ok_and(|f| f.len() == 1)
     });
 }
 

@@ -142,6 +142,14 @@ impl BlockFormat {
     /// Values in a block.
     pub const VALUES: u64 = 32;
 
+    /// Every format.
+    pub const ALL: [BlockFormat; 3] = [BlockFormat::Q4_0, BlockFormat::Q4_1, BlockFormat::Q8_0];
+
+    /// The format of that name.
+    pub fn from_name(name: &str) -> Option<BlockFormat> {
+        BlockFormat::ALL.into_iter().find(|f| f.name() == name)
+    }
+
     /// Bytes of a block.
     pub fn bytes(self) -> u64 {
         match self {

@@ -8,7 +8,8 @@ fn k(n: u64) -> Expr {
     Expr::Const(n)
 }
 
-/// A plan with one of everything: `y = x W`, W packed by `prepare(base)`, a slot, a cache updated in place.
+/// A plan with one of everything: `y = x W`, W packed by `prepare(base)`, and another matrix from blocks into coded panels, a slot,
+/// a cache updated in place.
 fn sample() -> Plan {
     let mut p = Plan { symbols: Symbol::list(["T", "S1", "C"]), ..Plan::default() };
     p.target = Target { arch: "x86_64".into(), features: vec!["avx2".into(), "fma".into()] };
@@ -21,6 +22,8 @@ fn sample() -> Plan {
     let param =
         |name: &str, shape: Vec<Expr>, layout, role, source| Param::new(name, DType::F32, shape, layout, role, source);
     let panels = Layout::Panels { nr: 16, transposed: true };
+    let q4_1 = BlockFormat::Q4_1;
+    let coded = Layout::CodedPanels { nr: 16, format: q4_1 };
     p.params = vec![
         param("w", vec![k(20), k(8)], Layout::RowMajor, Role::Frozen, Source::Checkpoint("model.w".into())),
         param("w.packed", vec![k(20), k(8)], panels, Role::Frozen, Source::Derived),
@@ -32,6 +35,8 @@ fn sample() -> Plan {
             Source::Adapter { slot: 0, key: "a".into() },
         ),
         param("cache.0.k", vec![c.clone(), k(8)], Layout::RowMajor, Role::State, Source::Zeros),
+        param("v", vec![k(20), k(64)], Layout::Blocks(q4_1), Role::Frozen, Source::Checkpoint("model.v".into())),
+        param("v.packed", vec![k(20), k(64)], coded, Role::Frozen, Source::Derived),
     ];
     let kernel = |symbol: &str, tasks: Expr, operands: Vec<Expr>, results: Vec<Expr>, alias: Option<u32>| Kernel {
         symbol: symbol.into(),
@@ -52,14 +57,20 @@ fn sample() -> Plan {
         kernel("pack", k(2), vec![k(640)], vec![packed.clone()], None),
         kernel("product", t.clone().ceil_div(8), vec![x.clone(), packed.clone()], vec![y.clone()], None),
         kernel("scatter", t.clone(), vec![cache.clone(), x.clone(), t.clone().mul(4)], vec![cache.clone()], Some(0)),
+        kernel("code", k(2), vec![k(20 * 2 * 20)], vec![k(32 * 2 * 20)], None),
     ];
     let buffer = |kind, bytes: &Expr| Buffer { kind, bytes: bytes.clone(), name: "b".into() };
     let step = |kernel, buffers: &[u32]| Step { kernel, buffers: buffers.to_vec(), origin: "layer.0".into() };
     p.entries = vec![
         Entry {
             name: "prepare(base)".into(),
-            buffers: vec![buffer(BufferKind::Param(0), &k(640)), buffer(BufferKind::Param(1), &packed)],
-            steps: vec![step(0, &[0, 1])],
+            buffers: vec![
+                buffer(BufferKind::Param(0), &k(640)),
+                buffer(BufferKind::Param(1), &packed),
+                buffer(BufferKind::Param(4), &k(800)),
+                buffer(BufferKind::Param(5), &k(1280)),
+            ],
+            steps: vec![step(0, &[0, 1]), step(3, &[2, 3])],
             ..Entry::default()
         },
         Entry {
@@ -114,6 +125,22 @@ fn round_trip_and_same_bytes() {
 }
 
 #[test]
+fn layouts_are_spelled_the_same_for_good() {
+    let manifest = sample().to_bytes().unwrap();
+    let text = String::from_utf8_lossy(&manifest);
+    for spelling in [r#"{"blocks":"q4_1"}"#, r#"{"coded_panels":{"nr":16,"format":"q4_1"}}"#] {
+        assert!(text.contains(spelling), "{spelling}");
+    }
+    for f in BlockFormat::ALL {
+        assert_eq!(BlockFormat::from_name(f.name()), Some(f));
+        let bytes = |l: Layout| l.bytes(DType::BF16, &[k(20), k(64)]).unwrap().eval(&[]).unwrap();
+        assert_eq!(bytes(Layout::Blocks(f)), 40 * f.bytes());
+        assert_eq!(bytes(Layout::CodedPanels { nr: 48, format: f }), 96 * f.bytes());
+    }
+    assert_eq!(BlockFormat::from_name("q5_0"), None);
+}
+
+#[test]
 fn every_damaged_byte_and_every_cut_is_found() {
     let bytes = sample().to_bytes().unwrap();
     for i in 0..bytes.len() {
@@ -134,7 +161,8 @@ fn every_damaged_byte_and_every_cut_is_found() {
 fn residency_and_lifetimes_follow_use() {
     let p = sample();
     let r: Vec<Residency> = p.params.iter().map(|p| p.residency).collect();
-    assert_eq!(r, [Residency::PrepareOnly, Residency::Owned, Residency::Owned, Residency::Owned]);
+    let (prepare, owned) = (Residency::PrepareOnly, Residency::Owned);
+    assert_eq!(r, [prepare, owned, owned, owned, prepare, owned]);
     assert_eq!(p.slots(), [0]);
     assert_eq!(lifetimes(p.entry("generate").unwrap(), &p.kernels), [(4, 1, 2)]);
     let env = p.env(&|s| Some(if s == "T" { 5 } else { 7 })).unwrap();
@@ -162,7 +190,20 @@ fn validation_refuses_by_name() {
         (|p| p.params[1].name = "w".into(), "parameter `w` occurs twice"),
         (|p| p.params[0].bytes = k(639), "parameter `w` does not have the size of its shape"),
         (|p| p.params[1].layout = Layout::Panels { nr: 0, transposed: false }, "cannot lie in panels of 0"),
-        (|p| p.params[0].shape[0] = Expr::Sym(0), "must be row-major and of known shape"),
+        (|p| p.params[0].shape[0] = Expr::Sym(0), "must be row-major (or in blocks, of the base) and of known shape"),
+        (|p| p.params[4].shape[1] = k(40), "parameter `v` cannot lie in blocks of 32 values"),
+        (|p| p.params[4].shape.truncate(1), "parameter `v` cannot lie in blocks of 32 values"),
+        (
+            |p| p.params[4].layout = Layout::Blocks(BlockFormat::Q8_0),
+            "parameter `v` does not have the size of its shape",
+        ),
+        (|p| p.params[4].source = Source::Adapter { slot: 0, key: "v".into() }, "must be row-major (or in blocks"),
+        (|p| p.params[5].shape[1] = Expr::Sym(0), "parameter `v.packed` cannot lie in blocks of 32 values"),
+        (
+            |p| p.params[5].layout = Layout::CodedPanels { nr: 0, format: BlockFormat::Q4_1 },
+            "parameter `v.packed` cannot lie in panels of 0",
+        ),
+        (|p| p.params[5].source = Source::Checkpoint("v".into()), "must be row-major (or in blocks"),
         (|p| p.params[3].residency = Residency::Mapped, "comes from no file and must be owned"),
         (|p| p.entries[1].buffers.extend_from_within(3..4), "buffer 5 (b) names the same as another"),
         (|p| p.kernels[0].symbol = "a b".into(), "`a b` is no name of a kernel"),

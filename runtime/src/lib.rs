@@ -5,6 +5,7 @@
 //! compilers: no IR, no LLVM. `unsafe` is at the borders to memory maps, compiled code and C, each with its reason.
 
 mod ahead;
+mod blocks;
 pub mod capi;
 mod cast;
 mod cpu;
@@ -30,6 +31,7 @@ mod slots;
 pub mod train;
 mod weights;
 
+pub use blocks::{Blocks, expand, first_difference};
 pub use cast::{f16_to_f32, f32_to_bf16};
 pub use cpu::{Cpu, check_target};
 pub use device::{Address, Device, Make, Work};

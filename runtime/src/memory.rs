@@ -3,6 +3,7 @@
 //! [`plan_memory`] and [`Session::open`](crate::Session::open) share this code, so that what is foretold is what is
 //! reserved. Mapped pages count as resident: a run reads them all.
 
+use crate::blocks::stored;
 use crate::error::Result;
 use crate::session::Options;
 use crate::weights::TensorSource;
@@ -159,7 +160,7 @@ fn workers(wish: usize) -> usize {
 
 /// True for a tensor that kernels of the host can read where the file is mapped.
 pub(crate) fn in_place(p: &Param, weights: &dyn TensorSource, name: &str) -> bool {
-    weights.tensor(name).is_some_and(|t| t.dtype == p.dtype && (t.bytes.as_ptr() as usize).is_multiple_of(4))
+    stored(weights, p, name).is_some_and(|t| t.dtype == p.dtype && (t.bytes.as_ptr() as usize).is_multiple_of(4))
 }
 
 /// The sum an owned parameter counts for.

@@ -5,6 +5,7 @@
 //! every swap.
 #![allow(unsafe_code)]
 
+use crate::blocks::{self, stored};
 use crate::cast::{cast_wide, castable};
 use crate::cpu::Cpu;
 use crate::device::{Address, Device, Work};
@@ -27,6 +28,9 @@ pub struct Options {
     /// Largest values of the plan's symbols: `T` tokens of a run, `S` sequences of a run, `C` slots of the cache, `P`
     /// positions. `P` defaults to what the model was made for.
     pub capacities: BTreeMap<String, u64>,
+    /// The blocks of the weights have been compared with the weights (see [`first_difference`](crate::first_difference)) by
+    /// whoever opens the session, and stand for them. Otherwise opening does that, where a plan reads blocks.
+    pub blocks_compared: bool,
 }
 
 impl Options {
@@ -112,7 +116,11 @@ impl Session {
         pleach_plan::validate(&plan)?;
         let capacity = capacities(&plan, options)?;
         let device = open_device(&plan, &capacity, options)?;
-        Session::on(device, plan, weights, capacity)
+        let session = Session::on(device, plan, weights, capacity)?;
+        if !options.blocks_compared {
+            blocks::stand(&*session.weights, &session.plan.params, session.threads())?;
+        }
+        Ok(session)
     }
 
     fn on(mut device: Box<dyn Device>, plan: Arc<Plan>, weights: Weights, capacity: Vec<u64>) -> Result<Session> {
@@ -272,8 +280,9 @@ impl Session {
                     // SAFETY: no later step reads it.
                     unsafe { self.device.give_back(at)? };
                 }
-                if let Source::Checkpoint(name) = &plan.params[p as usize].source {
-                    self.weights.release(name);
+                let p = &plan.params[p as usize];
+                if let Source::Checkpoint(name) = &p.source {
+                    blocks::release(&*self.weights, p, name);
                 }
             }
         }
@@ -308,6 +317,9 @@ pub(crate) fn capacities(plan: &Plan, options: &Options) -> Result<Vec<u64>> {
 /// Checks that a source has what a checkpoint parameter needs.
 fn fits(weights: &dyn TensorSource, p: &Param, names: &[&str]) -> std::result::Result<(), String> {
     let Source::Checkpoint(name) = &p.source else { return Ok(()) };
+    if let pleach_plan::Layout::Blocks(_) = p.layout {
+        return blocks::fits(weights, p, name);
+    }
     let Some(t) = weights.tensor(name) else {
         return Err(match nearest(names.iter().copied(), name) {
             Some(n) if n == name => format!("tensor `{name}` has an element type that is not read; convert it to f32"),
@@ -360,7 +372,7 @@ fn place_params(
         match (home, &p.source) {
             (Home::Mapped, Source::Checkpoint(name)) => {
                 // The session keeps the weights as long as the device.
-                let t = weights.tensor(name).filter(|_| device.shares_memory());
+                let t = stored(weights, p, name).filter(|_| device.shares_memory());
                 *to = t.map(|t| t.bytes.as_ptr().cast_mut()).ok_or_else(|| {
                     RuntimeError::Weights(format!("tensor `{name}` cannot be read in place on this device"))
                 })?;
@@ -368,11 +380,11 @@ fn place_params(
             (Home::Owned(offset, bytes), source) => {
                 *to = base.wrapping_add(*offset as usize);
                 let Source::Checkpoint(name) = source else { continue };
-                if let Some(t) = weights.tensor(name) {
+                if let Some(t) = stored(weights, p, name) {
                     // SAFETY: offset and size lie inside the block just reserved.
                     unsafe { upload(device, *to, *bytes, t, p)? };
                 }
-                weights.release(name);
+                blocks::release(weights, p, name);
             }
             _ => {}
         }
@@ -387,6 +399,9 @@ fn place_params(
 pub(crate) unsafe fn upload(device: &mut dyn Device, to: Address, bytes: u64, t: Tensor<'_>, p: &Param) -> Result<()> {
     let (from, into) = (t.dtype.size() as usize, p.dtype.size() as usize);
     let mut make = |at: u64, part: &mut [u8]| {
+        if p.layout != pleach_plan::Layout::RowMajor {
+            return part.copy_from_slice(&t.bytes[at as usize..][..part.len()]);
+        }
         let n = part.len() / into * from;
         cast_wide(t.dtype, &t.bytes[at as usize / into * from..][..n], p.dtype, part);
     };
@@ -398,7 +413,9 @@ pub(crate) unsafe fn upload(device: &mut dyn Device, to: Address, bytes: u64, t:
 fn bring(p: &Param, weights: &dyn TensorSource, device: &mut dyn Device) -> Result<(Address, bool)> {
     let gone = || RuntimeError::Weights(format!("the tensor of parameter `{}` is no longer there", p.name));
     let Source::Checkpoint(name) = &p.source else { return Err(gone()) };
-    let t = weights.tensor(name).filter(|t| misfit(p, t.dtype, t.shape, t.bytes.len()).is_none()).ok_or_else(gone)?;
+    let elements = p.layout == pleach_plan::Layout::RowMajor;
+    let fits = |t: &Tensor<'_>| !elements || misfit(p, t.dtype, t.shape, t.bytes.len()).is_none();
+    let t = stored(weights, p, name).filter(fits).ok_or_else(gone)?;
     if device.shares_memory() && in_place(p, weights, name) {
         // The session holds the weights, and the address is used during this preparation only.
         return Ok((t.bytes.as_ptr().cast_mut(), false));

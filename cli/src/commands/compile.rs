@@ -24,7 +24,7 @@ pub(crate) fn compile(ui: &Ui, args: &CompileArgs) -> Result<()> {
     let request = Request { train, ..Request::new(ui, &args.model, &entries, &tokens)? };
     let request = Request { choices: choices(args, &request.target)?, ..request };
     let wanted = request.choices.len();
-    let (slot, ready) = ready::compile_as(&args.model, request)?;
+    let (slot, ready) = ready::compile_as(ui, &args.model, request)?;
     if wanted > 0 {
         ui.note(&format!("{} of {wanted} choices are of kernels of this plan", ready.plan.choices.len()));
     }

@@ -42,7 +42,7 @@ pub(crate) fn tune(ui: &Ui, args: &TuneArgs) -> Result<()> {
     }
     // What is measured is of no use later.
     let once = crate::args::ModelArgs { no_cache: true, ..model.clone() };
-    let (slot, ready) = ready::compile_as(&once, request.clone())?;
+    let (slot, ready) = ready::compile_as(ui, &once, request.clone())?;
     drop(slot);
     let mut kernels = Forms::of(&ready.plan)?;
     let plan = ready.plan.clone();

@@ -1,23 +1,41 @@
-//! GGUF → Hugging Face folder: configuration, f32 weights, tokenizer.
+//! GGUF → Hugging Face folder: configuration, f32 weights, the same weights as blocks of codes, tokenizer.
 //!
-//! Weights are expanded and written block of rows by block of rows, so memory stays at a few megabytes. The folder is
-//! written under a temporary name, synced and renamed; a folder that already holds files is refused, or, when asked to
+//! Weights are expanded and written block of rows by block of rows, so memory stays at a few megabytes. Matrices in blocks
+//! are kept as such, too, beside the expanded ones (see [`crate::blocks`]): whole rows move, so their blocks stay what
+//! they are. The folder is written under a temporary name, synced and renamed; a folder that already holds files is refused, or, when asked to
 //! overwrite, only the files of the same names are replaced. Source of names and of the row order of q and k:
 //! llama.cpp's `convert_hf_to_gguf.py`.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use pleach_ir::BlockFormat;
 use serde_json::{Map, Value, json};
 
 use super::reader::{Gguf, GgufTensor, Metadata};
 use super::tokenizer::{self, TokenizerFiles};
+use crate::blocks;
 use crate::config::{Llama3Scaling, ModelConfig, Rope};
 use crate::error::{Error, Result};
 use crate::modules::ModuleTable;
 use crate::nearest::nearest_hint;
 use crate::safetensors::Writer;
 use crate::tensors::Dtype;
+
+/// How to import.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImportOptions {
+    /// Into a folder that holds files already: those of the same names are replaced, and blocks of other weights removed.
+    pub overwrite: bool,
+    /// Keep matrices in blocks as such, beside their expansion.
+    pub blocks: bool,
+}
+
+impl Default for ImportOptions {
+    fn default() -> ImportOptions {
+        ImportOptions { overwrite: false, blocks: true }
+    }
+}
 
 /// What an import did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +50,10 @@ pub struct ImportReport {
     pub parameters: u64,
     /// Storage types of the source with the number of tensors of each.
     pub types: Vec<(String, usize)>,
+    /// Matrices that are kept in blocks, too.
+    pub blocks: usize,
+    /// Bytes of these.
+    pub block_bytes: u64,
     /// Tokens in the vocabulary.
     pub tokens: usize,
 }
@@ -45,15 +67,22 @@ struct Plan<'a> {
     interleaved: Option<u64>,
 }
 
+impl Plan<'_> {
+    /// The format in which it is kept besides: a matrix whose rows are whole blocks.
+    fn block_format(&self) -> Option<BlockFormat> {
+        self.source.kind.block_format().filter(|_| self.shape.len() == 2)
+    }
+}
+
 /// Imports the GGUF file at `path` into the folder `out`.
 ///
 /// # Errors
 /// A malformed file; an architecture, tokenizer, tensor type or key that is not supported, by name; a tensor that is
 /// missing, unexpected or of the wrong shape; a folder that already holds files without `overwrite`.
-pub fn import_gguf(path: &Path, out: &Path, overwrite: bool) -> Result<ImportReport> {
+pub fn import_gguf(path: &Path, out: &Path, options: &ImportOptions) -> Result<ImportReport> {
     let occupied =
         out.exists() && (!out.is_dir() || fs::read_dir(out).map_err(Error::io("read", out))?.next().is_some());
-    if occupied && !overwrite {
+    if occupied && !options.overwrite {
         return Err(Error::format(out, "exists and is not empty; choose another folder or pass --overwrite"));
     }
     let gguf = Gguf::open(path)?;
@@ -69,7 +98,7 @@ pub fn import_gguf(path: &Path, out: &Path, overwrite: bool) -> Result<ImportRep
     let name = out.file_name().ok_or_else(|| Error::format(out, "is not the name of a folder"))?;
     let temporary = parent.join(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
     fs::create_dir_all(&temporary).map_err(Error::io("create", &temporary))?;
-    let written = write_folder(&temporary, &gguf, &config, &tokenizer, &plans).and_then(|files| {
+    let written = write_folder(&temporary, &gguf, &config, &tokenizer, (&plans, options.blocks)).and_then(|files| {
         publish(&temporary, out, occupied, &files)?;
         Ok(files)
     });
@@ -86,12 +115,15 @@ pub fn import_gguf(path: &Path, out: &Path, overwrite: bool) -> Result<ImportRep
         }
     }
     types.sort();
+    let kept = || plans.iter().filter(|p| options.blocks && p.block_format().is_some());
     Ok(ImportReport {
         dir: out.to_owned(),
         files: written?,
         tensors: plans.len(),
         parameters: plans.iter().map(|p| p.shape.iter().product::<u64>()).sum(),
         types,
+        blocks: kept().count(),
+        block_bytes: kept().map(|p| p.source.bytes).sum(),
         tokens: tokenizer.tokens,
     })
 }
@@ -277,7 +309,7 @@ fn write_folder(
     gguf: &Gguf,
     config: &Map<String, Value>,
     tokenizer: &TokenizerFiles,
-    plans: &[Plan],
+    (plans, keep): (&[Plan], bool),
 ) -> Result<Vec<String>> {
     let generation = json!({
         "bos_token_id": tokenizer.bos, "eos_token_id": eos_value(&tokenizer.eos), "pad_token_id": tokenizer.pad
@@ -299,20 +331,34 @@ fn write_folder(
     }
     let declared: Vec<_> = plans.iter().map(|p| (p.name.clone(), Dtype::F32, p.shape.clone())).collect();
     let mut writer = Writer::create(&dir.join("model.safetensors"), &declared)?;
+    let kept: Vec<_> = plans.iter().filter(|_| keep).filter_map(|p| Some((p, p.block_format()?))).collect();
+    let mut codes = None;
+    if !kept.is_empty() {
+        let file = blocks::file(dir);
+        let folder = dir.join(blocks::FOLDER);
+        fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+        let list: Vec<_> = kept.iter().map(|(p, f)| (p.name.as_str(), p.shape[0], p.shape[1], *f)).collect();
+        codes = Some(blocks::writer(&file, &list)?);
+        files.push(format!("{}/{}", blocks::FOLDER, blocks::FILE));
+    }
     for plan in plans {
-        write_tensor(&mut writer, gguf, plan)?;
+        write_tensor(&mut writer, codes.as_mut().filter(|_| plan.block_format().is_some()), gguf, plan)?;
     }
     writer.finish()?;
+    if let Some(codes) = codes {
+        codes.finish()?;
+        sync(&dir.join(blocks::FOLDER))?;
+    }
     sync(dir)?;
     files.sort();
     Ok(files)
 }
 
-/// Expands one tensor, a group of rows at a time.
+/// Expands one tensor, a group of rows at a time, and copies its blocks where they are kept.
 ///
 /// GGUF stores the rows of a rotated head as pairs (0, half), (1, half + 1), …; Hugging Face has first halves first:
 /// row `j + half · s` of a head is stored as row `2 j + s`.
-fn write_tensor(writer: &mut Writer, gguf: &Gguf, plan: &Plan) -> Result<()> {
+fn write_tensor(writer: &mut Writer, mut codes: Option<&mut Writer>, gguf: &Gguf, plan: &Plan) -> Result<()> {
     let kind = plan.source.kind;
     let width = plan.shape.get(1).copied().unwrap_or(1);
     let rows = plan.shape[0];
@@ -332,12 +378,17 @@ fn write_tensor(writer: &mut Writer, gguf: &Gguf, plan: &Plan) -> Result<()> {
         values.clear();
         kind.dequantize(&bytes, &mut values);
         match plan.interleaved {
-            None => writer.write_f32(&values)?,
+            None => {
+                writer.write_f32(&values)?;
+                codes.as_mut().map_or(Ok(()), |w| w.write(&bytes))?;
+            }
             Some(head_dim) => {
                 let half = head_dim / 2;
                 for row in 0..head_dim {
-                    let stored = (2 * (row % half) + row / half) * per_row;
-                    writer.write_f32(&values[stored as usize..][..per_row as usize])?;
+                    let stored = 2 * (row % half) + row / half;
+                    writer.write_f32(&values[(stored * per_row) as usize..][..per_row as usize])?;
+                    let blocks = &bytes[(stored * row_bytes) as usize..][..row_bytes as usize];
+                    codes.as_mut().map_or(Ok(()), |w| w.write(blocks))?;
                 }
             }
         }
@@ -351,10 +402,15 @@ fn publish(temporary: &Path, out: &Path, occupied: bool, files: &[String]) -> Re
         // The configuration goes last: a folder without it is never taken for a finished one.
         let config = files.iter().filter(|f| *f == "config.json");
         let _ = fs::remove_file(out.join("config.json"));
+        // Blocks belong to their weights: none of others are left beside these.
+        let _ = fs::remove_file(blocks::file(out));
         for file in files.iter().filter(|f| *f != "config.json").chain(config) {
-            fs::rename(temporary.join(file), out.join(file)).map_err(Error::io("replace", &out.join(file)))?;
+            let to = out.join(file);
+            let folder = to.parent().unwrap_or(out);
+            fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+            fs::rename(temporary.join(file), &to).map_err(Error::io("replace", &to))?;
         }
-        fs::remove_dir(temporary).map_err(Error::io("remove", temporary))?;
+        fs::remove_dir_all(temporary).map_err(Error::io("remove", temporary))?;
         return sync(out);
     }
     if out.is_dir() {

@@ -8,6 +8,6 @@ mod quants;
 mod reader;
 mod tokenizer;
 
-pub use import::{ImportReport, import_gguf};
+pub use import::{ImportOptions, ImportReport, import_gguf};
 pub use quants::GgmlType;
 pub use reader::{Gguf, GgufTensor, Metadata};

@@ -4,6 +4,7 @@
 //! are the same bits.
 
 use half::{bf16, f16};
+use pleach_ir::BlockFormat;
 
 /// A storage type that can be expanded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,6 +68,16 @@ impl GgmlType {
             GgmlType::Q4_1 => 20,
             GgmlType::Q8_0 => 34,
             GgmlType::Q6_K => 210,
+        }
+    }
+
+    /// The format of blocks that a matrix of this type can be kept in, besides its expansion.
+    pub fn block_format(self) -> Option<BlockFormat> {
+        match self {
+            GgmlType::Q4_0 => Some(BlockFormat::Q4_0),
+            GgmlType::Q4_1 => Some(BlockFormat::Q4_1),
+            GgmlType::Q8_0 => Some(BlockFormat::Q8_0),
+            GgmlType::F32 | GgmlType::F16 | GgmlType::Bf16 | GgmlType::Q6_K => None,
         }
     }
 
@@ -170,6 +181,17 @@ mod tests {
     }
 
     const GOLDEN: [u64; 4] = [0x8c4ac3dec6300825, 0x5957c5bd89736625, 0xdfd1bb3a93796625, 0x5f9b164831e6c1b1];
+
+    #[test]
+    fn formats_of_blocks_have_the_size_of_their_type() {
+        let kinds = (0..32).filter_map(GgmlType::from_code);
+        let kept: Vec<_> = kinds.filter_map(|k| Some((k, k.block_format()?))).collect();
+        assert_eq!(kept.len(), BlockFormat::ALL.len());
+        for (kind, format) in kept {
+            assert_eq!((kind.block_elements(), kind.block_bytes()), (BlockFormat::VALUES, format.bytes()), "{kind:?}");
+            assert_eq!(format!("{kind:?}").to_lowercase(), format.name());
+        }
+    }
 
     #[test]
     fn plain_types_are_widened() {

@@ -1,7 +1,10 @@
 //! Import of a small GGUF file that is made here, and damaged in many ways.
 
+use super::super::quants::GgmlType;
 use super::*;
 use crate::checkpoint::Checkpoint;
+use crate::safetensors::read_header;
+use crate::tensors::TensorRef;
 use crate::testing::{Folder, folder};
 
 /// Writes GGUF files byte by byte.
@@ -104,7 +107,7 @@ fn import(bytes: &[u8]) -> (Result<ImportReport>, Folder) {
     let dir = folder("gguf");
     let path = dir.join("m.gguf");
     fs::write(&path, bytes).unwrap();
-    (import_gguf(&path, &dir.join("out"), false), dir)
+    (import_gguf(&path, &dir.join("out"), &ImportOptions::default()), dir)
 }
 
 fn fault(bytes: &[u8]) -> String {
@@ -136,11 +139,119 @@ fn folders_are_not_overwritten_unasked() {
     fs::write(&path, tiny().bytes()).unwrap();
     fs::create_dir(&out).unwrap();
     fs::write(out.join("notes.txt"), "mine").unwrap();
-    assert!(import_gguf(&path, &out, false).unwrap_err().to_string().contains("--overwrite"));
-    import_gguf(&path, &out, true).unwrap();
+    assert!(import_gguf(&path, &out, &ImportOptions::default()).unwrap_err().to_string().contains("--overwrite"));
+    let again = ImportOptions { overwrite: true, ..ImportOptions::default() };
+    import_gguf(&path, &out, &again).unwrap();
     assert_eq!(fs::read_to_string(out.join("notes.txt")).unwrap(), "mine");
     assert!(Checkpoint::open(&out).is_ok());
     assert_eq!(fs::read_dir(&*dir).unwrap().count(), 2, "nothing temporary is left");
+}
+
+/// `rows` rows of `blocks` blocks of a type, with scales near one and codes that look random.
+fn coded(kind: GgmlType, rows: u64, blocks: u64, salt: u32) -> Vec<u8> {
+    let mut state = salt;
+    let mut next = || {
+        state = state.wrapping_mul(1664525).wrapping_add(1013904223);
+        (state >> 24) as u8
+    };
+    let halves = if kind == GgmlType::Q4_1 { 2 } else { 1 };
+    let mut out = vec![];
+    for _ in 0..rows * blocks {
+        (0..halves).for_each(|i| out.extend([next(), [0x38 | next() & 3, 0xb4 | next() & 3][i]]));
+        out.extend((halves as u64 * 2..kind.block_bytes()).map(|_| next()));
+    }
+    out
+}
+
+/// The tiny model with q and k in Q4_1, v in Q8_0, down in Q4_0, the rest f32 as before; and a norm in Q8_0.
+fn tiny_in_blocks() -> Builder {
+    let mut b = tiny();
+    for (i, t) in b.tensors.iter_mut().enumerate() {
+        let kind = match t.0.as_str() {
+            "blk.0.attn_q.weight" | "blk.0.attn_k.weight" => GgmlType::Q4_1,
+            "blk.0.ffn_down.weight" => GgmlType::Q4_0,
+            "blk.0.attn_v.weight" | "output_norm.weight" => GgmlType::Q8_0,
+            _ => continue,
+        };
+        t.2 = [(GgmlType::Q4_0, 2), (GgmlType::Q4_1, 3), (GgmlType::Q8_0, 8)].iter().find(|k| k.0 == kind).unwrap().1;
+        let rows = if t.1.len() == 1 { 1 } else { t.1[0] };
+        t.3 = coded(kind, rows, t.1.last().unwrap() / 32, i as u32);
+    }
+    b
+}
+
+/// Bytes of every tensor of the blocks of a folder, by name, with its format.
+fn kept(out: &Path) -> Vec<(String, GgmlType, Vec<u8>)> {
+    let formats = blocks::formats(&Checkpoint::open(out).unwrap()).unwrap();
+    let (tensors, _) = read_header(&blocks::file(out)).unwrap();
+    let kinds = [GgmlType::Q4_0, GgmlType::Q4_1, GgmlType::Q8_0];
+    let kind = |t: &TensorRef| *kinds.iter().find(|k| k.block_format() == formats.get(&t.name).copied()).unwrap();
+    tensors.iter().map(|t| (t.name.clone(), kind(t), t.read_bytes().unwrap())).collect()
+}
+
+#[test]
+fn matrices_in_blocks_are_kept_as_such() {
+    let source = tiny_in_blocks();
+    let (report, dir) = import(&source.bytes());
+    let (report, out) = (report.unwrap(), dir.join("out"));
+    assert!(report.files.contains(&"blocks/model.safetensors".to_owned()), "{:?}", report.files);
+    let checkpoint = Checkpoint::open(&out).unwrap();
+    let list = kept(&out);
+    let names: Vec<&str> = list.iter().map(|t| t.0.trim_start_matches("model.layers.0.")).collect();
+    // Not the norm, which is no matrix, and not what is f32 in the source.
+    assert_eq!(
+        names,
+        [
+            "model.embed_tokens.weight",
+            "mlp.down_proj.weight",
+            "self_attn.k_proj.weight",
+            "self_attn.q_proj.weight",
+            "self_attn.v_proj.weight"
+        ]
+    );
+    assert_eq!((report.blocks, report.block_bytes), (5, list.iter().map(|t| t.2.len() as u64).sum()));
+    for (name, kind, bytes) in &list {
+        let mut values = vec![];
+        kind.dequantize(bytes, &mut values);
+        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&values), bits(&checkpoint.param(name).unwrap().read_f32().unwrap()), "{name}");
+    }
+    // Rows of q move as their expansion does: row 1 of a head was stored as row 2, row 8 as row 1.
+    let q = &list.iter().find(|t| t.0.ends_with("q_proj.weight")).unwrap().2;
+    let stored = &source.tensors.iter().find(|t| t.0 == "blk.0.attn_q.weight").unwrap().3;
+    let row = |bytes: &[u8], i: usize| bytes[i * 20..][..20].to_vec();
+    assert_eq!((row(q, 1), row(q, 8), row(q, 17)), (row(stored, 2), row(stored, 1), row(stored, 18)));
+    assert_ne!(row(q, 1), row(stored, 1));
+}
+
+#[test]
+fn blocks_are_left_out_on_request_and_never_outlive_their_weights() {
+    let dir = folder("gguf-no-blocks");
+    let (path, out) = (dir.join("m.gguf"), dir.join("out"));
+    fs::write(&path, tiny_in_blocks().bytes()).unwrap();
+    let without = ImportOptions { overwrite: true, blocks: false };
+    let report = import_gguf(&path, &out, &without).unwrap();
+    assert_eq!((report.blocks, report.block_bytes, out.join("blocks").exists()), (0, 0, false));
+    let again = ImportOptions { overwrite: true, ..ImportOptions::default() };
+    import_gguf(&path, &out, &again).unwrap();
+    let first = kept(&out);
+    // Other weights, other blocks.
+    let mut other = tiny_in_blocks();
+    other.tensors.iter_mut().for_each(|t| t.3[0] ^= 1);
+    fs::write(&path, other.bytes()).unwrap();
+    import_gguf(&path, &out, &again).unwrap();
+    assert_ne!(kept(&out), first);
+    import_gguf(&path, &out, &without).unwrap();
+    assert!(!blocks::file(&out).exists() && Checkpoint::open(&out).is_ok());
+    assert_eq!(fs::read_dir(&*dir).unwrap().count(), 2, "nothing temporary is left");
+    // No blocks in the source.
+    let mut plain = tiny();
+    plain.tensors.retain(|t| t.0 != "token_embd.weight");
+    let row = 1f32.to_le_bytes().repeat(32);
+    plain.tensors.push(("token_embd.weight".into(), vec![5, 32], 0, row.repeat(5)));
+    fs::write(&path, plain.bytes()).unwrap();
+    let report = import_gguf(&path, &out, &again).unwrap();
+    assert_eq!((report.blocks, blocks::file(&out).exists()), (0, false));
 }
 
 #[test]

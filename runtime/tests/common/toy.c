@@ -82,3 +82,24 @@ static void logits(u8 *const *b, int64_t first, int64_t last, u8 *scratch) {
 /* x [T,D] or [S,D], w [D,V] -> [.., V]; task = row, sums in scratch. */
 void logits_t(u8 *const *b, const int64_t *n, int64_t first, int64_t last, u8 *scratch) { logits(b, first, last, scratch); }
 void logits_s(u8 *const *b, const int64_t *n, int64_t first, int64_t last, u8 *scratch) { logits(b, first, last, scratch); }
+
+/* Blocks of 32 values: f16 scale, signed bytes (ggml's Q8_0); rows of two blocks. */
+static float half(const u8 *p) {
+    union { uint32_t u; float f; } x;
+    uint32_t h = p[0] | p[1] << 8;
+    x.u = (h & 0x8000u) << 16 | (((h >> 10 & 31) + 112) << 23) | (h & 1023) << 13;
+    return x.f;
+}
+/* blocks [N, 2 blocks] -> [N, 64]; one task per row. */
+void unpack(u8 *const *b, const int64_t *n, int64_t first, int64_t last, u8 *scratch) {
+    float *y = (float *)b[1];
+    for (int64_t i = first; i < last; i++)
+        for (int j = 0; j < 64; j++) {
+            const u8 *block = b[0] + (i * 2 + j / 32) * 34;
+            y[i * 64 + j] = (float)(int8_t)block[2 + j % 32] * half(block);
+        }
+}
+/* [N, 64] -> the same; one task per row. */
+void copy(u8 *const *b, const int64_t *n, int64_t first, int64_t last, u8 *scratch) {
+    memcpy(b[1] + first * 256, b[0] + first * 256, (last - first) * 256);
+}

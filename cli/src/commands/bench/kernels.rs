@@ -46,6 +46,7 @@ pub(super) fn kernels(ui: &Ui, model: Option<&Path>, tokens: &[u64], as_json: bo
         dtype: DType::F32,
         target: Target::Cpu,
         no_cache: true,
+        no_blocks: true,
         disable: vec![],
         disable_rule: vec![],
     };

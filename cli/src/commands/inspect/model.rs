@@ -48,6 +48,7 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
     };
     let entries = if chosen.is_empty() { all.to_vec() } else { chosen };
     request = Request { train: request.train, ..Request::new(ui, &args.model, &entries, &[])? };
+    request = request.in_blocks(ui, &args.model, &model)?;
     let imported = request.import(&model)?;
     let s = Seen { stages: stages::stages(imported, &request, &model)?, request };
     let ready =
@@ -175,7 +176,7 @@ fn all_code(args: &InspectArgs, s: &Seen, model: &Model) -> Result<Vec<Code>> {
     let mut all = if args.mlir || machine { code(s, Wanted { mlir: args.mlir, machine, kernel })? } else { vec![] };
     if args.ptx && !gpu {
         // The passes know what they compile for: a GPU's kernels are those of a graph that was made for one.
-        let request = Request { target: GpuChip::Sm80.name().into(), ..s.request.clone() };
+        let request = Request { target: GpuChip::Sm80.name().into(), blocks: BTreeMap::new(), ..s.request.clone() };
         let stages = stages::stages(request.import(model)?, &request, model)?;
         all.extend(code(&Seen { request, stages }, Wanted { mlir: false, machine: true, kernel })?);
     }

@@ -24,6 +24,7 @@ pub(super) fn compare(ui: &Ui, args: &MergeArgs, prompts: u64) -> Result<f64> {
         dtype: DType::F32,
         target: Target::Cpu,
         no_cache: false,
+        no_blocks: true,
         disable: vec![],
         disable_rule: vec![],
     };

@@ -4,7 +4,7 @@ use super::columns::Strings;
 use crate::failure::Result;
 use pleach_passes::differentiate::SETTINGS;
 use pleach_passes::recompute::SEED;
-use pleach_plan::{Buffer, BufferKind, Entry, Expr, Plan, Residency, Source};
+use pleach_plan::{Buffer, BufferKind, Entry, Expr, Layout, Plan, Residency, Source};
 use serde_json::{Value, json};
 
 /// The plan at these values of its symbols. `saved` is the plan's own list of what is kept for the backward half.
@@ -28,7 +28,7 @@ fn params(plan: &Plan, env: &[u64], strings: &mut Strings) -> Result<Value> {
     for p in &plan.params {
         name.push(p.name.clone());
         let dims: Vec<String> = p.shape.iter().map(|d| d.display(&plan.symbols).to_string()).collect();
-        let layout = if p.layout == pleach_plan::Layout::RowMajor { "" } else { " in panels" };
+        let layout = layout(p.layout);
         ty.push(strings.id(&format!("{}[{}]{layout}", p.dtype.name(), dims.join(","))));
         bytes.push(p.bytes.eval(env)?);
         role.push(strings.id(&format!("{:?}", p.role).to_lowercase()));
@@ -45,6 +45,16 @@ fn params(plan: &Plan, env: &[u64], strings: &mut Strings) -> Result<Value> {
         }));
     }
     Ok(json!({"name": name, "ty": ty, "bytes": bytes, "role": role, "source": source, "stays": stays}))
+}
+
+/// How a parameter lies in memory, where that is not row by row.
+fn layout(l: Layout) -> String {
+    match l {
+        Layout::RowMajor => String::new(),
+        Layout::Panels { .. } => " in panels".into(),
+        Layout::Blocks(format) => format!(" in {} blocks", format.name()),
+        Layout::CodedPanels { format, .. } => format!(" in panels of {} codes", format.name()),
+    }
 }
 
 /// The plan's list of kept values with its bytes worked out later, from `unit_bytes` and `symbol`.
