@@ -40,6 +40,41 @@ struct Form {
     bl: Blocking,
 }
 
+/// What the tasks of a form divide.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Cut {
+    /// Columns alone: few rows.
+    Columns,
+    /// Rows and columns.
+    Both,
+    /// The one or the other, as the number of rows says.
+    ByRows,
+}
+
+impl Form {
+    fn cut(&self) -> Cut {
+        match self.an.m {
+            _ if self.an.few_rows => Cut::Columns,
+            Dim::Known(x) if x <= self.bl.task_rows => Cut::Columns,
+            Dim::Known(_) => Cut::Both,
+            Dim::Symbol(_) => Cut::ByRows,
+        }
+    }
+
+    /// Tasks that columns alone make, and that rows and columns make.
+    fn counts(&self, f: &mut Func, cx: &Context) -> (Val, Val) {
+        let bl = cx.bl;
+        let (m, n) = (cx.dim(f, cx.an.m), cx.dim(f, cx.an.n));
+        let tiles = f.ceil_divc(&n, bl.width as i64);
+        let one = f.i64(1);
+        let row_blocks = f.ceil_divc(&m, bl.task_rows as i64);
+        let row_blocks = f.max(&row_blocks, &one);
+        let narrow = f.ceil_divc(&tiles, bl.narrow_tiles as i64);
+        let wide = f.ceil_divc(&tiles, bl.task_tiles as i64);
+        (narrow, f.mul(&wide, &row_blocks))
+    }
+}
+
 /// The forms of a kernel: one, or one for few rows and one for more.
 fn forms(k: &Kernel, isa: HostIsa, dot: bool) -> Result<Vec<Form>, String> {
     let an = Analysis::new(k)?;
@@ -81,14 +116,15 @@ pub fn emit(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted,
 
     let dim = |d: Dim| dim_expr(k, d, symbols);
     let (mut tasks, mut scratch_bytes) = (Expr::Const(0), Expr::Const(0));
-    for Form { an, bl } in &forms {
+    for form in &forms {
+        let Form { an, bl } = form;
         let (m, n) = (dim(an.m)?, dim(an.n)?);
         let narrow = n.clone().ceil_div(bl.width).ceil_div(bl.narrow_tiles);
         let wide = n.clone().ceil_div(bl.width).ceil_div(bl.task_tiles).mul(m.clone().ceil_div(bl.task_rows));
-        tasks = tasks.max(match an.m {
-            Dim::Known(x) if x <= bl.task_rows => narrow,
-            Dim::Known(_) => wide,
-            Dim::Symbol(_) => narrow.max(wide),
+        tasks = tasks.max(match form.cut() {
+            Cut::Columns => narrow,
+            Cut::Both => wide,
+            Cut::ByRows => narrow.max(wide),
         });
         let mut scratch = Expr::Const(4 * (partial_elements(an, bl) + spare_elements(an, bl)));
         for p in &bl.packs {
@@ -163,36 +199,56 @@ fn kernel(f: &mut Func, k: &Kernel, forms: &[Form], symbols: &[Sym]) -> Result<(
     for form in forms {
         all.push(Context::new(f, k, &form.an, &form.bl, symbols)?);
     }
-    let [few, many] = &all[..] else { return tasks(f, &all[0]) };
+    // What the launch counts as a batch's tasks: enough for every form and number of rows.
+    let mut total = f.i64(0);
+    for (form, cx) in forms.iter().zip(&all) {
+        let (narrow, wide) = form.counts(f, cx);
+        let here = match form.cut() {
+            Cut::Columns => narrow,
+            Cut::Both => wide,
+            Cut::ByRows => f.max(&narrow, &wide),
+        };
+        total = f.max(&total, &here);
+    }
+    let [few, many] = &all[..] else { return tasks(f, &forms[0], &all[0], &total) };
     let m = few.dim(f, few.an.m);
     let limit = f.i64(FEW as i64);
     let short = f.cmp("sle", &m, &limit);
     let (mut a, mut b) = (Ok(()), Ok(()));
-    let arm = |f: &mut Func, cx: &Context, out: &mut Result<(), String>| {
-        *out = tasks(f, cx);
+    let arm = |f: &mut Func, form: &Form, cx: &Context, out: &mut Result<(), String>| {
+        *out = tasks(f, form, cx, &total);
         vec![]
     };
-    f.if_else(&short, &[], |f| arm(f, few, &mut a), |f| arm(f, many, &mut b));
+    f.if_else(&short, &[], |f| arm(f, &forms[0], few, &mut a), |f| arm(f, &forms[1], many, &mut b));
     a.and(b)
 }
 
-/// The tasks `first..last` of one form.
-fn tasks(f: &mut Func, cx: &Context) -> Result<(), String> {
-    let (first, last) = (f.arg("first"), f.arg("last"));
+/// The part of one form's tasks that `first..last` of the launch's stand for, of `total` a batch. A form may have fewer: they
+/// are spread evenly, so that equal stretches of the launch are equal work.
+fn tasks(f: &mut Func, form: &Form, cx: &Context, total: &Val) -> Result<(), String> {
     let bl = cx.bl;
     let (m, n) = (cx.dim(f, cx.an.m), cx.dim(f, cx.an.n));
     let tiles = f.ceil_divc(&n, bl.width as i64);
     let one = f.i64(1);
     let row_blocks = f.ceil_divc(&m, bl.task_rows as i64);
     let row_blocks = f.max(&row_blocks, &one);
-    let narrow = f.ceil_divc(&tiles, bl.narrow_tiles as i64);
-    let wide = f.ceil_divc(&tiles, bl.task_tiles as i64);
-    let wide = f.mul(&wide, &row_blocks);
-    let per_batch = match cx.an.m {
-        Dim::Known(x) if x <= bl.task_rows => narrow,
-        Dim::Known(_) => wide,
-        Dim::Symbol(_) => f.max(&narrow, &wide),
+    let (narrow, wide) = form.counts(f, cx);
+    let per_batch = match form.cut() {
+        Cut::Columns => narrow,
+        Cut::Both => wide,
+        Cut::ByRows => {
+            let limit = f.i64(bl.task_rows as i64);
+            let few = f.cmp("sle", &m, &limit);
+            f.op(format!("arith.select {few}, {narrow}, {wide} : i64"))
+        }
     };
+    let (mut first, mut last) = (f.arg("first"), f.arg("last"));
+    if per_batch != *total {
+        for x in [&mut first, &mut last] {
+            let y = f.mul(x, &per_batch);
+            *x = f.div(&y, total);
+        }
+    }
     let mut fault = Ok(());
     f.loop_(&first, &last, 1, |f, task| {
         let (mut rest, mut inner) = (f.i64(0), task.clone());
@@ -206,13 +262,13 @@ fn tasks(f: &mut Func, cx: &Context) -> Result<(), String> {
             batch[i] = if i == 0 { rest.clone() } else { f.rem(&rest, &d) };
             rest = f.div(&rest, &d);
         }
-        let span = span(f, cx, &m, &tiles, &row_blocks, &inner);
+        let span = span(f, cx, form.cut(), (&m, &tiles, &row_blocks), &inner);
         fault = block(f, cx, &batch, &span, &n);
     });
     fault
 }
 
-fn span(f: &mut Func, cx: &Context, m: &Val, tiles: &Val, row_blocks: &Val, task: &Val) -> Span {
+fn span(f: &mut Func, cx: &Context, cut: Cut, (m, tiles, row_blocks): (&Val, &Val, &Val), task: &Val) -> Span {
     let bl = cx.bl;
     let zero = f.i64(0);
     let narrow = |f: &mut Func| {
@@ -229,10 +285,10 @@ fn span(f: &mut Func, cx: &Context, m: &Val, tiles: &Val, row_blocks: &Val, task
         let n = f.i64(bl.task_tiles as i64);
         (low, high, t, n.clone(), n)
     };
-    let (low, high, from, count, chunk) = match cx.an.m {
-        Dim::Known(x) if x <= bl.task_rows => narrow(f),
-        Dim::Known(_) => wide(f),
-        Dim::Symbol(_) => {
+    let (low, high, from, count, chunk) = match cut {
+        Cut::Columns => narrow(f),
+        Cut::Both => wide(f),
+        Cut::ByRows => {
             let limit = f.i64(bl.task_rows as i64);
             let few = f.cmp("sle", m, &limit);
             let (a, b) = (narrow(f), wide(f));

@@ -92,6 +92,8 @@ pub(crate) struct Analysis {
     pub(crate) args: Vec<Option<usize>>,
     /// Rough cost of the remainder per element.
     pub(crate) cost: u64,
+    /// This is the form for few rows ([`Analysis::few`]).
+    pub(crate) few_rows: bool,
 }
 
 impl Analysis {
@@ -127,6 +129,7 @@ impl Analysis {
             computed,
             args,
             cost: 0,
+            few_rows: false,
         };
         for (i, r) in body.roots.iter().enumerate() {
             if body.ty(r.value).shape != shape {
@@ -165,7 +168,7 @@ impl Analysis {
         if self.m.known().is_some() || !self.products.iter().any(coded) {
             return None;
         }
-        let mut few = self.clone();
+        let mut few = Analysis { few_rows: true, ..self.clone() };
         for p in &mut few.products {
             p.packs_right &= !matches!(p.right, Right::Coded { .. });
         }
