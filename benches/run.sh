@@ -18,6 +18,6 @@ if ! "$python" -c 'import torch, transformers, peft' 2>/dev/null; then
 fi
 case " $* " in
 *" --rival-only "* | *" --model "*) ;;
-*) [ -f models/smollm2/config.json ] || "$pleach" import models/smollm2.gguf --out models/smollm2 ;;
+*) [ -f models/smollm2/blocks/model.safetensors ] || "$pleach" import models/smollm2.gguf --out models/smollm2 --overwrite ;;
 esac
 exec "$python" "benches/${BENCH:-compare.py}" --pleach "$pleach" "$@"

@@ -55,8 +55,11 @@ pub(crate) fn compared(ui: &Ui, model: &Model, plan: &Plan, keep: bool) -> Resul
         return Ok(false);
     }
     let formats = blocks::formats(&model.checkpoint)?;
+    if formats.is_empty() {
+        return Ok(false);
+    }
     match difference(ui, model, &formats, keep)? {
-        None => Ok(!formats.is_empty()),
+        None => Ok(true),
         Some(tensor) => Err(Failure::new(format!(
             "{}: the plan reads the weights in blocks, and these do not stand for the weights, which have changed since they were \
              imported (tensor `{tensor}`); import the model again, or compile the plan again with --no-blocks",

@@ -1,6 +1,7 @@
 //! The built `pleach` binary, driven as a user drives it. One test program, so that one link is paid.
 #![allow(clippy::print_stdout, reason = "a test that is skipped says so")]
 
+mod blocks;
 mod browser;
 mod cases;
 mod commands;
