@@ -68,7 +68,7 @@ fn plan(direct: bool) -> Plan {
 fn blocks(rows: u64, row: u64) -> Vec<u8> {
     let noise = common::noise((rows * row) as usize, 5);
     let byte = |(i, x): (usize, &f32)| match i % 34 {
-        1 => 0x3b | (*x > 0.0) as u8 * 0x80,
+        1 => 0x3b | (u8::from(*x > 0.0) << 7),
         _ => (x * 127.0) as i8 as u8,
     };
     noise.iter().enumerate().map(byte).collect()
