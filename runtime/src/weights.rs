@@ -335,7 +335,7 @@ fn random_blocks(format: BlockFormat, rows: u64, columns: u64, (seed, number): (
     let half = (3.0 / columns.max(1) as f32).sqrt();
     let (scale, low) = match format {
         BlockFormat::Q4_0 => (half / 8.0, None),
-        BlockFormat::Q4_1 => (half / 7.5, Some(-half)),
+        BlockFormat::Q4_1 => (half / 8.0, Some(-half * 15.0 / 16.0)),
         BlockFormat::Q8_0 => (half / 128.0, None),
     };
     let mut out = Vec::new();
