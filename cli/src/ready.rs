@@ -90,6 +90,9 @@ pub(crate) fn from_plan(ui: &Ui, args: &ModelArgs, entries: &[&str]) -> Result<R
     if args.merge && !merged {
         return Err(Failure::usage("--merge is decided when a plan is compiled; compile it with --merge"));
     }
+    if args.no_blocks && plan.params.iter().any(|p| matches!(p.layout, pleach_plan::Layout::Blocks(_))) {
+        return Err(Failure::usage("--no-blocks is decided when a plan is compiled; compile it with --no-blocks"));
+    }
     #[cfg(feature = "models")]
     let model = Model::open(&folder, &args.adapter)?;
     #[cfg(not(feature = "models"))]

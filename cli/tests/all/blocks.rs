@@ -234,6 +234,11 @@ fn inference_from_blocks_gives_the_same_bits() {
             assert!(!said.contains("blocks are"), "{said}");
             assert_eq!(coded, s.logits(&model, tokens, &["--no-blocks"]).0, "{name}, {tokens} tokens");
         }
+        // Another processor class, and another type of the computation.
+        for more in [["--target", "avx2"], ["--dtype", "bf16"]] {
+            let coded = s.logits(&model, 5, &more).0;
+            assert_eq!(coded, s.logits(&model, 5, &[&more[..], &["--no-blocks"]].concat()).0, "{name}, {more:?}");
+        }
         let generate = |more: &[&str]| {
             let all = ["generate", &model, "--ids", "3,1,4,1,5", "--max-new-tokens", "24", "--print-ids", "--quiet"];
             s.pleach.ok(&[&all[..], more].concat())
@@ -268,6 +273,8 @@ fn weights_that_have_changed_are_used_and_their_blocks_are_not() {
     let with_plan = |more: &[&str]| s.logits(&plan, 3, &[&["--weights", &model], more].concat());
     let first = s.logits(&model, 3, &[]).0;
     assert_eq!(with_plan(&[]).0, first);
+    let e = s.pleach.fails(2, &["run", &plan, "--weights", &model, "--ids", "1", "--no-blocks"]);
+    assert!(e.contains("compile it with --no-blocks"), "{e}");
     settle();
     // The answer is kept, and asked for by what the file system says.
     s.logits(&model, 3, &[]);
