@@ -15,7 +15,7 @@ mod commands;
 mod events;
 mod failure;
 mod inputs;
-#[cfg(feature = "compiler")]
+#[cfg(feature = "models")]
 mod method;
 #[cfg(feature = "models")]
 mod model;

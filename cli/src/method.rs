@@ -2,6 +2,10 @@
 //!
 //! `--method-config` is the ground, flags go over it. With an adapter folder the folder decides, and a flag that
 //! contradicts it is refused. What the keys mean, and which are known, is for the frontend.
+#![cfg_attr(
+    not(feature = "compiler"),
+    allow(dead_code, reason = "without a compiler methods are listed, not asked for")
+)]
 
 use crate::args::MethodArgs;
 use crate::failure::{Failure, Result};

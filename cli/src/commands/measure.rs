@@ -143,6 +143,7 @@ fn read(path: &std::path::Path) -> Result<Values> {
     Ok(file.iter().map(|(key, t)| (key.to_owned(), values(t.data()))).collect())
 }
 
+#[cfg(feature = "compiler")]
 fn write(values: &Values) -> Result<PathBuf> {
     use safetensors::tensor::{Dtype, TensorView};
     let path = std::env::temp_dir().join(format!("pleach-prepared-{}.safetensors", std::process::id()));
