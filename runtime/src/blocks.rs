@@ -128,11 +128,9 @@ fn misfit(p: &Param, b: &Blocks<'_>) -> Option<String> {
 /// Checks that a source has the blocks that a parameter needs.
 pub(crate) fn fits(weights: &dyn TensorSource, p: &Param, name: &str) -> std::result::Result<(), String> {
     let advice = "import the model again, or compile the plan again with --no-blocks";
-    let b = weights.blocks(name).map_err(|why| {
-        format!(
-            "the plan was compiled for weights in blocks, and those of tensor `{name}` cannot be had ({why}); {advice}"
-        )
-    })?;
+    let b = weights
+        .blocks(name)
+        .map_err(|why| format!("the plan was compiled for weights in blocks, which cannot be had ({why}); {advice}"))?;
     misfit(p, &b).map_or(Ok(()), |why| Err(format!("the blocks of tensor `{name}` {why}; {advice}")))
 }
 

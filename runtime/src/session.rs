@@ -131,8 +131,11 @@ impl Session {
             }
         }
         let names = weights.names();
-        let faults: Vec<String> = plan.params.iter().filter_map(|p| fits(&*weights, p, &names).err()).take(8).collect();
+        let mut faults: Vec<String> = plan.params.iter().filter_map(|p| fits(&*weights, p, &names).err()).collect();
         if !faults.is_empty() {
+            // A file that is not there is one fault.
+            faults.dedup();
+            faults.truncate(8);
             return Err(RuntimeError::Weights(faults.join("\n")));
         }
         drop(names);

@@ -222,7 +222,7 @@ impl TensorSource for Files {
 
     fn blocks(&self, name: &str) -> std::result::Result<Blocks<'_>, String> {
         let file = self.block_file().as_ref().map_err(String::clone)?;
-        file.get(name).ok_or_else(|| format!("{} does not have them", self.blocks_path.display()))
+        file.get(name).ok_or_else(|| format!("{} has no tensor `{name}`", self.blocks_path.display()))
     }
 
     fn release_blocks(&self, name: &str) {
@@ -285,7 +285,8 @@ impl TensorSource for InMemory {
     }
 
     fn blocks(&self, name: &str) -> std::result::Result<Blocks<'_>, String> {
-        let (format, shape, bytes) = self.blocks.get(name).ok_or("there are none in memory")?;
+        let (format, shape, bytes) =
+            self.blocks.get(name).ok_or_else(|| format!("tensor `{name}` is in memory as numbers alone"))?;
         Ok(Blocks { format: *format, shape: *shape, bytes })
     }
 }

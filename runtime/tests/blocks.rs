@@ -179,7 +179,7 @@ fn what_is_missing_or_of_another_kind_is_named_with_a_way_out() {
     let mut cases = vec![];
     let q8 = |name: &'static str, shape, n: usize| (name, "U8", shape, &coded[..n]);
     write_blocks(&d, r#"{"v":"q8_0"}"#, &[q8("v", [N, ROW], 340)]);
-    cases.push((why(&d), "does not have them"));
+    cases.push((why(&d), "has no tensor `w`"));
     write_blocks(&d, r#"{"w":"q8_0"}"#, &[q8("w", [4, ROW], 272)]);
     cases.push((why(&d), "are q8_0 [4, 64], the plan expects q8_0 [5, 64]"));
     write_blocks(&d, r#"{"w":"q4_0"}"#, &[q8("w", [N, 54], 270)]);
@@ -192,7 +192,14 @@ fn what_is_missing_or_of_another_kind_is_named_with_a_way_out() {
     cases.push((why(&d), "`w` is no matrix in blocks"));
     fs::remove_dir_all(d.join("blocks")).unwrap();
     cases.push((why(&d), "there is no "));
-    cases.push((refused(plan(false), InMemory::new().f32("w", &[N, K], &[0.0; 320])), "there are none in memory"));
+    cases.push((
+        refused(plan(false), InMemory::new().f32("w", &[N, K], &[0.0; 320])),
+        "`w` is in memory as numbers alone",
+    ));
+    // A file that is missing is said once, whatever the number of tensors.
+    let mut two = plan(false);
+    two.params.push(Param { name: "w2".into(), ..two.params[0].clone() });
+    assert_eq!(refused(two, Files::open(&d).unwrap()).matches("there is no ").count(), 1);
     for (message, expected) in cases {
         assert!(message.contains(expected) && message.contains("--no-blocks"), "{expected}: {message}");
     }
