@@ -134,7 +134,7 @@ fn bench(name: &str, kernel: &Kernel, rows: u64, target: &HostTarget) {
         memory.push((0..words).map(|i| if t.dtype == DType::I32 { (i as u32 * 37) % 128 } else { value }).collect());
     }
     for (t, l) in kernel.result_types().iter().zip(&kernel.results) {
-        memory.push(vec![0; l.bytes(t, &env).expect("a size") as usize + 16]);
+        memory.push(vec![0; l.bytes(t, &env).expect("a size") as usize / 4 + 16]);
     }
     let buffers: Vec<usize> = memory.iter_mut().map(|m| m.as_mut_ptr() as usize).collect();
     let scratch = e.scratch_bytes.eval(&[rows]).expect("a size") as usize;

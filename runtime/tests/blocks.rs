@@ -38,6 +38,7 @@ fn plan(direct: bool) -> Plan {
         flops: k(0),
         bytes: k(0),
         launches: vec![],
+        library: None,
     };
     p.kernels = vec![kernel("unpack", N * ROW), kernel("copy", N * K * 4)];
     let buffer = |kind, bytes| Buffer { kind, bytes: k(bytes), name: "b".into() };

@@ -56,7 +56,9 @@ fn layer(rewritten: bool) -> (Graph, Schedule) {
     let disable = if rewritten { vec![] } else { vec!["rewrite".to_string(), "fold-params".to_string()] };
     let passes = Pipeline { disable, ..Pipeline::default() };
     let after = manager::run(&graph, &passes, &options).unwrap().graph;
-    let mut s = fuse_kernels::cut(&after, &CutOptions { supported: &supported_gpu, panels: &[] }).unwrap();
+    let mut s =
+        fuse_kernels::cut(&after, &CutOptions { supported: &supported_gpu, panels: &[], blocks: Default::default() })
+            .unwrap();
     fuse_kernels::order(&mut s).unwrap();
     (after, s)
 }

@@ -27,7 +27,15 @@ pub(super) struct CodedAt {
     /// First column of the tile in the panel.
     inside: Val,
     piece: Piece,
+    /// Vectors of the tile.
+    vectors: usize,
+    /// The product takes bf16, and the target multiplies pairs of them.
+    pairs: bool,
+    dot: bool,
 }
+
+/// What is done with some pairs of steps: the number of the first, the vectors of the tile for each, and what is carried.
+type Body<'a> = dyn FnMut(&mut Func, &Val, Vec<Vec<Step>>, &[Val]) -> Vec<Val> + 'a;
 
 /// Scales and minima of a tile's columns.
 pub(super) struct Scales(Vec<(Val, Option<Val>)>);
@@ -43,7 +51,8 @@ impl CodedAt {
         let pieces = f.divc(&k, STEPS);
         let size = f.mulc(&pieces, piece.bytes());
         let at = f.mul(&panel, &size);
-        Some(CodedAt { panel: f.gep(&cx.buffers[arg], &at, "i8"), inside, piece })
+        let panel = f.gep(&cx.buffers[arg], &at, "i8");
+        Some(CodedAt { panel, inside, piece, vectors: cx.bl.vectors, pairs: p.pairs(), dot: cx.dot })
     }
 
     /// The piece of block `b`, from the tile's columns on: where its scales, its codes begin.
@@ -58,14 +67,14 @@ impl CodedAt {
         (heads, f.gep(&codes, &group, "i8"))
     }
 
-    fn scales(&self, f: &mut Func, heads: &Val, vectors: usize) -> Scales {
+    fn scales(&self, f: &mut Func, heads: &Val) -> Scales {
         let half = |f: &mut Func, start: i64, j: usize| {
             let at = f.i64(start + 2 * (j * LANES) as i64);
             let p = f.gep(heads, &at, "i8");
             let x = f.load(&p, "vector<16xf16>");
             f.op(format!("arith.extf {x} : vector<16xf16> to {}", vector()))
         };
-        let all = (0..vectors).map(|j| {
+        let all = (0..self.vectors).map(|j| {
             let scale = half(f, 0, j);
             let minimum = match self.piece.format {
                 BlockFormat::Q4_1 => Some(half(f, self.piece.minima(), j)),
@@ -132,65 +141,63 @@ pub(super) enum Step {
     Halves([Val; 2]),
 }
 
-fn step(f: &mut Func, cx: &Context, p: &Product, w: [Val; 2]) -> Step {
-    match (p.dtype == DType::BF16, cx.dot) {
-        (false, _) => Step::Plain(w),
-        (true, true) => {
-            let x = pairs(f, &w);
-            Step::Pair(f.op(format!("llvm.bitcast {x} : vector<32xi16> to vector<32xbf16>")))
+impl CodedAt {
+    fn step(&self, f: &mut Func, w: [Val; 2]) -> Step {
+        match (self.pairs, self.dot) {
+            (false, _) => Step::Plain(w),
+            (true, true) => {
+                let x = pairs(f, &w);
+                Step::Pair(f.op(format!("llvm.bitcast {x} : vector<32xi16> to vector<32xbf16>")))
+            }
+            (true, false) => Step::Halves(w.map(|x| round_to(f, DType::BF16, &x, LANES))),
         }
-        (true, false) => Step::Halves(w.map(|x| round_to(f, DType::BF16, &x, LANES))),
     }
-}
 
-/// The pieces `k0..k1` of a sum, `turn` pairs of steps at a time: `body` gets the number of the first pair, and of each
-/// the vectors of the tile.
-pub(super) fn walk(
-    f: &mut Func,
-    cx: &Context,
-    p: &Product,
-    right: &CodedAt,
-    (k0, k1): (&Val, &Val),
-    turn: usize,
-    inits: &[(Val, String)],
-    body: &mut dyn FnMut(&mut Func, &Val, Vec<Vec<Step>>, &[Val]) -> Vec<Val>,
-) -> Vec<Val> {
-    let (low, high) = (f.divc(k0, STEPS), f.divc(k1, STEPS));
-    f.for_(&low, &high, 1, inits, |f, b, carried| {
-        let (heads, codes) = right.piece(f, b);
-        let ahead = AHEAD / right.piece.bytes() * right.piece.bytes();
-        for line in (0..right.piece.bytes()).step_by(64) {
-            let d = f.i64(ahead + line);
-            let p = f.gep(&heads, &d, "i8");
-            f.prefetch_into(&p, 2);
-        }
-        let scales = right.scales(f, &heads, cx.bl.vectors);
-        let (zero, end) = (f.i64(0), f.i64(STEPS / 2));
-        let first = f.mulc(b, STEPS / 2);
-        let again: Vec<_> = carried.iter().cloned().zip(inits.iter().map(|x| x.1.clone())).collect();
-        f.for_(&zero, &end, turn as i64, &again, |f, s, carried| {
-            let steps = (0..turn)
-                .map(|u| {
+    /// The pieces `k0..k1` of a sum, `turn` pairs of steps at a time.
+    pub(super) fn walk(
+        &self,
+        f: &mut Func,
+        (k0, k1): (&Val, &Val),
+        turn: usize,
+        inits: &[(Val, String)],
+        body: &mut Body,
+    ) -> Vec<Val> {
+        let (low, high) = (f.divc(k0, STEPS), f.divc(k1, STEPS));
+        f.for_(&low, &high, 1, inits, |f, b, carried| {
+            let (heads, codes) = self.piece(f, b);
+            let ahead = AHEAD / self.piece.bytes() * self.piece.bytes();
+            for line in (0..self.piece.bytes()).step_by(64) {
+                let d = f.i64(ahead + line);
+                let p = f.gep(&heads, &d, "i8");
+                f.prefetch_into(&p, 2);
+            }
+            let scales = self.scales(f, &heads);
+            let (zero, end) = (f.i64(0), f.i64(STEPS / 2));
+            let first = f.mulc(b, STEPS / 2);
+            let again: Vec<_> = carried.iter().cloned().zip(inits.iter().map(|x| x.1.clone())).collect();
+            f.for_(&zero, &end, turn as i64, &again, |f, s, carried| {
+                let mut steps = vec![];
+                for u in 0..turn {
                     let s = f.addc(s, u as i64);
-                    (0..cx.bl.vectors)
-                        .map(|j| {
-                            let w = right.decode(f, &scales, &codes, &s, j);
-                            step(f, cx, p, w)
-                        })
-                        .collect()
-                })
-                .collect();
-            let pair = f.add(&first, s);
-            body(f, &pair, steps, carried)
+                    let mut columns = vec![];
+                    for j in 0..self.vectors {
+                        let w = self.decode(f, &scales, &codes, &s, j);
+                        columns.push(self.step(f, w));
+                    }
+                    steps.push(columns);
+                }
+                let pair = f.add(&first, s);
+                body(f, &pair, steps, carried)
+            })
         })
-    })
+    }
 }
 
 /// Decodes steps `k0..k1` of a tile's columns into scratch memory, as [`super::pack`] lays panels out.
 pub(super) fn unpack(f: &mut Func, cx: &Context, p: &Product, column: &Val, to: &Val, (k0, k1): (&Val, &Val)) {
     let Some(right) = CodedAt::new(f, cx, p, column) else { return };
     let start = f.divc(k0, 2);
-    walk(f, cx, p, &right, (k0, k1), 1, &[], &mut |f, pair, steps, _| {
+    right.walk(f, (k0, k1), 1, &[], &mut |f, pair, steps, _| {
         let pair = f.sub(pair, &start);
         let at = f.mulc(&pair, 2 * cx.bl.width as i64);
         for (j, x) in steps[0].iter().enumerate() {

@@ -397,7 +397,7 @@ fn coded_sum(
     // A pair of bf16 is one step.
     let turn = if p.pairs() { steps } else { (steps / 2).max(1) };
     let inits: Vec<_> = all.into_iter().map(|x| (x, vector())).collect();
-    let mut all = coded::walk(f, cx, p, right, (k0, k1), turn, &inits, &mut |f, pair, found, carried| {
+    let mut all = right.walk(f, (k0, k1), turn, &inits, &mut |f, pair, found, carried| {
         let mut all = carried.to_vec();
         for (u, columns) in found.iter().enumerate() {
             let pair = f.addc(pair, u as i64);
