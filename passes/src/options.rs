@@ -80,7 +80,8 @@ pub struct Options {
     /// An optimizer step has one micro-batch, and nothing needs all gradients together: `differentiate` makes one entry of
     /// forward, backward and optimizer, in which a gradient lives until its parameter is stepped.
     pub step_at_once: bool,
-    /// What a kept byte is worth when it is decided which values are built again; `None` for the same as above.
+    /// What a kept byte is worth when it is decided which values are built again; `None` for the same as above; without
+    /// either what takes next to no time ([`crate::recompute::SPARE`]).
     pub recompute: Option<Price>,
 }
 
@@ -102,10 +103,9 @@ impl Default for Options {
 }
 
 impl Options {
-    /// The price of kept bytes that `recompute` works with.
-    pub fn price(&self) -> Price {
-        let floor = Price::floor(self.target.bytes_per_s);
-        self.recompute.unwrap_or_else(|| self.saved_byte_us.map_or(floor, Price::flat))
+    /// The price of kept bytes that `recompute` works with, where one is given.
+    pub fn price(&self) -> Option<Price> {
+        self.recompute.or_else(|| self.saved_byte_us.map(Price::flat))
     }
 
     /// The token count that costs of this entry are computed at: the hint, else 1 for `generate`, 512 otherwise.

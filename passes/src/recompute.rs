@@ -2,7 +2,8 @@
 //!
 //! A value is of the *forward* half when it does not depend on [`SEED`], the factor of the loss that every gradient
 //! starts from. At a price per kept byte the cheapest choice of what to keep and what to build again is exactly a
-//! minimum cut ([`cut`]). What is built again is cloned next to its first use; the leaves of a clone are
+//! minimum cut ([`cut`]). Without a price it is what keeping a byte costs in time, and more as long as that takes next to no
+//! time ([`SPARE`]). What is built again is cloned next to its first use; the leaves of a clone are
 //! `after(kept, gradient)`, so a clone can neither run early nor be merged with its original; the same of a parameter where
 //! a clone has no other leaves.
 //!
@@ -31,6 +32,12 @@ const NAME: &str = "recompute";
 
 /// The input that gradients start from: the factor of the loss.
 pub const SEED: &str = "loss_scale";
+
+/// The share of the time of an entry's products that may be spent on keeping fewer bytes where no price is given.
+pub const SPARE: f64 = 0.01;
+
+/// The prices tried for that, in multiples of what keeping a byte costs in time.
+const RISE: [f64; 4] = [2.0, 4.0, 8.0, 16.0];
 
 /// How much forward work may be spent to keep fewer bytes.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -71,7 +78,7 @@ pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, Pass
         }
         let choose = |e: &Entry| {
             let plain = plain(&g.params, e)?.unwrap_or_else(|| e.clone());
-            let rebuilt = cut::rebuilt(&plain, opts);
+            let rebuilt = opts.price().map_or_else(|| spared(&plain, opts), |p| cut::rebuilt(&plain, opts, p));
             if rebuilt.contains(&true) { apply(&g.params, &plain, &rebuilt) } else { Ok(plain) }
         };
         *e = choose(e).map_err(PassError::build(NAME, &e.name))?;
@@ -82,6 +89,22 @@ pub fn run(g: &Graph, opts: &Options, report: &mut Report) -> Result<Graph, Pass
         report.saved = after;
     }
     Ok(out)
+}
+
+/// What is built again where no price is given: what costs no more time than keeping it, and then what is cheapest per byte, within
+/// [`SPARE`].
+fn spared(e: &Entry, opts: &Options) -> Vec<bool> {
+    let floor = Price::floor(opts.target.bytes_per_s).byte_us;
+    let mut best = cut::rebuilt(e, opts, Price::flat(floor));
+    let limit = cut::again_us(e, &best, opts) + SPARE * cut::products_us(e, opts);
+    for times in RISE {
+        let tried = cut::rebuilt(e, opts, Price::flat(times * floor));
+        if cut::again_us(e, &tried, opts) > limit {
+            break;
+        }
+        best = tried;
+    }
+    best
 }
 
 /// Whether an entry has a backward half.

@@ -5,7 +5,7 @@
 //! cut = paid; infinite for what crosses a stop), rebuilt → needed of each operand (∞). Leaves (inputs, parameters, constants)
 //! are always there. Costs are integers, so the cut is the same everywhere.
 
-use super::{gradients, narrow};
+use super::{Price, gradients, narrow};
 use crate::chunk;
 use crate::options::Options;
 use petgraph::algo::maximum_flow::dinics;
@@ -69,7 +69,8 @@ pub(super) fn time_us(e: &Entry, v: ValueId, opts: &Options) -> f64 {
         }
         Op::Attention(a) | Op::AttentionLse(a) => {
             let width = f64::from(a.heads) * f64::from(a.head_dim);
-            4.0 * flops(4.0 * tokens as f64 * 128.0 * width)
+            // half of the scores count, at two thirds of the rate of a product
+            flops(3.0 * tokens as f64 * 128.0 * width)
         }
         Op::AttentionGrad { .. } => NEVER as f64,
         Op::Unary(UnaryOp::Neg | UnaryOp::Abs | UnaryOp::Not | UnaryOp::Floor) => pass(1.0),
@@ -94,10 +95,20 @@ fn units(us: f64) -> u64 {
     ((us * UNIT).round() as u64).min(NEVER)
 }
 
-/// Which forward values are built again for the backward half.
-pub(super) fn rebuilt(e: &Entry, opts: &Options) -> Vec<bool> {
+/// Microseconds to compute all these values again.
+pub(super) fn again_us(e: &Entry, rebuilt: &[bool], opts: &Options) -> f64 {
+    e.values().filter(|v| rebuilt[v.index()]).map(|v| time_us(e, v, opts)).sum()
+}
+
+/// Microseconds that the products of an entry take.
+pub(super) fn products_us(e: &Entry, opts: &Options) -> f64 {
+    e.values().filter(|v| matches!(e.node(*v).op, Op::MatMul { .. })).map(|v| time_us(e, v, opts)).sum()
+}
+
+/// Which forward values are built again for the backward half, at a price.
+pub(super) fn rebuilt(e: &Entry, opts: &Options, price: Price) -> Vec<bool> {
     let gradient = gradients(e);
-    let (tokens, price) = (opts.tokens(&e.name), opts.price());
+    let tokens = opts.tokens(&e.name);
     let forward_result = forward(e, &gradient);
     let windowed = windowed(e, tokens);
     let crossing = narrow::Forward::new(e, &forward_result, opts).crossing(price.every);

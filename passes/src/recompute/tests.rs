@@ -58,6 +58,24 @@ fn cheap_values_are_built_again_and_products_kept_at_the_price_of_bandwidth() {
 }
 
 #[test]
+fn without_a_price_products_are_built_again_where_that_takes_next_to_no_time() {
+    let run = |text: &str| {
+        let g = parse(text).unwrap_or_else(|e| panic!("{e}"));
+        let out = run_passes(&g, &Pipeline::of(&["recompute"]), &Options::default()).unwrap_or_else(|e| panic!("{e}"));
+        same_results(&g, &out.graph, 1e-5);
+        print(&out.graph).matches("matmul").count()
+    };
+    // One of five products: a fifth of the time.
+    assert_eq!(run(GATED), 5);
+    // Beside one that takes 128 times as long.
+    let beside = GATED.replace("entry ", "param @3 \"w3\" f32[64,8192] frozen checkpoint(\"w3\")\nentry ").replace(
+        "  output ",
+        "  %19 = param @3 : f32[64,8192]\n  %20 = matmul(%0, %19) : f32[T,8192]\n  output \"wide\" %20\n  output ",
+    );
+    assert_eq!(run(&beside), 7);
+}
+
+#[test]
 fn a_high_price_builds_products_again() {
     let (g, saved) = at(1.0);
     assert!(kept(&saved).is_empty(), "{saved:?}");
