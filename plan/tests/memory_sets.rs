@@ -84,6 +84,29 @@ fn large_cut_rectangles_are_put_together_along_time() {
 }
 
 #[test]
+fn the_order_of_rows_changes_nothing() {
+    let mut random = Random(155);
+    for name in ["C", "E", "F"] {
+        let mut list = read(&format!("{name}.1048576.csv"));
+        let p = checked(&list, Some(1_048_576));
+        for i in (1..list.len()).rev() {
+            list.swap(i, random.below(i as u64 + 1) as usize);
+        }
+        let other = checked(&list, Some(1_048_576));
+        assert_eq!((other.total, other.optimal), (p.total, p.optimal), "{name}");
+    }
+}
+
+#[test]
+fn cuts_at_few_times_are_put_together() {
+    // Many end and begin at one time, and many sums of sizes are equal.
+    for seed in 0..4 {
+        let p = checked(&cut(300, 1024, 2048, seed), None);
+        assert_eq!((p.total, p.optimal), (2048, true), "seed {seed}");
+    }
+}
+
+#[test]
 fn sets_without_a_capacity_reach_the_bound() {
     for name in ["resnet50.csv", "G_1.csv"] {
         let p = checked(&read(name), None);

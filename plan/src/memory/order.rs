@@ -226,6 +226,24 @@ impl Tree {
 }
 
 impl Run {
+    /// Puts the run into the place of an item, as children of its fixed parent where it has one.
+    pub(super) fn restore(&self, tree: &mut Tree, item: u32) {
+        let Tree::Node(fixed, kids) = tree else {
+            if *tree == Tree::Leaf(item) {
+                *tree = Tree::fixed(self.trees.clone());
+            }
+            return;
+        };
+        match kids.iter().position(|k| *k == Tree::Leaf(item)) {
+            Some(at) if self.trees.len() == 1 && !*fixed => kids[at] = self.trees[0].clone(),
+            Some(at) => {
+                kids.splice(at..=at, self.trees.iter().cloned());
+                *fixed |= self.trees.len() > 1 && kids.len() > 2;
+            }
+            None => kids.iter_mut().for_each(|k| self.restore(k, item)),
+        }
+    }
+
     /// Puts the run in the place of `new`, which stand side by side in an order.
     pub(super) fn put_back(&self, order: &mut Vec<u32>, new: &[u32]) {
         let mut items = vec![];
@@ -325,8 +343,7 @@ mod tests {
                 kept += 1;
                 // The reduced tree itself, with the run as it stood.
                 let mut whole = without;
-                let trees = run.trees.clone();
-                splice(&mut whole, &trees);
+                run.restore(&mut whole, 7);
                 tree = whole;
                 assert_eq!(orders(&tree), {
                     let mut s = suit.clone();
@@ -336,25 +353,5 @@ mod tests {
             }
         }
         assert!(kept > 300 && refused > 50, "{kept} {refused}");
-    }
-
-    /// Puts the run into the place of item 7, as children of its fixed parent where it has one.
-    fn splice(tree: &mut Tree, run: &[Tree]) {
-        if *tree == Tree::Leaf(7) {
-            *tree = Tree::fixed(run.to_vec());
-            return;
-        }
-        if let Tree::Node(fixed, kids) = tree {
-            if let Some(at) = kids.iter().position(|k| *k == Tree::Leaf(7)) {
-                if run.len() == 1 && !*fixed {
-                    kids[at] = run[0].clone();
-                } else {
-                    kids.splice(at..=at, run.iter().cloned());
-                    *fixed |= run.len() > 1 && kids.len() > 2;
-                }
-                return;
-            }
-            kids.iter_mut().for_each(|k| splice(k, run));
-        }
     }
 }

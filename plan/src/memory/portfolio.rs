@@ -167,17 +167,24 @@ impl Portfolio {
         found
     }
 
-    /// Tries the lower bound and, if there is one, the goal.
-    pub(super) fn begin(&mut self, goal: Option<u64>, total: &mut u64, proven: &mut u64, offsets: &mut [u64]) {
+    /// Tries the lower bound and, if there is one, the goal, with a part of the work.
+    pub(super) fn begin(
+        &mut self,
+        goal: Option<u64>,
+        part: u64,
+        total: &mut u64,
+        proven: &mut u64,
+        offsets: &mut [u64],
+    ) {
         let bound = *proven;
         let between = |g: &u64| *g > bound && *g < *total;
         match goal.map(|g| g / self.grain * self.grain).filter(between) {
             Some(g) => {
-                self.lower(g, WORK, total, proven, offsets);
-                self.lower(bound, WORK / 8, total, proven, offsets);
+                self.lower(g, WORK / part, total, proven, offsets);
+                self.lower(bound, WORK / 8 / part, total, proven, offsets);
             }
             None => {
-                self.lower(bound, WORK, total, proven, offsets);
+                self.lower(bound, WORK / part, total, proven, offsets);
             }
         }
     }

@@ -2,27 +2,31 @@
 //!
 //! Everything alive at one time, and the gaps between, stand in some order from the bottom to the top, and a tree (see
 //! [`super::order`]) holds all orders that are possible. What ends leaves a gap of its size in its place; what begins takes
-//! the place of gaps that stand side by side, and of what is left of them a smaller gap remains. Where ends and beginnings
-//! balance, as they do when there is little slack, nearly nothing is left to choose, however many requests there are.
-//! Choices are ordered, exact ones first, and searched by limited discrepancy. The offsets follow from the last order by
-//! going back in time.
+//! the place of gaps that stand side by side, and of what is left of them a smaller gap remains (see [`super::ways`]). Where ends
+//! and beginnings balance, as they do when there is little slack, nearly nothing is left to choose, however many requests there are.
+//!
+//! A beam of states goes along time. A state is good when likely ways led to it, when its tree still has many orders and few
+//! gaps, and when what ends together later, to make room for one, can stand side by side: a *wish*, which is looked at as soon
+//! as all that it is about are alive. No weights of these suit everywhere, so there are several beams, in both directions, narrow
+//! ones first. The offsets follow from the last order by going back in time.
 
 use super::Request;
+use super::greedy::{Draw, lg};
 use super::order::{Run, Tree};
+use super::ways::{Gaps, Way, ways, wishes};
+use std::collections::HashSet;
+use std::rc::Rc;
 
-/// Nodes of one search at most.
-const NODES: u64 = 4_000;
-/// Ways that one request may take its place.
-const WAYS: usize = 8;
 /// Requests up to which the search is tried, and items that stand side by side.
 const UP_TO: usize = 4000;
 const ABREAST: u64 = 400_000;
 
-/// What happens at one time: requests that end and that begin, largest first.
+/// What happens at one time: requests that end and that begin, largest first, and wishes about requests of which the last begin here.
 #[derive(Default)]
 struct Event {
     ends: Vec<u32>,
     begins: Vec<u32>,
+    wishes: Vec<(Vec<u32>, f64)>,
 }
 
 /// What was done, to go back.
@@ -33,79 +37,126 @@ enum Done {
     Placed { run: Run, new: Vec<u32> },
 }
 
-struct Sweep<'a> {
-    events: &'a [Event],
-    /// Sizes of requests, then of gaps.
-    size: Vec<u64>,
-    done: Vec<Done>,
-    set: Vec<bool>,
-    nodes: u64,
-    work: u64,
+/// A list of what was done that shares its beginning with others.
+type Trail = Option<Rc<Link>>;
+
+struct Link {
+    done: Done,
+    before: Trail,
 }
 
-/// Where the search stands: event, requests to begin there, gaps made there and before.
+fn with(done: Done, before: Trail) -> Trail {
+    Some(Rc::new(Link { done, before }))
+}
+
+/// Where the search stands: requests to begin, gaps made at this time and before.
 #[derive(Clone)]
 struct State {
     tree: Tree,
-    event: usize,
     begins: Vec<u32>,
-    fresh: Vec<u32>,
-    old: Vec<u32>,
+    gaps: Gaps,
+    cost: f64,
+    trail: Trail,
 }
 
-/// Gaps that give their place to requests.
-#[derive(PartialEq, Eq, Clone)]
-struct Way {
-    gaps: Vec<u32>,
-    takes: Vec<u32>,
+/// How a beam chooses.
+#[derive(Clone, Copy)]
+struct Beam {
+    width: usize,
+    /// Gain for orders that are possible, costs of a gap and of a wish that is not met, and noise.
+    orders: f64,
+    gap: f64,
+    wish: f64,
+    noise: f64,
 }
 
-/// Offsets with which all lies within `capacity`, if the search finds them. Requests have a size and a length.
-pub(super) fn sweep(requests: &[Request], capacity: u64, work: u64) -> Option<Vec<u64>> {
+const BEAMS: [Beam; 10] = [
+    Beam { width: 2, orders: 0.2, gap: 0.3, wish: 10.0, noise: 0.0 },
+    Beam { width: 8, orders: 0.2, gap: 1.0, wish: 3.0, noise: 0.0 },
+    Beam { width: 8, orders: 0.2, gap: 0.3, wish: 10.0, noise: 0.5 },
+    Beam { width: 8, orders: 0.07, gap: 1.0, wish: 10.0, noise: 0.5 },
+    Beam { width: 8, orders: 0.7, gap: 1.0, wish: 3.0, noise: 0.5 },
+    Beam { width: 8, orders: 0.07, gap: 0.0, wish: 3.0, noise: 0.0 },
+    Beam { width: 8, orders: 0.7, gap: 0.0, wish: 3.0, noise: 0.5 },
+    Beam { width: 32, orders: 0.2, gap: 0.3, wish: 10.0, noise: 0.5 },
+    Beam { width: 32, orders: 0.7, gap: 0.3, wish: 3.0, noise: 0.0 },
+    Beam { width: 128, orders: 0.07, gap: 1.0, wish: 10.0, noise: 0.5 },
+];
+
+/// The least width, and that of narrow beams.
+pub(super) const LEAST: usize = 2;
+pub(super) const NARROW: usize = 8;
+
+/// Offsets with which all lies within `capacity`, if the beams at least and at most this wide find them; takes what they cost
+/// from `work`. Requests have a size and a length.
+pub(super) fn sweep(
+    requests: &[Request],
+    capacity: u64,
+    widths: std::ops::RangeInclusive<usize>,
+    work: &mut u64,
+) -> Option<Vec<u64>> {
     let mut times: Vec<u64> = requests.iter().flat_map(|r| [r.first, r.last]).collect();
     times.sort_unstable();
     times.dedup();
+    requests.iter().try_fold(capacity, |a, r| a.checked_add(r.size))?;
     let area: u64 = requests.len() as u64 * requests.len() as u64;
     if requests.len() > UP_TO || area / times.len().max(1) as u64 > ABREAST {
         return None;
     }
-    for mirrored in [false, true] {
-        let mut events: Vec<Event> = times.iter().map(|_| Event::default()).collect();
-        for (i, r) in requests.iter().enumerate() {
-            let at = |t: u64| times.binary_search(&t).unwrap_or(0);
-            let (mut first, mut last) = (at(r.first), at(r.last));
-            if mirrored {
-                (first, last) = (times.len() - 1 - last, times.len() - 1 - first);
+    let both = [false, true].map(|mirrored| events(requests, &times, mirrored));
+    for beam in BEAMS.iter().filter(|b| widths.contains(&b.width)) {
+        for events in &both {
+            let size = requests.iter().map(|r| r.size).collect();
+            let (count, draw) = (requests.len(), Draw::new());
+            let mut search = Sweep { events, count, size, alive: 0, set: vec![], beam: *beam, draw };
+            if let Some(last) = search.run(capacity, work) {
+                return search.offsets(&last);
             }
-            events[first].begins.push(i as u32);
-            events[last].ends.push(i as u32);
-        }
-        for e in &mut events {
-            e.begins.sort_by_key(|i| (std::cmp::Reverse(requests[*i as usize].size), *i));
-        }
-        let mut spent = 0;
-        for discrepancy in [0, 1, 2, 3, 5, 8, 12] {
-            let mut search = Sweep {
-                events: &events,
-                size: requests.iter().map(|r| r.size).collect(),
-                done: vec![],
-                set: vec![],
-                nodes: NODES,
-                work: (work / 2).saturating_sub(spent),
-            };
-            let before = search.work;
-            let gap = search.gap(capacity);
-            let start = State { tree: Tree::Leaf(gap), event: 0, begins: vec![], fresh: vec![], old: vec![gap] };
-            if let Some(tree) = search.enter(start, discrepancy) {
-                return search.offsets(&tree, requests.len());
-            }
-            spent += before - search.work;
-            if search.work == 0 {
-                break;
+            if *work == 0 {
+                return None;
             }
         }
     }
     None
+}
+
+fn events(requests: &[Request], times: &[u64], mirrored: bool) -> Vec<Event> {
+    let mut events: Vec<Event> = times.iter().map(|_| Event::default()).collect();
+    let mut born = vec![0; requests.len()];
+    for (i, r) in requests.iter().enumerate() {
+        let at = |t: u64| times.binary_search(&t).unwrap_or(0);
+        let (mut first, mut last) = (at(r.first), at(r.last));
+        if mirrored {
+            (first, last) = (times.len() - 1 - last, times.len() - 1 - first);
+        }
+        events[first].begins.push(i as u32);
+        events[last].ends.push(i as u32);
+        born[i] = first;
+    }
+    let size = |i: u32| requests[i as usize].size;
+    for e in &mut events {
+        e.begins.sort_by_key(|i| (std::cmp::Reverse(size(*i)), *i));
+    }
+    for k in 0..events.len() {
+        for (list, weight) in wishes(&events[k].ends, &events[k].begins, &size) {
+            let at = list.iter().map(|i| born[*i as usize]).max().unwrap_or(0);
+            events[at].wishes.push((list, weight));
+        }
+    }
+    events
+}
+
+struct Sweep<'a> {
+    events: &'a [Event],
+    /// Requests; numbers from here on are gaps.
+    count: usize,
+    /// Sizes of requests, then of gaps.
+    size: Vec<u64>,
+    /// Requests that are alive.
+    alive: usize,
+    set: Vec<bool>,
+    beam: Beam,
+    draw: Draw,
 }
 
 impl Sweep<'_> {
@@ -114,187 +165,168 @@ impl Sweep<'_> {
         self.size.len() as u32 - 1
     }
 
-    /// Goes to the next time at which something begins, with what ends until then.
-    fn enter(&mut self, mut s: State, discrepancy: u32) -> Option<Tree> {
+    /// A state in which all is placed.
+    fn run(&mut self, capacity: u64, work: &mut u64) -> Option<State> {
         let events = self.events;
-        let (marks, gaps) = (self.done.len(), self.size.len());
-        s.old.append(&mut s.fresh);
-        while s.begins.is_empty() {
-            let Some(e) = events.get(s.event) else { return Some(s.tree) };
-            s.old.append(&mut s.fresh);
-            for &request in &e.ends {
-                let gap = self.gap(self.size[request as usize]);
-                s.tree.rename(request, gap);
-                s.fresh.push(gap);
-                self.done.push(Done::Ended { request, gap });
+        let gap = self.gap(capacity);
+        let gaps = Gaps { fresh: vec![], old: vec![gap] };
+        let mut states = vec![State { tree: Tree::Leaf(gap), begins: vec![], gaps, cost: 0.0, trail: None }];
+        for e in events {
+            self.alive += e.begins.len();
+            self.alive -= e.ends.len();
+            for s in &mut states {
+                self.end(s, e);
             }
-            s.begins.clone_from(&e.begins);
-            s.event += 1;
-        }
-        let found = self.go(s, discrepancy);
-        if found.is_none() {
-            self.done.truncate(marks);
-            self.size.truncate(gaps);
-        }
-        found
-    }
-
-    /// Finds a place for the largest request that begins.
-    fn go(&mut self, s: State, discrepancy: u32) -> Option<Tree> {
-        let (ways, looks) = self.ways(&s);
-        self.work = self.work.saturating_sub(looks);
-        let mut cost = 0;
-        for way in ways {
-            let effort = 20 + 4 * (s.old.len() + s.begins.len() + s.fresh.len()) as u64;
-            if self.nodes == 0 || self.work < effort || cost > discrepancy {
+            if e.begins.is_empty() {
+                continue;
+            }
+            let (mut pending, mut done) = (states, vec![]);
+            while !pending.is_empty() {
+                let mut next = vec![];
+                for s in &pending {
+                    self.place(s, &mut next, &mut done, work);
+                    if *work == 0 {
+                        return None;
+                    }
+                }
+                self.best(&mut next, 2 * self.beam.width);
+                pending = next;
+            }
+            for wish in &e.wishes {
+                self.grant(&mut done, wish);
+            }
+            self.best(&mut done, self.beam.width);
+            states = done;
+            if states.is_empty() {
                 return None;
             }
-            self.nodes -= 1;
-            self.work -= effort;
-            let (marks, gaps) = (self.done.len(), self.size.len());
-            self.set.clear();
-            self.set.resize(self.size.len(), false);
-            way.gaps.iter().for_each(|g| self.set[*g as usize] = true);
-            let sum = |list: &[u32], sizes: &[u64]| list.iter().map(|i| sizes[*i as usize]).sum::<u64>();
-            let left = sum(&way.gaps, &self.size) - sum(&way.takes, &self.size);
-            let mut new = way.takes.clone();
+        }
+        states.into_iter().next()
+    }
+
+    /// What ends leaves gaps.
+    fn end(&mut self, s: &mut State, e: &Event) {
+        let gaps = &mut s.gaps;
+        gaps.old.append(&mut gaps.fresh);
+        for &request in &e.ends {
+            let gap = self.gap(self.size[request as usize]);
+            s.tree.rename(request, gap);
+            gaps.fresh.push(gap);
+            s.trail = with(Done::Ended { request, gap }, s.trail.take());
+        }
+        s.begins.clone_from(&e.begins);
+    }
+
+    /// All states in which the largest request that begins has a place.
+    fn place(&mut self, s: &State, next: &mut Vec<State>, done: &mut Vec<State>, work: &mut u64) {
+        let (ways, looks) = ways(&s.begins, &s.gaps, &self.size);
+        *work = work.saturating_sub(looks);
+        for (rank, Way { gaps, takes }) in ways.into_iter().enumerate() {
+            *work = work.saturating_sub(200 + 10 * self.alive as u64);
+            let sum = |list: &[u32]| list.iter().map(|i| self.size[*i as usize]).sum::<u64>();
+            let left = sum(&gaps) - sum(&takes);
+            let mut new = takes.clone();
             if left > 0 {
                 new.push(self.gap(left));
             }
             let leaves = Tree::free(new.iter().copied().map(Tree::Leaf).collect());
-            let Some((tree, run)) = s.tree.clone().replace(&self.set, leaves) else {
-                self.size.truncate(gaps);
-                continue;
-            };
-            let mut next = s.clone();
-            next.tree = tree;
-            next.begins.retain(|i| !way.takes.contains(i));
-            let fresh = way.gaps.iter().any(|g| s.fresh.contains(g));
-            next.fresh.retain(|g| !way.gaps.contains(g));
-            next.old.retain(|g| !way.gaps.contains(g));
+            let Some((tree, run)) = self.replaced(&s.tree, &gaps, leaves) else { continue };
+            let mut begins = s.begins.clone();
+            begins.retain(|i| !takes.contains(i));
+            let mut rest = s.gaps.without(&gaps);
             if left > 0 {
-                let gap = new[new.len() - 1];
-                if fresh { next.fresh.push(gap) } else { next.old.push(gap) }
+                let list = if gaps.iter().any(|g| s.gaps.fresh.contains(g)) { &mut rest.fresh } else { &mut rest.old };
+                list.extend(new.last());
             }
-            self.done.push(Done::Placed { run, new });
-            let left = discrepancy - cost;
-            let found = if next.begins.is_empty() { self.enter(next, left) } else { self.go(next, left) };
-            if found.is_some() {
-                return found;
-            }
-            self.done.truncate(marks);
-            self.size.truncate(gaps);
-            // A way that does not even fit costs nothing.
-            cost += 1;
+            let cost = s.cost + rank as f64 + self.beam.noise * self.draw.unit();
+            let trail = with(Done::Placed { run, new }, s.trail.clone());
+            let to = if begins.is_empty() { &mut *done } else { &mut *next };
+            to.push(State { tree, begins, gaps: rest, cost, trail });
         }
-        None
     }
 
-    /// Ways for the largest request that begins, the likely ones first.
-    fn ways(&self, s: &State) -> (Vec<Way>, u64) {
-        let mut out: Vec<Way> = vec![];
-        let mut looks = 20;
-        let size = |i: u32| self.size[i as usize];
-        let Some((&first, others)) = s.begins.split_first() else { return (out, looks) };
-        let want = size(first);
-        let mut add = |gaps: &[u32], takes: &[u32]| {
-            let way = Way { gaps: gaps.to_vec(), takes: takes.to_vec() };
-            if !out.contains(&way) {
-                out.push(way);
-            }
-        };
-        let total = |list: &[u32]| list.iter().map(|i| size(*i)).sum::<u64>();
-        // Exactly, with what has just ended.
-        let mut groups: Vec<(Vec<u32>, Vec<u32>)> = vec![];
-        for few in 1..=4.min(s.fresh.len()) {
-            subsets(&s.fresh, few, 60, &mut |x| groups.push((x.to_vec(), vec![])));
-        }
-        for (gaps, _) in groups.iter().filter(|g| total(&g.0) == want) {
-            add(gaps, &[first]);
-        }
-        for (gaps, _) in groups.iter().filter(|g| g.0.len() <= 2 && total(&g.0) > want) {
-            let rest = total(gaps) - want;
-            for few in 1..=3.min(others.len()) {
-                subsets(others, few, 60, &mut |x| {
-                    looks += 2;
-                    if total(x) == rest {
-                        add(gaps, &[&[first], x].concat());
-                    }
-                });
-            }
-        }
-        let (fresh, begins) = (total(&s.fresh), total(&s.begins));
-        if fresh == begins && !s.fresh.is_empty() {
-            add(&s.fresh, &s.begins);
-        }
-        // Exactly, with older gaps.
-        if fresh < begins {
-            for few in 1..=2 {
-                subsets(&s.old, few, 400, &mut |x| {
-                    looks += 2 + s.fresh.len() as u64;
-                    if fresh + total(x) == begins {
-                        add(&[&s.fresh, x].concat(), &s.begins);
-                    }
-                    if total(x) == want {
-                        add(x, &[first]);
-                    }
-                    for g in &s.fresh {
-                        if size(*g) + total(x) == want {
-                            add(&[&[*g], x].concat(), &[first]);
-                        }
-                    }
-                });
-            }
-            for o in &s.old {
-                if fresh + size(*o) > begins {
-                    add(&[&s.fresh[..], &[*o]].concat(), &s.begins);
+    /// The tree with `new` in the place of a run of items.
+    fn replaced(&mut self, tree: &Tree, items: &[u32], new: Tree) -> Option<(Tree, Run)> {
+        self.set.resize(self.size.len(), false);
+        items.iter().for_each(|i| self.set[*i as usize] = true);
+        let out = tree.clone().replace(&self.set, new);
+        items.iter().for_each(|i| self.set[*i as usize] = false);
+        out
+    }
+
+    /// Where a wish can be met a state in which it is goes beside each; the others cost more.
+    fn grant(&mut self, states: &mut Vec<State>, (items, weight): &(Vec<u32>, f64)) {
+        let mark = self.gap(0);
+        let mut met = vec![];
+        for s in states.iter_mut() {
+            if let Some((mut tree, run)) = self.replaced(&s.tree, items, Tree::Leaf(mark)) {
+                run.restore(&mut tree, mark);
+                if tree == s.tree {
+                    continue;
                 }
+                met.push(State { tree, ..s.clone() });
             }
+            s.cost += self.beam.wish * weight;
         }
-        // With something left over, as little as possible, fresh gaps first.
-        for (gaps, _) in groups.iter().filter(|g| g.0.len() == 1 && total(&g.0) > begins) {
-            add(gaps, &s.begins);
-        }
-        if fresh > begins {
-            add(&s.fresh, &s.begins);
-        }
-        let mut loose: Vec<(bool, u64, Vec<u32>)> = vec![];
-        for (gaps, _) in groups.iter().filter(|g| total(&g.0) > want && g.0.len() <= 2) {
-            loose.push((false, total(gaps), gaps.clone()));
-        }
-        for few in 1..=2 {
-            subsets(&s.old, few, 200, &mut |x| {
-                looks += 4;
-                if total(x) >= want {
-                    loose.push((true, total(x), x.to_vec()));
+        states.extend(met);
+        self.best(states, 4 * self.beam.width);
+    }
+
+    /// Keeps the best `most`, equal ones once.
+    fn best(&self, states: &mut Vec<State>, most: usize) {
+        let mut keyed: Vec<(f64, u64, State)> = std::mem::take(states)
+            .into_iter()
+            .map(|s| {
+                let mut orders = 0.0;
+                let hash = self.look(&s.tree, &mut orders);
+                let gaps = (s.gaps.old.len() + s.gaps.fresh.len()) as f64;
+                let hash = s.begins.iter().fold(hash, |h, i| mix(h ^ u64::from(*i)));
+                (s.cost - self.beam.orders * orders + self.beam.gap * gaps, hash, s)
+            })
+            .collect();
+        keyed.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let mut seen = HashSet::new();
+        keyed.retain(|x| seen.insert(x.1));
+        keyed.truncate(most);
+        states.extend(keyed.into_iter().map(|x| x.2));
+    }
+
+    /// A hash that is the same for trees with the same orders; gaps of equal size are equal. Adds the logarithm of their number.
+    fn look(&self, tree: &Tree, orders: &mut f64) -> u64 {
+        match tree {
+            Tree::Leaf(i) if (*i as usize) < self.count => mix(u64::from(*i) + 1),
+            Tree::Leaf(i) => mix(self.size[*i as usize] ^ 1 << 60),
+            Tree::Node(false, kids) => {
+                let mut sum = 7u64;
+                for (k, kid) in kids.iter().enumerate() {
+                    sum = sum.wrapping_add(self.look(kid, orders));
+                    *orders += lg(k as u64 + 1);
                 }
-            });
-        }
-        for g in &s.fresh {
-            for o in s.old.iter().filter(|o| size(**o) + size(*g) >= want) {
-                loose.push((true, size(*o) + size(*g), vec![*g, *o]));
+                mix(sum)
+            }
+            Tree::Node(true, kids) => {
+                *orders += 1.0;
+                let all: Vec<u64> = kids.iter().map(|k| self.look(k, orders)).collect();
+                let chain = |h: u64, x: &u64| mix(h ^ x).wrapping_add(*x);
+                let (there, back) = (all.iter().fold(3, chain), all.iter().rev().fold(3, chain));
+                mix(there.min(back) ^ 1 << 61)
             }
         }
-        loose.sort();
-        for (_, _, gaps) in loose.iter().take(WAYS) {
-            add(gaps, &[first]);
-        }
-        out.truncate(2 * WAYS);
-        (out, looks + 4 * groups.len() as u64 + 4 * loose.len() as u64)
     }
 
     /// The offsets, from the last order back to the first.
-    fn offsets(&self, tree: &Tree, requests: usize) -> Option<Vec<u64>> {
+    fn offsets(&self, last: &State) -> Option<Vec<u64>> {
         let mut order = vec![];
-        tree.items(&mut order);
-        let mut offsets = vec![0; requests];
-        for done in self.done.iter().rev() {
-            match done {
+        last.tree.items(&mut order);
+        let mut offsets = vec![0; self.count];
+        let mut trail = &last.trail;
+        while let Some(link) = trail {
+            match &link.done {
                 Done::Ended { request, gap } => *order.iter_mut().find(|i| *i == gap)? = *request,
                 Done::Placed { run, new } => {
                     let mut at = 0;
                     for i in &order {
-                        if (*i as usize) < requests && new.contains(i) {
+                        if (*i as usize) < self.count && new.contains(i) {
                             offsets[*i as usize] = at;
                         }
                         at += self.size[*i as usize];
@@ -302,27 +334,14 @@ impl Sweep<'_> {
                     run.put_back(&mut order, new);
                 }
             }
+            trail = &link.before;
         }
         Some(offsets)
     }
 }
 
-/// Calls with subsets of `few` items, so many at most.
-fn subsets(list: &[u32], few: usize, most: usize, call: &mut dyn FnMut(&[u32])) {
-    fn go(list: &[u32], few: usize, part: &mut Vec<u32>, left: &mut usize, call: &mut dyn FnMut(&[u32])) {
-        if few == 0 {
-            *left = left.saturating_sub(1);
-            call(part);
-            return;
-        }
-        for k in 0..list.len() {
-            if *left == 0 {
-                return;
-            }
-            part.push(list[k]);
-            go(&list[k + 1..], few - 1, part, left, call);
-            part.pop();
-        }
-    }
-    go(list, few, &mut vec![], &mut { most }, call);
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 32)).wrapping_mul(0xD6E8_FEB8_6659_FD93);
+    z = (z ^ (z >> 29)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    z ^ (z >> 32)
 }
