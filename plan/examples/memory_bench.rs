@@ -213,10 +213,23 @@ fn cases() -> Vec<Case> {
     out
 }
 
+/// What is said of the cases of a family.
+#[derive(Default)]
+struct Family {
+    name: String,
+    count: usize,
+    met: usize,
+    in_time: usize,
+    worst: f64,
+    over: f64,
+    longest: f64,
+    ms: f64,
+}
+
 fn main() {
     let filter = std::env::args().nth(1).unwrap_or_default();
     let verbose = std::env::args().nth(2).is_some();
-    let mut families: Vec<(String, usize, usize, usize, f64, f64, f64, f64)> = vec![];
+    let mut families: Vec<Family> = vec![];
     for c in cases().into_iter().filter(|c| c.family.contains(&filter)) {
         let start = Instant::now();
         let p = place_with(&c.list, 1, c.goal, 1);
@@ -228,24 +241,28 @@ fn main() {
         if verbose {
             println!("{:40} {:8} {:6} {:9.4} % {ms:8.1} ms", c.family, c.name, c.list.len(), over * 100.0);
         }
-        if families.last().is_none_or(|f| f.0 != c.family) && !families.iter().any(|f| f.0 == c.family) {
-            families.push((c.family.clone(), 0, 0, 0, 0.0, 0.0, 0.0, 0.0));
-        }
-        if let Some(f) = families.iter_mut().find(|f| f.0 == c.family) {
-            f.1 += 1;
-            f.2 += usize::from(over <= c.within);
-            f.3 += usize::from(ms <= c.ms);
-            (f.4, f.5, f.6, f.7) = (f.4.max(over), f.5 + over, f.6.max(ms), f.7 + ms);
-        }
+        let at = families.iter().position(|f| f.name == c.family).unwrap_or_else(|| {
+            families.push(Family { name: c.family.clone(), ..Family::default() });
+            families.len() - 1
+        });
+        let f = &mut families[at];
+        f.count += 1;
+        f.met += usize::from(over <= c.within);
+        f.in_time += usize::from(ms <= c.ms);
+        (f.worst, f.over, f.longest, f.ms) = (f.worst.max(over), f.over + over, f.longest.max(ms), f.ms + ms);
     }
     println!("{:40} met   in time    worst     mean  longest ms   mean", "family");
-    for (name, n, met, fast, worst, sum, long, ms) in families {
-        let mean = |x: f64| x / n as f64;
+    for f in families {
+        let (n, mean) = (f.count, |x: f64| x / f.count as f64);
         println!(
-            "{name:40} {met:2}/{n:2}   {fast:2}/{n:2} {:8.3} % {:7.3} % {long:9.1} {:8.1}",
-            worst * 100.0,
-            mean(sum) * 100.0,
-            mean(ms)
+            "{:40} {:2}/{n:2}   {:2}/{n:2} {:8.3} % {:7.3} % {:9.1} {:8.1}",
+            f.name,
+            f.met,
+            f.in_time,
+            f.worst * 100.0,
+            mean(f.over) * 100.0,
+            f.longest,
+            mean(f.ms)
         );
     }
 }
