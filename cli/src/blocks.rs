@@ -22,17 +22,36 @@ use std::time::{Duration, SystemTime};
 /// file systems tick in some milliseconds.
 const SETTLED: Duration = Duration::from_millis(200);
 
+/// How much of the blocks is looked at.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Compare {
+    /// All: weights are about to be read.
+    All,
+    /// Some rows of every tensor, where a plan is made and nothing is read yet: who reads the weights compares them whole.
+    Sample,
+}
+
+impl Compare {
+    /// Of how many rows one is looked at.
+    fn every(self) -> usize {
+        match self {
+            Compare::All => 1,
+            Compare::Sample => 256,
+        }
+    }
+}
+
 /// The tensors of a model that inference may read as blocks: all that its folder has so, when they stand for its weights. When
 /// they do not, none, and a remark says what to do.
 ///
 /// # Errors
 /// A file with blocks that is damaged, or that does not fit the weights' names and shapes.
-pub(crate) fn usable(ui: &Ui, model: &Model, keep: bool) -> Result<BTreeMap<String, BlockFormat>> {
+pub(crate) fn usable(ui: &Ui, model: &Model, keep: bool, compare: Compare) -> Result<BTreeMap<String, BlockFormat>> {
     let formats = blocks::formats(&model.checkpoint)?;
     if formats.is_empty() {
         return Ok(formats);
     }
-    let Some(tensor) = difference(ui, model, &formats, keep)? else { return Ok(formats) };
+    let Some(tensor) = difference(ui, model, &formats, keep, compare)? else { return Ok(formats) };
     static SAID: Once = Once::new();
     SAID.call_once(|| {
         let (dir, folder) = (model.dir().display(), model.dir().join(blocks::FOLDER));
@@ -58,7 +77,7 @@ pub(crate) fn compared(ui: &Ui, model: &Model, plan: &Plan, keep: bool) -> Resul
     if formats.is_empty() {
         return Ok(false);
     }
-    match difference(ui, model, &formats, keep)? {
+    match difference(ui, model, &formats, keep, Compare::All)? {
         None => Ok(true),
         Some(tensor) => Err(Failure::new(format!(
             "{}: the plan reads the weights in blocks, and these do not stand for the weights, which have changed since they were \
@@ -69,7 +88,13 @@ pub(crate) fn compared(ui: &Ui, model: &Model, plan: &Plan, keep: bool) -> Resul
 }
 
 /// The first tensor whose blocks give other values; from the cache's folder if the same files have been compared before.
-fn difference(ui: &Ui, model: &Model, formats: &BTreeMap<String, BlockFormat>, keep: bool) -> Result<Option<String>> {
+fn difference(
+    ui: &Ui,
+    model: &Model,
+    formats: &BTreeMap<String, BlockFormat>,
+    keep: bool,
+    compare: Compare,
+) -> Result<Option<String>> {
     let file = blocks::file(model.dir());
     let paths: Vec<&Path> = model.files().into_iter().chain([file.as_path()]).collect();
     let (facts, settled) = state(&paths)?;
@@ -79,8 +104,9 @@ fn difference(ui: &Ui, model: &Model, formats: &BTreeMap<String, BlockFormat>, k
         return Ok(known);
     }
     let names: Vec<&str> = formats.keys().map(String::as_str).collect();
-    let found = pleach_runtime::first_difference(&*model.weights()?, &names, ui.threads);
-    if let Some(place) = place.filter(|_| settled) {
+    let found = pleach_runtime::first_difference(&*model.weights()?, &names, ui.threads, compare.every());
+    let sure = compare == Compare::All || found.is_some();
+    if let Some(place) = place.filter(|_| settled && sure) {
         remember(&place, found.as_deref());
     }
     Ok(found)

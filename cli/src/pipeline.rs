@@ -4,6 +4,7 @@
 //! text of the imported graph is what the compile cache is keyed by. Reads headers only.
 
 use crate::args::{AdapterPath, DType, ModelArgs, Target};
+use crate::blocks::Compare;
 use crate::cache;
 use crate::failure::{Failure, Result};
 use crate::model::Model;
@@ -210,9 +211,9 @@ impl Request {
     ///
     /// # Errors
     /// Blocks that are damaged or do not fit.
-    pub(crate) fn in_blocks(mut self, ui: &Ui, args: &ModelArgs, model: &Model) -> Result<Request> {
+    pub(crate) fn in_blocks(mut self, ui: &Ui, args: &ModelArgs, model: &Model, compare: Compare) -> Result<Request> {
         if self.train.is_none() && self.gpu().is_none() && !args.no_blocks {
-            let usable = crate::blocks::usable(ui, model, !args.no_cache)?;
+            let usable = crate::blocks::usable(ui, model, !args.no_cache, compare)?;
             self.blocks = usable.into_iter().map(|(tensor, format)| (tensor, format.name().into())).collect();
         }
         Ok(self)

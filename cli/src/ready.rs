@@ -1,6 +1,8 @@
 //! From arguments to a plan that can be run: read from a file, found in the cache, or compiled.
 
 use crate::args::{Count, ModelArgs};
+#[cfg(feature = "compiler")]
+use crate::blocks::Compare;
 use crate::failure::{Failure, Result};
 #[cfg(feature = "models")]
 use crate::model::{self, Model};
@@ -145,7 +147,7 @@ pub(crate) fn compile(
     train: Option<crate::pipeline::TrainPart>,
 ) -> Result<(crate::cache::Slot, Ready)> {
     let request = crate::pipeline::Request { train, ..crate::pipeline::Request::new(ui, args, entries, tokens)? };
-    compile_as(ui, args, request)
+    compile_as(ui, args, request, Compare::All)
 }
 
 /// [`compile`] of a request as it is.
@@ -157,12 +159,13 @@ pub(crate) fn compile_as(
     ui: &Ui,
     args: &ModelArgs,
     request: crate::pipeline::Request,
+    compare: Compare,
 ) -> Result<(crate::cache::Slot, Ready)> {
     use crate::cache::Slot;
     use crate::pipeline::Request;
     let clock = Instant::now();
     let model = request.open()?;
-    let mut request = request.in_blocks(ui, args, &model)?;
+    let mut request = request.in_blocks(ui, args, &model, compare)?;
     let place = |r: &Request| -> Result<Slot> { Slot::new(&r.key(&model, &r.import(&model)?)?, !args.no_cache) };
     let mut slot = place(&request)?;
     let mut found = if args.no_cache { None } else { slot.find() };
@@ -186,7 +189,7 @@ pub(crate) fn compile_as(
         }
     };
     let origin = Origin { cached, ms: clock.elapsed().as_secs_f64() * 1e3, rows };
-    let blocks_compared = !request.blocks.is_empty();
+    let blocks_compared = compare == Compare::All && !request.blocks.is_empty();
     Ok((slot, Ready { plan: Arc::new(plan), model, blocks_compared, origin }))
 }
 

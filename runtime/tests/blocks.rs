@@ -234,7 +234,7 @@ fn every_change_of_a_weight_is_found_and_refused() {
         w.insert("w", DType::F32, &[N, K], bytes_of(&all));
         w
     };
-    let differs = |w: &InMemory| first_difference(w, &["w"], 2);
+    let differs = |w: &InMemory| first_difference(w, &["w"], 2, 1);
     assert_eq!(differs(&with(&|_| {})), None);
     for i in 0..elements.len() {
         let w = with(&|x| x[i] = f32::from_bits(x[i].to_bits() ^ 1));
@@ -254,13 +254,13 @@ fn every_change_of_a_weight_is_found_and_refused() {
         many.insert_blocks(name, BlockFormat::Q8_0, rows, blocks(rows, ROW));
     }
     for threads in [0, 1, 2, 3, 9] {
-        assert_eq!(first_difference(&many, &["d", "c", "b", "a"], threads), None);
+        assert_eq!(first_difference(&many, &["d", "c", "b", "a"], threads, 1), None);
     }
     for name in ["b", "c"] {
         let rows = if name == "b" { 8 } else { 4 };
         many.insert(name, DType::F32, &[rows, K], vec![0; (rows * K * 4) as usize]);
         for threads in [1, 2, 3, 9] {
-            assert_eq!(first_difference(&many, &["d", "c", "b", "a"], threads).as_deref(), Some("b"));
+            assert_eq!(first_difference(&many, &["d", "c", "b", "a"], threads, 1).as_deref(), Some("b"));
         }
         many.insert("b", DType::F32, &[8, K], vec![0; 2048]);
     }
@@ -283,7 +283,7 @@ fn random_weights_are_what_their_blocks_stand_for() {
         p.params[0] = Param::new("w.coded", DType::F32, shape.clone(), blocks, Role::Frozen, source());
         p.params.push(Param::new("w", DType::F32, shape, Layout::RowMajor, Role::Frozen, source()));
         let w = random_weights(&p, 3).unwrap();
-        assert_eq!(first_difference(&*w, &["w"], 1), None);
+        assert_eq!(first_difference(&*w, &["w"], 1, 1), None);
         let again = random_weights(&p, 3).unwrap();
         assert_eq!(w.blocks("w").unwrap(), again.blocks("w").unwrap());
         let x: Vec<f32> = w.tensor("w").unwrap().bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();

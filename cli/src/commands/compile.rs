@@ -1,6 +1,7 @@
 //! `pleach compile`: a model with its adapters as one file, and a table of what happened on the way.
 
 use crate::args::CompileArgs;
+use crate::blocks::Compare;
 use crate::failure::{Failure, Result};
 use crate::pipeline::{Request, TrainPart, is_graph, table, total};
 use crate::ready;
@@ -24,7 +25,7 @@ pub(crate) fn compile(ui: &Ui, args: &CompileArgs) -> Result<()> {
     let request = Request { train, ..Request::new(ui, &args.model, &entries, &tokens)? };
     let request = Request { choices: choices(args, &request.target)?, ..request };
     let wanted = request.choices.len();
-    let (slot, ready) = ready::compile_as(ui, &args.model, request)?;
+    let (slot, ready) = ready::compile_as(ui, &args.model, request, Compare::Sample)?;
     if wanted > 0 {
         ui.note(&format!("{} of {wanted} choices are of kernels of this plan", ready.plan.choices.len()));
     }

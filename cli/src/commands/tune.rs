@@ -3,6 +3,7 @@
 
 use super::bench::train::random_rows;
 use crate::args::TuneArgs;
+use crate::blocks::Compare;
 use crate::failure::{Failure, Result};
 use crate::inputs::{InferInputs, Sequences};
 use crate::pipeline::{Request, TrainPart, is_graph};
@@ -42,7 +43,7 @@ pub(crate) fn tune(ui: &Ui, args: &TuneArgs) -> Result<()> {
     }
     // What is measured is of no use later.
     let once = crate::args::ModelArgs { no_cache: true, ..model.clone() };
-    let (slot, ready) = ready::compile_as(ui, &once, request.clone())?;
+    let (slot, ready) = ready::compile_as(ui, &once, request.clone(), Compare::All)?;
     drop(slot);
     let mut kernels = Forms::of(&ready.plan)?;
     let plan = ready.plan.clone();

@@ -48,7 +48,7 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
     };
     let entries = if chosen.is_empty() { all.to_vec() } else { chosen };
     request = Request { train: request.train, ..Request::new(ui, &args.model, &entries, &[])? };
-    request = request.in_blocks(ui, &args.model, &model)?;
+    request = request.in_blocks(ui, &args.model, &model, crate::blocks::Compare::Sample)?;
     let imported = request.import(&model)?;
     let s = Seen { stages: stages::stages(imported, &request, &model)?, request };
     let ready =
