@@ -24,6 +24,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import rival
@@ -150,6 +151,10 @@ def correctness(table, pleach, folder, minilm, variants, decoders):
         table.add("MiniLM hidden states", error, None, None, f"<= {TOLERANCE:g}", error <= TOLERANCE)
 
 
+# Decoded from weights in blocks (see `pleach import`), and once more from the f32 weights.
+FROM_F32 = ("base", "LoRA r16 unmerged")
+
+
 def measure(options, pleach, folder, variants, decoders):
     """Rounds of times: {(what, name): {"rival": [ms], "pleach": [ms], "report": last JSON}}. Every other round goes backwards, so
     that what drifts over a round favours none of the variants that are compared with each other."""
@@ -168,6 +173,11 @@ def measure(options, pleach, folder, variants, decoders):
                     kind, count = ("run", options.tokens) if what == "prefill" else ("generate", 64)
                     report = slot["report"] = pleach.json("bench", kind, folder, *flags, "--tokens", count)
                     slot["pleach"].append(report["step_ms"]["median"] if what == "prefill" else 1e3 / report["tokens_per_s"])
+                    if what == "decode" and name in FROM_F32:
+                        # The same with the weights read as f32, as the rival reads them.
+                        plain = times.setdefault((what, f"{name}, f32 weights"), {"rival": slot["rival"], "pleach": [], "report": None})
+                        report = plain["report"] = pleach.json("bench", kind, folder, *flags, "--no-blocks", "--tokens", count)
+                        plain["pleach"].append(1e3 / report["tokens_per_s"])
     return times
 
 
@@ -244,12 +254,16 @@ def shorten(folder, out):
     out.mkdir()
     config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 3}
     (out / "config.json").write_text(json.dumps(config))
+    short = lambda name: not (layer := name.partition("layers.")[2].partition(".")[0]) or int(layer) < 3
     keep = {}
     for file in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
-            layer = name.partition("layers.")[2].partition(".")[0]
-            if not layer or int(layer) < 3:
-                keep[name] = tensor
+        keep |= {name: tensor for name, tensor in load_file(file).items() if short(name)}
+    blocks = folder / "blocks" / "model.safetensors"
+    if blocks.exists():
+        (out / "blocks").mkdir()
+        with safe_open(blocks, "pt") as file:
+            formats = {name: value for name, value in file.metadata().items() if short(name)}
+        save_file({name: tensor for name, tensor in load_file(blocks).items() if short(name)}, out / "blocks" / "model.safetensors", metadata=formats)
     save_file(keep, out / "model.safetensors", metadata={"format": "pt"})
     return out
 

@@ -82,6 +82,9 @@ pub fn cut(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, PassErro
         if let Some(new) = sums::into_scatters(&graph.params, e).map_err(fault)? {
             *e = new;
         }
+        if let Some(new) = sums::of_many(&graph.params, e).map_err(fault)? {
+            *e = new;
+        }
         sums::own_fills(&graph.params, e).map_err(fault)?;
     }
     let mut out =

@@ -2,7 +2,8 @@
 //!
 //! A sum with a scatter into zeros is a scatter into the rest of the sum: `a + scatter_add(0, i, u)` becomes
 //! `scatter_add(a, i, u)`, which touches only what the indices select. A constant that several parameters are set to is
-//! built for each of them, so that each can be written by the kernel that uses the parameter last.
+//! built for each of them, so that each can be written by the kernel that uses the parameter last. A sum of very many terms
+//! (the squares of all gradients, for their norm) becomes sums of sums: kernels have a bounded number of buffers.
 
 use pleach_ir::{Entry, IrError, Op, Param, Root, RootKind, ScatterMode, ValueId};
 use std::collections::BTreeSet;
@@ -60,6 +61,39 @@ pub(super) fn into_scatters(params: &[Param], e: &Entry) -> Result<Option<Entry>
     Ok(Some(out))
 }
 
+/// Terms of a sum at most.
+const TERMS: usize = 256;
+
+/// The entry with sums of at most [`TERMS`] terms; `None` where there are no longer ones.
+///
+/// # Errors
+/// As [`into_scatters`].
+pub(super) fn of_many(params: &[Param], e: &Entry) -> Result<Option<Entry>, IrError> {
+    let long = |v: ValueId| e.node(v).op == Op::Add && e.node(v).inputs.len() > TERMS;
+    if !e.values().any(long) {
+        return Ok(None);
+    }
+    let mut out = Entry::new(e.name.clone());
+    let mut map: Vec<ValueId> = vec![];
+    for v in e.values() {
+        let n = e.node(v);
+        let mut inputs: Vec<ValueId> = n.inputs.iter().map(|i| map[i.index()]).collect();
+        while n.op == Op::Add && inputs.len() > TERMS {
+            let mut sums = vec![];
+            for part in inputs.chunks(TERMS) {
+                sums.push(match part {
+                    [x] => *x,
+                    _ => out.push_from(params, Op::Add, part, n.origin.clone())?,
+                });
+            }
+            inputs = sums;
+        }
+        map.push(out.push_from(params, n.op.clone(), &inputs, n.origin.clone())?);
+    }
+    out.roots = e.roots.iter().map(|r| Root { kind: r.kind.clone(), value: map[r.value.index()] }).collect();
+    Ok(Some(out))
+}
+
 /// Gives every parameter that is set to a constant a value of its own.
 ///
 /// # Errors
@@ -85,4 +119,39 @@ fn again(params: &[Param], e: &mut Entry, v: ValueId) -> Result<ValueId, IrError
     let n = e.node(v).clone();
     let inputs = n.inputs.iter().map(|x| again(params, e, *x)).collect::<Result<Vec<_>, _>>()?;
     e.push_from(params, n.op, &inputs, n.origin)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pleach_ir::{DType, Dim};
+
+    #[test]
+    fn long_sums_become_sums_of_sums() {
+        let entry = |terms: usize| {
+            let mut e = Entry::new("sum");
+            let inputs: Vec<ValueId> = (0..terms)
+                .map(|i| {
+                    let op = Op::Input { name: format!("x{i}"), dtype: DType::F32, shape: vec![Dim::Known(2)] };
+                    e.push(&[], op, &[]).unwrap()
+                })
+                .collect();
+            let sum = e.push(&[], Op::Add, &inputs).unwrap();
+            e.output("y", sum);
+            e
+        };
+        assert!(of_many(&[], &entry(TERMS)).unwrap().is_none());
+        for terms in [TERMS + 1, 3 * TERMS, TERMS * TERMS + 5] {
+            let e = of_many(&[], &entry(terms)).unwrap().unwrap();
+            let sums: Vec<&[ValueId]> =
+                e.values().map(|v| e.node(v)).filter(|n| n.op == Op::Add).map(|n| &n.inputs[..]).collect();
+            assert!(sums.iter().all(|s| s.len() <= TERMS), "{terms}");
+            // Every input and every sum but the last is a term once.
+            let mut all: Vec<ValueId> = sums.concat();
+            all.sort_unstable();
+            all.dedup();
+            assert_eq!(all.len(), terms + sums.len() - 1);
+            assert_eq!(sums.concat().len(), all.len());
+        }
+    }
 }
