@@ -9,8 +9,8 @@ use pleach_ir::{Dim, Layout};
 pub(super) const LANES: usize = 16;
 /// Bytes of right operand that a task works on at a time: half of a 1 MiB second-level cache.
 const BLOCK_BYTES: u64 = 512 << 10;
-/// Rows that read codes as they are: the most whose sums stay in registers beside the decoding.
-pub(super) const FEW: u64 = 4;
+/// Rows that read codes as they are. Four fit the registers too, but each height of a tile takes time to compile.
+pub(super) const FEW: u64 = 2;
 /// The longest sum that runs in registers from end to end.
 pub(super) const WHOLE_K: u64 = 2048;
 /// Length of a part of a longer sum.
@@ -174,9 +174,9 @@ impl Blocking {
         Ok(b)
     }
 
-    /// The same for at most [`FEW`] rows: all of them, or one at a time (each height costs time to compile).
+    /// The same for at most [`FEW`] rows.
     pub(super) fn for_few(mut self) -> Blocking {
-        self.rows.retain(|r| *r == 1 || *r == FEW);
+        self.rows.retain(|r| *r <= FEW);
         self
     }
 
