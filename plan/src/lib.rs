@@ -8,6 +8,7 @@
 mod encode;
 mod error;
 mod expr;
+mod layout;
 mod library;
 pub mod memory;
 mod query;
@@ -18,10 +19,11 @@ mod validate;
 pub use encode::{FORMAT_VERSION, MAGIC};
 pub use error::PlanError;
 pub use expr::{Expr, ExprError, MAX_DEPTH};
+pub use layout::{BlockFormat, Layout};
 pub use library::{ByLibrary, Matrix, Product, Target as ProductTarget};
 pub use query::{ALIGN, ArenaLayout, GPU_ALIGN, alignment, arena, arena_within, lifetimes, waves};
 pub use types::{
-    Blob, BlobKind, BlockFormat, Buffer, BufferKind, Check, Choice, DType, Entry, Input, Kernel, Launch, LaunchParam,
-    Layout, Loop, Meta, Output, Param, Plan, Residency, Role, Source, Step, Symbol, Target, TensorMap, When, Window,
+    Blob, BlobKind, Buffer, BufferKind, Check, Choice, DType, Entry, Input, Kernel, Launch, LaunchParam, Loop, Meta,
+    Output, Param, Plan, Residency, Role, Source, Step, Symbol, Target, TensorMap, When, Window,
 };
 pub use validate::validate;

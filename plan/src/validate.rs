@@ -6,9 +6,8 @@
 
 use crate::error::PlanError;
 use crate::expr::Expr;
-use crate::types::{
-    BlobKind, BlockFormat, BufferKind, Check, DType, Entry, Kernel, LaunchParam, Layout, Loop, Plan, Residency, Source,
-};
+use crate::layout::{BlockFormat, Layout};
+use crate::types::{BlobKind, BufferKind, Check, DType, Entry, Kernel, LaunchParam, Loop, Plan, Residency, Source};
 use std::collections::BTreeSet;
 
 /// Symbols a plan may have.
