@@ -51,18 +51,27 @@ enum Cut {
     ByRows,
 }
 
-impl Form {
-    fn cut(&self) -> Cut {
-        match self.an.m {
-            _ if self.an.few_rows => Cut::Columns,
-            Dim::Known(x) if x <= self.bl.task_rows => Cut::Columns,
-            Dim::Known(_) => Cut::Both,
-            Dim::Symbol(_) => Cut::ByRows,
-        }
+fn cut(an: &Analysis, bl: &Blocking) -> Cut {
+    match an.m {
+        _ if an.few_rows => Cut::Columns,
+        Dim::Known(x) if x <= bl.task_rows => Cut::Columns,
+        Dim::Known(_) => Cut::Both,
+        Dim::Symbol(_) => Cut::ByRows,
     }
+}
 
+/// How many of what there is.
+struct Counts {
+    /// Tiles of columns, and blocks of rows.
+    tiles: Val,
+    row_blocks: Val,
     /// Tasks that columns alone make, and that rows and columns make.
-    fn counts(&self, f: &mut Func, cx: &Context) -> (Val, Val) {
+    narrow: Val,
+    wide: Val,
+}
+
+impl Counts {
+    fn new(f: &mut Func, cx: &Context) -> Counts {
         let bl = cx.bl;
         let (m, n) = (cx.dim(f, cx.an.m), cx.dim(f, cx.an.n));
         let tiles = f.ceil_divc(&n, bl.width as i64);
@@ -71,7 +80,8 @@ impl Form {
         let row_blocks = f.max(&row_blocks, &one);
         let narrow = f.ceil_divc(&tiles, bl.narrow_tiles as i64);
         let wide = f.ceil_divc(&tiles, bl.task_tiles as i64);
-        (narrow, f.mul(&wide, &row_blocks))
+        let wide = f.mul(&wide, &row_blocks);
+        Counts { tiles, row_blocks, narrow, wide }
     }
 }
 
@@ -116,12 +126,11 @@ pub fn emit(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted,
 
     let dim = |d: Dim| dim_expr(k, d, symbols);
     let (mut tasks, mut scratch_bytes) = (Expr::Const(0), Expr::Const(0));
-    for form in &forms {
-        let Form { an, bl } = form;
+    for Form { an, bl } in &forms {
         let (m, n) = (dim(an.m)?, dim(an.n)?);
         let narrow = n.clone().ceil_div(bl.width).ceil_div(bl.narrow_tiles);
         let wide = n.clone().ceil_div(bl.width).ceil_div(bl.task_tiles).mul(m.clone().ceil_div(bl.task_rows));
-        tasks = tasks.max(match form.cut() {
+        tasks = tasks.max(match cut(an, bl) {
             Cut::Columns => narrow,
             Cut::Both => wide,
             Cut::ByRows => narrow.max(wide),
@@ -201,45 +210,41 @@ fn kernel(f: &mut Func, k: &Kernel, forms: &[Form], symbols: &[Sym]) -> Result<(
     }
     // What the launch counts as a batch's tasks: enough for every form and number of rows.
     let mut total = f.i64(0);
-    for (form, cx) in forms.iter().zip(&all) {
-        let (narrow, wide) = form.counts(f, cx);
-        let here = match form.cut() {
-            Cut::Columns => narrow,
-            Cut::Both => wide,
-            Cut::ByRows => f.max(&narrow, &wide),
+    let mut counts = vec![];
+    for cx in &all {
+        let c = Counts::new(f, cx);
+        let here = match cut(cx.an, cx.bl) {
+            Cut::Columns => c.narrow.clone(),
+            Cut::Both => c.wide.clone(),
+            Cut::ByRows => f.max(&c.narrow, &c.wide),
         };
         total = f.max(&total, &here);
+        counts.push(c);
     }
-    let [few, many] = &all[..] else { return tasks(f, &forms[0], &all[0], &total) };
+    let [few, _] = &all[..] else { return tasks(f, &all[0], &counts[0], &total) };
     let m = few.dim(f, few.an.m);
     let limit = f.i64(FEW as i64);
     let short = f.cmp("sle", &m, &limit);
     let (mut a, mut b) = (Ok(()), Ok(()));
-    let arm = |f: &mut Func, form: &Form, cx: &Context, out: &mut Result<(), String>| {
-        *out = tasks(f, form, cx, &total);
+    let arm = |f: &mut Func, i: usize, out: &mut Result<(), String>| {
+        *out = tasks(f, &all[i], &counts[i], &total);
         vec![]
     };
-    f.if_else(&short, &[], |f| arm(f, &forms[0], few, &mut a), |f| arm(f, &forms[1], many, &mut b));
+    f.if_else(&short, &[], |f| arm(f, 0, &mut a), |f| arm(f, 1, &mut b));
     a.and(b)
 }
 
 /// The part of one form's tasks that `first..last` of the launch's stand for, of `total` a batch. A form may have fewer: they
 /// are spread evenly, so that equal stretches of the launch are equal work.
-fn tasks(f: &mut Func, form: &Form, cx: &Context, total: &Val) -> Result<(), String> {
-    let bl = cx.bl;
+fn tasks(f: &mut Func, cx: &Context, counts: &Counts, total: &Val) -> Result<(), String> {
     let (m, n) = (cx.dim(f, cx.an.m), cx.dim(f, cx.an.n));
-    let tiles = f.ceil_divc(&n, bl.width as i64);
-    let one = f.i64(1);
-    let row_blocks = f.ceil_divc(&m, bl.task_rows as i64);
-    let row_blocks = f.max(&row_blocks, &one);
-    let (narrow, wide) = form.counts(f, cx);
-    let per_batch = match form.cut() {
-        Cut::Columns => narrow,
-        Cut::Both => wide,
+    let per_batch = match cut(cx.an, cx.bl) {
+        Cut::Columns => counts.narrow.clone(),
+        Cut::Both => counts.wide.clone(),
         Cut::ByRows => {
-            let limit = f.i64(bl.task_rows as i64);
+            let limit = f.i64(cx.bl.task_rows as i64);
             let few = f.cmp("sle", &m, &limit);
-            f.op(format!("arith.select {few}, {narrow}, {wide} : i64"))
+            f.op(format!("arith.select {few}, {}, {} : i64", counts.narrow, counts.wide))
         }
     };
     let (mut first, mut last) = (f.arg("first"), f.arg("last"));
@@ -262,13 +267,14 @@ fn tasks(f: &mut Func, form: &Form, cx: &Context, total: &Val) -> Result<(), Str
             batch[i] = if i == 0 { rest.clone() } else { f.rem(&rest, &d) };
             rest = f.div(&rest, &d);
         }
-        let span = span(f, cx, form.cut(), (&m, &tiles, &row_blocks), &inner);
+        let span = span(f, cx, counts, &m, &inner);
         fault = block(f, cx, &batch, &span, &n);
     });
     fault
 }
 
-fn span(f: &mut Func, cx: &Context, cut: Cut, (m, tiles, row_blocks): (&Val, &Val, &Val), task: &Val) -> Span {
+fn span(f: &mut Func, cx: &Context, counts: &Counts, m: &Val, task: &Val) -> Span {
+    let Counts { tiles, row_blocks, .. } = counts;
     let bl = cx.bl;
     let zero = f.i64(0);
     let narrow = |f: &mut Func| {
@@ -285,7 +291,7 @@ fn span(f: &mut Func, cx: &Context, cut: Cut, (m, tiles, row_blocks): (&Val, &Va
         let n = f.i64(bl.task_tiles as i64);
         (low, high, t, n.clone(), n)
     };
-    let (low, high, from, count, chunk) = match cut {
+    let (low, high, from, count, chunk) = match cut(cx.an, cx.bl) {
         Cut::Columns => narrow(f),
         Cut::Both => wide(f),
         Cut::ByRows => {
