@@ -6,6 +6,7 @@
 //! Where the checkpoint has a tensor in blocks of codes too ([`Layout::Blocks`]), and the parameter is made of such tensors
 //! alone, the twin keeps the codes ([`Layout::CodedPanels`]): the values are the same, the bytes a fraction.
 
+use super::sums::rebuilt;
 use pleach_ir::{
     BlockFormat, DType, Entry, Graph, IrError, Layout, Op, Param, ParamId, Role, RootKind, Source, ValueId,
 };
@@ -169,20 +170,13 @@ pub(super) fn pack(graph: &Graph, widths: &[u64], blocks: &Blocks) -> Result<Pac
 
 /// The entry with the right operands of these products replaced by parameters.
 fn with_twins(params: &[Param], e: &Entry, replace: &BTreeMap<ValueId, ParamId>) -> Result<Entry, IrError> {
-    let mut out = Entry::new(e.name.clone());
-    let mut map: Vec<ValueId> = vec![];
-    for v in e.values() {
+    rebuilt(e, |out, v, mut inputs, _| {
         let n = e.node(v);
-        let mut inputs: Vec<ValueId> = n.inputs.iter().map(|i| map[i.index()]).collect();
         if let Some(p) = replace.get(&v) {
             inputs[1] = out.push(params, Op::Param(*p), &[])?;
         }
-        map.push(out.push_from(params, n.op.clone(), &inputs, n.origin.clone())?);
-    }
-    for r in &e.roots {
-        out.roots.push(pleach_ir::Root { kind: r.kind.clone(), value: map[r.value.index()] });
-    }
-    Ok(out)
+        out.push_from(params, n.op.clone(), &inputs, n.origin.clone())
+    })
 }
 
 /// The entry of this name, made if there is none.

@@ -37,28 +37,39 @@ pub(super) fn into_scatters(params: &[Param], e: &Entry) -> Result<Option<Entry>
     if !e.values().any(|v| term(v).is_some()) {
         return Ok(None);
     }
+    let sum = |out: &mut Entry, v: ValueId, inputs: Vec<ValueId>, map: &[ValueId]| {
+        let n = e.node(v);
+        let Some(i) = term(v) else { return out.push_from(params, n.op.clone(), &inputs, n.origin.clone()) };
+        let s = e.node(n.inputs[i]);
+        let rest: Vec<ValueId> = inputs.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, x)| *x).collect();
+        let onto = match rest[..] {
+            [x] => x,
+            _ => out.push_from(params, Op::Add, &rest, n.origin.clone())?,
+        };
+        let with = [onto, map[s.inputs[1].index()], map[s.inputs[2].index()]];
+        out.push_from(params, s.op.clone(), &with, s.origin.clone())
+    };
+    rebuilt(e, sum).map(Some)
+}
+
+/// The entry node by node, each as `node` makes it in the new one: from its number, its inputs there, and where every earlier
+/// value went.
+///
+/// # Errors
+/// Those of `node`.
+pub(super) fn rebuilt(
+    e: &Entry,
+    mut node: impl FnMut(&mut Entry, ValueId, Vec<ValueId>, &[ValueId]) -> Result<ValueId, IrError>,
+) -> Result<Entry, IrError> {
     let mut out = Entry::new(e.name.clone());
     let mut map: Vec<ValueId> = vec![];
     for v in e.values() {
-        let n = e.node(v);
-        let inputs: Vec<ValueId> = n.inputs.iter().map(|i| map[i.index()]).collect();
-        let x = match term(v) {
-            Some(i) => {
-                let s = e.node(n.inputs[i]);
-                let rest: Vec<ValueId> = inputs.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, x)| *x).collect();
-                let onto = match rest[..] {
-                    [x] => x,
-                    _ => out.push_from(params, Op::Add, &rest, n.origin.clone())?,
-                };
-                let with = [onto, map[s.inputs[1].index()], map[s.inputs[2].index()]];
-                out.push_from(params, s.op.clone(), &with, s.origin.clone())?
-            }
-            None => out.push_from(params, n.op.clone(), &inputs, n.origin.clone())?,
-        };
+        let inputs = e.node(v).inputs.iter().map(|i| map[i.index()]).collect();
+        let x = node(&mut out, v, inputs, &map)?;
         map.push(x);
     }
     out.roots = e.roots.iter().map(|r| Root { kind: r.kind.clone(), value: map[r.value.index()] }).collect();
-    Ok(Some(out))
+    Ok(out)
 }
 
 /// Terms of a sum at most.
@@ -73,25 +84,18 @@ pub(super) fn of_many(params: &[Param], e: &Entry) -> Result<Option<Entry>, IrEr
     if !e.values().any(long) {
         return Ok(None);
     }
-    let mut out = Entry::new(e.name.clone());
-    let mut map: Vec<ValueId> = vec![];
-    for v in e.values() {
+    let split = |out: &mut Entry, v: ValueId, mut inputs: Vec<ValueId>, _: &[ValueId]| {
         let n = e.node(v);
-        let mut inputs: Vec<ValueId> = n.inputs.iter().map(|i| map[i.index()]).collect();
         while n.op == Op::Add && inputs.len() > TERMS {
-            let mut sums = vec![];
-            for part in inputs.chunks(TERMS) {
-                sums.push(match part {
-                    [x] => *x,
-                    _ => out.push_from(params, Op::Add, part, n.origin.clone())?,
-                });
-            }
-            inputs = sums;
+            let sum = |part: &[ValueId]| match part {
+                [x] => Ok(*x),
+                _ => out.push_from(params, Op::Add, part, n.origin.clone()),
+            };
+            inputs = inputs.chunks(TERMS).map(sum).collect::<Result<_, _>>()?;
         }
-        map.push(out.push_from(params, n.op.clone(), &inputs, n.origin.clone())?);
-    }
-    out.roots = e.roots.iter().map(|r| Root { kind: r.kind.clone(), value: map[r.value.index()] }).collect();
-    Ok(Some(out))
+        out.push_from(params, n.op.clone(), &inputs, n.origin.clone())
+    };
+    rebuilt(e, split).map(Some)
 }
 
 /// Gives every parameter that is set to a constant a value of its own.
