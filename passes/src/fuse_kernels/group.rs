@@ -36,6 +36,10 @@ pub(super) struct Group {
     pub(super) apart: BTreeSet<ValueId>,
 }
 
+/// Tensors that a kernel reads at most because values that could be apart share it: each has an address and is on its way to
+/// registers, and a long chain of sums, such as a residual stream that is built again, would have one kernel for all of it.
+const MOST_READ: usize = 24;
+
 /// A partition of an entry's computed values.
 pub(super) struct Partition {
     pub(super) kind: Vec<Kind>,
@@ -396,7 +400,8 @@ impl Partition {
             if *ok {
                 set.insert(*g);
                 let near = |x: &ValueId| self.group_of[x.index()].is_some_and(|h| set.contains(&h));
-                if apart.iter().any(near) || !self.separable(&set) || self.reach.cycle(&set, before) {
+                let apart = apart.iter().any(near) || !self.separable(&set);
+                if apart || self.reach.cycle(&set, before) || self.read_by(e, v, &set) > MOST_READ {
                     set.remove(g);
                 }
             }
@@ -409,6 +414,13 @@ impl Partition {
         if let Some(g) = self.group_of[v.index()] {
             self.groups[g].apart.extend(apart);
         }
+    }
+
+    /// Tensors that some groups and `v` would read from memory as one kernel.
+    fn read_by(&self, e: &Entry, v: ValueId, set: &BTreeSet<usize>) -> usize {
+        let outside = |x: &&ValueId| !self.group_of[x.index()].is_some_and(|h| set.contains(&h)) && e.ty(**x).rank() > 0;
+        let members = set.iter().flat_map(|g| &self.groups[*g].members).chain([&v]);
+        members.flat_map(|m| self.sources(*m)).filter(outside).collect::<BTreeSet<_>>().len()
     }
 
     pub(super) fn merge(&mut self, v: ValueId, set: &BTreeSet<usize>, before: &Bits) {

@@ -125,8 +125,9 @@ pub fn forms(full: bool) -> Vec<Form> {
         out.push(Form { cached: true, gradient: false, ..plain });
     }
     // The widths of large models, with few heads.
-    for head_dim in [128, 256].into_iter().filter(|_| !full) {
-        let x = Form { head_dim, heads: (1, 1), causal: true, window: None, cached: false, gradient: true };
+    for head_dim in [112, 128, 256].into_iter().filter(|_| !full) {
+        let window = (head_dim == 112).then_some(40);
+        let x = Form { head_dim, heads: (1, 1), causal: true, window, cached: false, gradient: true };
         out.push(x);
     }
     out

@@ -43,24 +43,33 @@ fn plan(name: &str, dtype: DType, chip: GpuChip) -> Plan {
 
 /// Assembles the code of a plan: no spills, no stack.
 fn assemble(name: &str, plan: &Plan) {
-    if ptxas::program().is_none() {
+    let faults = spilling(name, plan);
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+/// Assembles the code of a plan: the launches that spill or use the stack, in words.
+fn spilling(name: &str, plan: &Plan) -> Vec<String> {
+    let Some(program) = ptxas::program() else {
         eprintln!("skipped: {name} is not assembled, there is no ptxas; set PLEACH_PTXAS or run `make setup`");
-        return;
-    }
+        return vec![];
+    };
     let mut all = BTreeMap::new();
     for b in &plan.blobs {
-        all.extend(
-            ptxas::assemble(name, &plan.target.arch, &b.bytes).unwrap_or_else(|e| panic!("{e}")).unwrap_or_default(),
-        );
+        let own = pleach_codegen::ptxas::assemble(&program, &b.bytes, &plan.target.arch);
+        all.extend(own.unwrap_or_else(|e| panic!("{name}: {e}")));
     }
     let table = std::env::var_os("PLEACH_RESOURCES").is_some();
+    let mut faults = vec![];
     for l in plan.kernels.iter().flat_map(|k| &k.launches) {
         let r = all[&l.function];
         if table {
             eprintln!("{name} {:60} {:4} threads {:6} shared {r:?}", l.function, l.block, l.shared_bytes);
         }
-        assert!(r.spills == 0 && r.stack == 0, "{name}: {} has {r:?}", l.function);
+        if r.spills > 0 || r.stack > 0 {
+            faults.push(format!("{name}: {} has {r:?}", l.function));
+        }
     }
+    faults
 }
 
 fn check(name: &str, dtype: DType, chip: GpuChip) {
@@ -130,6 +139,80 @@ fn small_models_run() {
     shaped_plan("minilm", &graph, DType::BF16, GpuChip::Sm90a);
 }
 
+/// Lines of an entry's values, and what becomes of them.
+#[derive(Default)]
+struct Text {
+    lines: Vec<String>,
+    outputs: Vec<usize>,
+}
+
+impl Text {
+    fn value(&mut self, line: &str) -> usize {
+        self.lines.push(line.to_string());
+        self.lines.len() - 1
+    }
+
+    fn input(&mut self, name: &str, ty: &str) -> usize {
+        self.value(&format!("input \"{name}\" : {ty}"))
+    }
+
+    fn graph(&self) -> Graph {
+        let lines = self.lines.iter().enumerate().map(|(i, l)| format!("%{i} = {l}\n"));
+        let outputs = self.outputs.iter().map(|v| format!("output \"r{v}\" %{v}\n"));
+        let text = format!("graph core\nentry \"infer\" {{\n{}}}\n", lines.chain(outputs).collect::<String>());
+        pleach_ir::text::parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"))
+    }
+}
+
+/// Kernels that have more on their way than a thread has registers, if all of it is on its way at once.
+#[test]
+fn what_reads_much_keeps_little() {
+    // A stream to which one thing after the other is added, every state of it a result.
+    let mut t = Text::default();
+    let wide = "f32[T,4096]";
+    let mut stream = t.input("x", "bf16[T,4096]");
+    for i in 0..48 {
+        let (x, m) = (t.input(&format!("x{i}"), wide), t.input(&format!("m{i}"), "f32[4096]"));
+        let m = t.value(&format!("broadcast(%{m}) {{axes = [1]}} : {wide}"));
+        let x = t.value(&format!("mul(%{x}, %{m}) : {wide}"));
+        let old = t.value(&format!("cast(%{stream}) : {wide}"));
+        let sum = t.value(&format!("add(%{old}, %{x}) : {wide}"));
+        stream = t.value(&format!("cast(%{sum}) : bf16[T,4096]"));
+        t.outputs.push(stream);
+    }
+    let stream = t.graph();
+    // A product whose elements meet many others; its sum is over few steps.
+    let mut t = Text::default();
+    let (wide, half) = ("f32[T,4096]", "bf16[T,4096]");
+    let (x, w) = (t.input("x", "bf16[T,576]"), t.input("w", "bf16[576,4096]"));
+    let y = t.value(&format!("matmul(%{x}, %{w}) : {wide}"));
+    for i in 0..2 {
+        let [a, b, c] = [0, 1, 2].map(|n| t.input(&format!("{i}{n}"), wide));
+        let [a, b] = [a, b].map(|a| t.value(&format!("mul(%{y}, %{a}) : {wide}")));
+        let b = t.value(&format!("mul(%{b}, %{c}) : {wide}"));
+        let sum = t.value(&format!("add(%{a}, %{b}) : {wide}"));
+        let short = t.value(&format!("cast(%{sum}) : {half}"));
+        t.outputs.extend([sum, short]);
+    }
+    let product = t.graph();
+    // Three results of one thin product.
+    let mut t = Text::default();
+    let (x, w) = (t.input("x", "bf16[T,4096]"), t.input("w", "bf16[48,4096]"));
+    let y = t.value(&format!("matmul(%{x}, %{w}) {{tb}} : f32[T,48]"));
+    for i in 0..3 {
+        let part = t.value(&format!("slice(%{y}) {{axis = 1, start = {}, end = {}}} : f32[T,16]", 16 * i, 16 * i + 16));
+        let part = t.value(&format!("cast(%{part}) : bf16[T,16]"));
+        t.outputs.push(part);
+    }
+    let thin = t.graph();
+    for chip in GpuChip::ALL {
+        for (name, graph, kernels) in [("stream", &stream, 2), ("product", &product, 1), ("thin", &thin, 1)] {
+            let plan = shaped_plan(name, graph, DType::F32, chip);
+            assert_eq!(plan.kernels.len(), kernels, "{name}");
+        }
+    }
+}
+
 /// Every form that a kernel of a layer's training step can have.
 #[test]
 #[ignore = "takes minutes: `make test-gpu-full`"]
@@ -149,21 +232,30 @@ fn every_form_of_a_layer() {
 #[test]
 #[ignore = "takes minutes: `make test-gpu-full`"]
 fn whole_models() {
+    let mut faults = vec![];
+    let mut check = |name: &str, graph: &Graph, dtype: DType, chip: GpuChip| {
+        let s = schedule(graph, dtype);
+        let (plan, times) = compile_gpu(&s, chip, 2, Meta::default()).unwrap();
+        let launches: usize = plan.entries.iter().map(|e| e.steps.len()).sum();
+        eprintln!("{name} {} {dtype}: {} kernels, {launches} launches, {times:?}", chip.name(), plan.kernels.len());
+        faults.extend(spilling(&format!("{name} {} {dtype}", chip.name()), &plan));
+    };
     for chip in GpuChip::ALL {
         let large = shaped::LLAMA_3_8B.open(32).unwrap();
         for method in ["lora", "paca", "dora"] {
             let graph = large.training(method, 16).unwrap();
-            shaped_plan(&format!("llama-3-8b {method}"), &graph, DType::BF16, chip);
+            check(&format!("llama-3-8b {method}"), &graph, DType::BF16, chip);
         }
         let graph = large.inference(&["infer", "generate"], 16).unwrap();
-        shaped_plan("llama-3-8b infer, generate", &graph, DType::BF16, chip);
+        check("llama-3-8b infer, generate", &graph, DType::BF16, chip);
         let small = shaped::SMOLLM2.open(30).unwrap();
         for dtype in [DType::BF16, DType::F32] {
-            shaped_plan("smollm2 lora", &small.training("lora", 8).unwrap(), dtype, chip);
+            check("smollm2 lora", &small.training("lora", 8).unwrap(), dtype, chip);
             let graph = small.inference(&["infer", "generate"], 8).unwrap();
-            shaped_plan("smollm2 infer, generate", &graph, dtype, chip);
+            check("smollm2 infer, generate", &graph, dtype, chip);
             let graph = shaped::minilm().unwrap().inference(&["infer"], 0).unwrap();
-            shaped_plan("minilm", &graph, dtype, chip);
+            check("minilm", &graph, dtype, chip);
         }
     }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
 }

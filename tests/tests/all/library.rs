@@ -51,8 +51,12 @@ entry "infer" {
 
 /// The layer as it is compiled, or without rewriting, which moves the scale out of the way.
 fn layer(rewritten: bool) -> (Graph, Schedule) {
+    cut(LAYER, rewritten)
+}
+
+fn cut(text: &str, rewritten: bool) -> (Graph, Schedule) {
     let options = Options { target: Target::GPU, dtype: DType::BF16, ..Options::default() };
-    let graph = pleach_ir::text::parse(LAYER).unwrap();
+    let graph = pleach_ir::text::parse(text).unwrap();
     let disable = if rewritten { vec![] } else { vec!["rewrite".to_string(), "fold-params".to_string()] };
     let passes = Pipeline { disable, ..Pipeline::default() };
     let after = manager::run(&graph, &passes, &options).unwrap().graph;
@@ -114,6 +118,15 @@ fn every_kind_of_product_is_offered() {
         |l: &[pleach_plan::Launch]| l.iter().filter(|l| l.when.as_ref().is_some_and(|w| w.most.is_some())).count();
     assert!(ways.iter().all(|(k, y)| few(&k.launches) == few(&y.launches)));
     assert!(ways.iter().any(|(_, y)| few(&y.launches) > 0));
+}
+
+#[test]
+fn results_that_are_no_whole_pieces_of_memory_go_through_scratch_memory() {
+    let narrow = LAYER.replace("[8,64]", "[4,64]").replace("[64,8]", "[64,4]").replace("[T,8]", "[T,4]");
+    let plan = by_library(&cut(&narrow, true).1);
+    let all = plan.kernels.iter().filter_map(|k| k.library.as_ref()).flat_map(|y| &y.products);
+    let thin: Vec<_> = all.filter(|p| p.columns == 4).collect();
+    assert!(!thin.is_empty() && thin.iter().all(|p| p.to.buffer.is_none()), "{thin:?}");
 }
 
 #[test]

@@ -218,8 +218,17 @@ impl<'a> Pull<'a> {
         self.written.clear();
     }
 
-    /// Writes results at indices, after all of them are computed.
+    /// Writes results at indices. A result in memory of its own is written as soon as it is computed, so that the registers of many
+    /// are never needed together; those over operands are written after all are computed. `list` has the places of a result side by side.
     pub(super) fn store(&mut self, f: &mut Func, list: &[(usize, Vec<At>)]) {
+        let (over, own): (Vec<_>, Vec<_>) = list.iter().cloned().partition(|(i, _)| self.k.aliases[*i].is_some());
+        for result in own.chunk_by(|a, b| a.0 == b.0) {
+            self.store_together(f, result);
+        }
+        self.store_together(f, &over);
+    }
+
+    fn store_together(&mut self, f: &mut Func, list: &[(usize, Vec<At>)]) {
         let mut values = vec![];
         for (i, index) in list {
             let root = self.k.body.roots[*i].value;

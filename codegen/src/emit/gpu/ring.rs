@@ -155,10 +155,11 @@ pub(super) struct Roles {
     consumers: i64,
 }
 
-/// Registers of a thread that copies, and of one that multiplies, where they differ.
-const REGISTERS: [u32; 2] = [40, 232];
-
 impl Roles {
+    /// Registers of a thread that copies, and of one that multiplies, where there are several warpgroups of those.
+    const COPIES: i64 = 40;
+    pub(super) const MULTIPLIES: i64 = 232;
+
     pub(super) fn new(f: &mut Func, consumers: i64) -> Roles {
         let tid = super::special(f, "tid.x");
         // Taken from lane 0, so that the assembler sees one value for the warp.
@@ -192,7 +193,7 @@ impl Roles {
             &[],
             |f| {
                 if shifts {
-                    f.stmt(&format!("nvvm.setmaxregister decrease {}", REGISTERS[0]));
+                    f.stmt(&format!("nvvm.setmaxregister decrease {}", Roles::COPIES));
                 }
                 let (leader, end) = (f.op("nvvm.elect.sync -> i1"), f.i64(32));
                 let warp = f.cmp("slt", &self.tid, &end);
@@ -202,7 +203,7 @@ impl Roles {
             },
             |f| {
                 if shifts {
-                    f.stmt(&format!("nvvm.setmaxregister increase {}", REGISTERS[1]));
+                    f.stmt(&format!("nvvm.setmaxregister increase {}", Roles::MULTIPLIES));
                 }
                 let own = f.op(format!("arith.extui {} : i32 to i64", self.group));
                 let own = f.addc(&own, -1);

@@ -9,8 +9,8 @@ use crate::emit::func::{Func, Val};
 
 /// Elements that a thread computes side by side.
 pub(super) const TOGETHER: i64 = 4;
-/// Columns of one batch of a warp at most.
-const BATCH: i64 = 64;
+/// Columns of one batch of a warp, the widest first.
+pub(super) const BATCHES: [i64; 3] = [64, 32, 16];
 
 /// A part of the results: 16 rows.
 pub(super) struct Tile<'a> {
@@ -24,6 +24,8 @@ pub(super) struct Tile<'a> {
     pub(super) columns: i64,
     /// Columns of a tile, which all tiles together may exceed those of the results by.
     pub(super) tile: i64,
+    /// Columns of one batch at most.
+    pub(super) batch: i64,
 }
 
 /// Exchanges pairs of two neighbouring blocks of 8 columns: an even lane gets four columns of the first, an odd one of the
@@ -60,7 +62,8 @@ pub(super) fn each(
     let whole = known.is_some_and(|n| n % t.tile == 0);
     // Columns at which all of a batch are inside or none is.
     let divides = |w: &i64| whole || known.is_some_and(|n| n % w == 0);
-    let step = [BATCH, 32, 16].into_iter().find(|w| t.columns % w == 0 && divides(w)).unwrap_or(16);
+    let fits = |w: &i64| *w <= t.batch && t.columns % w == 0 && divides(w);
+    let step = BATCHES.into_iter().find(fits).unwrap_or(16);
     let by_piece = !divides(&step);
     for half in 0..2 {
         let m = f.addc(&row, 8 * half);

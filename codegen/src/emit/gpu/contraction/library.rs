@@ -74,7 +74,7 @@ pub(super) fn emit(
     Ok(Some((text, ByLibrary { products, launches }, split::scratch(k, symbols, a, 1)?)))
 }
 
-/// The type in which the only result is its sum and nothing else, written where nobody else's values lie.
+/// The type in which the only result is its sum and nothing else, written where nobody else's values lie, in whole pieces of 16 bytes.
 fn straight(k: &Kernel, a: &Analysis) -> Option<Stored> {
     let ([root], [None], [group]) = (k.body.roots.as_slice(), k.aliases.as_slice(), a.groups.as_slice()) else {
         return None;
@@ -85,7 +85,8 @@ fn straight(k: &Kernel, a: &Analysis) -> Option<Stored> {
         Op::Cast(DType::BF16) if group.products.len() == 1 => (node.inputs[0], Stored::BF16),
         _ => (root.value, Stored::F32),
     };
-    let found = a.sums.get(&(sum, 0)).is_some_and(|s| s.rest.is_empty());
+    let pieces = a.n.known().is_some_and(|n| n.is_multiple_of(16 / dtype.size()));
+    let found = pieces && a.sums.get(&(sum, 0)).is_some_and(|s| s.rest.is_empty());
     (found && k.body.ty(sum).dtype == DType::F32).then_some(dtype)
 }
 

@@ -22,7 +22,7 @@ use crate::emit::contraction::analyze::Analysis;
 use crate::emit::func::{Func, Val};
 use crate::emit::{dim_expr, unsupported};
 use crate::error::CodegenError;
-use pleach_ir::{Kernel, Sym};
+use pleach_ir::{Kernel, Op, Sym, ValueId};
 use pleach_plan::{ByLibrary, Expr, Launch, When};
 
 /// Emits a contraction kernel, in this form if one is wished.
@@ -91,6 +91,34 @@ fn tensors(
         return Ok(None);
     }
     tensor::emit(k, symbols, a, &chip.limits(), wish)
+}
+
+/// Registers that addresses of tiles, places in them and loops take, roughly.
+const OTHERS: i64 = 24;
+
+/// Columns of a batch of the epilogue, as many as there are registers for: of those of a thread, `sums` are accumulators, every buffer
+/// has an address, and an element takes what is read for it and one of each group of accumulators.
+fn batch(k: &Kernel, a: &Analysis, registers: i64, sums: i64) -> i64 {
+    let body = &k.body;
+    let mut seen = vec![false; body.nodes.len()];
+    let mut stack: Vec<ValueId> = body.roots.iter().map(|r| r.value).collect();
+    let mut bytes = 0;
+    while let Some(v) = stack.pop() {
+        let n = body.node(v);
+        if std::mem::replace(&mut seen[v.index()], true) || matches!(n.op, Op::MatMul { .. }) {
+            continue;
+        }
+        let by_column = n.ty.rank() >= 2 || n.ty.shape.first() == Some(&a.n);
+        if matches!(n.op, Op::Input { .. }) && by_column {
+            bytes += n.ty.dtype.size() as i64;
+        }
+        stack.extend(&n.inputs);
+    }
+    let left = registers - sums - 2 * (k.operands.len() + k.results.len()) as i64 - OTHERS;
+    // A thread has a quarter of the columns of a batch.
+    let columns = 4 * left * 4 / (bytes + 4 * a.groups.len() as i64);
+    let all = fragment::BATCHES;
+    all.into_iter().find(|w| *w <= columns).unwrap_or(all[all.len() - 1])
 }
 
 /// Writes 16 rows of all results from fragments of matrix instructions.

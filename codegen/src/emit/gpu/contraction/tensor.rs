@@ -201,6 +201,10 @@ pub(super) fn emit(
     let (rows, columns) =
         (f.cmp("slt", &place.block[0], &place.size[0]), f.cmp("slt", &place.block[1], &place.size[1]));
     let some = f.op(format!("arith.andi {rows}, {columns} : i1"));
+    let simple = sets(a) == 1 && k.body.roots.len() == 1 && cut.size[0] * cut.size[1] <= 128 * 128;
+    let resident = if simple { 2 } else { 1 };
+    let sums = (a.groups.len() * place.elements()) as i64;
+    let at_once = super::batch(k, a, 256 / resident - 1, sums);
     f.if_(&some, |f| {
         let mut totals: Vec<Option<Vec<Val>>> = vec![None; a.groups.len()];
         for pass in &passes {
@@ -242,7 +246,7 @@ pub(super) fn emit(
             }
         }
         let sums: Vec<Vec<Val>> = totals.into_iter().flatten().collect();
-        place.each(f, &sums, |f, tile, sums| match parts {
+        place.each(f, at_once, &sums, |f, tile, sums| match parts {
             1 => write(f, &mut p, a, &batch, tile, sums),
             _ => fragment::each(f, tile, sums, |f, at, places, x| split::keep(f, &place.size, &z, at, places, x)),
         });
@@ -254,9 +258,7 @@ pub(super) fn emit(
         batches = batches.mul(dim_expr(k, *d, symbols)?);
     }
     let grid = [blocks(a.n, cut.size[1])?, blocks(a.m, cut.size[0])?, batches];
-    let simple = sets(a) == 1 && k.body.roots.len() == 1 && cut.size[0] * cut.size[1] <= 128 * 128;
-    let (mut text, launch) =
-        unit.finish(grid, THREADS as u32, (STAGES * cut.stage()) as u32, if simple { 2 } else { 1 });
+    let (mut text, launch) = unit.finish(grid, THREADS as u32, (STAGES * cut.stage()) as u32, resident as u32);
     if parts == 1 {
         return Ok(Some((text, vec![launch], Expr::Const(0))));
     }
@@ -425,7 +427,13 @@ impl Place {
     }
 
     /// Calls `put` with every 16 rows of the warp and the accumulators of each group in them.
-    fn each(&self, f: &mut Func, sums: &[Vec<Val>], mut put: impl FnMut(&mut Func, &fragment::Tile<'_>, &[Vec<Val>])) {
+    fn each(
+        &self,
+        f: &mut Func,
+        batch: i64,
+        sums: &[Vec<Val>],
+        mut put: impl FnMut(&mut Func, &fragment::Tile<'_>, &[Vec<Val>]),
+    ) {
         let [rows, columns] = self.cut.own();
         let (m0, n0) = (f.add(&self.block[0], &self.warp[0]), f.add(&self.block[1], &self.warp[1]));
         for i in 0..rows {
@@ -436,6 +444,7 @@ impl Place {
                 size: [&self.size[0], &self.size[1]],
                 columns: 8 * columns,
                 tile: self.cut.size[1],
+                batch,
             };
             let own: Vec<Vec<Val>> =
                 sums.iter().map(|s| s[(4 * i * columns) as usize..][..4 * columns as usize].to_vec()).collect();

@@ -13,7 +13,7 @@ use crate::emit::gpu::at::At;
 use crate::emit::gpu::launch::{Unit, shared_at, shared_load, shared_store};
 use crate::emit::gpu::mma;
 use crate::emit::gpu::pull::Pull;
-use crate::emit::gpu::{barrier, special};
+use crate::emit::gpu::{barrier, special, wgmma};
 use crate::error::CodegenError;
 use pleach_ir::{DType, Dim, Kernel, Sym};
 use pleach_plan::{Expr, Launch};
@@ -23,11 +23,15 @@ pub(super) const ROWS: i64 = 8;
 /// Columns of a block.
 const COLUMNS: i64 = 16;
 const WARPS: i64 = 8;
+/// Warps whose sums are added in one turn.
+const ADDED: i64 = 4;
 /// Summed elements that a warp takes at once, and of those a lane.
 const STEP: i64 = 64;
 const OWN: i64 = 16;
 /// Columns that a thread writes.
 const TOGETHER: i64 = 4;
+/// Registers of operands that are on their way at once: two blocks of a multiprocessor leave 128 to a thread.
+const LOADED: i64 = 96;
 /// Groups of accumulators at most.
 const GROUPS: usize = 4;
 
@@ -130,23 +134,7 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<(
         f.if_(&writes, |f| {
             let at = f.mulc(&row, COLUMNS);
             let at = f.add(&at, &column);
-            let mut sums = vec![];
-            for g in 0..groups {
-                let mut total: Vec<Val> = vec![];
-                for w in 0..WARPS {
-                    let at = f.addc(&at, (w * groups + g) * ROWS * COLUMNS);
-                    let from = shared_at(f, &shared, &at, "f32");
-                    let x = shared_load(f, &from, "vector<4xf32>", 16);
-                    for i in 0..TOGETHER as usize {
-                        let x = f.op(format!("vector.extract {x}[{i}] : f32 from vector<4xf32>"));
-                        match total.get(i).cloned() {
-                            Some(t) => total[i] = f.op(format!("arith.addf {t}, {x} : f32")),
-                            None => total.push(x),
-                        }
-                    }
-                }
-                sums.push(total);
-            }
+            let sums = added(f, &shared, &at, groups);
             p.together = TOGETHER;
             let index = [At::of(f, &row, 1), At::of(f, &column_of_all, TOGETHER)];
             epilogue(f, &mut p, a, &index, &[0, 1, 2, 3], &sums);
@@ -155,6 +143,33 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<(
     p.finish()?;
     let grid = [Expr::Const(n.div_ceil(COLUMNS as u64)), Expr::Const(1), Expr::Const(1)];
     Ok(Some(unit.finish(grid, 32 * WARPS as u32, 0, 2)))
+}
+
+/// Neighbouring elements of every group, each the sum over the warps in their order: from `at` of the sums in shared memory on.
+fn added(f: &mut Func, shared: &Val, at: &Val, groups: i64) -> Vec<Vec<Val>> {
+    let none = f.f32(0.0, 1);
+    let init = vec![(none, "f32".to_string()); (groups * TOGETHER) as usize];
+    // Hidden from LLVM: with all turns written out the assembler starts all loads at once, and has no registers for them.
+    let end = f.i64(WARPS);
+    let (zero, end) = (f.i64(0), wgmma::settled(f, &[end], "i64", "l").remove(0));
+    let all = f.for_(&zero, &end, ADDED, &init, |f, first, sums| {
+        let mut sums = sums.to_vec();
+        let first = f.mulc(first, groups * ROWS * COLUMNS);
+        let first = f.add(at, &first);
+        for w in 0..ADDED {
+            for (g, sums) in sums.chunks_mut(TOGETHER as usize).enumerate() {
+                let at = f.addc(&first, (w * groups + g as i64) * ROWS * COLUMNS);
+                let from = shared_at(f, shared, &at, "f32");
+                let x = shared_load(f, &from, "vector<4xf32>", 16);
+                for (i, s) in sums.iter_mut().enumerate() {
+                    let x = f.op(format!("vector.extract {x}[{i}] : f32 from vector<4xf32>"));
+                    *s = f.op(format!("arith.addf {s}, {x} : f32"));
+                }
+            }
+        }
+        sums
+    });
+    all.chunks(TOGETHER as usize).map(<[Val]>::to_vec).collect()
 }
 
 /// The index, or the last one there is.
@@ -203,14 +218,17 @@ fn accumulate(
 ) -> Vec<Val> {
     // As many steps at once as divide the warps' share, else one at a time with a look at the end.
     let round = STEP * WARPS;
-    let most = if weights.len() > 2 { 2 } else { 4 };
+    let most = (LOADED / (2 * 4 * (1 + weights.len() as i64))).max(1);
     let together = (1..=most).rev().find(|u| depth % (round * u) == 0);
+    let step = round * together.unwrap_or(1);
     let (zero, end) = (f.i64(0), f.i64((depth + round - 1) / round * round));
+    // Hidden from LLVM, which would write out a short loop, and have the operands of all turns on their way.
+    let end = if depth <= step { end } else { wgmma::settled(f, &[end], "i64", "l").remove(0) };
     let own = f.mulc(quarter, OWN);
     let shift = f.mulc(warp, STEP);
     let own = f.add(&own, &shift);
     let init: Vec<(Val, String)> = begin.into_iter().map(|x| (x, "f32".to_string())).collect();
-    f.for_(&zero, &end, round * together.unwrap_or(1), &init, |f, at, sums| {
+    f.for_(&zero, &end, step, &init, |f, at, sums| {
         let at = f.add(&own, at);
         let mut loaded = vec![];
         for piece in 0..2 * together.unwrap_or(1) {

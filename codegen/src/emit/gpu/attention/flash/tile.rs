@@ -34,40 +34,57 @@ impl Source {
     }
 
     /// Starts the copies of `rows` rows of a head, from `first` on, to byte `to` of shared memory; zeros from row `end` on.
+    ///
+    /// A row is shared by a power of two of threads, some of them idle where its pieces are no power of two: then a thread's
+    /// places differ by constants, where each would be a division that waits in registers of its own.
     pub(super) fn fill(&self, f: &mut Func, t: &Thread, rows: i64, head: &Val, (first, end): (&Val, &Val), to: &Val) {
         let pieces = self.d / PIECE;
-        let total = rows * pieces;
-        for i in 0..(total as u64).div_ceil(THREADS as u64) as i64 {
-            let n = f.addc(&t.tid, i * THREADS);
-            let copy = |f: &mut Func| {
-                let (row, piece) = (f.divc(&n, pieces), f.remc(&n, pieces));
-                let own = f.add(first, &row);
-                let inside = f.cmp("slt", &own, end);
-                let line = f.mulc(&own, self.stride);
-                let start = f.mulc(head, self.d);
-                let at = f.add(&line, &start);
-                let within = f.mulc(&piece, PIECE);
-                let (at, zero) = (f.add(&at, &within), f.i64(0));
-                let at = f.op(format!("arith.select {inside}, {at}, {zero} : i64"));
-                let from =
-                    f.op(format!("llvm.getelementptr {}[{at}] : (!llvm.ptr<1>, i64) -> !llvm.ptr<1>, i16", self.base));
-                let (all, none) = (f.i32(16, 1), f.i32(0, 1));
-                let bytes = f.op(format!("arith.select {inside}, {all}, {none} : i32"));
-                let (a, b) = (f.mulc(&row, Source::pitch(self.d)), f.mulc(&piece, 16));
-                let place = f.add(&a, &b);
-                let place = f.add(&place, to);
-                let place = shared_at(f, &t.smem, &place, "i8");
-                f.stmt(&format!(
-                    "nvvm.cp.async.shared.global {place}, {from}, 16, cache = cg, {bytes} : !llvm.ptr<3>, !llvm.ptr<1>, i32"
-                ));
-            };
-            if (i + 1) * THREADS <= total {
-                copy(f);
-            } else {
-                let end = f.i64(total);
-                let some = f.cmp("slt", &n, &end);
-                f.if_(&some, copy);
+        let lanes = (pieces as u64).next_power_of_two() as i64;
+        let at_once = THREADS / lanes;
+        let (row, piece) = (f.divc(&t.tid, lanes), f.remc(&t.tid, lanes));
+        let copies = |f: &mut Func| {
+            let (a, b) = (f.mulc(&row, Source::pitch(self.d)), f.mulc(&piece, 16));
+            let place = f.add(&a, &b);
+            let place = f.add(&place, to);
+            let own = f.add(first, &row);
+            let line = f.mulc(&own, self.stride);
+            let start = f.mulc(head, self.d);
+            let at = f.add(&line, &start);
+            let within = f.mulc(&piece, PIECE);
+            let at = f.add(&at, &within);
+            for i in 0..(rows as u64).div_ceil(at_once as u64) as i64 {
+                let copy = |f: &mut Func| {
+                    let own = f.addc(&own, i * at_once);
+                    let inside = f.cmp("slt", &own, end);
+                    let (at, zero) = (f.addc(&at, i * at_once * self.stride), f.i64(0));
+                    let at = f.op(format!("arith.select {inside}, {at}, {zero} : i64"));
+                    let from = f.op(format!(
+                        "llvm.getelementptr {}[{at}] : (!llvm.ptr<1>, i64) -> !llvm.ptr<1>, i16",
+                        self.base
+                    ));
+                    let (all, none) = (f.i32(16, 1), f.i32(0, 1));
+                    let bytes = f.op(format!("arith.select {inside}, {all}, {none} : i32"));
+                    let place = f.addc(&place, i * at_once * Source::pitch(self.d));
+                    let place = shared_at(f, &t.smem, &place, "i8");
+                    f.stmt(&format!(
+                        "nvvm.cp.async.shared.global {place}, {from}, 16, cache = cg, {bytes} : !llvm.ptr<3>, !llvm.ptr<1>, i32"
+                    ));
+                };
+                if (i + 1) * at_once <= rows {
+                    copy(f);
+                } else {
+                    let last = f.i64(rows - i * at_once);
+                    let some = f.cmp("slt", &row, &last);
+                    f.if_(&some, copy);
+                }
             }
+        };
+        if lanes == pieces {
+            copies(f);
+        } else {
+            let width = f.i64(pieces);
+            let busy = f.cmp("slt", &piece, &width);
+            f.if_(&busy, copies);
         }
     }
 }

@@ -111,6 +111,8 @@ fn produce(f: &mut Func, form: &Form, depths: &[Val], ring: &Ring, tiles: &Tiles
         let mut now = carried.to_vec();
         for (pass, depth) in form.passes.iter().zip(depths) {
             let (zero, turns) = (f.i64(0), f.ceil_divc(depth, STEP));
+            // Hidden from LLVM, which would write out a short loop with registers for each turn: there are few for who copies.
+            let turns = if turns.known() == Some(1) { turns } else { wgmma::settled(f, &[turns], "i64", "l").remove(0) };
             let init: Vec<(Val, String)> = now.iter().map(|x| (x.clone(), "i64".to_string())).collect();
             now = f.for_(&zero, &turns, 1, &init, |f, t, now| {
                 let here = [&now[0], &now[1]];
@@ -159,6 +161,8 @@ fn consume(
         .map(|pass| pass.parts.iter().map(|x| x.scale.map(|s| p.eval(f, s, &[]))).collect())
         .collect();
     let within = f.remc(tid, 128);
+    let registers = if cut.consumers > 1 { Roles::MULTIPLIES } else { 255 / cut.resident() };
+    let batch = super::batch(p.k, a, registers, a.groups.len() as i64 * cut.columns / 2);
     let worker = Worker { ring, cut, leads, own: own.clone(), within, shared, sums };
     let init = Ring::start(f);
     tiles.each(f, &init, |f, [m, n], carried| {
@@ -193,6 +197,7 @@ fn consume(
             size: [&tiles.size[0], &tiles.size[1]],
             columns: cut.columns,
             tile: cut.columns,
+            batch,
         };
         write(f, p, a, &[], &tile, &sums);
         now.to_vec()
