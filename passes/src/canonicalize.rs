@@ -156,6 +156,10 @@ impl<'a> Builder<'a> {
             pleach_ir::infer::infer(self.params, op, &t)
         };
         let ty = types(&self.entry, &inputs, &op)?;
+        if let Some((axes, few)) = simplify::before_spread(&self.entry, &ty, &op, &inputs) {
+            let x = self.make(op, few, origin.clone())?;
+            return self.make(Op::Broadcast { shape: ty.shape, axes }, vec![x], origin);
+        }
         // every step shortens the chain under the node or removes an operand; the bound is a guard, never a limit
         for _ in 0..64 {
             match simplify::simplify(&self.entry, &ty, &op, &inputs) {

@@ -97,6 +97,32 @@ fn repeated(e: &Entry, v: ValueId) -> Option<ValueId> {
     (matches!(n.op, Op::Broadcast { .. }) && e.ty(n.inputs[0]).rank() == 0).then(|| n.inputs[0])
 }
 
+/// The operands of an element-wise operator before they are spread over more axes, all in the same way, and that way: what becomes of
+/// them is computed once and spread then.
+pub fn before_spread(e: &Entry, ty: &TensorType, op: &Op, x: &[ValueId]) -> Option<(Vec<u8>, Vec<ValueId>)> {
+    if !op.is_elementwise() || ty.rank() == 0 {
+        return None;
+    }
+    let mut spread: Option<(&[u8], &[Dim])> = None;
+    let mut few = vec![];
+    for &v in x {
+        let n = e.node(v);
+        let from = if e.ty(v).rank() == 0 { Some(v) } else { repeated(e, v) };
+        few.push(match (&n.op, from) {
+            (_, Some(scalar)) => scalar,
+            (Op::Broadcast { axes, .. }, None) => {
+                let shape = &e.ty(n.inputs[0]).shape[..];
+                if *spread.get_or_insert((axes, shape)) != (axes, shape) {
+                    return None;
+                }
+                n.inputs[0]
+            }
+            _ => return None,
+        });
+    }
+    Some((spread.map_or(vec![], |s| s.0.to_vec()), few))
+}
+
 /// Rank-0 values in place of their broadcasts, as long as another operand still has the full shape.
 fn unbroadcast(e: &Entry, ty: &TensorType, op: &Op, x: &[ValueId]) -> Option<Simpler> {
     let full = |v: ValueId| e.ty(v).shape == ty.shape && repeated(e, v).is_none();

@@ -45,6 +45,35 @@ entry "infer" {
 }
 
 #[test]
+fn what_is_spread_is_computed_before() {
+    let l = lines(
+        r#"graph imported
+entry "infer" {
+  %0 = input "mean" : f32[T]
+  %1 = input "x" : f32[T,4]
+  %2 = const 0.5 : f32[]
+  %3 = broadcast(%0) {axes = [0]} : f32[T,4]
+  %4 = broadcast(%2) {axes = []} : f32[T,4]
+  %5 = add(%3, %4) : f32[T,4]
+  %6 = rsqrt(%5) : f32[T,4]
+  %7 = mul(%1, %6) : f32[T,4]
+  %8 = input "g" : f32[4]
+  %9 = broadcast(%8) {axes = [1]} : f32[T,4]
+  %10 = mul(%9, %6) : f32[T,4]
+  %11 = add(%7, %10) : f32[T,4]
+  output "y" %11
+}
+"#,
+    );
+    assert_eq!(
+        l[3..6],
+        ["%3 = add(%0, %2) : f32[T]", "%4 = rsqrt(%3) : f32[T]", "%5 = broadcast(%4) {axes = [0]} : f32[T,4]"]
+    );
+    // What is spread in two ways is not of one shape before.
+    assert!(l.contains(&"%9 = mul(%5, %8) : f32[T,4]".to_string()), "{l:?}");
+}
+
+#[test]
 fn sums_become_flat_and_sorted_only_under_one_reader() {
     let l = lines(
         r#"graph imported

@@ -63,7 +63,7 @@ impl Partition {
     }
 
     /// Whether `v` has the shape of the group's results, or of equal slices of them that nobody else reads whole.
-    fn fits_epilogue(&self, e: &Entry, v: ValueId, g: usize) -> bool {
+    pub(super) fn fits_epilogue(&self, e: &Entry, v: ValueId, g: usize) -> bool {
         let (t, lead) = (e.ty(v), e.ty(self.groups[g].members[0]));
         let k = t.rank();
         if k < 2 || k != lead.rank() || t.shape[..k - 1] != lead.shape[..k - 1] {
@@ -120,7 +120,7 @@ impl Partition {
     }
 
     /// What `v` reads from outside the groups must be loadable at the place of each result element.
-    fn operands_fit(&self, e: &Entry, v: ValueId, set: &BTreeSet<usize>) -> bool {
+    pub(super) fn operands_fit(&self, e: &Entry, v: ValueId, set: &BTreeSet<usize>) -> bool {
         e.node(v).inputs.iter().all(|x| self.operand_fits(e, *x, e.ty(v).rank(), set))
     }
 

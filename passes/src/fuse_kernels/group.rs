@@ -38,7 +38,7 @@ pub(super) struct Group {
 
 /// Tensors that a kernel reads at most because values that could be apart share it: each has an address and is on its way to
 /// registers, and a long chain of sums, such as a residual stream that is built again, would have one kernel for all of it.
-const MOST_READ: usize = 24;
+pub(super) const MOST_READ: usize = 24;
 
 /// A partition of an entry's computed values.
 pub(super) struct Partition {
@@ -152,6 +152,7 @@ impl Partition {
         }
         p.sink(e);
         p.feed_column_sums(e);
+        p.join_beside(e);
         p.join_fills(e);
         p
     }
@@ -418,7 +419,8 @@ impl Partition {
 
     /// Tensors that some groups and `v` would read from memory as one kernel.
     fn read_by(&self, e: &Entry, v: ValueId, set: &BTreeSet<usize>) -> usize {
-        let outside = |x: &&ValueId| !self.group_of[x.index()].is_some_and(|h| set.contains(&h)) && e.ty(**x).rank() > 0;
+        let outside =
+            |x: &&ValueId| !self.group_of[x.index()].is_some_and(|h| set.contains(&h)) && e.ty(**x).rank() > 0;
         let members = set.iter().flat_map(|g| &self.groups[*g].members).chain([&v]);
         members.flat_map(|m| self.sources(*m)).filter(outside).collect::<BTreeSet<_>>().len()
     }
@@ -432,7 +434,7 @@ impl Partition {
     }
 
     /// Makes several groups one: the first of them.
-    fn unite(&mut self, set: &BTreeSet<usize>, before: &Bits) {
+    pub(super) fn unite(&mut self, set: &BTreeSet<usize>, before: &Bits) {
         let Some(first) = set.first().copied() else { return };
         for g in set.iter().skip(1) {
             let moved = std::mem::take(&mut self.groups[*g].members);

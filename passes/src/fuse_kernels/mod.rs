@@ -8,6 +8,7 @@
 //! Assumes a verified graph in phase Core whose parameter-only parts were moved into `prepare` entries. Leaves the
 //! order of launches to `order` and addresses to `plan-memory`.
 
+mod beside;
 mod body;
 mod epilogue;
 mod group;

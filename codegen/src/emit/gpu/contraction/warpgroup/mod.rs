@@ -112,7 +112,8 @@ fn produce(f: &mut Func, form: &Form, depths: &[Val], ring: &Ring, tiles: &Tiles
         for (pass, depth) in form.passes.iter().zip(depths) {
             let (zero, turns) = (f.i64(0), f.ceil_divc(depth, STEP));
             // Hidden from LLVM, which would write out a short loop with registers for each turn: there are few for who copies.
-            let turns = if turns.known() == Some(1) { turns } else { wgmma::settled(f, &[turns], "i64", "l").remove(0) };
+            let turns =
+                if turns.known() == Some(1) { turns } else { wgmma::settled(f, &[turns], "i64", "l").remove(0) };
             let init: Vec<(Val, String)> = now.iter().map(|x| (x.clone(), "i64".to_string())).collect();
             now = f.for_(&zero, &turns, 1, &init, |f, t, now| {
                 let here = [&now[0], &now[1]];
