@@ -277,6 +277,7 @@ impl Request {
         Options {
             merge: self.merge,
             tokens_hint,
+            length_hint: self.train.as_ref().map_or(Options::default().length_hint, |t| t.positions.max(1)),
             dtype: if self.dtype == "bf16" { pleach_ir::DType::BF16 } else { pleach_ir::DType::F32 },
             disabled_rules: self.disable_rules.clone(),
             step_at_once: self.train.as_ref().is_some_and(|t| t.at_once),

@@ -15,8 +15,8 @@ use std::collections::{BTreeMap, BTreeSet};
 const LEAST_US: f64 = 1.0;
 /// Buffers of a joined kernel at most.
 const BUFFERS: usize = 480;
-/// Bytes of the arena that a launch may touch.
-const ARENA: u64 = 64 << 10;
+/// Bytes of the arena that a launch may touch, and all launches of a joined kernel, whose bytes live at once.
+const ARENA: [u64; 2] = [1 << 20, 32 << 20];
 
 /// Joins launches of every entry. Returns by how many there are fewer.
 ///
@@ -37,8 +37,10 @@ pub fn run(s: &mut Schedule, options: &Options) -> Result<usize, PassError> {
         let before = dependences(&s.entries[i]);
         let mut blocks: Vec<Vec<usize>> = vec![];
         for list in equal(s, &s.entries[i], &before).into_values() {
-            let k = &s.kernels[steps[list[0]].as_ref().map_or(0, |x| x.kernel.0 as usize)];
-            let most = BUFFERS / (k.operands.len() + k.results.len()).max(1);
+            let first = &s.entries[i].steps[list[0]];
+            let k = &s.kernels[first.kernel.0 as usize];
+            let fits = (ARENA[1] / arena(&s.entries[i], first).max(1)) as usize;
+            let most = (BUFFERS / (k.operands.len() + k.results.len()).max(1)).min(fits);
             blocks.extend(list.chunks(most.max(1)).map(<[usize]>::to_vec));
         }
         let order = in_order(blocks, &before);
@@ -87,20 +89,19 @@ fn equal(s: &Schedule, e: &ScheduledEntry, before: &[BTreeSet<usize>]) -> BTreeM
         level[i] = before[i].iter().map(|b| level[*b] + 1).max().unwrap_or(0);
         let k = &s.kernels[step.kernel.0 as usize];
         let fixed = k.body.nodes.iter().all(|n| n.ty.symbols().is_empty());
-        let arena: u64 = step
-            .reads
-            .iter()
-            .chain(&step.writes)
-            .map(|b| &e.buffers[b.0 as usize])
-            .filter(|b| matches!(b.kind, BufferKind::Arena | BufferKind::Output(_)))
-            .map(|b| b.ty.bytes(&|_| None).unwrap_or(u64::MAX))
-            .fold(0, u64::saturating_add);
-        let joins = k.class == Class::Row && fixed && arena <= ARENA;
+        let joins = k.class == Class::Row && fixed && arena(e, step) <= ARENA[0];
         // A key of its own keeps a launch alone.
         let own = if joins { 0 } else { i + 1 };
         out.entry((level[i], own, step.kernel.0)).or_default().push(i);
     }
     out
+}
+
+/// Bytes of the arena that a launch touches.
+fn arena(e: &ScheduledEntry, step: &Step) -> u64 {
+    let buffers = step.reads.iter().chain(&step.writes).map(|b| &e.buffers[b.0 as usize]);
+    let own = buffers.filter(|b| matches!(b.kind, BufferKind::Arena | BufferKind::Output(_)));
+    own.map(|b| b.ty.bytes(&|_| None).unwrap_or(u64::MAX)).fold(0, u64::saturating_add)
 }
 
 /// Blocks of launches in an order that keeps every dependence, and else that of their first launches.

@@ -64,6 +64,8 @@ pub struct Options {
     /// Cost hint: the token count an entry is tuned for, by entry name. Entries not named use
     /// [`Options::tokens`]'s defaults.
     pub tokens_hint: Vec<(String, u64)>,
+    /// Cost hint: tokens of a sequence of a training batch.
+    pub length_hint: u64,
     /// Speeds of the target.
     pub target: Target,
     /// Rewrite rules that may not fire, by name.
@@ -90,6 +92,7 @@ impl Default for Options {
         Options {
             merge: false,
             tokens_hint: vec![],
+            length_hint: 128,
             target: Target::CPU,
             disabled_rules: vec![],
             round_limit: 40,

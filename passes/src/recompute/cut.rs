@@ -5,7 +5,7 @@
 //! cut = paid; infinite for what crosses a stop), rebuilt → needed of each operand (∞). Leaves (inputs, parameters, constants)
 //! are always there. Costs are integers, so the cut is the same everywhere.
 
-use super::{Price, gradients, narrow};
+use super::{Price, gradients, narrow, saved};
 use crate::chunk;
 use crate::options::Options;
 use petgraph::algo::maximum_flow::dinics;
@@ -47,6 +47,22 @@ pub(super) fn windowed(e: &Entry, tokens: u64) -> Vec<bool> {
     e.values().map(|v| free(rows(v)) && bytes(e.ty(v), tokens) > chunk::LEAST).collect()
 }
 
+/// Values that the backward half must have in memory: what its products, attention and scatters read, and what a choice is made of.
+fn stored(e: &Entry, gradient: &[bool]) -> Vec<bool> {
+    let mut out = vec![false; e.nodes.len()];
+    for v in e.values() {
+        let n = e.node(v);
+        let read = match &n.op {
+            Op::Gather { .. } => &n.inputs[..1],
+            Op::MatMul { .. } | Op::Scatter { .. } if gradient[v.index()] => &n.inputs[..],
+            op if op.is_attention() && gradient[v.index()] => &n.inputs[..],
+            _ => continue,
+        };
+        read.iter().for_each(|i| out[saved::base(e, *i).index()] = true);
+    }
+    out
+}
+
 /// Microseconds to compute a value again, as a member of a fused kernel.
 pub(super) fn time_us(e: &Entry, v: ValueId, opts: &Options) -> f64 {
     let tokens = opts.tokens(&e.name);
@@ -70,7 +86,7 @@ pub(super) fn time_us(e: &Entry, v: ValueId, opts: &Options) -> f64 {
         Op::Attention(a) | Op::AttentionLse(a) => {
             let width = f64::from(a.heads) * f64::from(a.head_dim);
             // half of the scores count, at two thirds of the rate of a product
-            flops(3.0 * tokens as f64 * 128.0 * width)
+            flops(3.0 * tokens as f64 * opts.length_hint.min(tokens) as f64 * width)
         }
         Op::AttentionGrad { .. } => NEVER as f64,
         Op::Unary(UnaryOp::Neg | UnaryOp::Abs | UnaryOp::Not | UnaryOp::Floor) => pass(1.0),
@@ -95,9 +111,17 @@ fn units(us: f64) -> u64 {
     ((us * UNIT).round() as u64).min(NEVER)
 }
 
-/// Microseconds to compute all these values again.
+/// Microseconds to compute all these values again, and to write those that must be in memory.
 pub(super) fn again_us(e: &Entry, rebuilt: &[bool], opts: &Options) -> f64 {
-    e.values().filter(|v| rebuilt[v.index()]).map(|v| time_us(e, v, opts)).sum()
+    let stored = stored(e, &gradients(e));
+    let all = e.values().filter(|v| rebuilt[v.index()]);
+    all.map(|v| time_us(e, v, opts) + if stored[v.index()] { write_us(e, v, opts) } else { 0.0 }).sum()
+}
+
+/// Microseconds to write a value.
+fn write_us(e: &Entry, v: ValueId, opts: &Options) -> f64 {
+    let writes = !matches!(e.node(v).op, Op::Gather { .. } | Op::Scatter { .. }) && !e.node(v).op.is_leaf();
+    if writes { 1e6 * bytes(e.ty(v), opts.tokens(&e.name)) as f64 / opts.target.bytes_per_s } else { 0.0 }
 }
 
 /// Microseconds that the products of an entry take.
@@ -111,6 +135,7 @@ pub(super) fn rebuilt(e: &Entry, opts: &Options, price: Price) -> Vec<bool> {
     let tokens = opts.tokens(&e.name);
     let forward_result = forward(e, &gradient);
     let windowed = windowed(e, tokens);
+    let stored = stored(e, &gradient);
     let crossing = narrow::Forward::new(e, &forward_result, opts).crossing(price.every);
     let count = gradient.iter().filter(|x| !**x).count().max(1) as f64;
     let mut position = 0.0;
@@ -122,7 +147,8 @@ pub(super) fn rebuilt(e: &Entry, opts: &Options, price: Price) -> Vec<bool> {
             let kept = if windowed[v.index()] { 0.0 } else { bytes(e.ty(v), tokens) as f64 * byte_us };
             // what no forward result needs is computed once either way
             let once = !forward_result[v.index()] && !matches!(e.node(v).op, Op::AttentionLse(_));
-            let time = if once { 0.0 } else { time_us(e, v, opts) };
+            let write = if stored[v.index()] { write_us(e, v, opts) } else { 0.0 };
+            let time = if once { 0.0 } else { time_us(e, v, opts) + write };
             let stays = crossing[v.index()] || windowed[v.index()];
             Cost { keep: units(kept).max(1), again: if stays { NEVER } else { units(time) } }
         })

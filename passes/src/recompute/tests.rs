@@ -75,6 +75,39 @@ fn without_a_price_products_are_built_again_where_that_takes_next_to_no_time() {
     assert_eq!(run(&beside), 7);
 }
 
+/// What has to be written for a product or for a choice costs that as well: a choice of columns is kept, not made again of a value that no
+/// gradient reads whole.
+#[test]
+fn what_is_chosen_of_a_value_is_kept_and_the_value_not_built_again() {
+    let text = r#"graph core
+param @0 "w" f32[4096,4096] frozen checkpoint("w")
+param @1 "i" i32[16] index zeros
+param @2 "g" f32[16,4096] state zeros
+entry "accumulate" {
+  %0 = input "x" : f32[8192,4096]
+  %1 = input "loss_scale" : f32[]
+  %2 = param @0 : f32[4096,4096]
+  %3 = param @1 : i32[16]
+  %4 = param @2 : f32[16,4096]
+  %5 = neg(%0) : f32[8192,4096]
+  %6 = matmul(%5, %2) : f32[8192,4096]
+  %7 = gather(%5, %3) {axis = 1} : f32[8192,16]
+  %8 = reduce_sum(%6) {axis = 1} : f32[8192]
+  %9 = reduce_sum(%8) {axis = 0} : f32[]
+  %10 = mul(%1, %9) : f32[]
+  %11 = broadcast(%1) {axes = []} : f32[8192,4096]
+  %12 = matmul(%7, %11) {ta} : f32[16,4096]
+  %13 = add(%4, %12) : f32[16,4096]
+  output "loss" %10
+  assign @2 %13
+}
+"#;
+    let g = parse(text).unwrap_or_else(|e| panic!("{e}"));
+    let opts = Options { target: crate::Target::GPU, ..Options::default() };
+    let out = run_passes(&g, &Pipeline::of(&["recompute"]), &opts).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(kept(&out.reports[0].saved), ["gather"], "{:?}", out.reports[0].saved);
+}
+
 #[test]
 fn a_high_price_builds_products_again() {
     let (g, saved) = at(1.0);

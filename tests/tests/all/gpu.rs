@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 fn schedule(graph: &Graph, dtype: DType) -> Schedule {
     // As a plan for four rows of 2048 tokens is made: large heads run window by window.
     let hints = ["train", "accumulate", "step", "evaluate"].map(|n| (n.to_string(), 8192)).to_vec();
-    let options = Options { target: Target::GPU, dtype, tokens_hint: hints, ..Options::default() };
+    let options = Options { target: Target::GPU, dtype, tokens_hint: hints, length_hint: 2048, ..Options::default() };
     let clock = std::time::Instant::now();
     let graph = manager::run(graph, &Pipeline::default(), &options).unwrap().graph;
     let passes = clock.elapsed();

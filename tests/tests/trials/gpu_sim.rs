@@ -28,6 +28,11 @@ pub(crate) fn trials(trials: &mut Trials) {
             trials.add(name, move || attend(&x, chip, full));
         }
     }
+    for (name, mode, count) in
+        [("set-few", "set", "6"), ("add-few", "add", "6"), ("set", "set", "T"), ("add", "add", "T")]
+    {
+        trials.add(format!("scatter/{name}"), move || scatter(mode, count));
+    }
     trials.add("estimate", move || estimate(full));
     if let Some(folder) = std::env::var_os("PLEACH_GPU_ESTIMATE") {
         for method in ["lora", "paca"] {
@@ -57,7 +62,7 @@ fn counts(method: &str, chip: GpuChip, file: &Path) -> Result<(), String> {
     let graph = pleach_tests::shaped::LLAMA_3_8B.open(1)?.training(method, 16)?;
     // As a plan for four rows of 2048 tokens is made.
     let hints = ["train", "accumulate", "step", "evaluate"].map(|n| (n.to_string(), 8192));
-    let options = Options { dtype: DType::BF16, tokens_hint: hints.to_vec(), ..Options::default() };
+    let options = Options { dtype: DType::BF16, tokens_hint: hints.to_vec(), length_hint: 2048, ..Options::default() };
     let c = pleach_tests::gpu::compile(&graph, &options, chip, Meta::default())?;
     let (mut symbols, _) = alone::symbols([2048, 1, 2047]);
     symbols.insert(Sym::P, 2048);
@@ -69,6 +74,29 @@ fn counts(method: &str, chip: GpuChip, file: &Path) -> Result<(), String> {
         "target": chip.name(), "classes": estimate::classes(&rows),
     });
     std::fs::write(file, format!("{out:#}\n")).map_err(|e| format!("{}: {e}", file.display()))
+}
+
+/// Rows set or added up where some indices are equal: of few, whose number is known, and of as many as there are tokens.
+fn scatter(mode: &str, count: &str) -> Result<(), String> {
+    let (indices, rows) = match count {
+        "T" => ("input \"indices\" : i32[T]", "f32[T,8]"),
+        _ => ("const [3, 1, 3, 0, 1, 3] : i32[6]", "f32[6,8]"),
+    };
+    let text = format!(
+        "graph core\nparam @0 \"table\" f32[9,8] state zeros\nentry \"infer\" {{\n%0 = param @0 : f32[9,8]\n%1 = {indices}\n\
+         %2 = input \"values\" : {rows}\n%3 = scatter_{mode}(%0, %1, %2) {{axis = 0}} : f32[9,8]\nassign @0 %3\n}}\n"
+    );
+    let graph = pleach_ir::text::parse(&text).map_err(|e| e.to_string())?;
+    let c = pleach_tests::gpu::compile(&graph, &Options::default(), GpuChip::Sm80, Meta::default())?;
+    let kernel = c.schedule.kernels.iter().position(|k| k.class == Class::Scatter).ok_or("no scatter")?;
+    let launches = c.plan.kernels[kernel].launches.len();
+    if launches != if count == "T" { 2 } else { 1 } {
+        return Err(format!("{launches} launches"));
+    }
+    for (seed, at) in [[5, 1, 1], [70, 2, 1]].into_iter().enumerate() {
+        alone::check(&c, kernel, at, seed as u64)?;
+    }
+    Ok(())
 }
 
 /// Counts hang together: products take at least what they need, and every result is written.

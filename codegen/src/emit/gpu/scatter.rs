@@ -2,7 +2,8 @@
 //!
 //! Where an index repeats, the last one wins (set) or all count in their order (add). So that one thread can own what an
 //! index selects, a first launch links equal indices: each knows whether it is the first of its kind and which is the next.
-//! The second launch gives every element that a first index selects to a thread, which follows the links.
+//! The second launch gives every element that a first index selects to a thread, which follows the links. Few indices need no links:
+//! every thread looks at all of them.
 
 use super::at::At;
 use super::launch::Unit;
@@ -17,6 +18,8 @@ use pleach_ir::{Class, DType, Dim, Kernel, Op, ScatterMode, Sym};
 use pleach_plan::Expr;
 
 const THREADS: i64 = 256;
+/// Indices that every thread looks at, at most.
+const FEW: u64 = 64;
 
 /// Emits a scatter kernel.
 pub(super) fn emit(k: &Kernel, symbols: &[Sym]) -> Result<Parts, CodegenError> {
@@ -39,6 +42,9 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym]) -> Result<Parts, CodegenError> {
     let update = node.inputs[2];
     let shape = body.ty(update).shape.clone();
     let count = shape[axis];
+    if count.known().is_some_and(|n| n <= FEW) {
+        return few(k, symbols, (axis, *mode));
+    }
 
     let mut link = Unit::new(k, "_link", true);
     {
@@ -138,6 +144,89 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym]) -> Result<Parts, CodegenError> {
     let (one, first) = link.finish(grid(n.clone()), THREADS as u32, 0, 1);
     let (two, second) = write.finish(grid(elements(&shape)?), THREADS as u32, 0, 1);
     Ok((one + &two, vec![first, second], n.mul(8)))
+}
+
+/// The kernel as one launch. An index is its own where it is the last of its kind (set) or the first (add), which takes in the others.
+fn few(k: &Kernel, symbols: &[Sym], (axis, mode): (usize, ScatterMode)) -> Result<Parts, CodegenError> {
+    let body = &k.body;
+    let node = body.node(strip_reshape(body, body.roots[0].value));
+    let (update, dtype) = (node.inputs[2], node.ty.dtype);
+    let shape = body.ty(update).shape.clone();
+    let mut unit = Unit::new(k, "", false);
+    let f = &mut unit.f;
+    let mut p = Pull::new(f, k, symbols);
+    let e = thread(f);
+    let total = p.product(f, &shape);
+    let inside = f.cmp("slt", &e, &total);
+    f.if_(&inside, |f| {
+        let at = At::of(f, &e, 1);
+        let index = p.index(f, &shape, &at);
+        let j = index[axis].val(f);
+        let me = p.eval(f, node.inputs[1], &[index[axis].clone()]);
+        let n = p.dim(f, shape[axis]);
+        let same = |f: &mut Func, p: &mut Pull<'_>, i: &Val| {
+            let at = At::of(f, i, 1);
+            let other = p.scope(|p| p.eval(f, node.inputs[1], &[at]));
+            f.op(format!("arith.cmpi eq, {me}, {other} : i32"))
+        };
+        // Another of the kind after it, or before it.
+        let zero = f.i64(0);
+        let (from, to) = match mode {
+            ScatterMode::Set => (f.addc(&j, 1), n.clone()),
+            ScatterMode::Add => (zero, j.clone()),
+        };
+        let (yes, no) = (f.i32(1, 1), f.i32(0, 1));
+        let out = f.for_(&from, &to, 1, &[(yes.clone(), "i32".to_string())], |f, i, now| {
+            let same = same(f, &mut p, i);
+            vec![f.op(format!("arith.select {same}, {no}, {} : i32", now[0]))]
+        });
+        let owns = f.op(format!("arith.cmpi eq, {}, {yes} : i32", out[0]));
+        f.if_(&owns, |f| {
+            p.scope(|p| {
+                let i = f.op(format!("arith.extsi {me} : i32 to i64"));
+                let size = p.dim(f, node.ty.shape[axis]);
+                let mut at = index.clone();
+                at[axis] = At::of(f, &i, 1).clamp(f, &size, 1);
+                let (to, align) = p.address(f, k.operands.len(), &node.ty, &at);
+                let x = p.scope(|p| p.eval(f, update, &index));
+                let x = match mode {
+                    ScatterMode::Set => x,
+                    ScatterMode::Add => {
+                        let ty = elementwise::register_type(dtype, 1);
+                        let add = if dtype == DType::I32 { "arith.addi" } else { "arith.addf" };
+                        let old = elementwise::load_aligned(f, dtype, &to, align);
+                        let x = f.op(format!("{add} {old}, {x} : {ty}"));
+                        let next = f.addc(&j, 1);
+                        let all = f.for_(&next, &n, 1, &[(x, ty.clone())], |f, i, now| {
+                            let same = same(f, p, i);
+                            let mut index = index.clone();
+                            index[axis] = At::of(f, i, 1);
+                            let sum = f.if_else(
+                                &same,
+                                std::slice::from_ref(&ty),
+                                |f| {
+                                    let y = p.scope(|p| p.eval(f, update, &index));
+                                    vec![f.op(format!("{add} {}, {y} : {ty}", now[0]))]
+                                },
+                                |_| vec![now[0].clone()],
+                            );
+                            vec![sum[0].clone()]
+                        });
+                        all[0].clone()
+                    }
+                };
+                elementwise::store_aligned(f, dtype, &x, &to, align);
+            });
+        });
+    });
+    p.finish()?;
+    let mut elements = Expr::Const(1);
+    for d in &shape {
+        elements = elements.mul(dim_expr(k, *d, symbols)?);
+    }
+    let grid = [elements.ceil_div(THREADS as u64), Expr::Const(1), Expr::Const(1)];
+    let (text, launch) = unit.finish(grid, THREADS as u32, 0, 1);
+    Ok((text, vec![launch], Expr::Const(0)))
 }
 
 /// The number of a thread in the grid.
