@@ -5,122 +5,12 @@
 //! worst and the mean distance from it, and the longest and the mean time.
 #![allow(clippy::print_stdout, reason = "reports how far each family is from its target")]
 
+#[path = "../tests/sets/mod.rs"]
+mod sets;
+
 use pleach_plan::memory::{Request, check, lower_bound, place_with};
-use std::path::Path;
+use sets::{Random, clocked, cut, layers, lives, read, woven};
 use std::time::Instant;
-
-/// Numbers that are the same on every machine.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 24) % n.max(1)
-    }
-
-    /// From 0 to 1.
-    fn unit(&mut self) -> f64 {
-        self.below(1 << 30) as f64 / f64::from(1 << 30)
-    }
-
-    fn shuffle<T>(&mut self, list: &mut [T]) {
-        for i in (1..list.len()).rev() {
-            list.swap(i, self.below(i as u64 + 1) as usize);
-        }
-    }
-}
-
-fn read(name: &str) -> Vec<Request> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/memory").join(name);
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let number = |x: &str| x.parse().unwrap_or_else(|e| panic!("{x}: {e}"));
-    let row = |l: &str| l.split(',').map(number).collect::<Vec<u64>>();
-    text.lines().skip(1).map(row).map(|v| Request { first: v[1], last: v[2], size: v[3] }).collect()
-}
-
-/// A rectangle cut into `n` pieces, one of the `among` largest at a time: at every time all of it is alive. Cuts are at multiples
-/// of the grains of time and size.
-fn cut(n: usize, time: u64, height: u64, grain: (u64, u64), among: usize, seed: u64) -> Vec<Request> {
-    let mut random = Random(seed * 2 + 1);
-    let mut pieces = vec![(0, time / grain.0, height / grain.1)];
-    for _ in 0..100 * n {
-        if pieces.len() >= n {
-            break;
-        }
-        pieces.sort_by_key(|(a, b, h)| (b - a) * h);
-        let k = pieces.len() - 1 - (random.below(among as u64) as usize).min(pieces.len() - 1);
-        let (a, b, h) = pieces.remove(k);
-        let in_time = random.below(2) == 0;
-        if b - a >= 2 && (in_time || h < 2) {
-            let m = a + 1 + random.below(b - a - 1);
-            pieces.extend([(a, m, h), (m, b, h)]);
-        } else if h >= 2 {
-            let m = 1 + random.below(h - 1);
-            pieces.extend([(a, b, m), (a, b, h - m)]);
-        } else {
-            pieces.push((a, b, h));
-        }
-    }
-    random.shuffle(&mut pieces);
-    let request = |(a, b, h): (u64, u64, u64)| Request { first: a * grain.0, last: b * grain.0, size: h * grain.1 };
-    pieces.into_iter().map(request).collect()
-}
-
-/// `n` pieces that fill `height` from time to time anew: some that lie side by side end, and others take their place. One in so many
-/// is left out. Numbers of a grain of 1024.
-fn woven(n: usize, height: u64, left_out: u64, seed: u64) -> Vec<Request> {
-    let mut random = Random(seed * 2 + 1);
-    let height = height / 1024;
-    // Sizes that sum to one, from small to large.
-    let parts = |random: &mut Random, sum: u64, count: u64| -> Vec<u64> {
-        let mut cuts: Vec<u64> = (1..count.min(sum)).map(|_| 1 + random.below(sum - 1)).collect();
-        cuts.extend([0, sum]);
-        cuts.sort_unstable();
-        cuts.dedup();
-        cuts.windows(2).map(|w| w[1] - w[0]).collect()
-    };
-    let start = 18 + random.below(n as u64 / 8);
-    // Since when each lives, its size.
-    let mut live: Vec<(u64, u64)> = parts(&mut random, height, start).into_iter().map(|s| (0, s)).collect();
-    let times = (n as u64 * 2 / 5).min(900);
-    let mut events: Vec<u64> = (0..times).map(|_| 1 + random.below(1023)).collect();
-    events.sort_unstable();
-    let mut out = vec![];
-    let close = |random: &mut Random, (first, size): (u64, u64), last: u64, list: &mut Vec<Request>| {
-        if first < last && random.below(left_out) != 0 {
-            list.push(Request { first: first * 1024, last: last * 1024, size: size * 1024 });
-        }
-    };
-    for (k, at) in events.iter().enumerate() {
-        // So many are still to be made until the end.
-        let due = (n.saturating_sub(out.len() + live.len()) / (events.len() - k)).max(1) as u64;
-        let count = if random.below(3) == 0 { 1 + random.below(2 * due + 3) } else { 1 };
-        let from = random.below(live.len() as u64) as usize;
-        let to = (from + [1, 1, 1, 2, 2, 3, 4, 6][random.below(8) as usize]).min(live.len());
-        let run: Vec<(u64, u64)> = live[from..to].to_vec();
-        let sum = run.iter().map(|x| x.1).sum();
-        run.into_iter().for_each(|x| close(&mut random, x, *at, &mut out));
-        let new: Vec<(u64, u64)> = parts(&mut random, sum, count).into_iter().map(|s| (*at, s)).collect();
-        live.splice(from..to, new);
-    }
-    live.into_iter().for_each(|x| close(&mut random, x, 1024, &mut out));
-    random.shuffle(&mut out);
-    out
-}
-
-/// Lives of a length drawn by `length` (of 1,000,000), anywhere; sizes drawn by `size`.
-fn lives(n: usize, seed: u64, length: &dyn Fn(&mut Random) -> f64, size: &dyn Fn(&mut Random) -> f64) -> Vec<Request> {
-    let mut random = Random(seed * 2 + 1);
-    (0..n)
-        .map(|_| {
-            let long = (length(&mut random) * 1e6).clamp(1.0, 1e6) as u64;
-            let first = random.below(1_000_000 - long + 1);
-            Request { first, last: first + long, size: (size(&mut random) as u64).max(1) }
-        })
-        .collect()
-}
 
 struct Case {
     family: String,
@@ -194,23 +84,93 @@ fn cases() -> Vec<Case> {
             );
         }
     }
+    many(&mut add);
+    out
+}
+
+/// The length of a life drawn from an exponential distribution.
+fn exponential(mean: f64) -> impl Fn(&mut Random) -> f64 {
+    move |r| -mean * (1.0 - r.unit()).ln()
+}
+
+/// About as many as there are in the plan of a large model: of random lives, and of layers.
+fn many(add: &mut dyn FnMut(&str, String, Vec<Request>, Option<u64>)) {
+    const N: usize = 20_000;
     let small = |r: &mut Random| 1.0 + r.unit() * 1e6;
     let log = |r: &mut Random| (r.unit() * 16.0).exp2() * 64.0;
     for seed in 0..2 {
         let mut both = |name: &str, length: &dyn Fn(&mut Random) -> f64| {
-            add(&format!("20,000, {name}"), format!("{seed}"), lives(20_000, seed, length, &small), None);
-            add(&format!("20,000, {name}, log sizes"), format!("{seed}"), lives(20_000, seed, length, &log), None);
+            add(&format!("20,000, {name}"), format!("{seed}"), lives(N, seed, length, &small), None);
+            add(&format!("20,000, {name}, log sizes"), format!("{seed}"), lives(N, seed, length, &log), None);
         };
         both("to a tenth", &|r| r.unit() * 0.1);
         both("to a thousandth", &|r| r.unit() * 1e-3);
         both("to a half", &|r| r.unit() * 0.5);
         both("anything", &|r| r.unit());
         both("log", &|r| (-r.unit() * 16.0).exp2());
-        both("exponential", &|r| -0.01 * (1.0 - r.unit()).ln());
+        both("exponential", &exponential(0.01));
         both("few long", &|r| if r.below(20) == 0 { r.unit() } else { r.unit() * 1e-3 });
         both("equal", &|_| 0.01);
     }
-    out
+    type Draw<'d> = &'d dyn Fn(&mut Random) -> f64;
+    let sizes: [(&str, Draw<'_>); 5] = [
+        ("heavy-tailed", &|r| 4096.0 * (1.0 - r.unit()).powf(-0.8).min(1e4)),
+        ("of 512", &|r| 512.0 * (1.0 + (r.unit() * 256.0).floor())),
+        ("powers of two", &|r| f64::from(1u32 << (8 + r.below(13)))),
+        ("of 8 classes", &|r| [64., 1024., 2304., 9216., 12288., 36864., 49152., 196608.][r.below(8) as usize]),
+        ("equal", &|_| 4096.0),
+    ];
+    let lengths: [(&str, Draw<'_>); 4] = [
+        ("exponential 1/1000", &exponential(0.001)),
+        ("exponential 1/20", &exponential(0.05)),
+        ("heavy-tailed", &|r| 2e-4 * (1.0 - r.unit()).powf(-0.9)),
+        ("to a fiftieth", &|r| r.unit() * 0.02),
+    ];
+    for (s, size) in sizes {
+        for (l, length) in lengths {
+            for seed in 0..2 {
+                let list = clocked(N, seed, 100_000, (&Random::unit, length, size));
+                add(&format!("20,000, {l}, sizes {s}"), format!("{seed}"), list, None);
+            }
+        }
+    }
+    for seed in 0..6 {
+        add("20,000, layers", format!("{seed}"), layers(N + 400, seed), None);
+    }
+    // Nothing is tuned on these.
+    for seed in 90..93 {
+        let mut other = |name: &str, n: usize, times: u64, draws: (Draw<'_>, Draw<'_>, Draw<'_>)| {
+            add(&format!("held out, 20,000, {name}"), format!("{seed}"), clocked(n, seed, times, draws), None);
+        };
+        let anywhere: Draw<'_> = &Random::unit;
+        let normal = |r: &mut Random| (0..12).map(|_| r.unit()).sum::<f64>() - 6.0;
+        other("normal lives", N, 1_000_000, (anywhere, &|r| (0.01 + 0.003 * normal(r)).max(1e-5), &small));
+        other("lognormal sizes", N, 50_000, (anywhere, &exponential(0.004), &|r| (12.0 + 1.5 * normal(r)).exp()));
+        other("to 100 of 20,000 times", N, 20_000, (anywhere, &|r| r.unit() * 0.005, &|r| r.unit() * 65536.0));
+        other(
+            "to 300 of 10,000 times, of 64",
+            24_000,
+            10_000,
+            (anywhere, &|r| r.unit() * 0.03, &|r| 64.0 * (1.0 + r.below(4096) as f64)),
+        );
+        let bursts = |r: &mut Random| (r.below(12) as f64 + r.unit() * r.unit()) / 12.0;
+        other("in bursts", N, 1_000_000, (&bursts, &exponential(0.008), &log));
+        other(
+            "in the middle",
+            N,
+            1_000_000,
+            (&|r| (0.5 + 0.12 * normal(r)).clamp(0.0, 1.0), &exponential(0.003), &small),
+        );
+        let two = |r: &mut Random| if r.below(10) == 0 { 0.1 + 0.2 * r.unit() } else { 0.002 * r.unit() };
+        other("short and long, powers of two", N, 1_000_000, (anywhere, &two, &|r| f64::from(1u32 << r.below(20))));
+        other(
+            "to 50 of 1000 times",
+            N,
+            1000,
+            (anywhere, &|r| r.unit() * 0.05, &|r| 256.0 * (1.0 + r.below(999) as f64)),
+        );
+        add("held out, 20,000, layers", format!("{seed}"), layers(N + 600, seed), None);
+    }
 }
 
 /// What is said of the cases of a family.

@@ -1,20 +1,9 @@
 //! The memory planner on the public hard sets, on hard sets made here, and on what training makes of a decoder.
 
-use pleach_plan::memory::{Placement, Request, check, lower_bound, place, place_with};
-use std::path::Path;
+mod sets;
 
-fn read(name: &str) -> Vec<Request> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/memory").join(name);
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let mut lines = text.lines();
-    assert_eq!(lines.next(), Some("id,lower,upper,size"));
-    lines
-        .map(|l| {
-            let v: Vec<u64> = l.split(',').map(|x| x.parse().unwrap()).collect();
-            Request { first: v[1], last: v[2], size: v[3] }
-        })
-        .collect()
-}
+use pleach_plan::memory::{Placement, Request, check, lower_bound, place, place_with};
+use sets::{Random, read};
 
 fn checked(list: &[Request], goal: Option<u64>) -> Placement {
     let p = place_with(list, 1, goal, 1);
@@ -24,38 +13,9 @@ fn checked(list: &[Request], goal: Option<u64>) -> Placement {
     p
 }
 
-/// Numbers that are the same on every machine.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 24) % n.max(1)
-    }
-}
-
 /// A rectangle of `height` bytes cut into `n` pieces: alive at every time are exactly `height` bytes.
 fn cut(n: usize, time: u64, height: u64, seed: u64) -> Vec<Request> {
-    let mut random = Random(seed * 2 + 1);
-    let mut pieces = vec![(0, time, height)];
-    while pieces.len() < n {
-        pieces.sort_by_key(|(a, b, h)| (b - a) * h);
-        let k = pieces.len() - 1 - (random.below(4) as usize).min(pieces.len() - 1);
-        let (a, b, h) = pieces.remove(k);
-        if random.below(2) == 0 && b - a >= 2 || h < 2 {
-            let m = a + 1 + random.below(b - a - 1);
-            pieces.extend([(a, m, h), (m, b, h)]);
-        } else {
-            let m = 1 + random.below(h - 1);
-            pieces.extend([(a, b, m), (a, b, h - m)]);
-        }
-    }
-    for i in (1..n).rev() {
-        pieces.swap(i, random.below(i as u64 + 1) as usize);
-    }
-    pieces.into_iter().map(|(first, last, size)| Request { first, last, size }).collect()
+    sets::cut(n, time, height, (1, 1), 4, seed)
 }
 
 #[test]
@@ -89,9 +49,7 @@ fn the_order_of_rows_changes_nothing() {
     for name in ["C", "E", "F"] {
         let mut list = read(&format!("{name}.1048576.csv"));
         let p = checked(&list, Some(1_048_576));
-        for i in (1..list.len()).rev() {
-            list.swap(i, random.below(i as u64 + 1) as usize);
-        }
+        random.shuffle(&mut list);
         let other = checked(&list, Some(1_048_576));
         assert_eq!((other.total, other.optimal), (p.total, p.optimal), "{name}");
     }
@@ -159,17 +117,11 @@ fn training_graphs_are_planned_optimally() {
 
 #[test]
 fn twenty_thousand_lives_that_cross_at_random_lie_near_the_bound() {
-    let mut state = 27_u64;
-    let mut below = |n: u64| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 24) % n
-    };
+    let mut random = Random(27);
     let list: Vec<Request> = (0..20_000)
         .map(|_| {
-            let (a, b) = (below(1_000_000), below(1_000_000));
-            Request { first: a.min(b), last: a.max(b) + 1, size: 1 + below(1_000_000) }
+            let (a, b) = (random.below(1_000_000), random.below(1_000_000));
+            Request { first: a.min(b), last: a.max(b) + 1, size: 1 + random.below(1_000_000) }
         })
         .collect();
     let p = checked(&list, None);
