@@ -9,7 +9,7 @@
 mod sets;
 
 use pleach_plan::memory::{Request, check, lower_bound, place_with};
-use sets::{Random, clocked, cut, layers, lives, read, woven};
+use sets::{Draw, Random, clocked, cut, layers, lives, read, woven};
 use std::time::Instant;
 
 struct Case {
@@ -93,13 +93,15 @@ fn exponential(mean: f64) -> impl Fn(&mut Random) -> f64 {
     move |r| -mean * (1.0 - r.unit()).ln()
 }
 
+type Add<'a> = &'a mut dyn FnMut(&str, String, Vec<Request>, Option<u64>);
+
 /// About as many as there are in the plan of a large model: of random lives, and of layers.
-fn many(add: &mut dyn FnMut(&str, String, Vec<Request>, Option<u64>)) {
+fn many(add: Add<'_>) {
     const N: usize = 20_000;
     let small = |r: &mut Random| 1.0 + r.unit() * 1e6;
     let log = |r: &mut Random| (r.unit() * 16.0).exp2() * 64.0;
     for seed in 0..2 {
-        let mut both = |name: &str, length: &dyn Fn(&mut Random) -> f64| {
+        let mut both = |name: &str, length: Draw<'_>| {
             add(&format!("20,000, {name}"), format!("{seed}"), lives(N, seed, length, &small), None);
             add(&format!("20,000, {name}, log sizes"), format!("{seed}"), lives(N, seed, length, &log), None);
         };
@@ -112,7 +114,6 @@ fn many(add: &mut dyn FnMut(&str, String, Vec<Request>, Option<u64>)) {
         both("few long", &|r| if r.below(20) == 0 { r.unit() } else { r.unit() * 1e-3 });
         both("equal", &|_| 0.01);
     }
-    type Draw<'d> = &'d dyn Fn(&mut Random) -> f64;
     let sizes: [(&str, Draw<'_>); 5] = [
         ("heavy-tailed", &|r| 4096.0 * (1.0 - r.unit()).powf(-0.8).min(1e4)),
         ("of 512", &|r| 512.0 * (1.0 + (r.unit() * 256.0).floor())),

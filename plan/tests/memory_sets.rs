@@ -3,7 +3,7 @@
 mod sets;
 
 use pleach_plan::memory::{Placement, Request, check, lower_bound, place, place_with};
-use sets::{Random, read};
+use sets::{Draw, Random, read};
 
 fn checked(list: &[Request], goal: Option<u64>) -> Placement {
     let p = place_with(list, 1, goal, 1);
@@ -115,6 +115,13 @@ fn training_graphs_are_planned_optimally() {
     }
 }
 
+/// Within three thousandths of the bound.
+fn near_the_bound(list: &[Request], what: &str) {
+    let p = checked(list, None);
+    let over = p.total - p.lower_bound;
+    assert!(over * 1000 <= p.lower_bound * 3, "{what}: {over} bytes over {}", p.lower_bound);
+}
+
 #[test]
 fn twenty_thousand_lives_that_cross_at_random_lie_near_the_bound() {
     let mut random = Random(27);
@@ -124,7 +131,27 @@ fn twenty_thousand_lives_that_cross_at_random_lie_near_the_bound() {
             Request { first: a.min(b), last: a.max(b) + 1, size: 1 + random.below(1_000_000) }
         })
         .collect();
-    let p = checked(&list, None);
-    let over = p.total - p.lower_bound;
-    assert!(over * 1000 <= p.lower_bound * 3, "{over} bytes over {}", p.lower_bound);
+    near_the_bound(&list, "anything");
+}
+
+#[test]
+fn twenty_thousand_short_lives_lie_near_the_bound() {
+    let any = |r: &mut Random| 1.0 + r.unit() * 1e6;
+    let power = |r: &mut Random| f64::from(1u32 << r.below(16));
+    for seed in 0..2 {
+        let list =
+            |length: Draw<'_>, size: Draw<'_>| sets::clocked(20_000, seed, 50_000, (&Random::unit, length, size));
+        near_the_bound(&list(&|r| r.unit() * 1e-3, &power), "to a thousandth, powers of two");
+        near_the_bound(&list(&|r| r.unit() * 1e-3, &any), "to a thousandth");
+        near_the_bound(&list(&|_| 0.01, &any), "of one length");
+        near_the_bound(&sets::layers(20_000, seed), "layers");
+    }
+}
+
+#[test]
+fn half_a_thousand_lives_lie_near_the_bound() {
+    for seed in 0..4 {
+        let any = |r: &mut Random| 1.0 + r.unit() * 1e6;
+        near_the_bound(&sets::lives(500, seed, &|r| r.unit() * 0.1, &any), "to a tenth");
+    }
 }

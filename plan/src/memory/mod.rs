@@ -13,6 +13,7 @@ mod fill;
 mod greedy;
 mod order;
 mod portfolio;
+mod skyline;
 mod stack;
 mod sweep;
 mod ways;

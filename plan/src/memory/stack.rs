@@ -2,12 +2,11 @@
 //!
 //! What is alive within another's time is stacked without loss when the longer one goes first, which is what training
 //! makes of a model. A tree over the sections of time keeps the heights, so an order costs `n log n`, however many
-//! requests are alive at once. Where that is far from the bound, and there are many, they are filled from below instead
-//! (see [`super::fill`]).
+//! requests are alive at once. Where that does not reach the bound they are filled from below (see [`super::fill`]).
 
 use super::Request;
 use super::branch::sections;
-use super::fill::{Key, fill};
+use super::fill::fill;
 use super::greedy::lg;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -17,11 +16,8 @@ use std::ops::Range;
 const LOOKS: u64 = 5_000_000;
 /// So many requests are not tried further once they are within a thousandth of the bound.
 pub(super) const MANY: usize = 5000;
-/// Requests looked at by the first filling from below, and by all that follow.
-const FIRST: u64 = 60_000_000;
-const LATER: u64 = 5_000_000;
-/// Fillings from below are tried for so many when stacks are so far above the bound (of a thousand).
-const FAR: u64 = 3;
+/// Work of filling from below.
+const WORK: u64 = 60_000_000;
 
 /// Heights over sections: the largest of a range, and one height for a range.
 struct Heights {
@@ -91,45 +87,28 @@ pub(super) fn stack(requests: &[Request], bound: u64) -> (u64, Vec<u64>) {
     let keys: [By<'_>; 4] = [&|r| u128::from(life(r)), &area, &|r| u128::from(r.size), &|r| {
         ((lg(r.size) + 2.0 * lg(life(r))) * 1e6) as u128
     }];
-    let mut looks = 0;
     let mut best = (u64::MAX, vec![]);
-    for skyline in [false, true] {
+    let mut take = |offsets: Vec<u64>| {
+        let total = top(&list, &offsets);
+        if total < best.0 {
+            best = (total, offsets);
+        }
+        let near = if list.len() > MANY { bound / 1000 } else { 0 };
+        best.0.saturating_sub(bound) <= near
+    };
+    let order = |key: By<'_>| {
+        let mut order: Vec<u32> = (0..list.len() as u32).collect();
+        order.sort_by_key(|i| (Reverse(key(&list[*i as usize])), list[*i as usize].first, *i));
+        order
+    };
+    let mut looks = 0;
+    let mut work = WORK;
+    let _ = take(pile(&list, &span, count, &order(keys[0])))
         // Lives that cross at random leave gaps in every stack.
-        if skyline && list.len() > MANY && best.0.saturating_sub(bound) > bound / 1000 * FAR {
-            let mut looks = FIRST;
-            for key in [Key::Long, Key::Area, Key::Large, Key::Snug] {
-                let Some(offsets) = fill(&list, key, &mut looks) else { break };
-                looks = looks.min(LATER);
-                let total = top(&list, &offsets);
-                if total < best.0 {
-                    best = (total, offsets);
-                }
-                if best.0.saturating_sub(bound) <= bound / 1000 * FAR {
-                    break;
-                }
-            }
-            break;
-        }
-        for key in keys {
-            let mut order: Vec<u32> = (0..list.len() as u32).collect();
-            order.sort_by_key(|i| (Reverse(key(&list[*i as usize])), list[*i as usize].first, *i));
-            let offsets = if skyline {
-                lowest(&list, &span, count, &order, &mut looks)
-            } else {
-                pile(&list, &span, count, &order)
-            };
-            let total = top(&list, &offsets);
-            if total < best.0 {
-                best = (total, offsets);
-            }
-            if total <= bound {
-                break;
-            }
-        }
-        if best.0 <= bound || list.len() > MANY && best.0 - bound <= bound / 1000 {
-            break;
-        }
-    }
+        || fill(&list, bound, &mut work).is_some_and(&mut take)
+        || keys[1..].iter().any(|key| take(pile(&list, &span, count, &order(key))))
+        || list.len() <= MANY
+            && keys.iter().any(|key| take(lowest(&list, &span, count, &order(key), &mut looks)));
     let mut offsets = vec![0; requests.len()];
     for (i, o) in live.iter().zip(best.1) {
         offsets[*i as usize] = o;

@@ -7,6 +7,9 @@ use std::path::Path;
 /// Numbers that are the same on every machine.
 pub struct Random(pub u64);
 
+/// Draws from a distribution.
+pub type Draw<'d> = &'d dyn Fn(&mut Random) -> f64;
+
 impl Random {
     pub fn below(&mut self, n: u64) -> u64 {
         self.0 ^= self.0 << 13;
@@ -155,12 +158,7 @@ pub fn layers(n: usize, seed: u64) -> Vec<Request> {
 }
 
 /// As [`lives`], with lengths and starts in steps of a coarser clock of `times`; a start is drawn by `start` (of 1).
-pub fn clocked(
-    n: usize,
-    seed: u64,
-    times: u64,
-    (start, length, size): (&dyn Fn(&mut Random) -> f64, &dyn Fn(&mut Random) -> f64, &dyn Fn(&mut Random) -> f64),
-) -> Vec<Request> {
+pub fn clocked(n: usize, seed: u64, times: u64, (start, length, size): (Draw<'_>, Draw<'_>, Draw<'_>)) -> Vec<Request> {
     let mut random = Random(seed * 2 + 1);
     (0..n)
         .map(|_| {
