@@ -1,12 +1,11 @@
 //! The memory planner: where buffers with known lifetimes lie in one arena, so that it is as small as possible.
 //!
-//! This is dynamic storage allocation, which is NP-hard. The planner tries several greedy orders (of many requests, fillings from
-//! below: see [`fill`]), then, in turn and with growing effort, beams along time
-//! that fill what ends with what begins (see [`sweep`]) and a depth-first
-//! search (see [`branch`]) at the lower bound in many orders, then a local search over greedy orders, then the depth-first
-//! search between what is proven and what is reached, and stops as soon as the two meet. Effort is bounded by counts, so
-//! the result is the same on every machine. [`check`] is independent of how a placement was found. Nothing here knows
-//! what a buffer holds.
+//! This is dynamic storage allocation, which is NP-hard. The planner stacks what is nested and fills from below what is not (see
+//! [`stack`] and [`fill`]). Where that is above the lower bound and there are not too many requests, searches follow in turn and with
+//! growing effort (see [`solve`]): greedy orders, beams along time that fill what ends with what begins (see [`sweep`]), and a
+//! depth-first search (see [`branch`]) in many orders, at the lower bound and then between what is proven and what is reached. It
+//! stops as soon as the two meet. Effort is bounded by counts, so the result is the same on every machine. [`check`] is independent
+//! of how a placement was found. Nothing here knows what a buffer holds.
 
 mod branch;
 mod fill;
@@ -14,12 +13,12 @@ mod greedy;
 mod order;
 mod portfolio;
 mod skyline;
+mod solve;
 mod stack;
 mod sweep;
 mod ways;
 
-use greedy::Search;
-use portfolio::Portfolio;
+use solve::Best;
 
 /// A buffer: alive at the times `first..last`, `size` bytes long.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -86,37 +85,6 @@ pub fn check(requests: &[Request], offsets: &[u64]) -> Result<u64, (usize, usize
     Ok(total)
 }
 
-/// Work of the narrowest beams along time, and of all others that are tried at once, at effort 1.
-const FIRST: u64 = 6_000_000;
-const BEAMS: u64 = 45_000_000;
-
-/// The requests that need bytes at some time.
-fn live(requests: &[Request]) -> Vec<Request> {
-    requests.iter().filter(|r| r.first < r.last && r.size > 0).copied().collect()
-}
-
-/// Looks for a placement within `capacity` with beams along time of some widths and so much work, and takes it.
-fn along_time(
-    rounded: &[Request],
-    capacity: u64,
-    (widths, mut work): (std::ops::RangeInclusive<usize>, u64),
-    total: &mut u64,
-    offsets: &mut Vec<u64>,
-) {
-    if *total <= capacity {
-        return;
-    }
-    let Some(found) = sweep::sweep(&live(rounded), capacity, widths, &mut work) else { return };
-    let mut found = found.into_iter();
-    let alive = |r: &Request| r.first < r.last && r.size > 0;
-    let tried: Vec<u64> = rounded.iter().map(|r| if alive(r) { found.next().unwrap_or(0) } else { 0 }).collect();
-    if let Ok(t) = check(rounded, &tried)
-        && t < *total
-    {
-        (*total, *offsets) = (t, tried);
-    }
-}
-
 /// As [`place_with`], with an effort that takes about a second at most.
 pub fn place(requests: &[Request], align: u64) -> Placement {
     place_with(requests, align, None, 1)
@@ -162,45 +130,11 @@ pub fn place_with(requests: &[Request], align: u64, goal: Option<u64>, effort: u
 /// As [`place_with`], with sizes rounded, and in the order given.
 fn place_sorted(rounded: &[Request], goal: Option<u64>, effort: u64) -> Placement {
     let bound = lower_bound(rounded);
-    let mut proven = bound;
-    let (mut total, mut offsets) = stack::stack(rounded, bound);
+    let (total, offsets) = stack::stack(rounded, bound);
+    let mut best = Best { total, offsets, proven: bound };
     if total > bound && rounded.len() <= stack::MANY && !greedy::crowded(rounded) {
-        let mut search = Search::new(rounded);
-        let (t, mut order) = search.greedy(bound);
-        if t < total {
-            (total, offsets) = (t, search.offsets_of(&order));
-        }
-        // Where there is little slack, what ends and what begins tells nearly all; else the depth-first search does better. So they
-        // take turns: a little of each, then more.
-        let wanted = goal.map_or(bound, |g| g.max(bound));
-        along_time(rounded, bound, (1..=sweep::LEAST, FIRST * effort), &mut total, &mut offsets);
-        let mut portfolio = if total > bound { Portfolio::new(rounded, effort) } else { None };
-        if let Some(p) = &mut portfolio {
-            proven = p.grain(bound);
-            let turns: &[(u64, std::ops::RangeInclusive<usize>)] = match wanted > bound {
-                false => &[(8, sweep::LEAST + 1..=sweep::NARROW), (2, sweep::NARROW + 1..=usize::MAX)],
-                true => &[(1, sweep::LEAST + 1..=usize::MAX)],
-            };
-            for (part, widths) in turns {
-                if total > wanted.max(proven) {
-                    p.begin(goal, *part, &mut total, &mut proven, &mut offsets);
-                }
-                if total > wanted.max(proven) {
-                    along_time(rounded, wanted, (widths.clone(), BEAMS * effort), &mut total, &mut offsets);
-                }
-            }
-        }
-        if total > proven && goal.is_none_or(|g| total > g) {
-            (_, order) = search.improve(t, order, proven, effort);
-            let improved = search.offsets_of(&order);
-            let t = check(rounded, &improved).unwrap_or(u64::MAX);
-            if t < total {
-                (total, offsets) = (t, improved);
-            }
-        }
-        if let Some(p) = &mut portfolio {
-            p.squeeze(&mut total, &mut proven, &mut offsets);
-        }
+        solve::solve(rounded, goal, effort, rounded.len() >= solve::WIDE, &mut best);
     }
+    let Best { total, offsets, proven } = best;
     Placement { offsets, total, lower_bound: bound, optimal: total <= proven }
 }

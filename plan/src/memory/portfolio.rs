@@ -8,11 +8,10 @@ use super::Request;
 use super::branch::{Branch, Found, Pivot, sections};
 use super::greedy::{Draw, lg};
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Requests up to which the search is tried: its depth is their number.
 const UP_TO: usize = 2500;
-/// Work of the searches at one capacity, at effort 1.
-const WORK: u64 = 500_000_000;
 /// Nodes of a first search in each order, and of a later one, beyond those of one descent.
 const FIRST: u64 = 300;
 const LATER: u64 = 1200;
@@ -29,6 +28,24 @@ struct Arm {
     tries: f64,
 }
 
+/// Where searches at one capacity stand.
+pub(super) struct Hunt {
+    draw: Draw,
+    fresh: std::vec::IntoIter<Arm>,
+    tried: Vec<Arm>,
+    turn: usize,
+    round: usize,
+    /// Equal orders only once.
+    seen: BTreeSet<(Vec<u32>, u8)>,
+}
+
+impl Hunt {
+    pub(super) fn new() -> Hunt {
+        let fresh = arms().into_iter();
+        Hunt { draw: Draw::new(), fresh, tried: vec![], turn: 0, round: 0, seen: BTreeSet::new() }
+    }
+}
+
 /// Searches over the requests that are alive at some time.
 pub(super) struct Portfolio {
     /// Position of each request among all of them.
@@ -42,6 +59,8 @@ pub(super) struct Portfolio {
     size: Vec<f64>,
     grain: u64,
     effort: u64,
+    /// Number of all requests.
+    count: usize,
 }
 
 impl Portfolio {
@@ -81,6 +100,7 @@ impl Portfolio {
             base,
             height,
             effort,
+            count: requests.len(),
         })
     }
 
@@ -89,49 +109,55 @@ impl Portfolio {
         bound.next_multiple_of(self.grain)
     }
 
-    /// Tries to reach `target` with so much work; on success the total falls to it or below, on refutation `proven` rises
+    /// Tries to reach `target` with so much work, going on with a hunt, and gives up when told to. When it is refuted, `proven` rises
     /// above it.
-    fn lower(&mut self, target: u64, limit: u64, total: &mut u64, proven: &mut u64, offsets: &mut [u64]) -> Found {
-        let Some(capacity) = target.checked_sub(self.height) else { return Found::No };
-        let mut draw = Draw::new();
+    pub(super) fn lower(
+        &mut self,
+        hunt: &mut Hunt,
+        target: u64,
+        limit: u64,
+        proven: &mut u64,
+        stop: &AtomicBool,
+    ) -> Option<Vec<u64>> {
+        let capacity = target.checked_sub(self.height)?;
         let n = self.at.len() as u64;
         let (mut work, limit) = (0, limit.saturating_mul(self.effort));
-        let mut fresh = arms().into_iter();
-        let (mut tried, mut turn): (Vec<Arm>, usize) = (vec![], 0);
-        // Equal orders only once.
-        let mut seen = BTreeSet::new();
-        for round in 0.. {
-            if work >= limit {
-                break;
-            }
+        while work < limit && !stop.load(Ordering::Relaxed) {
             // In turn a way not tried yet, without noise, and one of those that came far, with noise.
-            let new = if round < BEST || round % 2 == 0 { fresh.next() } else { None };
+            let round = hunt.round;
+            hunt.round += 1;
+            let new = if round < BEST || round.is_multiple_of(2) { hunt.fresh.next() } else { None };
             let found = if let Some(mut arm) = new {
-                self.order(&arm, 0.0, &mut draw);
-                if !seen.insert((self.branch.rank.clone(), arm.pivot as u8)) {
+                self.order(&arm, 0.0, &mut hunt.draw);
+                if !hunt.seen.insert((self.branch.rank.clone(), arm.pivot as u8)) {
                     continue;
                 }
                 let found = self.branch.search(capacity, arm.pivot, n + FIRST, &mut work);
                 (arm.share, arm.tries) = (self.branch.share(), 1.0);
-                tried.push(arm);
+                hunt.tried.push(arm);
                 found
             } else {
-                if turn == 0 {
-                    tried.sort_by(|a, b| (b.share / b.tries).total_cmp(&(a.share / a.tries)));
+                if hunt.turn == 0 {
+                    hunt.tried.sort_by(|a, b| (b.share / b.tries).total_cmp(&(a.share / a.tries)));
                 }
-                let Some(arm) = tried.get(turn).copied() else { break };
-                self.order(&arm, [0.03, 0.1, 0.3, 0.6][draw.below(4)], &mut draw);
+                let arm = hunt.tried.get(hunt.turn).copied()?;
+                self.order(&arm, [0.03, 0.1, 0.3, 0.6][hunt.draw.below(4)], &mut hunt.draw);
                 let found = self.branch.search(capacity, arm.pivot, n + LATER, &mut work);
-                tried[turn].share += self.branch.share();
-                tried[turn].tries += 1.0;
-                turn = (turn + 1) % BEST.min(tried.len());
+                hunt.tried[hunt.turn].share += self.branch.share();
+                hunt.tried[hunt.turn].tries += 1.0;
+                hunt.turn = (hunt.turn + 1) % BEST.min(hunt.tried.len());
                 found
             };
-            if found != Found::Unknown {
-                return self.settle(found, target, total, proven, offsets);
+            match found {
+                Found::Unknown => {}
+                Found::No => {
+                    *proven = (*proven).max(target + self.grain);
+                    return None;
+                }
+                Found::Yes => return Some(self.offsets()),
             }
         }
-        Found::Unknown
+        None
     }
 
     /// Ranks the requests for the next search.
@@ -149,62 +175,47 @@ impl Portfolio {
         }
     }
 
-    /// Notes what a search found.
-    fn settle(&self, found: Found, target: u64, total: &mut u64, proven: &mut u64, offsets: &mut [u64]) -> Found {
-        if found == Found::No {
-            *proven = (*proven).max(target + self.grain);
-            return found;
-        }
-        offsets.fill(0);
+    /// The offsets that the last search found.
+    fn offsets(&self) -> Vec<u64> {
+        let mut offsets = vec![0; self.count];
         for (i, o) in &self.base {
             offsets[*i] = *o;
         }
-        *total = self.height;
         for (k, i) in self.at.iter().enumerate() {
             offsets[*i] = self.height + self.branch.offset[k];
-            *total = (*total).max(offsets[*i] + self.branch.size(k));
         }
-        found
+        offsets
     }
 
-    /// Tries the lower bound and, if there is one, the goal, with a part of the work.
-    pub(super) fn begin(
+    /// Tries capacities between one that failed and what is reached, by halves, with so much work at each and in all. What is reached
+    /// falls, what failed and what is proven rise.
+    pub(super) fn descend(
         &mut self,
-        goal: Option<u64>,
-        part: u64,
+        (failed, proven): (&mut u64, &mut u64),
         total: &mut u64,
-        proven: &mut u64,
-        offsets: &mut [u64],
-    ) {
-        let bound = *proven;
-        let between = |g: &u64| *g > bound && *g < *total;
-        match goal.map(|g| g / self.grain * self.grain).filter(between) {
-            Some(g) => {
-                self.lower(g, WORK / part, total, proven, offsets);
-                self.lower(bound, WORK / 8 / part, total, proven, offsets);
-            }
-            None => {
-                self.lower(bound, WORK / part, total, proven, offsets);
-            }
-        }
-    }
-
-    /// Tries capacities between what is proven and what is reached, by halves.
-    pub(super) fn squeeze(&mut self, total: &mut u64, proven: &mut u64, offsets: &mut [u64]) {
-        let mut failed = *proven;
-        for _ in 0..3 {
-            failed = failed.max(*proven);
-            if *total <= *proven || *total - failed <= self.grain {
+        (each, all): (u64, u64),
+        stop: &AtomicBool,
+    ) -> Option<Vec<u64>> {
+        let mut best = None;
+        for _ in 0..all / each.max(1) {
+            *failed = (*failed).max(*proven);
+            if *total <= *proven || *total - *failed <= self.grain {
                 break;
             }
-            let target = failed + (*total - failed) / 2 / self.grain * self.grain;
-            if target <= failed || *total - failed < *total / 1000 {
+            let target = *failed + (*total - *failed) / 2 / self.grain * self.grain;
+            if target <= *failed || *total - *failed < *total / 1000 {
                 break;
             }
-            if self.lower(target, WORK / 16, total, proven, offsets) != Found::Yes {
-                failed = target;
+            match self.lower(&mut Hunt::new(), target, each, proven, stop) {
+                Some(offsets) => {
+                    let tops = (0..self.at.len()).map(|k| self.height + self.branch.offset[k] + self.branch.size(k));
+                    *total = tops.max().unwrap_or(self.height).max(*proven).min(target);
+                    best = Some(offsets);
+                }
+                None => *failed = target,
             }
         }
+        best
     }
 }
 

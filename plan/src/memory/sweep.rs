@@ -16,6 +16,7 @@ use super::order::{Run, Tree};
 use super::ways::{Gaps, Way, ways, wishes};
 use std::collections::HashSet;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Requests up to which the search is tried, and items that stand side by side.
 const UP_TO: usize = 4000;
@@ -83,17 +84,15 @@ const BEAMS: [Beam; 10] = [
     Beam { width: 128, orders: 0.07, gap: 1.0, wish: 10.0, noise: 0.5 },
 ];
 
-/// The least width, and that of narrow beams.
-pub(super) const LEAST: usize = 2;
-pub(super) const NARROW: usize = 8;
-
-/// Offsets with which all lies within `capacity`, if the beams at least and at most this wide find them; takes what they cost
-/// from `work`. Requests have a size and a length.
+/// Offsets with which all lies within `capacity`, if some of the beams find them, along time or against it; takes what they cost
+/// from `work`, and gives up when told to. Requests have a size and a length.
 pub(super) fn sweep(
     requests: &[Request],
     capacity: u64,
-    widths: std::ops::RangeInclusive<usize>,
+    beams: std::ops::Range<usize>,
+    directions: &[bool],
     work: &mut u64,
+    stop: &AtomicBool,
 ) -> Option<Vec<u64>> {
     let mut times: Vec<u64> = requests.iter().flat_map(|r| [r.first, r.last]).collect();
     times.sort_unstable();
@@ -103,13 +102,13 @@ pub(super) fn sweep(
     if requests.len() > UP_TO || area / times.len().max(1) as u64 > ABREAST {
         return None;
     }
-    let both = [false, true].map(|mirrored| events(requests, &times, mirrored));
-    for beam in BEAMS.iter().filter(|b| widths.contains(&b.width)) {
-        for events in &both {
+    let all: Vec<Vec<Event>> = directions.iter().map(|mirrored| events(requests, &times, *mirrored)).collect();
+    for beam in &BEAMS[beams] {
+        for events in &all {
             let size = requests.iter().map(|r| r.size).collect();
             let (count, draw) = (requests.len(), Draw::new());
             let mut search = Sweep { events, count, size, alive: 0, set: vec![], beam: *beam, draw };
-            if let Some(last) = search.run(capacity, work) {
+            if let Some(last) = search.run(capacity, work, stop) {
                 return search.offsets(&last);
             }
             if *work == 0 {
@@ -166,12 +165,16 @@ impl Sweep<'_> {
     }
 
     /// A state in which all is placed.
-    fn run(&mut self, capacity: u64, work: &mut u64) -> Option<State> {
+    fn run(&mut self, capacity: u64, work: &mut u64, stop: &AtomicBool) -> Option<State> {
         let events = self.events;
         let gap = self.gap(capacity);
         let gaps = Gaps { fresh: vec![], old: vec![gap] };
         let mut states = vec![State { tree: Tree::Leaf(gap), begins: vec![], gaps, cost: 0.0, trail: None }];
         for e in events {
+            if stop.load(Ordering::Relaxed) {
+                *work = 0;
+                return None;
+            }
             self.alive += e.begins.len();
             self.alive -= e.ends.len();
             for s in &mut states {
@@ -222,7 +225,7 @@ impl Sweep<'_> {
         let (ways, looks) = ways(&s.begins, &s.gaps, &self.size);
         *work = work.saturating_sub(looks);
         for (rank, Way { gaps, takes }) in ways.into_iter().enumerate() {
-            *work = work.saturating_sub(200 + 10 * self.alive as u64);
+            *work = work.saturating_sub(120 + 5 * self.alive as u64);
             let sum = |list: &[u32]| list.iter().map(|i| self.size[*i as usize]).sum::<u64>();
             let left = sum(&gaps) - sum(&takes);
             let mut new = takes.clone();
@@ -231,6 +234,7 @@ impl Sweep<'_> {
             }
             let leaves = Tree::free(new.iter().copied().map(Tree::Leaf).collect());
             let Some((tree, run)) = self.replaced(&s.tree, &gaps, leaves) else { continue };
+            *work = work.saturating_sub(200 + 15 * self.alive as u64);
             let mut begins = s.begins.clone();
             begins.retain(|i| !takes.contains(i));
             let mut rest = s.gaps.without(&gaps);

@@ -93,26 +93,34 @@ pub(super) fn ways(begins: &[u32], s: &Gaps, size: &[u64]) -> (Vec<Way>, u64) {
     if fresh > beginning {
         add(&s.fresh, begins);
     }
-    let mut loose: Vec<(bool, u64, Vec<u32>)> = vec![];
-    for gaps in groups.iter().filter(|g| total(g) > want && g.len() <= 2) {
-        loose.push((false, total(gaps), gaps.clone()));
+    // One or two gaps, one added to each number, and nothing for a second.
+    let mut loose: Vec<(bool, u64, [u32; 2])> = vec![];
+    let pair = |x: &[u32]| [x[0] + 1, x.get(1).map_or(0, |g| g + 1)];
+    for gaps in groups.iter().filter(|g| g.len() <= 2 && total(g) > want) {
+        loose.push((false, total(gaps), pair(gaps)));
     }
     for few in 1..=2 {
         subsets(&s.old, few, 200, &mut |x| {
             looks += 4;
             if total(x) >= want {
-                loose.push((true, total(x), x.to_vec()));
+                loose.push((true, total(x), pair(x)));
             }
         });
     }
     for g in &s.fresh {
         for o in s.old.iter().filter(|o| size(**o) + size(*g) >= want) {
-            loose.push((true, size(*o) + size(*g), vec![*g, *o]));
+            loose.push((true, size(*o) + size(*g), pair(&[*g, *o])));
         }
     }
-    loose.sort();
+    if loose.len() > WAYS {
+        loose.select_nth_unstable(WAYS);
+        loose[..WAYS].sort_unstable();
+    } else {
+        loose.sort_unstable();
+    }
     for (_, _, gaps) in loose.iter().take(WAYS) {
-        add(gaps, &[first]);
+        let gaps = gaps.map(|g| g.wrapping_sub(1));
+        add(&gaps[..1 + usize::from(gaps[1] != u32::MAX)], &[first]);
     }
     looks += 4 * groups.len() as u64 + 4 * loose.len() as u64;
     out.truncate(2 * WAYS);
@@ -132,23 +140,36 @@ fn many_gaps(s: &Gaps, want: u64, size: &dyn Fn(u32) -> u64, out: &mut Vec<Vec<u
     let all: Vec<u32> = [&s.fresh[..], &s.old[..]].concat();
     let total = |list: &[u32]| list.iter().map(|i| size(*i)).sum::<u64>();
     let Some(spare) = total(&all).checked_sub(want) else { return 2 };
-    let mut found: Vec<(u64, Vec<u32>)> = vec![];
+    // What is left over, and the gaps that are taken, or all but these.
+    let mut some: Vec<(u64, bool, usize, [u32; 3])> = vec![];
     let mut looks = 0;
+    let three = |x: &[u32]| [0, 1, 2].map(|k| x.get(k).copied().unwrap_or_default());
     for few in 0..=3.min(all.len().saturating_sub(3)) {
         subsets(&all, few, 300, &mut |x| {
             looks += 2;
             if let Some(left) = spare.checked_sub(total(x)) {
-                found.push((left, all.iter().copied().filter(|g| !x.contains(g)).collect()));
+                some.push((left, true, few, three(x)));
             }
         });
     }
     subsets(&all, 3, 600, &mut |x| {
         looks += 2;
         if let Some(left) = total(x).checked_sub(want) {
-            found.push((left, x.to_vec()));
+            some.push((left, false, 3, three(x)));
         }
     });
-    looks += 8 * found.len() as u64;
+    looks += 4 * some.len() as u64;
+    // None is there more than twice.
+    let most = match some.len() {
+        n if n > 2 * WAYS => some.select_nth_unstable_by_key(2 * WAYS, |x| x.0).1.0,
+        _ => u64::MAX,
+    };
+    let gaps = |x: &(u64, bool, usize, [u32; 3])| {
+        let listed = &x.3[..x.2];
+        let taken = |g: &u32| listed.contains(g) != x.1;
+        (x.0, if x.1 { all.iter().copied().filter(taken).collect() } else { listed.to_vec() })
+    };
+    let mut found: Vec<(u64, Vec<u32>)> = some.iter().filter(|x| x.0 <= most).map(gaps).collect();
     found.sort_by(|a, b| (a.0, a.1.len(), &a.1).cmp(&(b.0, b.1.len(), &b.1)));
     found.dedup();
     out.extend(found.into_iter().take(WAYS).map(|x| x.1));
