@@ -182,17 +182,29 @@ mod tests {
             (x >> 11) % below
         };
         let mut searched = 0;
-        for case in 0..60 {
-            let list: Vec<Request> = (0..20 + case % 20)
-                .map(|_| {
-                    let first = draw(60);
-                    Request { first, last: first + 1 + draw(20), size: 1 + draw(50) }
-                })
-                .collect();
+        for case in 0..12 {
+            // A rectangle cut into pieces, with and without some of them.
+            let mut list = vec![Request { first: 0, last: 1000, size: 1000 }];
+            while list.len() < 60 + 5 * case {
+                let some: Vec<usize> = (0..6).map(|_| draw(list.len() as u64) as usize).collect();
+                let area = |k: usize| list[k].size * (list[k].last - list[k].first);
+                let k = some.into_iter().max_by_key(|k| area(*k)).unwrap_or(0);
+                let r = list.swap_remove(k);
+                if r.last - r.first < 2 || r.size < 2 {
+                    list.push(r);
+                } else if draw(2) == 0 {
+                    let at = r.first + 1 + draw(r.last - r.first - 1);
+                    list.extend([Request { last: at, ..r }, Request { first: at, ..r }]);
+                } else {
+                    let part = 1 + draw(r.size - 1);
+                    list.extend([Request { size: part, ..r }, Request { size: r.size - part, ..r }]);
+                }
+            }
+            list.truncate(list.len() - case % 3);
             let bound = lower_bound(&list);
             let (total, offsets) = stack::stack(&list, bound);
             searched += usize::from(total > bound);
-            let goal = [None, Some(bound + 3)][case as usize % 2];
+            let goal = [None, Some(bound + 3)][case % 2];
             let found = [false, true].map(|threads| {
                 let mut best = Best { total, offsets: offsets.clone(), proven: bound };
                 solve(&list, goal, 1, threads, &mut best);
