@@ -2,9 +2,11 @@
 """Measures how far PEFT in bf16 (weights and activations bf16, adapters f32) is from the reference of the training fixtures, and
 writes it to `tests/fixtures/train/bf16.json`: what our own bf16 is held against.
 
-One run is one draw of roundings. Cases in STARTS have steep losses and are run from more starts: every element of the adapter moves by a
-part in 10,000, up or down by a hash of its place and the number of the start (`tests/src/training/near.rs` does the same), and each
-start has a reference of its own, PEFT in f64.
+One run is one draw of roundings: AdamW's first step moves an element by the whole rate whatever the size of its gradient, so one that
+is nearly 0 goes up or down by chance, and the losses of later steps with it. So cases are run from several starts, steep ones from more:
+every element of the adapter moves by a part in 10,000, up or down by a hash of its place and the number of the start
+(`tests/src/training/near.rs` does the same), and each start has a reference of its own, PEFT in f64. The gradients of the first step
+depend on no such chance.
 
 Only cases whose trained tensors PEFT keeps in f32 are measured: low-rank adapters, and PaCA by the module of our own.
 
@@ -23,7 +25,7 @@ import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-STARTS = {"qwen2-dora": 7}  # case -> starts beside its own
+STARTS, STEEP = 7, {"qwen2-dora": 23}  # starts beside a case's own
 NEAR = 1e-4
 ROOT = Path(__file__).resolve().parent.parent / "tests/fixtures/train"
 
@@ -66,7 +68,9 @@ def adapted(folder, source, config):
 
 
 def nearby(tensor, k):
-    """The tensor of start number k."""
+    """The tensor of start number k; indices stay."""
+    if not tensor.is_floating_point():
+        return tensor
     x = (torch.arange(tensor.numel()) * 2654435761 + k * 2246822519) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 3266489917) & 0xFFFFFFFF
     up = ((x ^ (x >> 13)) & 1) * 2 - 1
@@ -79,6 +83,23 @@ def distance(got, want, end, before, after):
     off = sum(((end[k].double() - after[k].double()) ** 2).sum() for k in after).sqrt().item()
     moved = sum(((before[k].double() - after[k].double()) ** 2).sum() for k in after).sqrt().item()
     return {"losses": rms, "change": off / moved}
+
+
+def gradients_off(folder, source, config, run, rows):
+    """How far the gradients of the first step are from those in f64, as a part of their norm."""
+    found = []
+    for model in [fixtures.adapted(folder, source, config, torch.float64), adapted(folder, source, config)]:
+        looked = {}
+
+        def look(_, model=model, looked=looked):
+            looked.update({n: p.grad.double().clone() for n, p in model.named_parameters() if p.requires_grad})
+
+        fixtures.train(model if model.dtype == torch.float64 else Floats(model), rows, run | {"steps": 1}, looked=look)
+        found.append(looked)
+    want, got = found
+    assert want.keys() == got.keys()
+    off = sum(((got[k] - want[k]) ** 2).sum() for k in want).sqrt()
+    return (off / sum((want[k] ** 2).sum() for k in want).sqrt()).item()
 
 
 def from_near(folder, source, config, run, rows, k):
@@ -110,8 +131,9 @@ def main():
         want = json.loads((ROOT / name / "case.json").read_text())["losses"]
         before, after = load_file(source / "adapter_model.safetensors"), load_file(ROOT / name / "final.safetensors")
         found[name] = {"first": abs(log["losses"][0] / want[0] - 1)} | distance(log["losses"], want, fixtures.state(model), before, after)
-        print(f"{name:20} losses {found[name]['losses']:.1e}, change {found[name]['change']:.1e}")
-        for k in range(1, STARTS.get(name, 0) + 1):
+        found[name]["gradients"] = gradients_off(ROOT / "models" / family, source, config, fixtures.DEFAULTS | run, rows)
+        print(f"{name:20} gradients {found[name]['gradients']:.1e}, losses {found[name]['losses']:.1e}, change {found[name]['change']:.1e}")
+        for k in range(1, STEEP.get(name, STARTS) + 1):
             near = from_near(ROOT / "models" / family, source, config, fixtures.DEFAULTS | run, rows, k)
             found[name].setdefault("starts", []).append(near)
             print(f"  start {k:2}: losses {near['losses']:.1e}, change {near['change']:.1e}")

@@ -4,7 +4,7 @@
 //! `scripts/make_bf16_expectations.py` does the same. The reference of such a start is a run in f32, which other tests hold against PyTorch.
 
 use super::{Opened, SlotData, SlotTensor, SlotValue};
-use pleach_runtime::train::{Machine, Order, step};
+use pleach_runtime::train::{Machine, Order, Settings, step};
 use serde_json::json;
 use std::sync::Arc;
 
@@ -35,6 +35,22 @@ impl Opened {
             }
         }
         Ok(())
+    }
+
+    /// The gradients of the first step before clipping, up to a factor: what the first moments are after it.
+    ///
+    /// # Errors
+    /// What the machine refuses.
+    pub fn first_gradients(&self, machine: &mut dyn Machine) -> Result<Vec<f32>, String> {
+        let mut order = Order::new(self.rows.len(), None);
+        let settings = Settings { max_grad_norm: None, ..self.settings.clone() };
+        step(machine, &self.rows, &mut order, &settings, 0).map_err(|e| e.to_string())?;
+        let mut all = vec![];
+        for name in self.moves.keys() {
+            let moment = machine.read(&format!("adam.m.{name}")).map_err(|e| e.to_string())?;
+            all.extend(moment.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)));
+        }
+        Ok(all)
     }
 
     /// Trains, and takes the losses and the adapter at the end for the reference.
