@@ -14,8 +14,8 @@ use serde_json::Value;
 
 /// The geometric mean over the fixtures of our error beside PEFT's.
 const BAR: f64 = 1.25;
-/// The same for one fixture.
-const WORST: f64 = 2.5;
+/// The same for one fixture, over its starts.
+const WORST: f64 = 1.5;
 
 fn schedule(o: &Opened, dtype: DType) -> Result<Schedule, String> {
     let (tokens, _) = o.capacity();
@@ -99,7 +99,6 @@ fn errors_are_those_of_peft_at_most() {
         count += 1.0;
     }
     assert!(count >= 10.0 && largest > 1e-3, "bf16 must show\n{lines}");
-    println!("{lines}");
     let means = logs.map(|l: f64| (l / count).exp());
     assert!(means.iter().all(|m| *m <= BAR), "losses {:.2}, change {:.2} of PEFT's error\n{lines}", means[0], means[1]);
 }
