@@ -207,12 +207,12 @@ impl Request {
         Ok(model)
     }
 
-    /// The same, with the weights read in blocks where that is possible: inference on a processor.
+    /// The same, with the weights read in blocks where that is possible: on a processor.
     ///
     /// # Errors
     /// Blocks that are damaged or do not fit.
     pub(crate) fn in_blocks(mut self, ui: &Ui, args: &ModelArgs, model: &Model, compare: Compare) -> Result<Request> {
-        if self.train.is_none() && self.gpu().is_none() && !args.no_blocks {
+        if self.gpu().is_none() && !args.no_blocks {
             let usable = crate::blocks::usable(ui, model, !args.no_cache, compare)?;
             self.blocks = usable.into_iter().map(|(tensor, format)| (tensor, format.name().into())).collect();
         }

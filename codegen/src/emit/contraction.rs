@@ -5,7 +5,7 @@
 //! Each element of a result is summed in an order that depends on the shapes alone, so any split of the tasks gives
 //! the same bits. f32 and bf16 operands, f32 sums; row-major results; any sizes, 0 and 1 included.
 //!
-//! * Right operands: panels, panels of codes (`coded`), f32 row-major in place, or packed into scratch memory by the task that needs them (any
+//! * Right operands: panels, panels of codes (`coded`), blocks of codes (`blocks`), f32 row-major in place, or packed into scratch memory by the task that needs them (any
 //!   strides, and bf16 that is not in panels). Left operands are read in place; bf16 whose pairs do not lie side by side
 //!   is packed.
 //! * Sums of products, each with a scale or none, run in one set of accumulators, the longest last.
@@ -14,6 +14,7 @@
 
 pub(crate) mod analyze;
 mod blocking;
+mod blocks;
 mod cells;
 mod coded;
 mod context;
@@ -151,7 +152,7 @@ pub fn emit(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted,
     let mut bytes = Expr::Const(0);
     for (t, l) in k.operand_types().iter().zip(&k.operands).chain(k.result_types().iter().zip(&k.results)) {
         bytes = bytes.add(match l {
-            Layout::CodedPanels { .. } => Expr::Const(l.bytes(t, &|_| None).unwrap_or(0)),
+            Layout::CodedPanels { .. } | Layout::Blocks(_) => Expr::Const(l.bytes(t, &|_| None).unwrap_or(0)),
             _ => bytes_expr(k, t, symbols)?,
         });
     }

@@ -35,7 +35,7 @@ pub struct CutOptions<'a> {
     /// target's registers suggest; none: they stay as they are.
     pub panels: &'a [u64],
     /// Tensors of the checkpoint, by name, that it has in blocks of codes too: where panels are made of these alone, they
-    /// keep the codes.
+    /// keep the codes; where nothing is packed, products read the blocks.
     pub blocks: BTreeMap<String, BlockFormat>,
 }
 
@@ -74,11 +74,11 @@ pub fn order(s: &mut Schedule) -> Result<usize, PassError> {
 /// [`PassError`] when the graph breaks a rule of the IR; a region that the target refuses is split, never an error,
 /// unless a single operator is refused.
 pub fn cut(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, PassError> {
-    let Packed { mut graph, layouts, coded } = if options.panels.is_empty() {
-        Packed { graph: graph.clone(), layouts: vec![Layout::RowMajor; graph.params.len()], coded: vec![] }
-    } else {
-        pack::pack(graph, options.panels, &options.blocks).map_err(fault)?
-    };
+    let Packed { mut graph, layouts, coded } = match options.panels {
+        [] => pack::in_blocks(graph, &options.blocks),
+        widths => pack::pack(graph, widths, &options.blocks),
+    }
+    .map_err(fault)?;
     for e in &mut graph.entries {
         if let Some(new) = sums::into_scatters(&graph.params, e).map_err(fault)? {
             *e = new;

@@ -4,7 +4,8 @@
 //! twin. The width of a panel suits the number of columns and the slices that are taken of the product.
 //!
 //! Where the checkpoint has a tensor in blocks of codes too ([`Layout::Blocks`]), and the parameter is made of such tensors
-//! alone, the twin keeps the codes ([`Layout::CodedPanels`]): the values are the same, the bytes a fraction.
+//! alone, the twin keeps the codes ([`Layout::CodedPanels`]): the values are the same, the bytes a fraction. Where nothing is packed
+//! the products read the blocks themselves ([`in_blocks`]).
 
 use super::sums::rebuilt;
 use pleach_ir::{
@@ -152,20 +153,81 @@ pub(super) fn pack(graph: &Graph, widths: &[u64], blocks: &Blocks) -> Result<Pac
             fill(&mut g, *p, *twin)?;
             continue;
         };
-        let mut of_blocks = |q: ParamId| {
-            *stored.entry(q).or_insert_with(|| {
-                let q = g.params[q.index()].clone();
-                g.params.push(Param { name: format!("{}.{}", q.name, format.name()), ..q });
-                layouts.push(Layout::Blocks(*format));
-                ParamId(g.params.len() as u32 - 1)
-            })
-        };
+        let mut of_blocks =
+            |q: ParamId| *stored.entry(q).or_insert_with(|| stored_as(&mut g, &mut layouts, q, *format));
         let parts = parts(graph, *p).unwrap_or_default().into_iter().map(&mut of_blocks).collect();
         coded.push(Coded { twin: *twin, parts });
         entry_named(&mut g, BASE);
     }
     drop_unread(&mut g);
     Ok(Packed { graph: g, layouts, coded })
+}
+
+/// The graph with the blocks of codes that the checkpoint has in place of the same weights as numbers, wherever products read these
+/// as right operands, whichever way round: for entries that read weights both ways, where panels would be two copies.
+///
+/// A weight that is read otherwise too stays as it is, as it then is in memory anyway; but for single rows of one that lies in the
+/// checkpoint's file as it is read.
+///
+/// # Errors
+/// As [`pack`].
+pub(super) fn in_blocks(graph: &Graph, blocks: &Blocks) -> Result<Packed, IrError> {
+    let mut g = graph.clone();
+    let mut layouts = vec![Layout::RowMajor; g.params.len()];
+    let made =
+        |p: &usize| g.entries.iter().any(|e| e.roots.iter().any(|r| r.kind == RootKind::Assign(ParamId(*p as u32))));
+    let frozen = |p: &usize| g.params[*p].role == Role::Frozen && !made(p);
+    let format = |p: &usize| frozen(p).then(|| format_of(&g, blocks, ParamId(*p as u32))).flatten();
+    let mut formats: Vec<Option<BlockFormat>> = (0..g.params.len()).map(|p| format(&p)).collect();
+    let read: Vec<usize> = (0..g.entries.len()).filter(|i| !is_prepare(&g.entries[*i])).collect();
+    let mut multiplied = vec![false; g.params.len()];
+    for e in read.iter().map(|i| &g.entries[*i]) {
+        let live = e.live();
+        for v in e.values().filter(|v| live[v.index()]) {
+            let n = e.node(v);
+            for (at, x) in n.inputs.iter().enumerate() {
+                let Op::Param(p) = e.node(*x).op else { continue };
+                let rows =
+                    matches!(n.op, Op::Gather { axis: 0 }) && at == 0 && g.params[p.index()].ty.dtype == DType::F32;
+                let factor = matches!(n.op, Op::MatMul { .. }) && at == 1;
+                multiplied[p.index()] |= factor;
+                if !factor && !rows {
+                    formats[p.index()] = None;
+                }
+            }
+        }
+        for r in &e.roots {
+            if let Op::Param(p) = e.node(r.value).op {
+                formats[p.index()] = None;
+            }
+        }
+    }
+    let mut twins: BTreeMap<ParamId, ParamId> = BTreeMap::new();
+    for (p, format) in formats.iter().enumerate().filter(|(p, _)| multiplied[*p]) {
+        let Some(format) = format else { continue };
+        twins.insert(ParamId(p as u32), stored_as(&mut g, &mut layouts, ParamId(p as u32), *format));
+    }
+    for i in read {
+        let e = &g.entries[i];
+        let factor = |v: ValueId| match e.node(v).op {
+            Op::MatMul { .. } => match e.node(e.node(v).inputs[1]).op {
+                Op::Param(p) => twins.get(&p).map(|twin| (v, *twin)),
+                _ => None,
+            },
+            _ => None,
+        };
+        let replace: BTreeMap<ValueId, ParamId> = e.values().filter_map(factor).collect();
+        g.entries[i] = with_twins(&g.params, e, &replace)?;
+    }
+    Ok(Packed { graph: g, layouts, coded: vec![] })
+}
+
+/// Adds a parameter that is another one's blocks.
+fn stored_as(g: &mut Graph, layouts: &mut Vec<Layout>, p: ParamId, format: BlockFormat) -> ParamId {
+    let q = g.params[p.index()].clone();
+    g.params.push(Param { name: format!("{}.{}", q.name, format.name()), ..q });
+    layouts.push(Layout::Blocks(format));
+    ParamId(g.params.len() as u32 - 1)
 }
 
 /// The entry with the right operands of these products replaced by parameters.

@@ -16,6 +16,8 @@ pub(crate) enum Right {
     Panels { arg: usize, nr: u64 },
     /// Panels of codes: decoded in registers by few rows, into scratch memory for many.
     Coded { arg: usize, nr: u64, format: BlockFormat },
+    /// Blocks of codes as a checkpoint has them, along the sum (`along`) or along the columns; decoded into scratch memory.
+    Blocks { arg: usize, format: BlockFormat, along: bool },
     /// Strides of `(batch…, k, n)`, unit step along `n`. f32 is read in place, bf16 is packed into pairs.
     Rows(View),
     /// Any other strides; packed while it runs.
@@ -150,7 +152,7 @@ impl Analysis {
         for over in k.aliases.iter().flatten() {
             let reads = |p: &Product| {
                 let right = match &p.right {
-                    Right::Panels { arg, .. } | Right::Coded { arg, .. } => *arg,
+                    Right::Panels { arg, .. } | Right::Coded { arg, .. } | Right::Blocks { arg, .. } => *arg,
                     Right::Rows(v) | Right::Strided(v) => v.arg,
                 };
                 p.left.arg == *over as usize || right == *over as usize
@@ -331,6 +333,14 @@ impl Analysis {
                 }
                 Right::Coded { arg, nr: u64::from(*nr), format: *format }
             }
+            (Some(arg), Some(Layout::Blocks(format))) => {
+                let blocked = if tb { dim } else { *n };
+                let whole = blocked.known().is_some_and(|x| x.is_multiple_of(BlockFormat::VALUES));
+                if rank != 2 || !whole || n.known().is_none() || dim.known().is_none() {
+                    return Err("blocks need a static matrix and whole blocks".into());
+                }
+                Right::Blocks { arg, format: *format, along: tb }
+            }
             _ => {
                 let mut w = view(body, &self.args, r)?;
                 if k.operands.get(w.arg).is_some_and(|x| *x != Layout::RowMajor) {
@@ -350,7 +360,7 @@ impl Analysis {
             Right::Panels { .. } => false,
             Right::Coded { .. } => many(FEW),
             Right::Rows(_) => pairs || (many(64) && dim.known().is_some_and(|k| k > WHOLE_K)),
-            Right::Strided(_) => true,
+            Right::Strided(_) | Right::Blocks { .. } => true,
         };
         let p = Product { left, right, k: dim, n: *n, dtype, packs_left, packs_right };
         let at = self.products.iter().position(|q| *q == p).unwrap_or(self.products.len());

@@ -76,15 +76,8 @@ impl CodedAt {
         };
         let all = (0..self.vectors).map(|j| {
             let scale = half(f, 0, j);
-            let minimum = match self.piece.format {
-                BlockFormat::Q4_1 => Some(half(f, self.piece.minima(), j)),
-                // (code - 8) · scale, exactly: the product has 15 bits.
-                BlockFormat::Q4_0 => {
-                    let eight = f.f32(-8.0, LANES);
-                    Some(f.op(format!("arith.mulf {scale}, {eight} : {}", vector())))
-                }
-                BlockFormat::Q8_0 => None,
-            };
+            let stored = |f: &mut Func| half(f, self.piece.minima(), j);
+            let minimum = minimum(f, self.piece.format, &scale, stored);
             (scale, minimum)
         });
         Scales(all.collect())
@@ -111,13 +104,34 @@ impl CodedAt {
                 f.op(format!("arith.extsi {x} : vector<16xi8> to vector<16xi32>"))
             })
         };
-        ints.map(|x| {
-            let x = f.op(format!("arith.sitofp {x} : vector<16xi32> to {}", vector()));
-            match minimum {
-                Some(m) => f.op(format!("math.fma {x}, {scale}, {m} : {}", vector())),
-                None => f.op(format!("arith.mulf {x}, {scale} : {}", vector())),
-            }
-        })
+        ints.map(|x| value(f, &x, scale, minimum.as_ref()))
+    }
+}
+
+/// What codes (vector of i32) stand for.
+pub(super) fn value(f: &mut Func, codes: &Val, scale: &Val, minimum: Option<&Val>) -> Val {
+    let x = f.op(format!("arith.sitofp {codes} : vector<16xi32> to {}", vector()));
+    match minimum {
+        Some(m) => f.op(format!("math.fma {x}, {scale}, {m} : {}", vector())),
+        None => f.op(format!("arith.mulf {x}, {scale} : {}", vector())),
+    }
+}
+
+/// What is added to code · scale; `stored` gives the minimum where the format has one.
+pub(super) fn minimum(
+    f: &mut Func,
+    format: BlockFormat,
+    scale: &Val,
+    stored: impl FnOnce(&mut Func) -> Val,
+) -> Option<Val> {
+    match format {
+        BlockFormat::Q4_1 => Some(stored(f)),
+        // (code - 8) · scale, exactly: the product has 15 bits.
+        BlockFormat::Q4_0 => {
+            let eight = f.f32(-8.0, LANES);
+            Some(f.op(format!("arith.mulf {scale}, {eight} : {}", vector())))
+        }
+        BlockFormat::Q8_0 => None,
     }
 }
 
@@ -141,18 +155,53 @@ pub(super) enum Step {
     Halves([Val; 2]),
 }
 
-impl CodedAt {
-    fn step(&self, f: &mut Func, w: [Val; 2]) -> Step {
-        match (self.pairs, self.dot) {
+impl Step {
+    /// Two steps as f32, as a target takes them for which bf16 comes in `pairs` and has `dot` products or has none.
+    pub(super) fn new(f: &mut Func, w: [Val; 2], pairs: bool, dot: bool) -> Step {
+        match (pairs, dot) {
             (false, _) => Step::Plain(w),
             (true, true) => {
-                let x = pairs(f, &w);
+                let x = self::pairs(f, &w);
                 Step::Pair(f.op(format!("llvm.bitcast {x} : vector<32xi16> to vector<32xbf16>")))
             }
             (true, false) => Step::Halves(w.map(|x| round_to(f, DType::BF16, &x, LANES))),
         }
     }
 
+    /// Stores it in panels of `width` columns as [`super::pack`] lays them out: pair of steps `pair`, columns from
+    /// `column` on.
+    pub(super) fn put(&self, f: &mut Func, to: &Val, width: i64, pair: &Val, column: &Val) {
+        let at = f.mulc(pair, 2 * width);
+        match self {
+            Step::Plain(w) => {
+                let at = f.add(&at, column);
+                for (i, x) in w.iter().enumerate() {
+                    let at = f.addc(&at, i as i64 * width);
+                    f.store_at(x, to, &at, "f32", LANES);
+                }
+            }
+            Step::Pair(x) => {
+                let column = f.mulc(column, 2);
+                let at = f.add(&at, &column);
+                let q = f.gep(to, &at, "i16");
+                f.store(x, &q, "vector<32xbf16>");
+            }
+            Step::Halves([a, b]) => {
+                let bits = |f: &mut Func, x: &Val| f.op(format!("arith.bitcast {x} : {} to vector<16xi32>", vector()));
+                let (a, b) = (bits(f, a), bits(f, b));
+                let sixteen = f.i32(16, LANES);
+                let a = f.op(format!("arith.shrui {a}, {sixteen} : vector<16xi32>"));
+                let x = f.op(format!("arith.ori {a}, {b} : vector<16xi32>"));
+                let column = f.mulc(column, 2);
+                let at = f.add(&at, &column);
+                let q = f.gep(to, &at, "i16");
+                f.store(&x, &q, "vector<16xi32>");
+            }
+        }
+    }
+}
+
+impl CodedAt {
     /// The pieces `k0..k1` of a sum, `turn` pairs of steps at a time.
     pub(super) fn walk(
         &self,
@@ -182,7 +231,7 @@ impl CodedAt {
                     let mut columns = vec![];
                     for j in 0..self.vectors {
                         let w = self.decode(f, &scales, &codes, &s, j);
-                        columns.push(self.step(f, w));
+                        columns.push(Step::new(f, w, self.pairs, self.dot));
                     }
                     steps.push(columns);
                 }
@@ -199,32 +248,9 @@ pub(super) fn unpack(f: &mut Func, cx: &Context, p: &Product, column: &Val, to: 
     let start = f.divc(k0, 2);
     right.walk(f, (k0, k1), 1, &[], &mut |f, pair, steps, _| {
         let pair = f.sub(pair, &start);
-        let at = f.mulc(&pair, 2 * cx.bl.width as i64);
         for (j, x) in steps[0].iter().enumerate() {
-            match x {
-                Step::Plain(w) => {
-                    for (i, x) in w.iter().enumerate() {
-                        let at = f.addc(&at, (i * cx.bl.width as usize + j * LANES) as i64);
-                        f.store_at(x, to, &at, "f32", LANES);
-                    }
-                }
-                Step::Pair(x) => {
-                    let at = f.addc(&at, (2 * j * LANES) as i64);
-                    let q = f.gep(to, &at, "i16");
-                    f.store(x, &q, "vector<32xbf16>");
-                }
-                Step::Halves([a, b]) => {
-                    let bits =
-                        |f: &mut Func, x: &Val| f.op(format!("arith.bitcast {x} : {} to vector<16xi32>", vector()));
-                    let (a, b) = (bits(f, a), bits(f, b));
-                    let sixteen = f.i32(16, LANES);
-                    let a = f.op(format!("arith.shrui {a}, {sixteen} : vector<16xi32>"));
-                    let x = f.op(format!("arith.ori {a}, {b} : vector<16xi32>"));
-                    let at = f.addc(&at, (2 * j * LANES) as i64);
-                    let q = f.gep(to, &at, "i16");
-                    f.store(&x, &q, "vector<16xi32>");
-                }
-            }
+            let column = f.i64((j * LANES) as i64);
+            x.put(f, to, cx.bl.width as i64, &pair, &column);
         }
         vec![]
     });

@@ -9,6 +9,7 @@
 
 use super::analyze::Right;
 use super::blocking::{DEPTH_STEP, LANES, Pack, Side};
+use super::blocks;
 use super::coded;
 use super::context::Context;
 use super::{Span, partial_elements, spare_elements};
@@ -116,14 +117,17 @@ pub(super) fn pack(
     if !p.packs_right {
         return;
     }
-    if let Right::Coded { .. } = p.right {
+    if let Right::Coded { .. } | Right::Blocks { .. } = p.right {
         return f.of(&values.right, |f| {
             f.loop_(first, last, 1, |f, tile| {
                 let slot = f.sub(tile, first);
                 let to = panel(f, cx, group, product, &slot);
                 let column = f.mulc(tile, cx.bl.width as i64);
                 let column = f.addc(&column, cx.an.groups[group].offset as i64);
-                coded::unpack(f, cx, p, &column, &to, (k0, k1));
+                match p.right {
+                    Right::Coded { .. } => coded::unpack(f, cx, p, &column, &to, (k0, k1)),
+                    _ => blocks::unpack(f, cx, p, &column, &to, (k0, k1)),
+                }
             });
         });
     }

@@ -1,0 +1,155 @@
+//! Right operands in blocks of codes as a checkpoint stores them ([`pleach_ir::Layout::Blocks`]): a task decodes its columns into
+//! scratch memory, whichever way round the product reads the matrix. So one copy of a weight serves both halves of
+//! training, and what is in memory are the codes.
+//!
+//! Blocks along the columns are decoded 16 columns at a time. Blocks along the sum are decoded row by row of the matrix, that
+//! is column by column of the product, and transposed in registers, 16 by 16. Values and the order of the sums are those of
+//! the same matrix as numbers: the results are the same bits.
+
+use super::analyze::{Product, Right};
+use super::blocking::LANES;
+use super::coded::{Step, minimum, value};
+use super::context::Context;
+use crate::emit::func::{Func, Val, transpose};
+use pleach_ir::BlockFormat;
+
+/// Values of a block.
+const VALUES: i64 = BlockFormat::VALUES as i64;
+
+/// A matrix in blocks.
+struct Matrix {
+    base: Val,
+    format: BlockFormat,
+    /// Bytes of a row.
+    row: i64,
+    /// Rows, and elements of a row.
+    rows: i64,
+    width: i64,
+}
+
+impl Matrix {
+    /// 16 values as f32: half a block. `row`: the row's address; `element`: the first of them, a multiple of 16.
+    fn half(&self, f: &mut Func, row: &Val, element: &Val) -> Val {
+        let lanes = LANES as i64;
+        let (block, inside) = (f.divc(element, VALUES), f.remc(element, VALUES));
+        let at = f.mulc(&block, self.format.bytes() as i64);
+        let block = f.gep(row, &at, "i8");
+        let number = |f: &mut Func, i: i64| {
+            let i = f.i64(2 * i);
+            let p = f.gep(&block, &i, "i8");
+            let x = f.op(format!("llvm.load {p} {{alignment = 1 : i64}} : !llvm.ptr -> f16"));
+            let x = f.op(format!("arith.extf {x} : f16 to f32"));
+            f.splat(&x, "f32", LANES)
+        };
+        let scale = number(f, 0);
+        let minimum = minimum(f, self.format, &scale, |f| number(f, 1));
+        let head = f.i64(if self.format.has_minimum() { 4 } else { 2 });
+        let codes = f.gep(&block, &head, "i8");
+        let codes = if self.format.code_bits() == 4 {
+            // Low halves of the bytes are the first 16 values.
+            let x = f.load(&codes, "vector<16xi8>");
+            let x = f.op(format!("arith.extui {x} : vector<16xi8> to vector<16xi32>"));
+            let shift = f.divc(&inside, lanes / 4);
+            let shift = f.op(format!("arith.trunci {shift} : i64 to i32"));
+            let shift = f.splat(&shift, "i32", LANES);
+            let x = f.op(format!("arith.shrui {x}, {shift} : vector<16xi32>"));
+            let low = f.i32(15, LANES);
+            f.op(format!("arith.andi {x}, {low} : vector<16xi32>"))
+        } else {
+            let x = f.load_at(&codes, &inside, "i8", LANES);
+            f.op(format!("arith.extsi {x} : vector<16xi8> to vector<16xi32>"))
+        };
+        value(f, &codes, &scale, minimum.as_ref())
+    }
+
+    fn row(&self, f: &mut Func, r: &Val) -> Val {
+        let at = f.mulc(r, self.row);
+        f.gep(&self.base, &at, "i8")
+    }
+}
+
+/// Decodes steps `k0..k1` of the columns of a tile, from `column` on, into a panel at `to`. `k0` is a multiple of 32. Columns past the
+/// last are those before them.
+pub(super) fn unpack(f: &mut Func, cx: &Context, p: &Product, column: &Val, to: &Val, (k0, k1): (&Val, &Val)) {
+    let Right::Blocks { arg, format, along } = p.right else { return };
+    let (Some(k), Some(n)) = (p.k.known(), p.n.known()) else { return };
+    let (rows, width) = if along { (n, k) } else { (k, n) };
+    let (rows, width) = (rows as i64, width as i64);
+    let row = width / VALUES * format.bytes() as i64;
+    let m = Matrix { base: cx.buffers[arg].clone(), format, row, rows, width };
+    let put = |f: &mut Func, w: [Val; 2], k: &Val, column: &Val| {
+        let step = f.sub(k, k0);
+        let pair = f.divc(&step, 2);
+        Step::new(f, w, p.pairs(), cx.dot).put(f, to, cx.bl.width as i64, &pair, column);
+    };
+    if along { columns(f, cx, &m, column, (k0, k1), &put) } else { steps(f, cx, &m, column, (k0, k1), &put) }
+}
+
+/// Stores two steps, of a number and the next, of 16 columns of the tile.
+type Put<'a> = dyn Fn(&mut Func, [Val; 2], &Val, &Val) + 'a;
+
+/// Blocks along the sum.
+fn columns(f: &mut Func, cx: &Context, m: &Matrix, column: &Val, (k0, k1): (&Val, &Val), put: &Put) {
+    let lanes = LANES as i64;
+    let (zero, width) = (f.i64(0), f.i64(cx.bl.width as i64));
+    f.loop_(&zero, &width, lanes, |f, c| {
+        let first = f.add(column, c);
+        let each: Vec<Val> = if m.rows % lanes == 0 {
+            // Rows at a static distance are displacements of one address.
+            let last = f.i64(m.rows - lanes);
+            let first = f.min(&first, &last);
+            let first = m.row(f, &first);
+            (0..lanes)
+                .map(|i| {
+                    let d = f.i64(i * m.row);
+                    f.gep(&first, &d, "i8")
+                })
+                .collect()
+        } else {
+            let last = f.i64(m.rows - 1);
+            (0..lanes)
+                .map(|i| {
+                    let r = f.addc(&first, i);
+                    let r = f.min(&r, &last);
+                    m.row(f, &r)
+                })
+                .collect()
+        };
+        f.loop_(k0, k1, lanes, |f, k| {
+            let x = each.iter().map(|row| m.half(f, row, k)).collect();
+            let x = transpose(f, x, "f32");
+            for (i, w) in x.chunks_exact(2).enumerate() {
+                let k = f.addc(k, 2 * i as i64);
+                put(f, [w[0].clone(), w[1].clone()], &k, c);
+            }
+        });
+    });
+}
+
+/// Blocks along the columns.
+fn steps(f: &mut Func, cx: &Context, m: &Matrix, column: &Val, (k0, k1): (&Val, &Val), put: &Put) {
+    let lanes = LANES as i64;
+    let last = f.i64(m.width - lanes);
+    let groups: Vec<(Val, Val)> = (0..cx.bl.vectors as i64)
+        .map(|j| {
+            let c = f.addc(column, j * lanes);
+            (f.min(&c, &last), f.i64(j * lanes))
+        })
+        .collect();
+    let depth = f.sub(k1, k0);
+    let whole = f.divc(&depth, 2);
+    let whole = f.mulc(&whole, 2);
+    let middle = f.add(k0, &whole);
+    // The last of an odd number of steps has none beside it.
+    for (low, high, both) in [(k0, &middle, true), (&middle, k1, false)] {
+        f.loop_(low, high, 2, |f, k| {
+            let next = f.addc(k, 1);
+            let (a, b) = (m.row(f, k), m.row(f, &next));
+            for (n, c) in &groups {
+                let x = m.half(f, &a, n);
+                let y = if both { m.half(f, &b, n) } else { f.f32(0.0, LANES) };
+                put(f, [x, y], k, c);
+            }
+        });
+    }
+}
