@@ -43,6 +43,7 @@ pub struct CompileTimes {
 /// [`CodegenError::Unsupported`] naming the kernel and the reason.
 pub fn emit_host(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emitted, CodegenError> {
     match k.class {
+        Class::Row if emit::blocks::picks_rows(k) => emit::blocks::emit(k, symbols, target),
         Class::Row if emit::coded::is_coded(k) => emit::coded::emit(k),
         Class::Row => emit::row::emit(k, symbols, target),
         Class::Contraction => emit::contraction::emit(k, symbols, target),
@@ -57,6 +58,7 @@ pub fn emit_host(k: &Kernel, symbols: &[Sym], target: &HostTarget) -> Result<Emi
 /// The reason why not.
 pub fn supported(k: &Kernel) -> Result<(), String> {
     match k.class {
+        Class::Row if emit::blocks::picks_rows(k) => emit::blocks::supported(k),
         Class::Row if emit::coded::is_coded(k) => emit::coded::supported(k),
         Class::Row => emit::row::supported(k),
         Class::Contraction => emit::contraction::supported(k),

@@ -5,7 +5,7 @@
 
 use crate::values;
 use pleach_ir::interp::{RunResult, Symbols, Tensor, run_entry_with, run_schedule_with};
-use pleach_ir::{Graph, IrError, Param, ParamId, Schedule};
+use pleach_ir::{Graph, IrError, Param, ParamId, Schedule, Source};
 use std::collections::BTreeMap;
 
 /// Results by entry and by name: `infer/logits`, `generate/@cache.0.k`.
@@ -76,8 +76,14 @@ pub fn run_graph(g: &Graph, start: &Start) -> Result<Results, IrError> {
 pub fn run_schedule(s: &Schedule, start: &Start) -> Result<Results, IrError> {
     s.check()?;
     let params: Vec<Param> = s.params.iter().map(|(p, _)| p.clone()).collect();
+    // A checkpoint's tensor in blocks has the values of the tensor.
+    let read = |p: &Param| {
+        let same = |q: &&Param| q.source == p.source && matches!(p.source, Source::Checkpoint(_));
+        params.iter().find(same).unwrap_or(p).name.clone()
+    };
+    let names: Vec<String> = params.iter().map(read).collect();
     run(&params, s.entries.iter().map(|e| e.name.as_str()), start, &|e, values, inputs| {
-        run_schedule_with(s, e, &|p| values.get(&params[p.index()].name), inputs, &start.symbols)
+        run_schedule_with(s, e, &|p| values.get(&names[p.index()]), inputs, &start.symbols)
     })
 }
 

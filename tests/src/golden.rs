@@ -19,16 +19,17 @@
 //!
 //! Whatever the test, graphs are verified, printed and read again, and what comes out of a pass or schedule is run by
 //! the interpreter beside its source on seeded values. `why` is required; `options` may list `merge`, `pack`, `bf16`,
-//! `tokens=N`, `T=N` (or another symbol), `no=RULE`. An unknown word is an error. `PLEACH_BLESS=1` rewrites the lower part.
+//! `tokens=N`, `T=N` (or another symbol), `no=RULE`, `blocks=TENSOR:FORMAT`. An unknown word is an error. `PLEACH_BLESS=1` rewrites the lower part.
 
 use crate::compare::{Start, run_graph, run_schedule, same};
 use crate::values;
 use pleach_ir::interp::{Symbols, Tensor};
 use pleach_ir::text::{parse, print, print_schedule};
-use pleach_ir::{DType, Graph, Sym, verify};
+use pleach_ir::{BlockFormat, DType, Graph, Sym, verify};
 use pleach_passes::fuse_kernels::CutOptions;
 use pleach_passes::{Options, Report, chunk, find, fuse_kernels};
 use similar::TextDiff;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// What two forms of one computation may differ by, relative to the largest element.
@@ -50,6 +51,7 @@ struct Golden<'a> {
     options: Options,
     pack: bool,
     chunk: bool,
+    blocks: BTreeMap<String, BlockFormat>,
     symbols: Symbols,
     above: &'a str,
     below: Option<&'a str>,
@@ -83,6 +85,7 @@ fn read(text: &str) -> Result<Golden<'_>, String> {
         options: Options::default(),
         pack: false,
         chunk: false,
+        blocks: BTreeMap::new(),
         symbols: values::symbols(),
         above: "",
         below: None,
@@ -126,6 +129,10 @@ fn option(g: &mut Golden, word: &str) -> Result<(), String> {
         None if word == "pack" => g.pack = true,
         None if word == "chunk" => g.chunk = true,
         None if word == "bf16" => g.options.dtype = DType::BF16,
+        Some(("blocks", tensor)) => {
+            let (name, format) = tensor.split_once(':').ok_or_else(unknown)?;
+            g.blocks.insert(name.into(), BlockFormat::from_name(format).ok_or_else(unknown)?);
+        }
         Some(("no", rule)) => g.options.disabled_rules.push(rule.into()),
         Some((key, n)) => {
             let n: u64 = n.parse().map_err(|_| unknown())?;
@@ -224,7 +231,7 @@ fn schedule(graph: &Graph, g: &Golden) -> Result<String, String> {
     let options = CutOptions {
         supported: &|_| Ok(()),
         panels: if g.pack { &[48, 32, 16] } else { &[] },
-        blocks: Default::default(),
+        blocks: g.blocks.clone(),
     };
     let mut s = fuse_kernels::schedule(graph, &options).map_err(|e| e.to_string())?;
     if g.chunk {

@@ -209,6 +209,38 @@ fn settle() {
 }
 
 #[test]
+fn training_from_blocks_gives_the_same_bits() {
+    use Kind::{F32, Q4_0, Q4_1, Q8_0};
+    let s = Setup::new("blocks-train", &[Q8_0, Q4_1, Q4_1, Q8_0, Q4_0, Q4_1, Q4_1, Q8_0, F32]);
+    let model = s.text();
+    let rows = s.folder.join("rows.jsonl");
+    let row = |i: usize| {
+        let ids: Vec<String> = (0..9 + i).map(|j| ((i * 29 + j * 17) % WORDS as usize).to_string()).collect();
+        format!("{{\"input_ids\": [{}]}}\n", ids.join(", "))
+    };
+    fs::write(&rows, (0..6).map(row).collect::<String>()).unwrap();
+    let rows = rows.display().to_string();
+    let train = |name: &str, more: &[&str]| {
+        let out = s.folder.join(name).display().to_string();
+        let all = ["train", &model, "--data", &rows, "--out", &out, "--target-modules", "all-linear", "--r", "4"];
+        let rest = ["--max-steps", "3", "--batch", "2", "--lr", "1e-3", "--quiet", "--overwrite"];
+        s.pleach.ok(&[&all[..], &rest, more].concat());
+        fs::read(s.folder.join(name).join("adapter_model.safetensors")).unwrap()
+    };
+    let plan = |more: &[&str]| -> u64 {
+        let all = ["plan", &model, "--target-modules", "all-linear", "--r", "4", "--batch", "2", "--max-length", "16"];
+        let v: serde_json::Value = serde_json::from_str(&s.pleach.ok(&[&all[..], more, &["--json"]].concat())).unwrap();
+        v["total_bytes"].as_u64().unwrap()
+    };
+    for dtype in ["f32", "bf16"] {
+        let (coded, plain) = (train("coded", &["--dtype", dtype]), train("plain", &["--dtype", dtype, "--no-blocks"]));
+        assert!(coded == plain, "{dtype}: not the same bits");
+        let (small, large) = (plan(&["--dtype", dtype]), plan(&["--dtype", dtype, "--no-blocks"]));
+        assert!(small < large, "{dtype}: {small} bytes are planned, {large} without blocks");
+    }
+}
+
+#[test]
 fn inference_from_blocks_gives_the_same_bits() {
     use Kind::{F32, Q4_0, Q4_1, Q8_0};
     for (name, kinds) in [

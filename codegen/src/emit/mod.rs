@@ -5,6 +5,7 @@
 //! of the `symbols` slice), and what the runtime has to know to launch it.
 
 pub mod attention;
+pub mod blocks;
 pub mod coded;
 pub mod contraction;
 pub(crate) mod elementwise;

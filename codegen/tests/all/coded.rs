@@ -1,5 +1,5 @@
-//! Weights that stay coded: blocks rearranged as panels, and products that read these, beside the same products over the
-//! values in plain panels. Both must give the same bits.
+//! Weights that stay coded: blocks rearranged as panels, and products that read these or the blocks themselves, beside the same
+//! products over the values. Both must give the same bits.
 
 use crate::contraction::Build;
 use crate::kit::{Loaded, laid_out, run_bytes, targets};
@@ -142,6 +142,101 @@ fn blocks_become_panels() {
     }
 }
 
+/// A product over a weight `[n, k]` in this layout, as it lies or turned round.
+fn either_way(dtype: DType, (n, k): (u64, u64), layout: Layout, turned: bool) -> Kernel {
+    let mut b = Build::new();
+    let x = b.typed(dtype, &[T, Dim::Known(if turned { n } else { k })], Layout::RowMajor);
+    let w = b.typed(dtype, &[Dim::Known(n), Dim::Known(k)], layout);
+    let y = if turned { b.mm(x, w) } else { b.mm_t(x, w) };
+    let y = b.op(Op::Unary(UnaryOp::Neg), &[y]);
+    b.done("product", &[y])
+}
+
+#[test]
+fn products_read_blocks_whichever_way_round() {
+    let shapes = [(64, 96), (50, 32), (33, 64), (7, 32), (2081, 64), (48, 2080)];
+    for (i, (n, k)) in shapes.into_iter().enumerate() {
+        for (j, dtype) in [DType::F32, DType::BF16].into_iter().enumerate() {
+            for turned in [false, true] {
+                let format = FORMATS[(i + j) % 3];
+                let blocks = Blocks::noise(format, n as usize, k as usize, n + k);
+                let plain = either_way(dtype, (n, k), Layout::RowMajor, turned);
+                let coded = either_way(dtype, (n, k), Layout::Blocks(format), turned);
+                supported(&coded).unwrap();
+                for target in targets() {
+                    let [a, b] = [&plain, &coded].map(|x| emit_host(x, &[Sym::T], &target).unwrap());
+                    let [la, lb] = [&a, &b].map(|x| Loaded::new(&x.text, &target));
+                    for t in [0, 1, 3, 13, 70] {
+                        let shape = [t, if turned { n } else { k }];
+                        let x = crate::kit::noise(&shape, 3 + t);
+                        let x = Tensor::from_floats(dtype, shape, x.floats().into_owned()).to_bytes();
+                        let symbols = [(Sym::T, t)];
+                        let memory = vec![x.clone(), blocks.values(dtype).to_bytes()];
+                        let want = run_bytes(&la, &plain, &a, memory, &symbols, u64::MAX >> 1);
+                        for each in [1, u64::MAX >> 1] {
+                            let memory = vec![x.clone(), blocks.bytes.clone()];
+                            let got = run_bytes(&lb, &coded, &b, memory, &symbols, each);
+                            let at = format!("{format:?} {dtype} {n}x{k} turned {turned} T {t} {:?}", target.isa);
+                            assert!(got == want, "{at}: not the same bits");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A kernel that picks rows of a matrix in blocks.
+fn picking(dtype: DType, format: BlockFormat, (n, k): (u64, u64)) -> Kernel {
+    let mut b = Build::new();
+    let w = b.typed(dtype, &[Dim::Known(n), Dim::Known(k)], Layout::Blocks(format));
+    let i = b.typed(DType::I32, &[T], Layout::RowMajor);
+    let y = b.op(Op::Gather { axis: 0 }, &[w, i]);
+    Kernel { class: Class::Row, ..b.done("rows", &[y]) }
+}
+
+#[test]
+fn rows_of_blocks_are_picked() {
+    for format in FORMATS {
+        for dtype in [DType::F32, DType::BF16] {
+            let (n, k) = (19usize, 96usize);
+            let blocks = Blocks::noise(format, n, k, 7);
+            let kernel = picking(dtype, format, (n as u64, k as u64));
+            supported(&kernel).unwrap();
+            let row = blocks.values(dtype).to_bytes().len() / n;
+            for target in targets() {
+                let e = emit_host(&kernel, &[Sym::T], &target).unwrap();
+                let lib = Loaded::new(&e.text, &target);
+                for t in [0usize, 1, 8, 21] {
+                    let index: Vec<i32> = (0..t).map(|i| (i * 7 % n) as i32).collect();
+                    let bytes = index.iter().flat_map(|i| i.to_le_bytes()).collect();
+                    let memory = vec![blocks.bytes.clone(), bytes];
+                    let got = run_bytes(&lib, &kernel, &e, memory, &[(Sym::T, t as u64)], 1);
+                    let all = blocks.values(dtype).to_bytes();
+                    let want: Vec<u8> = index.iter().flat_map(|i| all[*i as usize * row..][..row].to_vec()).collect();
+                    assert_eq!(got, [want], "{format:?} {dtype} {t}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_reads_no_blocks_is_refused() {
+    let refused = |k: &Kernel, why: &str| {
+        let e = supported(k).unwrap_err();
+        assert!(e.contains(why), "{e}");
+    };
+    let format = BlockFormat::Q8_0;
+    refused(&either_way(DType::F32, (32, 48), Layout::Blocks(format), false), "whole blocks");
+    refused(&either_way(DType::F32, (32, 48), Layout::Blocks(format), true), "whole blocks");
+    refused(&picking(DType::F32, format, (4, 48)), "whole blocks");
+    let mut b = Build::new();
+    let w = b.typed(DType::F32, &[Dim::Known(4), Dim::Known(32)], Layout::Blocks(format));
+    let y = b.op(Op::Unary(UnaryOp::Neg), &[w]);
+    refused(&Kernel { class: Class::Row, ..b.done("neg", &[y]) }, "picks rows and does nothing else");
+}
+
 #[test]
 fn what_no_panel_can_be_made_of_is_refused() {
     let refused = |k: &Kernel, why: &str| {
@@ -155,7 +250,7 @@ fn what_no_panel_can_be_made_of_is_refused() {
     refused(&k, "of their own format");
     let mut k = good();
     k.results[0] = Layout::RowMajor;
-    refused(&k, "into one result in coded panels");
+    refused(&k, "picks rows and does nothing else");
     refused(&packing(BlockFormat::Q4_1, DType::F32, &[16], 48, 16), "do not divide 48");
     refused(&packing(BlockFormat::Q4_1, DType::F32, &[16], 64, 24), "a multiple of 16 columns");
     let mut k = good();

@@ -111,7 +111,8 @@ pub(super) fn keeps_rows(e: &Entry, v: ValueId) -> bool {
 }
 
 impl Partition {
-    pub(super) fn new(e: &Entry) -> Partition {
+    /// `coded` says which parameters lie in memory as codes.
+    pub(super) fn new(e: &Entry, coded: &dyn Fn(ParamId) -> bool) -> Partition {
         let live = e.live();
         let mut kind: Vec<Kind> = e
             .values()
@@ -147,7 +148,7 @@ impl Partition {
         p.find_readers(e);
         for v in e.values() {
             if p.kind[v.index()] == Kind::Compute {
-                p.place(e, v);
+                p.place(e, v, coded);
             }
         }
         p.sink(e);
@@ -316,7 +317,7 @@ impl Partition {
             .all(|g| self.groups[*g].apart.iter().all(|v| self.group_of[v.index()].is_none_or(|h| !set.contains(&h))))
     }
 
-    fn place(&mut self, e: &Entry, v: ValueId) {
+    fn place(&mut self, e: &Entry, v: ValueId, coded: &dyn Fn(ParamId) -> bool) {
         let n = e.node(v);
         let row = n.ty.shape.first().copied();
         match &n.op {
@@ -334,6 +335,10 @@ impl Partition {
             // Views that had to be materialised, and movement across rows, stand alone.
             Op::Const { .. } | Op::Iota { .. } => return self.start(v, Class::Row, row, true),
             Op::Concat { axis: 0 } | Op::Pad { axis: 0, .. } => return self.start(v, Class::Row, row, true),
+            // So do rows that are decoded.
+            Op::Gather { .. } if matches!(e.node(n.inputs[0]).op, Op::Param(p) if coded(p)) => {
+                return self.start(v, Class::Row, row, true);
+            }
             _ => {}
         }
         let before = self.reach.closure(self.waits(v));

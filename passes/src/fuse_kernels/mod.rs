@@ -167,7 +167,7 @@ impl<'a> EntryCut<'a> {
         params: &'a [(pleach_ir::Param, Layout)],
         accepts: &mut dyn FnMut(&Kernel) -> bool,
     ) -> Result<EntryCut<'a>, PassError> {
-        let mut groups = group::Partition::new(entry);
+        let mut groups = group::Partition::new(entry, &|p| matches!(params[p.index()].1, Layout::Blocks(_)));
         groups.choose_in_place(entry, params);
         let mut regions: BTreeMap<usize, Region> = BTreeMap::new();
         let mut order = groups.order();

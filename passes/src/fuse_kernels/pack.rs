@@ -105,15 +105,24 @@ pub(super) fn pack(graph: &Graph, widths: &[u64], blocks: &Blocks) -> Result<Pac
     let mut g = graph.clone();
     let mut layouts = vec![Layout::RowMajor; g.params.len()];
     let mut twins: BTreeMap<(ParamId, Layout), ParamId> = BTreeMap::new();
+    let mut stored: BTreeMap<ParamId, ParamId> = BTreeMap::new();
     for i in 0..g.entries.len() {
         if is_prepare(&g.entries[i]) {
             continue;
         }
         let live = g.entries[i].live();
         let users = g.entries[i].users();
-        let mut replace: BTreeMap<ValueId, ParamId> = BTreeMap::new();
+        let mut replace: Replace = BTreeMap::new();
         for v in g.entries[i].values() {
             let e = &g.entries[i];
+            let table = reads(e, v, |p| g.params[p.index()].role == Role::Frozen).filter(|_| live[v.index()]);
+            if let Some((p, at, Reads::Rows)) = table {
+                if let (None, Some(format)) = (made(&g, p), format_of(&g, blocks, p)) {
+                    let twin = *stored.entry(p).or_insert_with(|| stored_as(&mut g, &mut layouts, p, format));
+                    replace.insert(v, (at, twin));
+                }
+                continue;
+            }
             let Op::MatMul { tb, .. } = e.node(v).op else { continue };
             let right = e.node(v).inputs[1];
             let Op::Param(p) = e.node(right).op else { continue };
@@ -142,12 +151,11 @@ pub(super) fn pack(graph: &Graph, widths: &[u64], blocks: &Blocks) -> Result<Pac
                 g.params.push(param);
                 layouts.push(layout);
             }
-            replace.insert(v, twin);
+            replace.insert(v, (1, twin));
         }
         g.entries[i] = with_twins(&g.params, &g.entries[i], &replace)?;
     }
     let mut coded = vec![];
-    let mut stored: BTreeMap<ParamId, ParamId> = BTreeMap::new();
     for ((p, layout), twin) in &twins {
         let Layout::CodedPanels { format, .. } = layout else {
             fill(&mut g, *p, *twin)?;
@@ -163,35 +171,56 @@ pub(super) fn pack(graph: &Graph, widths: &[u64], blocks: &Blocks) -> Result<Pac
     Ok(Packed { graph: g, layouts, coded })
 }
 
-/// The graph with the blocks of codes that the checkpoint has in place of the same weights as numbers, wherever products read these
-/// as right operands, whichever way round: for entries that read weights both ways, where panels would be two copies.
-///
-/// A weight that is read otherwise too stays as it is, as it then is in memory anyway; but for single rows of one that lies in the
-/// checkpoint's file as it is read.
+/// How a node reads a parameter in a way that the parameter's blocks do for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Reads {
+    /// As the right operand of a product.
+    Right,
+    /// As the left operand: of the product turned round it is the right one.
+    Left,
+    /// Rows that indices pick.
+    Rows,
+}
+
+/// The parameter of those `wanted` that a node reads so, and at which input.
+fn reads(e: &Entry, v: ValueId, wanted: impl Fn(ParamId) -> bool) -> Option<(ParamId, usize, Reads)> {
+    let n = e.node(v);
+    let param = |at: usize, how: Reads| match e.node(n.inputs[at]).op {
+        Op::Param(p) if wanted(p) => Some((p, at, how)),
+        _ => None,
+    };
+    match n.op {
+        Op::MatMul { .. } if n.ty.rank() == 2 => param(1, Reads::Right).or_else(|| param(0, Reads::Left)),
+        Op::Gather { axis: 0 } => param(0, Reads::Rows),
+        _ => None,
+    }
+}
+
+/// The graph with the blocks of codes that the checkpoint has in place of the same weights as numbers: for entries that read
+/// weights both ways round, where panels would be two copies. A weight that is also read in a way that blocks do not do for stays as it
+/// is: it is in memory anyway.
 ///
 /// # Errors
 /// As [`pack`].
 pub(super) fn in_blocks(graph: &Graph, blocks: &Blocks) -> Result<Packed, IrError> {
     let mut g = graph.clone();
     let mut layouts = vec![Layout::RowMajor; g.params.len()];
-    let made =
-        |p: &usize| g.entries.iter().any(|e| e.roots.iter().any(|r| r.kind == RootKind::Assign(ParamId(*p as u32))));
-    let frozen = |p: &usize| g.params[*p].role == Role::Frozen && !made(p);
-    let format = |p: &usize| frozen(p).then(|| format_of(&g, blocks, ParamId(*p as u32))).flatten();
-    let mut formats: Vec<Option<BlockFormat>> = (0..g.params.len()).map(|p| format(&p)).collect();
-    let read: Vec<usize> = (0..g.entries.len()).filter(|i| !is_prepare(&g.entries[*i])).collect();
-    let mut multiplied = vec![false; g.params.len()];
-    for e in read.iter().map(|i| &g.entries[*i]) {
+    let assigned = |p: ParamId| g.entries.iter().any(|e| e.roots.iter().any(|r| r.kind == RootKind::Assign(p)));
+    let format = |p: ParamId| {
+        let frozen = g.params[p.index()].role == Role::Frozen && !assigned(p);
+        frozen.then(|| format_of(&g, blocks, p)).flatten()
+    };
+    let mut formats: Vec<Option<BlockFormat>> = (0..g.params.len()).map(|p| format(ParamId(p as u32))).collect();
+    let entries: Vec<usize> = (0..g.entries.len()).filter(|i| !is_prepare(&g.entries[*i])).collect();
+    let mut read = vec![false; g.params.len()];
+    for e in entries.iter().map(|i| &g.entries[*i]) {
         let live = e.live();
         for v in e.values().filter(|v| live[v.index()]) {
-            let n = e.node(v);
-            for (at, x) in n.inputs.iter().enumerate() {
+            let found = reads(e, v, |p| formats[p.index()].is_some());
+            for (at, x) in e.node(v).inputs.iter().enumerate() {
                 let Op::Param(p) = e.node(*x).op else { continue };
-                let rows =
-                    matches!(n.op, Op::Gather { axis: 0 }) && at == 0 && g.params[p.index()].ty.dtype == DType::F32;
-                let factor = matches!(n.op, Op::MatMul { .. }) && at == 1;
-                multiplied[p.index()] |= factor;
-                if !factor && !rows {
+                read[p.index()] = true;
+                if found.is_none_or(|(_, here, _)| here != at) {
                     formats[p.index()] = None;
                 }
             }
@@ -203,21 +232,30 @@ pub(super) fn in_blocks(graph: &Graph, blocks: &Blocks) -> Result<Packed, IrErro
         }
     }
     let mut twins: BTreeMap<ParamId, ParamId> = BTreeMap::new();
-    for (p, format) in formats.iter().enumerate().filter(|(p, _)| multiplied[*p]) {
-        let Some(format) = format else { continue };
-        twins.insert(ParamId(p as u32), stored_as(&mut g, &mut layouts, ParamId(p as u32), *format));
+    for (p, format) in formats.into_iter().enumerate().filter(|(p, _)| read[*p]) {
+        if let Some(format) = format {
+            let p = ParamId(p as u32);
+            twins.insert(p, stored_as(&mut g, &mut layouts, p, format));
+        }
     }
-    for i in read {
+    for i in entries {
         let e = &g.entries[i];
-        let factor = |v: ValueId| match e.node(v).op {
-            Op::MatMul { .. } => match e.node(e.node(v).inputs[1]).op {
-                Op::Param(p) => twins.get(&p).map(|twin| (v, *twin)),
-                _ => None,
-            },
-            _ => None,
-        };
-        let replace: BTreeMap<ValueId, ParamId> = e.values().filter_map(factor).collect();
-        g.entries[i] = with_twins(&g.params, e, &replace)?;
+        g.entries[i] = rebuilt(e, |out, v, mut inputs, _| {
+            let n = e.node(v);
+            let found =
+                reads(e, v, |p| twins.contains_key(&p)).and_then(|(p, at, how)| Some((*twins.get(&p)?, at, how)));
+            let Some((twin, at, how)) = found else {
+                return out.push_from(&g.params, n.op.clone(), &inputs, n.origin.clone());
+            };
+            inputs[at] = out.push(&g.params, Op::Param(twin), &[])?;
+            let (Op::MatMul { ta, tb }, Reads::Left) = (&n.op, how) else {
+                return out.push_from(&g.params, n.op.clone(), &inputs, n.origin.clone());
+            };
+            inputs.swap(0, 1);
+            let turned = Op::MatMul { ta: !tb, tb: !ta };
+            let x = out.push_from(&g.params, turned, &inputs, n.origin.clone())?;
+            out.push_from(&g.params, Op::Transpose(vec![1, 0]), &[x], n.origin.clone())
+        })?;
     }
     Ok(Packed { graph: g, layouts, coded: vec![] })
 }
@@ -230,12 +268,15 @@ fn stored_as(g: &mut Graph, layouts: &mut Vec<Layout>, p: ParamId, format: Block
     ParamId(g.params.len() as u32 - 1)
 }
 
-/// The entry with the right operands of these products replaced by parameters.
-fn with_twins(params: &[Param], e: &Entry, replace: &BTreeMap<ValueId, ParamId>) -> Result<Entry, IrError> {
+/// Of nodes: the input to replace, and by which parameter.
+type Replace = BTreeMap<ValueId, (usize, ParamId)>;
+
+/// The entry with operands of these nodes replaced by parameters.
+fn with_twins(params: &[Param], e: &Entry, replace: &Replace) -> Result<Entry, IrError> {
     rebuilt(e, |out, v, mut inputs, _| {
         let n = e.node(v);
-        if let Some(p) = replace.get(&v) {
-            inputs[1] = out.push(params, Op::Param(*p), &[])?;
+        if let Some((at, p)) = replace.get(&v) {
+            inputs[*at] = out.push(params, Op::Param(*p), &[])?;
         }
         out.push_from(params, n.op.clone(), &inputs, n.origin.clone())
     })

@@ -8,65 +8,10 @@
 
 use super::analyze::{Product, Right};
 use super::blocking::LANES;
-use super::coded::{Step, minimum, value};
+use super::coded::Step;
 use super::context::Context;
+use crate::emit::blocks::Matrix;
 use crate::emit::func::{Func, Val, transpose};
-use pleach_ir::BlockFormat;
-
-/// Values of a block.
-const VALUES: i64 = BlockFormat::VALUES as i64;
-
-/// A matrix in blocks.
-struct Matrix {
-    base: Val,
-    format: BlockFormat,
-    /// Bytes of a row.
-    row: i64,
-    /// Rows, and elements of a row.
-    rows: i64,
-    width: i64,
-}
-
-impl Matrix {
-    /// 16 values as f32: half a block. `row`: the row's address; `element`: the first of them, a multiple of 16.
-    fn half(&self, f: &mut Func, row: &Val, element: &Val) -> Val {
-        let lanes = LANES as i64;
-        let (block, inside) = (f.divc(element, VALUES), f.remc(element, VALUES));
-        let at = f.mulc(&block, self.format.bytes() as i64);
-        let block = f.gep(row, &at, "i8");
-        let number = |f: &mut Func, i: i64| {
-            let i = f.i64(2 * i);
-            let p = f.gep(&block, &i, "i8");
-            let x = f.op(format!("llvm.load {p} {{alignment = 1 : i64}} : !llvm.ptr -> f16"));
-            let x = f.op(format!("arith.extf {x} : f16 to f32"));
-            f.splat(&x, "f32", LANES)
-        };
-        let scale = number(f, 0);
-        let minimum = minimum(f, self.format, &scale, |f| number(f, 1));
-        let head = f.i64(if self.format.has_minimum() { 4 } else { 2 });
-        let codes = f.gep(&block, &head, "i8");
-        let codes = if self.format.code_bits() == 4 {
-            // Low halves of the bytes are the first 16 values.
-            let x = f.load(&codes, "vector<16xi8>");
-            let x = f.op(format!("arith.extui {x} : vector<16xi8> to vector<16xi32>"));
-            let shift = f.divc(&inside, lanes / 4);
-            let shift = f.op(format!("arith.trunci {shift} : i64 to i32"));
-            let shift = f.splat(&shift, "i32", LANES);
-            let x = f.op(format!("arith.shrui {x}, {shift} : vector<16xi32>"));
-            let low = f.i32(15, LANES);
-            f.op(format!("arith.andi {x}, {low} : vector<16xi32>"))
-        } else {
-            let x = f.load_at(&codes, &inside, "i8", LANES);
-            f.op(format!("arith.extsi {x} : vector<16xi8> to vector<16xi32>"))
-        };
-        value(f, &codes, &scale, minimum.as_ref())
-    }
-
-    fn row(&self, f: &mut Func, r: &Val) -> Val {
-        let at = f.mulc(r, self.row);
-        f.gep(&self.base, &at, "i8")
-    }
-}
 
 /// Decodes steps `k0..k1` of the columns of a tile, from `column` on, into a panel at `to`. `k0` is a multiple of 32. Columns past the
 /// last are those before them.
@@ -74,9 +19,7 @@ pub(super) fn unpack(f: &mut Func, cx: &Context, p: &Product, column: &Val, to: 
     let Right::Blocks { arg, format, along } = p.right else { return };
     let (Some(k), Some(n)) = (p.k.known(), p.n.known()) else { return };
     let (rows, width) = if along { (n, k) } else { (k, n) };
-    let (rows, width) = (rows as i64, width as i64);
-    let row = width / VALUES * format.bytes() as i64;
-    let m = Matrix { base: cx.buffers[arg].clone(), format, row, rows, width };
+    let m = Matrix::new(cx.buffers[arg].clone(), format, [rows, width]);
     let put = |f: &mut Func, w: [Val; 2], k: &Val, column: &Val| {
         let step = f.sub(k, k0);
         let pair = f.divc(&step, 2);
@@ -101,7 +44,7 @@ fn columns(f: &mut Func, cx: &Context, m: &Matrix, column: &Val, (k0, k1): (&Val
             let first = m.row(f, &first);
             (0..lanes)
                 .map(|i| {
-                    let d = f.i64(i * m.row);
+                    let d = f.i64(i * m.pitch);
                     f.gep(&first, &d, "i8")
                 })
                 .collect()

@@ -8,6 +8,7 @@ use super::analyze::{Product, Right};
 use super::blocking::LANES;
 use super::context::{Context, Place};
 use super::tile::vector;
+use crate::emit::blocks::value;
 use crate::emit::coded::Piece;
 use crate::emit::elementwise::round_to;
 use crate::emit::func::{Func, Val};
@@ -108,22 +109,8 @@ impl CodedAt {
     }
 }
 
-/// What codes (vector of i32) stand for.
-pub(super) fn value(f: &mut Func, codes: &Val, scale: &Val, minimum: Option<&Val>) -> Val {
-    let x = f.op(format!("arith.sitofp {codes} : vector<16xi32> to {}", vector()));
-    match minimum {
-        Some(m) => f.op(format!("math.fma {x}, {scale}, {m} : {}", vector())),
-        None => f.op(format!("arith.mulf {x}, {scale} : {}", vector())),
-    }
-}
-
 /// What is added to code · scale; `stored` gives the minimum where the format has one.
-pub(super) fn minimum(
-    f: &mut Func,
-    format: BlockFormat,
-    scale: &Val,
-    stored: impl FnOnce(&mut Func) -> Val,
-) -> Option<Val> {
+fn minimum(f: &mut Func, format: BlockFormat, scale: &Val, stored: impl FnOnce(&mut Func) -> Val) -> Option<Val> {
     match format {
         BlockFormat::Q4_1 => Some(stored(f)),
         // (code - 8) · scale, exactly: the product has 15 bits.
