@@ -215,7 +215,8 @@ pub(crate) struct ModelArgs {
     /// Compile anew and keep nothing
     #[arg(long)]
     pub no_cache: bool,
-    /// Read the f32 weights even where the folder has the same values in blocks of codes; only for inference on a processor does it matter
+    /// Read the f32 weights even where the folder has the same values in blocks of codes; the results are the same bits, and on a processor inference is
+    /// slower and training takes more memory
     #[arg(long)]
     pub no_blocks: bool,
     /// Leave out a pass; repeatable

@@ -70,7 +70,7 @@ fn first_gradients_are_as_near_as_those_of_peft() {
         count += 1.0;
         assert!(ours > 1e-3, "bf16 must show\n{lines}");
     }
-    let mean = (log / f64::from(count)).exp();
+    let mean = (log / count).exp();
     assert!(count >= 10.0 && mean <= 1.0 && worst <= BAR, "{mean:.2} of PEFT's error, {worst:.2} at most\n{lines}");
 }
 
