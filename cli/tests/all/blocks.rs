@@ -222,13 +222,39 @@ fn training_from_blocks_gives_the_same_bits() {
     let rows = rows.display().to_string();
     let train = |name: &str, more: &[&str]| {
         let out = s.folder.join(name).display().to_string();
-        let all = ["train", &model, "--data", &rows, "--out", &out, "--target-modules", "all-linear", "--r", "4"];
+        let all = [
+            "train",
+            &model,
+            "--data",
+            &rows,
+            "--out",
+            &out,
+            "--method",
+            "lora",
+            "--target-modules",
+            "all-linear",
+            "--r",
+            "4",
+        ];
         let rest = ["--max-steps", "3", "--batch", "2", "--lr", "1e-3", "--quiet", "--overwrite"];
         s.pleach.ok(&[&all[..], &rest, more].concat());
         fs::read(s.folder.join(name).join("adapter_model.safetensors")).unwrap()
     };
     let plan = |more: &[&str]| -> u64 {
-        let all = ["plan", &model, "--target-modules", "all-linear", "--r", "4", "--batch", "2", "--max-length", "16"];
+        let all = [
+            "plan",
+            &model,
+            "--method",
+            "lora",
+            "--target-modules",
+            "all-linear",
+            "--r",
+            "4",
+            "--batch",
+            "2",
+            "--max-length",
+            "16",
+        ];
         let v: serde_json::Value = serde_json::from_str(&s.pleach.ok(&[&all[..], more, &["--json"]].concat())).unwrap();
         v["total_bytes"].as_u64().unwrap()
     };
