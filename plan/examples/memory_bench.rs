@@ -84,6 +84,24 @@ fn cases() -> Vec<Case> {
             );
         }
     }
+    // Nothing is tuned on these.
+    for seed in 50..55 {
+        for (n, kind, grain, among) in [
+            (180, "fine", (1, 1), 4),
+            (450, "fine", (1, 1), 9),
+            (350, "grained", (2048, 1024), 4),
+            (800, "grained", (1024, 512), 4),
+            (400, "mixed", (512, 512), 25),
+            (250, "even", (4096, 4096), 12),
+        ] {
+            let list = cut(n, 1 << 20, CAPACITY, grain, among, seed);
+            add(&format!("held out, cut, {kind}, {n}"), format!("{seed}"), list, None);
+        }
+        for (n, left_out) in [(170, 30), (200, 20), (260, 60), (350, 25)] {
+            let list = woven(n, CAPACITY, left_out, seed);
+            add(&format!("held out, woven, {n}, without 1/{left_out}"), format!("{seed}"), list, Some(CAPACITY));
+        }
+    }
     many(&mut add);
     out
 }
