@@ -39,8 +39,9 @@ const TRIED: u64 = 1000;
 const PLACED: u64 = 60;
 const COVERED: usize = 16;
 const COPIED: u64 = 4;
-/// Work of all steps that are done again.
-const AGAIN: u64 = 10_000_000;
+/// Work of all steps that are done again: for each request, and at least.
+const AGAIN: u64 = 500;
+const LEAST: u64 = 3_000_000;
 
 const NONE: u32 = u32::MAX;
 
@@ -93,7 +94,7 @@ pub(super) fn fill(list: &[Request], bound: u64, work: &mut u64) -> Option<Vec<u
         top: vec![NONE; count],
         out: vec![0; list.len()],
     }];
-    let mut again = AGAIN;
+    let mut again = LEAST.max(AGAIN * list.len() as u64);
     for step in 1.. {
         let until = if step < STEPS { given.target / STEPS * step } else { u64::MAX };
         let from = |back: usize| before[before.len().saturating_sub(1 + back)].clone();
