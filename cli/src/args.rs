@@ -215,7 +215,7 @@ pub(crate) struct ModelArgs {
     /// Compile anew and keep nothing
     #[arg(long)]
     pub no_cache: bool,
-    /// Read the f32 weights even where the folder has the same values in blocks of codes; the results are the same bits, and on a processor inference is
+    /// Read the f32 weights even where the folder has the same values in blocks of codes; the values are the same, and on a processor inference is
     /// slower and training takes more memory
     #[arg(long)]
     pub no_blocks: bool,

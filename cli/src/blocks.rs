@@ -41,7 +41,7 @@ impl Compare {
     }
 }
 
-/// The tensors of a model that inference may read as blocks: all that its folder has so, when they stand for its weights. When
+/// The tensors of a model that may be read as blocks: all that its folder has so, when they stand for its weights. When
 /// they do not, none, and a remark says what to do.
 ///
 /// # Errors

@@ -160,7 +160,9 @@ fn workers(wish: usize) -> usize {
 
 /// True for a tensor that kernels of the host can read where the file is mapped.
 pub(crate) fn in_place(p: &Param, weights: &dyn TensorSource, name: &str) -> bool {
-    stored(weights, p, name).is_some_and(|t| t.dtype == p.dtype && (t.bytes.as_ptr() as usize).is_multiple_of(4))
+    // Blocks are read byte by byte.
+    let step = if matches!(p.layout, pleach_plan::Layout::Blocks(_)) { 1 } else { 4 };
+    stored(weights, p, name).is_some_and(|t| t.dtype == p.dtype && (t.bytes.as_ptr() as usize).is_multiple_of(step))
 }
 
 /// The sum an owned parameter counts for.

@@ -220,42 +220,19 @@ fn training_from_blocks_gives_the_same_bits() {
     };
     fs::write(&rows, (0..6).map(row).collect::<String>()).unwrap();
     let rows = rows.display().to_string();
+    let call = |command: &str, words: &str, more: &[&str]| {
+        let method = "--method lora --target-modules all-linear --r 4 --batch 2";
+        let words = method.split(' ').chain(words.split(' ')).chain(more.iter().copied());
+        s.pleach.ok(&[command, &model].into_iter().chain(words).collect::<Vec<_>>())
+    };
     let train = |name: &str, more: &[&str]| {
         let out = s.folder.join(name).display().to_string();
-        let all = [
-            "train",
-            &model,
-            "--data",
-            &rows,
-            "--out",
-            &out,
-            "--method",
-            "lora",
-            "--target-modules",
-            "all-linear",
-            "--r",
-            "4",
-        ];
-        let rest = ["--max-steps", "3", "--batch", "2", "--lr", "1e-3", "--quiet", "--overwrite"];
-        s.pleach.ok(&[&all[..], &rest, more].concat());
+        let files = ["--data", &rows, "--out", &out];
+        call("train", "--max-steps 3 --lr 1e-3 --quiet --overwrite", &[&files, more].concat());
         fs::read(s.folder.join(name).join("adapter_model.safetensors")).unwrap()
     };
     let plan = |more: &[&str]| -> u64 {
-        let all = [
-            "plan",
-            &model,
-            "--method",
-            "lora",
-            "--target-modules",
-            "all-linear",
-            "--r",
-            "4",
-            "--batch",
-            "2",
-            "--max-length",
-            "16",
-        ];
-        let v: serde_json::Value = serde_json::from_str(&s.pleach.ok(&[&all[..], more, &["--json"]].concat())).unwrap();
+        let v: serde_json::Value = serde_json::from_str(&call("plan", "--max-length 16 --json", more)).unwrap();
         v["total_bytes"].as_u64().unwrap()
     };
     for dtype in ["f32", "bf16"] {

@@ -1,6 +1,6 @@
 //! Matrices in blocks of codes as a checkpoint stores them ([`Layout::Blocks`]): what half a block stands for, and rows that indices pick.
 //!
-//! The kernel reads the rows that are asked for and nothing else, so that a table of embeddings is never in memory as numbers.
+//! The kernel reads the rows that are asked for and nothing else, so that a table of embeddings need not be in memory as numbers.
 
 use super::attention::view::{operand_index, strip_reshape};
 use super::elementwise::{memory_elem, round_to, store};

@@ -106,6 +106,7 @@ pub(super) fn pack(graph: &Graph, widths: &[u64], blocks: &Blocks) -> Result<Pac
     let mut layouts = vec![Layout::RowMajor; g.params.len()];
     let mut twins: BTreeMap<(ParamId, Layout), ParamId> = BTreeMap::new();
     let mut stored: BTreeMap<ParamId, ParamId> = BTreeMap::new();
+    let tables = read_as_blocks(&g, blocks, |how| how != Reads::Left);
     for i in 0..g.entries.len() {
         if is_prepare(&g.entries[i]) {
             continue;
@@ -115,12 +116,13 @@ pub(super) fn pack(graph: &Graph, widths: &[u64], blocks: &Blocks) -> Result<Pac
         let mut replace: Replace = BTreeMap::new();
         for v in g.entries[i].values() {
             let e = &g.entries[i];
-            let table = reads(e, v, |p| g.params[p.index()].role == Role::Frozen).filter(|_| live[v.index()]);
-            if let Some((p, at, Reads::Rows)) = table {
-                if let (None, Some(format)) = (made(&g, p), format_of(&g, blocks, p)) {
-                    let twin = *stored.entry(p).or_insert_with(|| stored_as(&mut g, &mut layouts, p, format));
-                    replace.insert(v, (at, twin));
-                }
+            let format = |p: ParamId| tables.get(p.index()).copied().flatten();
+            if let Some((p, at, Reads::Rows)) = reads(e, v, |p| format(p).is_some())
+                && let Some(format) = format(p)
+                && live[v.index()]
+            {
+                let twin = *stored.entry(p).or_insert_with(|| stored_as(&mut g, &mut layouts, p, format));
+                replace.insert(v, (at, twin));
                 continue;
             }
             let Op::MatMul { tb, .. } = e.node(v).op else { continue };
@@ -191,36 +193,29 @@ fn reads(e: &Entry, v: ValueId, wanted: impl Fn(ParamId) -> bool) -> Option<(Par
     };
     match n.op {
         Op::MatMul { .. } if n.ty.rank() == 2 => param(1, Reads::Right).or_else(|| param(0, Reads::Left)),
-        Op::Gather { axis: 0 } => param(0, Reads::Rows),
+        Op::Gather { axis: 0 } if matches!(e.node(n.inputs[1]).op, Op::Input { .. }) => param(0, Reads::Rows),
         _ => None,
     }
 }
 
-/// The graph with the blocks of codes that the checkpoint has in place of the same weights as numbers: for entries that read
-/// weights both ways round, where panels would be two copies. A weight that is also read in a way that blocks do not do for stays as it
-/// is: it is in memory anyway.
-///
-/// # Errors
-/// As [`pack`].
-pub(super) fn in_blocks(graph: &Graph, blocks: &Blocks) -> Result<Packed, IrError> {
-    let mut g = graph.clone();
-    let mut layouts = vec![Layout::RowMajor; g.params.len()];
+/// Of every parameter that entries read (but for those that prepare) in ways that `wanted` names and in no other: the format that the
+/// checkpoint has it in. What is read otherwise too is in memory as numbers anyway.
+fn read_as_blocks(g: &Graph, blocks: &Blocks, wanted: impl Fn(Reads) -> bool) -> Vec<Option<BlockFormat>> {
     let assigned = |p: ParamId| g.entries.iter().any(|e| e.roots.iter().any(|r| r.kind == RootKind::Assign(p)));
     let format = |p: ParamId| {
         let frozen = g.params[p.index()].role == Role::Frozen && !assigned(p);
-        frozen.then(|| format_of(&g, blocks, p)).flatten()
+        frozen.then(|| format_of(g, blocks, p)).flatten()
     };
     let mut formats: Vec<Option<BlockFormat>> = (0..g.params.len()).map(|p| format(ParamId(p as u32))).collect();
-    let entries: Vec<usize> = (0..g.entries.len()).filter(|i| !is_prepare(&g.entries[*i])).collect();
     let mut read = vec![false; g.params.len()];
-    for e in entries.iter().map(|i| &g.entries[*i]) {
+    for e in g.entries.iter().filter(|e| !is_prepare(e)) {
         let live = e.live();
         for v in e.values().filter(|v| live[v.index()]) {
             let found = reads(e, v, |p| formats[p.index()].is_some());
             for (at, x) in e.node(v).inputs.iter().enumerate() {
                 let Op::Param(p) = e.node(*x).op else { continue };
                 read[p.index()] = true;
-                if found.is_none_or(|(_, here, _)| here != at) {
+                if !found.is_some_and(|(_, here, how)| here == at && wanted(how)) {
                     formats[p.index()] = None;
                 }
             }
@@ -231,8 +226,23 @@ pub(super) fn in_blocks(graph: &Graph, blocks: &Blocks) -> Result<Packed, IrErro
             }
         }
     }
+    formats.into_iter().zip(read).map(|(f, read)| f.filter(|_| read)).collect()
+}
+
+/// The graph with the blocks of codes that the checkpoint has in place of the same weights as numbers: for entries that read
+/// weights both ways round, where panels would be two copies.
+///
+/// A product that has a weight on the left is turned round: its sums may be made in another order.
+///
+/// # Errors
+/// As [`pack`].
+pub(super) fn in_blocks(graph: &Graph, blocks: &Blocks) -> Result<Packed, IrError> {
+    let mut g = graph.clone();
+    let mut layouts = vec![Layout::RowMajor; g.params.len()];
+    let formats = read_as_blocks(&g, blocks, |_| true);
+    let entries: Vec<usize> = (0..g.entries.len()).filter(|i| !is_prepare(&g.entries[*i])).collect();
     let mut twins: BTreeMap<ParamId, ParamId> = BTreeMap::new();
-    for (p, format) in formats.into_iter().enumerate().filter(|(p, _)| read[*p]) {
+    for (p, format) in formats.into_iter().enumerate() {
         if let Some(format) = format {
             let p = ParamId(p as u32);
             twins.insert(p, stored_as(&mut g, &mut layouts, p, format));

@@ -4,7 +4,7 @@
 //! last axis are pushed through the elementwise operators down to the products, so that a tile of `silu(z[:, :F]) *
 //! z[:, F:]` holds two groups of the same product. Decides nothing about tiles.
 
-use super::blocking::{FEW, WHOLE_K};
+use super::blocking::{FEW, packs_rows};
 use super::view::{Stride, View, view};
 use pleach_ir::{BinaryOp, BlockFormat, Class, DType, Dim, Entry, Kernel, Layout, Op, ValueId};
 use std::collections::BTreeMap;
@@ -36,8 +36,8 @@ pub(crate) struct Product {
     pub(crate) dtype: DType,
     /// The left operand is packed into scratch memory: pairs that do not lie side by side.
     pub(crate) packs_left: bool,
-    /// The right operand is packed into scratch memory: pairs that are not in panels, what has no unit step along the
-    /// columns, and long sums that many rows read.
+    /// The right operand is packed into scratch memory: blocks of codes, pairs that are not in panels, what has no unit
+    /// step along the columns, and long sums that many rows read.
     pub(crate) packs_right: bool,
 }
 
@@ -353,13 +353,12 @@ impl Analysis {
             }
         };
         let pairs = dtype == DType::BF16;
-        let many = |limit: u64| m.known().is_none_or(|m| m > limit);
         let step = |s: &Stride| s.known() == Some(1);
         let packs_left = pairs && !step(&left.strides[inner]);
         let packs_right = match right {
             Right::Panels { .. } => false,
-            Right::Coded { .. } => many(FEW),
-            Right::Rows(_) => pairs || (many(64) && dim.known().is_some_and(|k| k > WHOLE_K)),
+            Right::Coded { .. } => m.known().is_none_or(|m| m > FEW),
+            Right::Rows(_) => packs_rows(dtype, *m, dim),
             Right::Strided(_) | Right::Blocks { .. } => true,
         };
         let p = Product { left, right, k: dim, n: *n, dtype, packs_left, packs_right };

@@ -1,9 +1,9 @@
 //! Tile shapes and task sizes. All follow from shapes and the vector set, never from a thread count.
 
-use super::analyze::{Analysis, Product, Right};
+use super::analyze::{Analysis, Group, Product, Right};
 use super::view::Stride;
 use crate::emit::HostIsa;
-use pleach_ir::{Dim, Layout};
+use pleach_ir::{DType, Dim, Layout};
 
 /// Lanes of the vectors that tiles are made of; a narrower target splits them.
 pub(super) const LANES: usize = 16;
@@ -84,6 +84,11 @@ pub(super) struct Pack {
 /// A packed depth is rounded up to this, so that squares of 16 steps may be stored whole.
 pub(super) const DEPTH_STEP: u64 = 32;
 
+/// Whether a right operand whose columns lie side by side is packed.
+pub(super) fn packs_rows(dtype: DType, m: Dim, k: Dim) -> bool {
+    dtype == DType::BF16 || (m.known().is_none_or(|m| m > 64) && k.known().is_some_and(|k| k > WHOLE_K))
+}
+
 impl Blocking {
     pub(super) fn new(a: &Analysis, isa: HostIsa, dot: bool) -> Result<Blocking, String> {
         let panels = || {
@@ -94,6 +99,11 @@ impl Blocking {
                 }
             })
         };
+        let blocks = |p: &Product| matches!(p.right, Right::Blocks { .. });
+        let sliced = |g: &Group| g.offset % LANES as u64 != 0 && g.products.iter().any(|p| blocks(&a.products[p.0]));
+        if a.groups.iter().any(sliced) {
+            return Err("blocks are sliced at columns that are no multiple of 16".into());
+        }
         let widths = panel_widths(isa);
         let width = if panels().next().is_some() {
             let fits = |w: &&u64| panels().all(|(nr, offset)| nr % **w == 0 && offset % **w == 0);
@@ -119,8 +129,13 @@ impl Blocking {
         let packs = left || a.products.iter().any(|p| p.packs_right);
         let size = a.products.iter().map(|p| p.dtype.size()).max().unwrap_or(4);
         let across = |p: &Product| p.left.strides.last().and_then(Stride::known) != Some(1);
-        // Codes are decoded into what plain panels are: parts as long, so that both give the same bits.
-        let copied = left || a.products.iter().any(|p| p.packs_right && !matches!(p.right, Right::Coded { .. }));
+        // Codes are decoded into what plain panels, or rows of numbers, are: parts as long, so that both give the same bits.
+        let as_numbers = |p: &Product| match p.right {
+            Right::Coded { .. } => false,
+            Right::Blocks { along: false, .. } => packs_rows(p.dtype, a.m, p.k),
+            _ => p.packs_right,
+        };
+        let copied = left || a.products.iter().any(as_numbers);
         let part_k = if copied || a.products.iter().any(across) { PART_BYTES / size } else { PART_K };
         let part = match longest {
             Some(k) if k <= WHOLE_K => None,

@@ -4,7 +4,7 @@
 //!
 //! Blocks along the columns are decoded 16 columns at a time. Blocks along the sum are decoded row by row of the matrix, that
 //! is column by column of the product, and transposed in registers, 16 by 16. Values and the order of the sums are those of
-//! the same matrix as numbers: the results are the same bits.
+//! the same product over the matrix as numbers: the results are the same bits.
 
 use super::analyze::{Product, Right};
 use super::blocking::LANES;

@@ -113,7 +113,7 @@ impl CodedAt {
 fn minimum(f: &mut Func, format: BlockFormat, scale: &Val, stored: impl FnOnce(&mut Func) -> Val) -> Option<Val> {
     match format {
         BlockFormat::Q4_1 => Some(stored(f)),
-        // (code - 8) · scale, exactly: the product has 15 bits.
+        // (code - 8) · scale, exactly: the product has 15 bits. A zero may have the other sign, which no sum shows.
         BlockFormat::Q4_0 => {
             let eight = f.f32(-8.0, LANES);
             Some(f.op(format!("arith.mulf {scale}, {eight} : {}", vector())))
