@@ -100,7 +100,8 @@ impl Blocking {
             })
         };
         let blocks = |p: &Product| matches!(p.right, Right::Blocks { .. });
-        let sliced = |g: &Group| g.offset % LANES as u64 != 0 && g.products.iter().any(|p| blocks(&a.products[p.0]));
+        let sliced =
+            |g: &Group| !g.offset.is_multiple_of(LANES as u64) && g.products.iter().any(|p| blocks(&a.products[p.0]));
         if a.groups.iter().any(sliced) {
             return Err("blocks are sliced at columns that are no multiple of 16".into());
         }
