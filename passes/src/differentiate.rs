@@ -2,7 +2,8 @@
 //!
 //! Reverse mode on the graph: every operator has a vector-Jacobian rule ([`rules`]) that writes plain operators. A
 //! value gets a cotangent only if it depends on a parameter of role `Train` and the loss depends on it, so nothing is
-//! computed below the lowest trained parameter. Cotangents are f32 whatever the type of the value.
+//! computed below the lowest trained parameter. Cotangents are f32; that of a bf16 matrix over a counted dimension, an activation,
+//! is rounded to bf16 once all its contributions are added up, since it is kept and read as those are.
 //!
 //! `accumulate` has the inputs and roots of `train` and, for every trained parameter `p` that the loss depends on,
 //! assigns `grad.p := grad.p + dL/dp`; runs add up until `update` ([`update`]) steps and clears. New parameters:
@@ -244,7 +245,11 @@ fn backward<'a>(
             continue;
         }
         tape.at(n.origin.clone());
-        let dy = sum::total(&mut tape, parts, &n.ty, None)?;
+        let mut dy = sum::total(&mut tape, parts, &n.ty, None)?;
+        if n.ty.dtype == DType::BF16 && n.ty.rank() >= 2 && n.ty.shape.iter().any(|d| d.known().is_none()) {
+            let short = tape.cast(dy, DType::BF16)?;
+            dy = tape.cast(short, DType::F32)?;
+        }
         let site = rules::Site {
             op: &n.op,
             x: n.inputs.iter().map(|i| map[i.index()]).collect(),

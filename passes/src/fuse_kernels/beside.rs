@@ -1,4 +1,5 @@
-//! Element-wise kernels that read nothing but what another kernel reads at the same places: they are computed there.
+//! Element-wise kernels that read nothing but what another kernel reads at the same places, or give what the epilogue of a product alone
+//! reads: they are computed there.
 //!
 //! What is built again for a gradient is made of tensors that the element-wise part of the backward half reads as well. In a kernel of its
 //! own it would read them once more, and take a launch. The other kernel may be a row kernel, or the epilogue of a product, whose
@@ -23,7 +24,7 @@ impl Partition {
         }
     }
 
-    /// The kernel that reads all tensors of an element-wise one.
+    /// The kernel that reads all tensors of an element-wise one, or alone a result of it.
     fn beside(&self, e: &Entry, g: usize) -> Option<usize> {
         let group = &self.groups[g];
         let first = *group.members.first()?;
@@ -52,6 +53,14 @@ impl Partition {
             let own = among(*x);
             found.retain(|h| own.contains(h));
         }
+        // The only product in whose epilogue a result is read: it need not be stored then.
+        let alone = |m: &ValueId| {
+            let mut all = self.readers(*m).iter().filter(|u| self.group(**u) != Some(g));
+            let to = self.group(*all.clone().next()?)?;
+            let reads = |u: &ValueId| self.group(*u) == Some(to) && e.node(*u).op.is_elementwise();
+            (self.groups[to].class == Class::Contraction && all.all(reads)).then_some(to)
+        };
+        found.extend(group.members.iter().filter_map(alone));
         let fits = |to: &usize| {
             let set: BTreeSet<usize> = [g, *to].into();
             let other = &self.groups[*to];

@@ -3,7 +3,7 @@
 use super::group::{Kind, Partition, behind, keeps_rows};
 use super::reach::Bits;
 use pleach_ir::{BinaryOp, Class, Dim, Entry, Op, ValueId};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// At most this many products whose results meet elementwise in one epilogue.
 const MAX_CHAINS: usize = 2;
@@ -150,20 +150,33 @@ impl Partition {
         }
     }
 
-    /// Moves ends of epilogues into the row kernel that alone reads them, where what they are made of is stored anyway:
-    /// one tensor fewer goes through memory. What others wait for stays.
+    /// Moves ends of epilogues into the row kernel that alone reads them, where what they are made of is stored anyway, or narrower:
+    /// one tensor fewer goes through memory, or a smaller one. What others wait for stays.
     pub(super) fn sink(&mut self, e: &Entry) {
-        let waited = self.waited(e);
-        for v in e.values().rev().filter(|v| !waited.contains(v)) {
+        let mut waiting: BTreeMap<ValueId, Vec<ValueId>> = BTreeMap::new();
+        for v in e.values() {
+            self.tokens(v).iter().for_each(|t| waiting.entry(*t).or_default().push(v));
+        }
+        for v in e.values().rev() {
             let Some(g) = self.group_of[v.index()] else { continue };
             let Some(r) = self.readers[v.index()].first().and_then(|u| self.group_of[u.index()]) else { continue };
+            if waiting.get(&v).is_some_and(|all| all.iter().any(|u| self.group_of[u.index()] != Some(r))) {
+                continue;
+            }
             let inside = |x: &ValueId| self.group_of[x.index()] == Some(g);
             let ends = self.groups[g].class == Class::Contraction
                 && e.node(v).op.is_elementwise()
                 && self.readers[v.index()].iter().all(|u| self.group_of[u.index()] == Some(r))
                 && !self.roots_show(e, v);
             let stored = |x: &ValueId| self.readers[x.index()].iter().any(|u| !inside(u)) || self.roots_show(e, *x);
-            let free = self.sources(v).iter().filter(|x| inside(x)).all(stored);
+            // Of the group the end reads one matrix of a narrower type and of its shape: that is stored in its place.
+            let narrower = |x: &ValueId| {
+                let (t, end) = (e.ty(*x), e.ty(v));
+                t.shape == end.shape && t.dtype.size() < end.dtype.size()
+            };
+            let mut own = self.sources(v).iter().filter(|x| inside(x));
+            let short = own.clone().count() == 1 && own.clone().all(narrower);
+            let free = short || own.all(stored);
             let to = &self.groups[r];
             let takes = r != g
                 && to.class == Class::Row

@@ -201,7 +201,8 @@ pub(super) fn emit(
     let (rows, columns) =
         (f.cmp("slt", &place.block[0], &place.size[0]), f.cmp("slt", &place.block[1], &place.size[1]));
     let some = f.op(format!("arith.andi {rows}, {columns} : i1"));
-    let simple = sets(a) == 1 && k.body.roots.len() == 1 && cut.size[0] * cut.size[1] <= 128 * 128;
+    let small = cut.size[0] * cut.size[1] <= 128 * 128;
+    let simple = sets(a) == 1 && k.body.roots.len() == 1 && passes.len() <= 2 && small;
     let resident = if simple { 2 } else { 1 };
     let sums = (a.groups.len() * place.elements()) as i64;
     let at_once = super::batch(k, a, 256 / resident - 1, sums);
