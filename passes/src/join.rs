@@ -4,6 +4,9 @@
 //! that can run at the same moment become one kernel whose body is theirs side by side, so that a target may run it as one
 //! launch. Nothing here knows what the kernels compute; the body of a joined kernel means what its parts mean, one after
 //! the other. Entries with loops, and launches with much between them in the arena, stay as they are.
+//! Thin products of one matrix are joined as well, in every entry ([`thin`]).
+
+mod thin;
 
 use crate::error::PassError;
 use crate::options::Options;
@@ -28,7 +31,7 @@ pub fn run(s: &mut Schedule, options: &Options) -> Result<usize, PassError> {
     }
     let fault = |e: pleach_ir::IrError| PassError::Refused { pass: "join".into(), why: e.to_string() };
     let mut made: BTreeMap<(KernelId, usize), KernelId> = BTreeMap::new();
-    let mut saved = 0;
+    let mut saved = thin::run(s).map_err(fault)?;
     for i in 0..s.entries.len() {
         if !s.entries[i].loops.is_empty() {
             continue;

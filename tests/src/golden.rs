@@ -27,7 +27,7 @@ use pleach_ir::interp::{Symbols, Tensor};
 use pleach_ir::text::{parse, print, print_schedule};
 use pleach_ir::{BlockFormat, DType, Graph, Sym, verify};
 use pleach_passes::fuse_kernels::CutOptions;
-use pleach_passes::{Options, Report, chunk, find, fuse_kernels};
+use pleach_passes::{Options, Report, Target, chunk, find, fuse_kernels, join};
 use similar::TextDiff;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -52,6 +52,7 @@ struct Golden<'a> {
     pack: bool,
     chunk: bool,
     blocks: BTreeMap<String, BlockFormat>,
+    join: bool,
     symbols: Symbols,
     above: &'a str,
     below: Option<&'a str>,
@@ -86,6 +87,7 @@ fn read(text: &str) -> Result<Golden<'_>, String> {
         pack: false,
         chunk: false,
         blocks: BTreeMap::new(),
+        join: false,
         symbols: values::symbols(),
         above: "",
         below: None,
@@ -128,6 +130,7 @@ fn option(g: &mut Golden, word: &str) -> Result<(), String> {
         None if word == "merge" => g.options.merge = true,
         None if word == "pack" => g.pack = true,
         None if word == "chunk" => g.chunk = true,
+        None if word == "join" => g.join = true,
         None if word == "bf16" => g.options.dtype = DType::BF16,
         Some(("blocks", tensor)) => {
             let (name, format) = tensor.split_once(':').ok_or_else(unknown)?;
@@ -236,6 +239,9 @@ fn schedule(graph: &Graph, g: &Golden) -> Result<String, String> {
     let mut s = fuse_kernels::schedule(graph, &options).map_err(|e| e.to_string())?;
     if g.chunk {
         chunk::run_with(&mut s, &|_| 16, 256, 4).map_err(|e| e.to_string())?;
+    }
+    if g.join {
+        join::run(&mut s, &Options { target: Target::GPU, ..Options::default() }).map_err(|e| e.to_string())?;
     }
     let start = Start::seeded(graph, g.symbols.clone(), 1);
     let want = run_graph(graph, &start).map_err(|e| e.to_string())?;

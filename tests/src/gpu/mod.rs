@@ -21,7 +21,7 @@ use pleach_codegen::compile::{compile_gpu, supported_gpu};
 use pleach_codegen::emit::gpu::GpuChip;
 use pleach_ir::{Graph, Schedule};
 use pleach_passes::fuse_kernels::{self, CutOptions};
-use pleach_passes::{Options, Pipeline, Target, chunk, manager};
+use pleach_passes::{Options, Pipeline, Target, chunk, join, manager};
 use pleach_plan::{Launch, LaunchParam, Meta, Plan};
 use pleach_ptx_sim::{Checks, Counts, Memory, Mode, Module, Order, Param, Ptr};
 
@@ -65,6 +65,7 @@ pub fn compile(graph: &Graph, options: &Options, chip: GpuChip, meta: Meta) -> R
     let mut schedule = fuse_kernels::cut(&graph, &cut).map_err(fail)?;
     chunk::run(&mut schedule, &options).map_err(fail)?;
     fuse_kernels::order(&mut schedule).map_err(fail)?;
+    join::run(&mut schedule, &options).map_err(fail)?;
     Compiled::new(schedule, chip, meta)
 }
 
