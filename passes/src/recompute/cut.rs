@@ -18,6 +18,9 @@ pub(super) const NEVER: u64 = 1 << 52;
 /// Cost units of a microsecond.
 const UNIT: f64 = 1e4;
 
+/// Keys that a query costs at least, however short sequences are.
+const LENGTH: u64 = 128;
+
 /// Value of a symbol when an entry tuned for this many tokens is priced: a batch of sequences of 128 tokens.
 pub(super) fn counts(tokens: u64) -> impl Fn(Sym) -> Option<u64> {
     move |s: Sym| {
@@ -86,7 +89,7 @@ pub(super) fn time_us(e: &Entry, v: ValueId, opts: &Options) -> f64 {
         Op::Attention(a) | Op::AttentionLse(a) => {
             let width = f64::from(a.heads) * f64::from(a.head_dim);
             // half of the scores count, at two thirds of the rate of a product
-            flops(3.0 * tokens as f64 * opts.length_hint.min(tokens) as f64 * width)
+            flops(3.0 * tokens as f64 * opts.length_hint.max(LENGTH) as f64 * width)
         }
         Op::AttentionGrad { .. } => NEVER as f64,
         Op::Unary(UnaryOp::Neg | UnaryOp::Abs | UnaryOp::Not | UnaryOp::Floor) => pass(1.0),

@@ -62,21 +62,26 @@ fn saved(plan: &Plan) -> Value {
     plan.meta.extra.get("saved").cloned().unwrap_or_else(|| json!([]))
 }
 
-/// Steps of the backward half: those that depend on the factor of the loss, and those after the first of them, which build
-/// values of the forward half again. The second list marks the latter.
+/// Steps of the backward half: those that depend on the factor of the loss, and those after the first of them that reads a value of the
+/// forward half, which build such values again. The second list marks the latter.
 fn backward(plan: &Plan, e: &Entry) -> (Vec<bool>, Vec<bool>) {
     let seed = |b: &Buffer| matches!(b.kind, BufferKind::Input(i) if e.inputs[i as usize].name == SEED);
     let mut late: Vec<bool> = e.buffers.iter().map(seed).collect();
-    let mut out = vec![];
-    for s in &e.steps {
-        let operands = plan.kernels[s.kernel as usize].operands.len();
-        let is = s.buffers[..operands].iter().any(|b| late[*b as usize]);
-        if is {
-            s.buffers[operands..].iter().for_each(|b| late[*b as usize] = true);
+    let (mut out, mut first) = (vec![], e.steps.len());
+    let mut made = vec![false; e.buffers.len()];
+    for (i, s) in e.steps.iter().enumerate() {
+        let (reads, writes) = s.buffers.split_at(plan.kernels[s.kernel as usize].operands.len());
+        let is = reads.iter().any(|b| late[*b as usize]);
+        // A factor alone may be changed long before.
+        if is && reads.iter().any(|b| made[*b as usize] && !late[*b as usize]) {
+            first = first.min(i);
+        }
+        for b in writes {
+            late[*b as usize] |= is;
+            made[*b as usize] = true;
         }
         out.push(is);
     }
-    let first = out.iter().position(|l| *l).unwrap_or(out.len());
     let again = out.iter().enumerate().map(|(i, l)| i > first && !l).collect();
     out.iter_mut().skip(first).for_each(|l| *l = true);
     (out, again)
