@@ -184,6 +184,14 @@ enum Reads {
     Rows,
 }
 
+/// Whether a value is an input, read at whatever time.
+fn given(e: &Entry, mut v: ValueId) -> bool {
+    while e.node(v).op == Op::After {
+        v = e.node(v).inputs[0];
+    }
+    matches!(e.node(v).op, Op::Input { .. })
+}
+
 /// The parameter of those `wanted` that a node reads so, and at which input.
 fn reads(e: &Entry, v: ValueId, wanted: impl Fn(ParamId) -> bool) -> Option<(ParamId, usize, Reads)> {
     let n = e.node(v);
@@ -193,7 +201,7 @@ fn reads(e: &Entry, v: ValueId, wanted: impl Fn(ParamId) -> bool) -> Option<(Par
     };
     match n.op {
         Op::MatMul { .. } if n.ty.rank() == 2 => param(1, Reads::Right).or_else(|| param(0, Reads::Left)),
-        Op::Gather { axis: 0 } if matches!(e.node(n.inputs[1]).op, Op::Input { .. }) => param(0, Reads::Rows),
+        Op::Gather { axis: 0 } if given(e, n.inputs[1]) => param(0, Reads::Rows),
         _ => None,
     }
 }
