@@ -108,7 +108,7 @@ pub(super) fn sections(requests: &[Request]) -> (Vec<Range<usize>>, usize) {
 /// For each request those that share a section with it.
 fn neighbours(span: &[Range<usize>]) -> Vec<Vec<u32>> {
     let mut by_start: Vec<u32> = (0..span.len() as u32).collect();
-    by_start.sort_unstable_by_key(|i| (span[*i as usize].start, *i));
+    super::sort::by_key(&mut by_start, &|i| (span[i as usize].start as u128, 0));
     let mut near = vec![vec![]; span.len()];
     let mut live: Vec<u32> = vec![];
     for i in by_start {
@@ -127,7 +127,7 @@ impl Branch {
         let (span, sections) = sections(requests);
         let n = requests.len();
         let mut by_start: Vec<u32> = (0..n as u32).collect();
-        by_start.sort_unstable_by_key(|i| (span[*i as usize].start, *i));
+        super::sort::by_key(&mut by_start, &|i| (span[i as usize].start as u128, 0));
         let near = neighbours(&span);
         let mut kinds = std::collections::BTreeMap::new();
         let kind = (0..n)

@@ -77,7 +77,7 @@ impl<'a> Search<'a> {
             let r = &requests[*i as usize];
             r.first < r.last && r.size > 0
         });
-        order.sort_by_key(|i| requests[*i as usize].first);
+        super::sort::by_key(&mut order, &|i| (u128::from(requests[i as usize].first), 0));
         let mut near = vec![vec![]; requests.len()];
         let mut live: Vec<u32> = vec![];
         for i in order {
@@ -119,7 +119,7 @@ impl<'a> Search<'a> {
                     (score + noise * draw.unit(), *i)
                 })
                 .collect();
-            keys.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+            super::sort::falling(&mut keys);
             let order: Vec<u32> = keys.into_iter().map(|k| k.1).collect();
             let total = self.fit(&order, best.0);
             if total < best.0 {
@@ -161,27 +161,27 @@ impl<'a> Search<'a> {
 
     /// The greedy orders worth trying.
     fn orders(&self) -> Vec<Vec<u32>> {
-        let r = |i: &u32| self.requests[*i as usize];
+        let r = |i: u32| self.requests[i as usize];
         let all: Vec<u32> =
-            (0..self.requests.len() as u32).filter(|i| r(i).first < r(i).last && r(i).size > 0).collect();
-        let life = |i: &u32| u128::from(r(i).last - r(i).first);
+            (0..self.requests.len() as u32).filter(|i| r(*i).first < r(*i).last && r(*i).size > 0).collect();
+        let life = |i: u32| u128::from(r(i).last - r(i).first);
         // How much is alive while a request is: crowded ones first.
         let crowd: Vec<u128> = (0..self.requests.len())
             .map(|i| self.near[i].iter().map(|j| u128::from(self.requests[*j as usize].size)).sum::<u128>())
             .collect();
-        type Key<'k> = &'k dyn Fn(&u32) -> (u128, u128, u32);
+        type Key<'k> = &'k dyn Fn(u32) -> (u128, u128);
         let keys: [Key<'_>; 6] = [
-            &|i| (u128::MAX - u128::from(r(i).size), u128::MAX - life(i), *i),
-            &|i| (u128::MAX - u128::from(r(i).size) * life(i), u128::from(r(i).first), *i),
-            &|i| (u128::MAX - life(i), u128::MAX - u128::from(r(i).size), *i),
-            &|i| (u128::from(r(i).first), u128::MAX - life(i), *i),
-            &|i| (u128::MAX - u128::from(r(i).last), u128::MAX - life(i), *i),
-            &|i| (u128::MAX - crowd[*i as usize], u128::MAX - u128::from(r(i).size), *i),
+            &|i| (u128::MAX - u128::from(r(i).size), u128::MAX - life(i)),
+            &|i| (u128::MAX - u128::from(r(i).size) * life(i), u128::from(r(i).first)),
+            &|i| (u128::MAX - life(i), u128::MAX - u128::from(r(i).size)),
+            &|i| (u128::from(r(i).first), u128::MAX - life(i)),
+            &|i| (u128::MAX - u128::from(r(i).last), u128::MAX - life(i)),
+            &|i| (u128::MAX - crowd[i as usize], u128::MAX - u128::from(r(i).size)),
         ];
         keys.iter()
             .map(|k| {
                 let mut v = all.clone();
-                v.sort_by_key(|i| k(i));
+                super::sort::by_key(&mut v, *k);
                 v
             })
             .collect()

@@ -14,6 +14,7 @@ mod order;
 mod portfolio;
 mod skyline;
 mod solve;
+mod sort;
 mod stack;
 mod sweep;
 mod ways;
@@ -66,11 +67,12 @@ pub fn lower_bound(requests: &[Request]) -> u64 {
 /// # Errors
 /// The indices of two requests that collide, or of one (twice) whose end is past `u64`.
 pub fn check(requests: &[Request], offsets: &[u64]) -> Result<u64, (usize, usize)> {
-    let mut order: Vec<usize> = (0..requests.len()).filter(|i| requests[*i].first < requests[*i].last).collect();
-    order.sort_by_key(|i| requests[*i].first);
+    let mut order: Vec<u32> = (0..requests.len() as u32).collect();
+    order.retain(|i| requests[*i as usize].first < requests[*i as usize].last);
+    sort::by_key(&mut order, &|i| (u128::from(requests[i as usize].first), 0));
     let mut live: Vec<usize> = vec![];
     let mut total = 0;
-    for i in order {
+    for i in order.into_iter().map(|i| i as usize) {
         let (r, a) = (requests[i], offsets.get(i).copied().ok_or((i, i))?);
         let end = a.checked_add(r.size).ok_or((i, i))?;
         total = total.max(end);
@@ -117,13 +119,15 @@ fn rounded(requests: &[Request], align: u64) -> Vec<Request> {
 /// Sizes are assumed to sum to less than `u64::MAX`; otherwise offsets saturate and [`check`] finds it.
 pub fn place_with(requests: &[Request], align: u64, goal: Option<u64>, effort: u64) -> Placement {
     // The same in whatever order the requests are given.
-    let mut sorted: Vec<usize> = (0..requests.len()).collect();
-    sorted
-        .sort_by_key(|i| (requests[*i].last.saturating_sub(requests[*i].first), requests[*i].first, requests[*i].size));
-    let list: Vec<Request> = sorted.iter().map(|i| requests[*i]).collect();
+    let mut sorted: Vec<u32> = (0..requests.len() as u32).collect();
+    sort::by_key(&mut sorted, &|i| {
+        let r = requests[i as usize];
+        (u128::from(r.last.saturating_sub(r.first)), u128::from(r.first) << 64 | u128::from(r.size))
+    });
+    let list: Vec<Request> = sorted.iter().map(|i| requests[*i as usize]).collect();
     let found = place_sorted(&rounded(&list, align.max(1)), goal, effort);
     let mut offsets = vec![0; requests.len()];
-    sorted.iter().zip(&found.offsets).for_each(|(i, o)| offsets[*i] = *o);
+    sorted.iter().zip(&found.offsets).for_each(|(i, o)| offsets[*i as usize] = *o);
     Placement { offsets, ..found }
 }
 

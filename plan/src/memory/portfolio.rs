@@ -169,7 +169,7 @@ impl Portfolio {
                 (score + noise * draw.unit(), i as u32)
             })
             .collect();
-        keys.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        super::sort::falling(&mut keys);
         for (rank, (_, i)) in keys.iter().enumerate() {
             self.branch.rank[*i as usize] = rank as u32;
         }

@@ -98,7 +98,7 @@ pub(super) fn stack(requests: &[Request], bound: u64) -> (u64, Vec<u64>) {
     };
     let order = |key: By<'_>| {
         let mut order: Vec<u32> = (0..list.len() as u32).collect();
-        order.sort_by_key(|i| (Reverse(key(&list[*i as usize])), list[*i as usize].first, *i));
+        super::sort::by_key(&mut order, &|i| (u128::MAX - key(&list[i as usize]), u128::from(list[i as usize].first)));
         order
     };
     let mut looks = 0;

@@ -134,7 +134,7 @@ fn events(requests: &[Request], times: &[u64], mirrored: bool) -> Vec<Event> {
     }
     let size = |i: u32| requests[i as usize].size;
     for e in &mut events {
-        e.begins.sort_by_key(|i| (std::cmp::Reverse(size(*i)), *i));
+        super::sort::by_key(&mut e.begins, &|i| (u128::MAX - u128::from(size(i)), 0));
     }
     for k in 0..events.len() {
         for (list, weight) in wishes(&events[k].ends, &events[k].begins, &size) {
