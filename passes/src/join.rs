@@ -11,7 +11,9 @@ mod thin;
 use crate::error::PassError;
 use crate::options::Options;
 use crate::order::dependences;
-use pleach_ir::{BufferKind, Class, Entry, Kernel, KernelId, Op, Schedule, ScheduledEntry, Step, ValueId};
+use pleach_ir::{
+    BufferId, BufferKind, Class, Entry, IrError, Kernel, KernelId, Op, Schedule, ScheduledEntry, Step, ValueId,
+};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Microseconds of a launch from which launches are joined.
@@ -29,8 +31,8 @@ pub fn run(s: &mut Schedule, options: &Options) -> Result<usize, PassError> {
     if options.target.launch_us < LEAST_US {
         return Ok(0);
     }
-    let fault = |e: pleach_ir::IrError| PassError::Refused { pass: "join".into(), why: e.to_string() };
-    let mut made: BTreeMap<(KernelId, usize), KernelId> = BTreeMap::new();
+    let fault = |e: IrError| PassError::Refused { pass: "join".into(), why: e.to_string() };
+    let mut made = Made::new();
     let mut saved = thin::run(s).map_err(fault)?;
     for i in 0..s.entries.len() {
         if !s.entries[i].loops.is_empty() {
@@ -55,25 +57,8 @@ pub fn run(s: &mut Schedule, options: &Options) -> Result<usize, PassError> {
                 out.push(first.clone());
                 continue;
             }
-            let key = (first.kernel, parts.len());
-            let kernel = match made.get(&key) {
-                Some(k) => *k,
-                None => {
-                    let id = KernelId(s.kernels.len() as u32);
-                    let mut k = side_by_side(&s.kernels[first.kernel.0 as usize], parts.len()).map_err(fault)?;
-                    k.name = format!("{}_{}x", k.name, parts.len());
-                    s.kernels.push(k);
-                    made.insert(key, id);
-                    id
-                }
-            };
             saved += rest.len();
-            let all = |f: &dyn Fn(&Step) -> Vec<pleach_ir::BufferId>| parts.iter().flat_map(f).collect::<Vec<_>>();
-            let mut after = all(&|x| x.after.clone());
-            after.sort_unstable();
-            after.dedup();
-            let (reads, writes) = (all(&|x| x.reads.clone()), all(&|x| x.writes.clone()));
-            out.push(Step { kernel, reads, writes, after, origin: first.origin.clone() });
+            out.push(as_one(s, &mut made, &parts, None).map_err(fault)?);
         }
         s.entries[i].steps = out;
     }
@@ -138,38 +123,75 @@ fn in_order(mut blocks: Vec<Vec<usize>>, before: &[BTreeSet<usize>]) -> Vec<Vec<
     out
 }
 
-/// A kernel that does what `n` launches of `k` do: operands and results one launch after the other.
-fn side_by_side(k: &Kernel, n: usize) -> Result<Kernel, pleach_ir::IrError> {
-    let (operands, results) = (k.operands.len(), k.results.len());
-    let mut body = Entry::new("kernel");
-    let mut roots = vec![];
-    for c in 0..n {
-        let mut at: Vec<ValueId> = vec![];
-        for node in &k.body.nodes {
-            let op = match &node.op {
-                Op::Input { name, dtype, shape } => {
-                    let number: usize = name.trim_start_matches('a').parse().unwrap_or(0);
-                    Op::Input { name: format!("a{}", c * operands + number), dtype: *dtype, shape: shape.clone() }
-                }
-                op => op.clone(),
-            };
-            let inputs: Vec<ValueId> = node.inputs.iter().map(|i| at[i.index()]).collect();
-            at.push(body.push(&[], op, &inputs)?);
+/// Joined kernels, by what they are made of and how many launches they stand for.
+type Made = BTreeMap<(KernelId, usize), KernelId>;
+
+/// One launch for several of one kernel, whose joined kernel is added to the schedule unless it was made before. `shared`: an operand that is
+/// the same in all of them, which is read once.
+///
+/// # Errors
+/// [`IrError`] when a body cannot be rebuilt; that would be a fault of the schedule.
+fn as_one(s: &mut Schedule, made: &mut Made, parts: &[Step], shared: Option<usize>) -> Result<Step, IrError> {
+    let (first, n) = (&parts[0], parts.len());
+    let kernel = match made.get(&(first.kernel, n)) {
+        Some(k) => *k,
+        None => {
+            let id = KernelId(s.kernels.len() as u32);
+            let mut k = side_by_side(&s.kernels[first.kernel.0 as usize], n, shared)?;
+            k.name = format!("{}_{n}x", k.name);
+            s.kernels.push(k);
+            made.insert((first.kernel, n), id);
+            id
         }
+    };
+    let own = |(c, p): (usize, &Step)| -> Vec<BufferId> {
+        let reads = p.reads.iter().enumerate().filter(|(i, _)| c == 0 || Some(*i) != shared);
+        reads.map(|(_, b)| *b).collect()
+    };
+    let after: BTreeSet<BufferId> = parts.iter().flat_map(|p| p.after.clone()).collect();
+    Ok(Step {
+        kernel,
+        reads: parts.iter().enumerate().flat_map(own).collect(),
+        writes: parts.iter().flat_map(|p| p.writes.clone()).collect(),
+        after: after.into_iter().collect(),
+        origin: first.origin.clone(),
+    })
+}
+
+/// A kernel that does what `n` launches of `k` do: operands and results one launch after the other, the shared operand once.
+fn side_by_side(k: &Kernel, n: usize, shared: Option<usize>) -> Result<Kernel, IrError> {
+    let inputs: Vec<ValueId> = k.body.inputs().iter().map(|x| x.0).collect();
+    let mut body = Entry::new("kernel");
+    let (mut roots, mut operands, mut aliases, mut common) = (vec![], vec![], vec![], None);
+    // Where a launch's operands are among all.
+    let mut place = vec![0; inputs.len()];
+    for _ in 0..n {
+        let mut at: Vec<ValueId> = vec![];
+        for (v, node) in k.body.values().zip(&k.body.nodes) {
+            let number = inputs.iter().position(|i| *i == v);
+            let new = match (&node.op, number, common) {
+                (_, Some(i), Some(x)) if Some(i) == shared => x,
+                (Op::Input { dtype, shape, .. }, Some(i), _) => {
+                    place[i] = operands.len();
+                    operands.push(k.operands[i]);
+                    let name = format!("a{}", place[i]);
+                    body.push(&[], Op::Input { name, dtype: *dtype, shape: shape.clone() }, &[])?
+                }
+                (op, ..) => {
+                    let inputs: Vec<ValueId> = node.inputs.iter().map(|i| at[i.index()]).collect();
+                    body.push(&[], op.clone(), &inputs)?
+                }
+            };
+            at.push(new);
+        }
+        common = shared.map(|i| at[inputs[i].index()]);
         roots.extend(k.body.roots.iter().map(|r| at[r.value.index()]));
+        aliases.extend(k.aliases.iter().map(|a| a.map(|a| place[a as usize] as u32)));
     }
     for (i, r) in roots.into_iter().enumerate() {
         body.output(format!("r{i}"), r);
     }
-    let alias = |i: usize| k.aliases[i % results].map(|a| a + (i / results * operands) as u32);
-    Ok(Kernel {
-        name: k.name.clone(),
-        class: k.class,
-        body,
-        operands: k.operands.repeat(n),
-        results: k.results.repeat(n),
-        aliases: (0..n * results).map(alias).collect(),
-    })
+    Ok(Kernel { name: k.name.clone(), class: k.class, body, operands, results: k.results.repeat(n), aliases })
 }
 
 /// Removes kernels that no launch is left of.

@@ -4,9 +4,9 @@
 //! time that takes. Launches of one contraction kernel with few columns that read the same left operand become one, which reads it once.
 //! They are moved to the first of them, so what each waits for must come before that one; loops stay as they are.
 
-use super::drop_unused;
+use super::{Made, as_one, drop_unused};
 use crate::order::dependences;
-use pleach_ir::{BufferId, Class, Entry, IrError, Kernel, KernelId, Op, Schedule, Step, ValueId};
+use pleach_ir::{BufferId, Class, IrError, Kernel, KernelId, Op, Schedule, Step};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Products of one kernel at most, and columns of all of them.
@@ -18,7 +18,7 @@ const COLUMNS: u64 = 64;
 /// # Errors
 /// [`IrError`] when a body cannot be rebuilt; that would be a fault of the schedule.
 pub(super) fn run(s: &mut Schedule) -> Result<usize, IrError> {
-    let mut made: BTreeMap<(KernelId, usize), KernelId> = BTreeMap::new();
+    let mut made = Made::new();
     let thin: Vec<Option<Thin>> = s.kernels.iter().map(Thin::of).collect();
     let mut saved = 0;
     for i in 0..s.entries.len() {
@@ -44,29 +44,8 @@ pub(super) fn run(s: &mut Schedule) -> Result<usize, IrError> {
         let mut gone: BTreeSet<usize> = BTreeSet::new();
         for b in blocks {
             let parts: Vec<Step> = b.iter().map(|n| s.entries[i].steps[*n].clone()).collect();
-            let first = &parts[0];
-            let Some(shared) = thin[first.kernel.0 as usize].as_ref().map(|t| t.shared) else { continue };
-            let key = (first.kernel, parts.len());
-            let kernel = match made.get(&key) {
-                Some(k) => *k,
-                None => {
-                    let id = KernelId(s.kernels.len() as u32);
-                    let mut k = side_by_side(&s.kernels[first.kernel.0 as usize], parts.len(), shared)?;
-                    k.name = format!("{}_{}x", k.name, parts.len());
-                    s.kernels.push(k);
-                    made.insert(key, id);
-                    id
-                }
-            };
-            let own = |(c, p): (usize, &Step)| -> Vec<BufferId> {
-                let reads = p.reads.iter().enumerate().filter(|(r, _)| c == 0 || *r != shared);
-                reads.map(|(_, b)| *b).collect()
-            };
-            let reads = parts.iter().enumerate().flat_map(own).collect();
-            let writes = parts.iter().flat_map(|p| p.writes.clone()).collect();
-            let after: BTreeSet<BufferId> = parts.iter().flat_map(|p| p.after.clone()).collect();
-            let origin = first.origin.clone();
-            s.entries[i].steps[b[0]] = Step { kernel, reads, writes, after: after.into_iter().collect(), origin };
+            let Some(t) = thin[parts[0].kernel.0 as usize].as_ref() else { continue };
+            s.entries[i].steps[b[0]] = as_one(s, &mut made, &parts, Some(t.shared))?;
             gone.extend(&b[1..]);
         }
         let e = &mut s.entries[i];
@@ -107,39 +86,4 @@ impl Thin {
         (alone && p.ty.rank() == 2 && rows.known().is_none() && 2 * columns <= COLUMNS)
             .then_some(Thin { shared, columns })
     }
-}
-
-/// A kernel that does what `n` launches of `k` do, which have one operand in common: operands and results one launch after the other, that
-/// operand once.
-fn side_by_side(k: &Kernel, n: usize, shared: usize) -> Result<Kernel, IrError> {
-    let inputs: Vec<ValueId> = k.body.inputs().iter().map(|x| x.0).collect();
-    let mut body = Entry::new("kernel");
-    let (mut roots, mut operands, mut common) = (vec![], vec![], None);
-    for _ in 0..n {
-        let mut at: Vec<ValueId> = vec![];
-        for (v, node) in k.body.values().zip(&k.body.nodes) {
-            let number = inputs.iter().position(|i| *i == v);
-            let new = match (&node.op, number, common) {
-                (_, Some(i), Some(x)) if i == shared => x,
-                (Op::Input { dtype, shape, .. }, Some(i), _) => {
-                    let name = format!("a{}", operands.len());
-                    operands.push(k.operands[i]);
-                    body.push(&[], Op::Input { name, dtype: *dtype, shape: shape.clone() }, &[])?
-                }
-                (op, ..) => {
-                    let inputs: Vec<ValueId> = node.inputs.iter().map(|i| at[i.index()]).collect();
-                    body.push(&[], op.clone(), &inputs)?
-                }
-            };
-            at.push(new);
-        }
-        common = inputs.get(shared).map(|i| at[i.index()]);
-        roots.extend(k.body.roots.iter().map(|r| at[r.value.index()]));
-    }
-    for (i, r) in roots.into_iter().enumerate() {
-        body.output(format!("r{i}"), r);
-    }
-    let results = k.results.repeat(n);
-    let aliases = vec![None; results.len()];
-    Ok(Kernel { name: k.name.clone(), class: k.class, body, operands, results, aliases })
 }
