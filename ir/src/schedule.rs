@@ -112,9 +112,14 @@ impl BlockFormat {
         self == BlockFormat::Q4_1
     }
 
-    /// Bytes of a block: codes, scale and minimum.
+    /// Bytes of a block before its codes: scale and minimum.
+    pub fn head(self) -> u64 {
+        if self.has_minimum() { 4 } else { 2 }
+    }
+
+    /// Bytes of a block: scale, minimum and codes.
     pub fn bytes(self) -> u64 {
-        BlockFormat::VALUES * self.code_bits() / 8 + if self.has_minimum() { 4 } else { 2 }
+        self.head() + BlockFormat::VALUES * self.code_bits() / 8
     }
 }
 

@@ -50,7 +50,7 @@ impl Matrix {
         };
         let scale = number(f, 0);
         let minimum = self.format.has_minimum().then(|| number(f, 1));
-        let head = f.i64(if self.format.has_minimum() { 4 } else { 2 });
+        let head = f.i64(self.format.head() as i64);
         let codes = f.gep(&block, &head, "i8");
         let codes = if self.format.code_bits() == 4 {
             // Low halves of the bytes are the first 16 values.

@@ -63,11 +63,6 @@ impl Form {
         Ok(Form { format: *format, nr: i64::from(*nr), blocks: *depth as i64 / STEPS, rows })
     }
 
-    /// Bytes before the codes of a block.
-    fn head(&self) -> i64 {
-        if self.format.has_minimum() { 4 } else { 2 }
-    }
-
     fn block_bytes(&self) -> i64 {
         self.format.bytes() as i64
     }
@@ -91,7 +86,7 @@ impl Piece {
 
     /// Where the codes begin; the scales begin at 0.
     pub(super) fn codes(self) -> i64 {
-        if self.format.has_minimum() { 4 * self.nr } else { 2 * self.nr }
+        self.nr * self.format.head() as i64
     }
 
     /// Where the minima begin.
@@ -224,7 +219,7 @@ fn column(f: &mut Func, form: &Form, from: Option<&Val>, panel: &Val, c: &Val) {
 
 /// Byte `i` of the codes of a block.
 fn byte(f: &mut Func, form: &Form, block: &Val, i: i64) -> Val {
-    let at = f.i64(form.head() + i);
+    let at = f.i64(form.format.head() as i64 + i);
     f.load_at(block, &at, "i8", 1)
 }
 
