@@ -111,7 +111,7 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym]) -> Result<Parts, CodegenError> {
                         ScatterMode::Set => x,
                         ScatterMode::Add => {
                             let old = elementwise::load_aligned(f, dtype, &to, align);
-                            f.op(format!("arith.add{} {old}, {x} : {ty}", if dtype == DType::I32 { "i" } else { "f" }))
+                            sum(f, dtype, &old, &x)
                         }
                     };
                     let next = f.addc(&here, 1);
@@ -123,8 +123,7 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym]) -> Result<Parts, CodegenError> {
                         let y = p.scope(|p| p.eval(f, update, &index));
                         let x = match mode {
                             ScatterMode::Set => y,
-                            ScatterMode::Add if dtype == DType::I32 => f.op(format!("arith.addi {x}, {y} : {ty}")),
-                            ScatterMode::Add => f.op(format!("arith.addf {x}, {y} : {ty}")),
+                            ScatterMode::Add => sum(f, dtype, x, &y),
                         };
                         let at = f.mulc(&j, 2);
                         let at = f.addc(&at, 1);
@@ -144,6 +143,12 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym]) -> Result<Parts, CodegenError> {
     let (one, first) = link.finish(grid(n.clone()), THREADS as u32, 0, 1);
     let (two, second) = write.finish(grid(elements(&shape)?), THREADS as u32, 0, 1);
     Ok((one + &two, vec![first, second], n.mul(8)))
+}
+
+/// What a scatter that adds makes of two elements.
+fn sum(f: &mut Func, dtype: DType, a: &Val, b: &Val) -> Val {
+    let add = if dtype == DType::I32 { "arith.addi" } else { "arith.addf" };
+    f.op(format!("{add} {a}, {b} : {}", elementwise::register_type(dtype, 1)))
 }
 
 /// The kernel as one launch. An index is its own where it is the last of its kind (set) or the first (add), which takes in the others.
@@ -193,9 +198,8 @@ fn few(k: &Kernel, symbols: &[Sym], (axis, mode): (usize, ScatterMode)) -> Resul
                     ScatterMode::Set => x,
                     ScatterMode::Add => {
                         let ty = elementwise::register_type(dtype, 1);
-                        let add = if dtype == DType::I32 { "arith.addi" } else { "arith.addf" };
                         let old = elementwise::load_aligned(f, dtype, &to, align);
-                        let x = f.op(format!("{add} {old}, {x} : {ty}"));
+                        let x = sum(f, dtype, &old, &x);
                         let next = f.addc(&j, 1);
                         let all = f.for_(&next, &n, 1, &[(x, ty.clone())], |f, i, now| {
                             let same = same(f, p, i);
@@ -206,7 +210,7 @@ fn few(k: &Kernel, symbols: &[Sym], (axis, mode): (usize, ScatterMode)) -> Resul
                                 std::slice::from_ref(&ty),
                                 |f| {
                                     let y = p.scope(|p| p.eval(f, update, &index));
-                                    vec![f.op(format!("{add} {}, {y} : {ty}", now[0]))]
+                                    vec![sum(f, dtype, &now[0], &y)]
                                 },
                                 |_| vec![now[0].clone()],
                             );
