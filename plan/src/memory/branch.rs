@@ -105,13 +105,11 @@ pub(super) fn sections(requests: &[Request]) -> (Vec<Range<usize>>, usize) {
     (requests.iter().map(span).collect(), n)
 }
 
-/// For each request those that share a section with it.
-fn neighbours(span: &[Range<usize>]) -> Vec<Vec<u32>> {
-    let mut by_start: Vec<u32> = (0..span.len() as u32).collect();
-    super::sort::by_key(&mut by_start, &|i| (span[i as usize].start as u128, 0));
+/// For each request those that share a section with it; `by_start` are all, in the order in which they begin.
+fn neighbours(span: &[Range<usize>], by_start: &[u32]) -> Vec<Vec<u32>> {
     let mut near = vec![vec![]; span.len()];
     let mut live: Vec<u32> = vec![];
-    for i in by_start {
+    for &i in by_start {
         live.retain(|j| span[*j as usize].end > span[i as usize].start);
         for &j in &live {
             near[i as usize].push(j);
@@ -128,7 +126,7 @@ impl Branch {
         let n = requests.len();
         let mut by_start: Vec<u32> = (0..n as u32).collect();
         super::sort::by_key(&mut by_start, &|i| (span[i as usize].start as u128, 0));
-        let near = neighbours(&span);
+        let near = neighbours(&span, &by_start);
         let mut kinds = std::collections::BTreeMap::new();
         let kind = (0..n)
             .map(|i| {
