@@ -9,7 +9,8 @@
 //!   value may be read only at its own row; operands may be read through any movement. `reduce` over any axis of a
 //!   row-local value but axis 0; a reduce over axis 0 is allowed only directly on (elementwise functions of) operands.
 //! * [`Class::Contraction`]: one or more `matmul`s whose left operands are operands or slices/reshapes/transposes of
-//!   operands, whose right operands are operands (packed or row-major), followed by elementwise operators, broadcasts
+//!   operands, whose right operands are operands (packed, row-major, or blocks of codes, in another type or with parts set
+//!   by a `scatter`), followed by elementwise operators, broadcasts
 //!   and static slices of the last axis. Every result is `[.., M, N']`, with N' one of the sliced widths.
 //! * [`Class::Attention`]: on operands, `attention` and `attention_lse` of the same q and k, or either alone; or one to
 //!   three gradients of one attention (equal operands).
@@ -17,7 +18,7 @@
 
 use crate::error::IrError;
 use crate::graph::{Entry, Node, ParamId};
-use crate::op::Op;
+use crate::op::{Op, ScatterMode};
 use crate::types::{Dim, TensorType};
 pub use crate::window::{Loop, Seen};
 
@@ -393,6 +394,13 @@ fn one_attention(nodes: &[&Node]) -> bool {
     !nodes.is_empty() && nodes.iter().enumerate().all(|(i, a)| nodes[..i].iter().all(|b| different(a, b)))
 }
 
+/// Whether a node is no scatter, or sets parts of an operand in blocks of codes.
+fn laid_over_codes(k: &Kernel, n: &Node) -> bool {
+    let Op::Scatter { mode, .. } = n.op else { return true };
+    let of = k.body.inputs().iter().position(|(v, _)| *v == n.inputs[0]);
+    mode == ScatterMode::Set && of.is_some_and(|i| matches!(k.operands.get(i), Some(Layout::Blocks(_))))
+}
+
 fn check_kernel(k: &Kernel, faults: &mut Vec<String>) {
     let n = k.body.inputs().len();
     let mut bad = |why: String| faults.push(format!("kernel {}: {why}", k.name));
@@ -419,7 +427,7 @@ fn check_kernel(k: &Kernel, faults: &mut Vec<String>) {
         (count(&|o| matches!(o, Op::MatMul { .. })), attention.len(), count(&|o| matches!(o, Op::Scatter { .. })));
     let ok = match k.class {
         Class::Row => mm + at + sc == 0,
-        Class::Contraction => mm > 0 && at + sc == 0,
+        Class::Contraction => mm > 0 && at == 0 && k.body.nodes.iter().all(|x| laid_over_codes(k, x)),
         Class::Attention => mm + sc == 0 && one_attention(&attention),
         Class::Scatter => mm + at == 0 && sc == 1 && k.aliases.first().is_some_and(Option::is_some),
     };

@@ -20,6 +20,8 @@ pub struct Start {
     pub params: BTreeMap<String, Tensor>,
     /// Inputs by entry and name.
     pub inputs: BTreeMap<String, BTreeMap<String, Tensor>>,
+    /// Entries run a second time on what they assigned: `step/again/loss`.
+    pub again: bool,
 }
 
 impl Start {
@@ -28,7 +30,7 @@ impl Start {
         let params = values::params(g, &symbols, seed);
         let of = |e: &pleach_ir::Entry| (e.name.clone(), values::inputs(e, &symbols, seed));
         let inputs = g.entries.iter().map(of).collect();
-        Start { symbols, params, inputs }
+        Start { symbols, params, inputs, again: false }
     }
 }
 
@@ -51,7 +53,14 @@ fn run<'a>(
         values.extend(r.assigns.into_iter().map(|(p, t)| (name(p), t)));
     }
     for e in entries.filter(|e| !is_prepare(e)) {
-        let r = one(e, &values, start.inputs.get(e).unwrap_or(&none))?;
+        let inputs = start.inputs.get(e).unwrap_or(&none);
+        let r = one(e, &values, inputs)?;
+        if start.again {
+            let mut values = values.clone();
+            values.extend(r.assigns.iter().map(|(p, t)| (name(*p), t.clone())));
+            let r = one(e, &values, inputs)?;
+            out.extend(r.outputs.into_iter().map(|(n, t)| (format!("{e}/again/{n}"), t)));
+        }
         out.extend(r.outputs.into_iter().map(|(n, t)| (format!("{e}/{n}"), t)));
         out.extend(r.assigns.into_iter().map(|(p, t)| (format!("{e}/@{}", name(p)), t)));
     }

@@ -156,6 +156,6 @@ impl Opened {
         }
         let tensor = |(name, v): (&str, Vec<i32>)| (name.to_string(), Tensor::i32([v.len() as u64], v));
         let inputs = [("infer".to_string(), self.inputs().into_iter().map(tensor).collect())];
-        Ok(Start { symbols, params, inputs: inputs.into_iter().collect() })
+        Ok(Start { symbols, params, inputs: inputs.into_iter().collect(), again: false })
     }
 }

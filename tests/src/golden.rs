@@ -243,10 +243,13 @@ fn schedule(graph: &Graph, g: &Golden) -> Result<String, String> {
     if g.join {
         join::run(&mut s, &Options { target: Target::GPU, ..Options::default() }).map_err(|e| e.to_string())?;
     }
-    let start = Start::seeded(graph, g.symbols.clone(), 1);
-    let want = run_graph(graph, &start).map_err(|e| e.to_string())?;
+    // What entries leave behind may lie in other parameters than before: a second run of them reads it.
+    let start = Start { again: !g.blocks.is_empty(), ..Start::seeded(graph, g.symbols.clone(), 1) };
+    let mut want = run_graph(graph, &start).map_err(|e| e.to_string())?;
     let text = print_schedule(&s);
-    let got = run_schedule(&s, &start).map_err(|e| format!("the schedule: {e}\n{text}"))?;
+    let mut got = run_schedule(&s, &start).map_err(|e| format!("the schedule: {e}\n{text}"))?;
+    want.retain(|n, _| got.contains_key(n) || !got.contains_key(&format!("{n}.set")));
+    got.retain(|n, _| !n.ends_with(".set") || want.contains_key(n));
     same(&got, &want, &|_| TOLERANCE).map_err(|e| format!("the schedule changed results: {e}\n{text}"))?;
     Ok(text)
 }

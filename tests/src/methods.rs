@@ -482,7 +482,7 @@ pub fn compiled(case: &TrainCase, classes: usize, step_at_once: bool) -> Result<
     let o = case.open()?;
     let graph = o.graph()?;
     let params = o.values(&graph.params)?;
-    let start = crate::compare::Start { symbols: Default::default(), params, inputs: Default::default() };
+    let start = crate::compare::Start { symbols: Default::default(), params, inputs: Default::default(), again: false };
     let (tokens, sequences) = o.capacity();
     let meta = pleach_plan::Meta { vocab: o.checkpoint.config.vocab(), max_positions: 64, ..Default::default() };
     let options = Options { step_at_once, ..options(&o) };

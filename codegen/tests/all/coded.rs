@@ -5,7 +5,7 @@ use crate::contraction::Build;
 use crate::kit::{Loaded, laid_out, run_bytes, targets};
 use pleach_codegen::compile::{emit_host, supported};
 use pleach_ir::interp::Tensor;
-use pleach_ir::{BlockFormat, Class, DType, Dim, Kernel, Layout, Op, Sym, UnaryOp, ValueId};
+use pleach_ir::{BlockFormat, Class, DType, Dim, Kernel, Layout, Op, ScatterMode, Sym, UnaryOp, ValueId};
 
 const T: Dim = Dim::Symbol(Sym::T);
 const STEPS: usize = BlockFormat::VALUES as usize;
@@ -186,6 +186,86 @@ fn products_read_blocks_whichever_way_round() {
                             let got = run_bytes(&lb, &coded, &b, memory, &symbols, each);
                             let at = format!("{format:?} {dtype} {n}x{k} turned {turned} T {t} {:?}", target.isa);
                             assert!(got == want, "{at}: not the same bits");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A product over a weight `[n, k]` as it lies or turned round: in blocks with some of its rows or columns laid over it, or as it is.
+fn laid_over(
+    [stored, dtype]: [DType; 2],
+    (n, k): (u64, u64),
+    turned: bool,
+    over: Option<(BlockFormat, u8, u64)>,
+) -> Kernel {
+    let mut b = Build::new();
+    let x = b.typed(dtype, &[T, Dim::Known(if turned { n } else { k })], Layout::RowMajor);
+    let layout = over.map_or(Layout::RowMajor, |o| Layout::Blocks(o.0));
+    let mut w = b.typed(stored, &[Dim::Known(n), Dim::Known(k)], layout);
+    if let Some((_, axis, count)) = over {
+        let i = b.typed(DType::I32, &[Dim::Known(count)], Layout::RowMajor);
+        let shape = if axis == 0 { [count, k] } else { [n, count] };
+        let v = b.typed(stored, &shape.map(Dim::Known), Layout::RowMajor);
+        w = b.op(Op::Scatter { axis, mode: ScatterMode::Set }, &[w, i, v]);
+    }
+    if stored != dtype {
+        w = b.op(Op::Cast(dtype), &[w]);
+    }
+    let y = if turned { b.mm(x, w) } else { b.mm_t(x, w) };
+    let y = b.op(Op::Unary(UnaryOp::Neg), &[y]);
+    b.done("product", &[y])
+}
+
+#[test]
+fn products_read_blocks_with_parts_laid_over_them() {
+    let (f32, bf16) = (DType::F32, DType::BF16);
+    for (i, (n, k)) in [(64u64, 96u64), (50, 32), (33, 64), (48, 2080), (2081, 64)].into_iter().enumerate() {
+        for (j, types) in [[f32, f32], [bf16, bf16], [bf16, f32]].into_iter().enumerate() {
+            for (turned, axis) in [(false, (i + j) as u8 % 2), (true, (i + j + i / 2) as u8 % 2)] {
+                let format = FORMATS[(i + j) % 3];
+                let blocks = Blocks::noise(format, n as usize, k as usize, n + k);
+                let length = if axis == 0 { n } else { k };
+                // Of the repeated one the last counts.
+                let picked: Vec<u64> = vec![length - 1, 0, length / 2, 17 % length, length / 2];
+                let count = picked.len() as u64;
+                let shape = if axis == 0 { [count, k] } else { [n, count] };
+                let values = crate::kit::noise(&shape, 5);
+                let values = Tensor::from_floats(types[0], shape, values.floats().into_owned());
+                let (mut weight, new) = (blocks.values(types[0]).floats().into_owned(), values.floats());
+                for (j, at) in picked.iter().enumerate() {
+                    for other in 0..if axis == 0 { k } else { n } {
+                        let (to, from) = match axis {
+                            0 => (at * k + other, j as u64 * k + other),
+                            _ => (other * k + at, other * count + j as u64),
+                        };
+                        weight[to as usize] = new[from as usize];
+                    }
+                }
+                let weight = Tensor::from_floats(types[0], [n, k], weight);
+                // As numbers a product takes its weight in its own type.
+                let weight = Tensor::from_floats(types[1], [n, k], weight.floats().into_owned());
+                let plain = laid_over([types[1]; 2], (n, k), turned, None);
+                let coded = laid_over(types, (n, k), turned, Some((format, axis, count)));
+                supported(&coded).unwrap();
+                let picked: Vec<u8> = picked.iter().flat_map(|i| (*i as i32).to_le_bytes()).collect();
+                for target in targets() {
+                    let [a, b] = [&plain, &coded].map(|x| emit_host(x, &[Sym::T], &target).unwrap());
+                    let [la, lb] = [&a, &b].map(|x| Loaded::new(&x.text, &target));
+                    for t in [1, 13, 70] {
+                        let shape = [t, if turned { n } else { k }];
+                        let x = crate::kit::noise(&shape, 3 + t);
+                        let x = Tensor::from_floats(types[1], shape, x.floats().into_owned()).to_bytes();
+                        let symbols = [(Sym::T, t)];
+                        let memory = vec![x.clone(), weight.to_bytes()];
+                        let want = run_bytes(&la, &plain, &a, memory, &symbols, u64::MAX >> 1);
+                        for each in [1, u64::MAX >> 1] {
+                            let memory = vec![x.clone(), blocks.bytes.clone(), picked.clone(), values.to_bytes()];
+                            let got = run_bytes(&lb, &coded, &b, memory, &symbols, each);
+                            let at = format!("{format:?} {types:?} {n}x{k} turned {turned} axis {axis} T {t}");
+                            assert!(got == want, "{at} {:?}: not the same bits", target.isa);
                         }
                     }
                 }

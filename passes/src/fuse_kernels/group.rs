@@ -6,7 +6,7 @@
 //! would be stored of them. Only structure is looked at: operators, shapes and who reads what.
 
 use super::reach::{Bits, Reach};
-use pleach_ir::{Class, DType, Dim, Entry, Op, ParamId, RootKind, ValueId};
+use pleach_ir::{Class, DType, Dim, Entry, Op, ParamId, RootKind, ScatterMode, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What becomes of a node.
@@ -62,6 +62,8 @@ pub(super) struct Partition {
     pub(super) in_place: BTreeMap<ValueId, ParamId>,
     /// Values that the target refuses to write in place.
     pub(super) kept_out: BTreeSet<ValueId>,
+    /// Parameters that lie in memory as codes, in another type or with parts set: products decode them so.
+    decoded: BTreeSet<ValueId>,
 }
 
 /// Turns elementwise f32 matrices that depend on one 16-bit tensor of their shape, and on numbers beside it, into what readers pull in.
@@ -125,6 +127,20 @@ impl Partition {
             })
             .collect();
         widened(e, &mut kind);
+        let mut decoded = BTreeSet::new();
+        for v in e.values().filter(|v| live[v.index()]) {
+            let n = e.node(v);
+            let mut x = n.inputs.first().copied();
+            while let Some(y) = x.filter(|y| e.node(*y).op == Op::After) {
+                x = e.node(y).inputs.first().copied();
+            }
+            let codes = |x: ValueId| decoded.contains(&x) || matches!(e.node(x).op, Op::Param(p) if coded(p));
+            let covers = matches!(n.op, Op::Cast(_) | Op::Scatter { mode: ScatterMode::Set, .. });
+            if covers && x.is_some_and(codes) {
+                kind[v.index()] = Kind::View;
+                decoded.insert(v);
+            }
+        }
         let n = e.nodes.len();
         let mut users = e.users();
         users.iter_mut().for_each(|u| u.retain(|v| live[v.index()]));
@@ -143,6 +159,7 @@ impl Partition {
             overwrites: vec![],
             in_place: BTreeMap::new(),
             kept_out: BTreeSet::new(),
+            decoded,
         };
         p.materialise(e);
         p.find_readers(e);
@@ -183,7 +200,9 @@ impl Partition {
                     x = self.behind_after(e, e.node(x).inputs[0]);
                 }
                 let base = self.alias_base(e, x);
-                mark(&mut self.kind, base);
+                if !self.decoded.contains(&base) {
+                    mark(&mut self.kind, base);
+                }
             }
             // A gather reads its table from memory.
             if matches!(n.op, Op::Gather { .. }) {
@@ -231,6 +250,9 @@ impl Partition {
                         let m = e.node(x);
                         if m.op == Op::After {
                             stack.push((m.inputs[1], false));
+                        }
+                        if let Op::Scatter { .. } = m.op {
+                            stack.extend(m.inputs[1..].iter().map(|x| (*x, read)));
                         }
                         stack.push((behind(e, x), read));
                     }

@@ -13,6 +13,7 @@ mod body;
 mod epilogue;
 mod group;
 mod in_place;
+mod laid;
 mod pack;
 mod reach;
 mod sums;

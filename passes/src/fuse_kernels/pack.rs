@@ -7,9 +7,10 @@
 //! alone, the twin keeps the codes ([`Layout::CodedPanels`]): the values are the same, the bytes a fraction. Where nothing is packed
 //! the products read the blocks themselves ([`in_blocks`]).
 
+use super::laid;
 use super::sums::rebuilt;
 use pleach_ir::{
-    BlockFormat, DType, Entry, Graph, IrError, Layout, Op, Param, ParamId, Role, RootKind, Source, ValueId,
+    BlockFormat, DType, Entry, Graph, IrError, Layout, Op, Param, ParamId, Role, RootKind, ScatterMode, Source, ValueId,
 };
 use std::collections::BTreeMap;
 
@@ -36,7 +37,7 @@ fn slice_step(e: &Entry, users: &[Vec<ValueId>], v: ValueId, n: u64) -> u64 {
     step
 }
 
-fn is_prepare(e: &Entry) -> bool {
+pub(super) fn is_prepare(e: &Entry) -> bool {
     e.name.starts_with("prepare(")
 }
 
@@ -74,7 +75,7 @@ fn parts(g: &Graph, p: ParamId) -> Option<Vec<ParamId>> {
 }
 
 /// The format that a matrix `[N, K]` can be kept in: all its parts are there in blocks of that format.
-fn format_of(g: &Graph, blocks: &Blocks, p: ParamId) -> Option<BlockFormat> {
+pub(super) fn format_of(g: &Graph, blocks: &Blocks, p: ParamId) -> Option<BlockFormat> {
     let of = |p: &ParamId| {
         let Param { ty, source: Source::Checkpoint(name), .. } = &g.params[p.index()] else { return None };
         let whole = ty.rank() == 2 && ty.shape[1].known()?.is_multiple_of(BlockFormat::VALUES);
@@ -106,7 +107,7 @@ pub(super) fn pack(graph: &Graph, widths: &[u64], blocks: &Blocks) -> Result<Pac
     let mut layouts = vec![Layout::RowMajor; g.params.len()];
     let mut twins: BTreeMap<(ParamId, Layout), ParamId> = BTreeMap::new();
     let mut stored: BTreeMap<ParamId, ParamId> = BTreeMap::new();
-    let tables = read_as_blocks(&g, blocks, |how| how != Reads::Left);
+    let tables = read_as_blocks(&g, blocks, |how| matches!(how, Reads::Right | Reads::Rows));
     for i in 0..g.entries.len() {
         if is_prepare(&g.entries[i]) {
             continue;
@@ -117,7 +118,7 @@ pub(super) fn pack(graph: &Graph, widths: &[u64], blocks: &Blocks) -> Result<Pac
         for v in g.entries[i].values() {
             let e = &g.entries[i];
             let format = |p: ParamId| tables.get(p.index()).copied().flatten();
-            if let Some((p, at, Reads::Rows)) = reads(e, v, |p| format(p).is_some())
+            if let Some((p, at, Reads::Rows)) = reads(e, &users, v, |p| format(p).is_some())
                 && let Some(format) = format(p)
                 && live[v.index()]
             {
@@ -175,13 +176,31 @@ pub(super) fn pack(graph: &Graph, widths: &[u64], blocks: &Blocks) -> Result<Pac
 
 /// How a node reads a parameter in a way that the parameter's blocks do for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Reads {
+pub(super) enum Reads {
     /// As the right operand of a product.
     Right,
     /// As the left operand: of the product turned round it is the right one.
     Left,
     /// Rows that indices pick.
     Rows,
+    /// In another type, or under parts that are set anew, for products alone.
+    Under,
+}
+
+/// Whether a node is its first input in another type, at another time, or with parts set.
+fn covers(op: &Op) -> bool {
+    matches!(op, Op::Cast(_) | Op::After | Op::Scatter { mode: ScatterMode::Set, .. })
+}
+
+/// The parameter behind such nodes.
+fn covered(e: &Entry, mut v: ValueId) -> Option<ParamId> {
+    while covers(&e.node(v).op) {
+        v = e.node(v).inputs[0];
+    }
+    match e.node(v).op {
+        Op::Param(p) => Some(p),
+        _ => None,
+    }
 }
 
 /// Whether a value is an input, read at whatever time.
@@ -193,22 +212,53 @@ fn given(e: &Entry, mut v: ValueId) -> bool {
 }
 
 /// The parameter of those `wanted` that a node reads so, and at which input.
-fn reads(e: &Entry, v: ValueId, wanted: impl Fn(ParamId) -> bool) -> Option<(ParamId, usize, Reads)> {
+fn reads(
+    e: &Entry,
+    users: &[Vec<ValueId>],
+    v: ValueId,
+    wanted: impl Fn(ParamId) -> bool,
+) -> Option<(ParamId, usize, Reads)> {
     let n = e.node(v);
-    let param = |at: usize, how: Reads| match e.node(n.inputs[at]).op {
-        Op::Param(p) if wanted(p) => Some((p, at, how)),
-        _ => None,
+    let operand = |v: ValueId, at: usize| covered(e, e.node(v).inputs[at]).filter(|p| wanted(*p));
+    let product = |v: ValueId| {
+        let right = operand(v, 1).map(|p| (p, 1, Reads::Right));
+        right.or_else(|| operand(v, 0).map(|p| (p, 0, Reads::Left)))
+    };
+    let is_product = |v: ValueId| matches!(e.node(v).op, Op::MatMul { .. }) && e.ty(v).rank() == 2;
+    // All that read a value are products that have it as the operand in question.
+    let for_products = |v: ValueId| {
+        let mut stack = vec![v];
+        while let Some(v) = stack.pop() {
+            for u in &users[v.index()] {
+                let at = e.node(*u).inputs.iter().filter(|x| **x == v).count();
+                if is_product(*u) && at == 1 && product(*u).is_some_and(|(_, at, _)| e.node(*u).inputs[at] == v) {
+                    continue;
+                }
+                if !covers(&e.node(*u).op) || e.node(*u).inputs[0] != v || at > 1 {
+                    return false;
+                }
+                stack.push(*u);
+            }
+        }
+        true
     };
     match n.op {
-        Op::MatMul { .. } if n.ty.rank() == 2 => param(1, Reads::Right).or_else(|| param(0, Reads::Left)),
-        Op::Gather { axis: 0 } if given(e, n.inputs[1]) => param(0, Reads::Rows),
+        Op::MatMul { .. } if is_product(v) => product(v),
+        Op::Gather { axis: 0 } if given(e, n.inputs[1]) => match e.node(n.inputs[0]).op {
+            Op::Param(p) if wanted(p) => Some((p, 0, Reads::Rows)),
+            _ => None,
+        },
+        ref op if covers(op) => {
+            let p = operand(v, 0).filter(|_| for_products(v) && e.roots.iter().all(|r| r.value != v))?;
+            Some((p, 0, Reads::Under))
+        }
         _ => None,
     }
 }
 
 /// Of every parameter that entries read (but for those that prepare) in ways that `wanted` names and in no other: the format that the
 /// checkpoint has it in. What is read otherwise too is in memory as numbers anyway.
-fn read_as_blocks(g: &Graph, blocks: &Blocks, wanted: impl Fn(Reads) -> bool) -> Vec<Option<BlockFormat>> {
+pub(super) fn read_as_blocks(g: &Graph, blocks: &Blocks, wanted: impl Fn(Reads) -> bool) -> Vec<Option<BlockFormat>> {
     let assigned = |p: ParamId| g.entries.iter().any(|e| e.roots.iter().any(|r| r.kind == RootKind::Assign(p)));
     let format = |p: ParamId| {
         let frozen = g.params[p.index()].role == Role::Frozen && !assigned(p);
@@ -218,8 +268,10 @@ fn read_as_blocks(g: &Graph, blocks: &Blocks, wanted: impl Fn(Reads) -> bool) ->
     let mut read = vec![false; g.params.len()];
     for e in g.entries.iter().filter(|e| !is_prepare(e)) {
         let live = e.live();
+        let mut users = e.users();
+        users.iter_mut().for_each(|u| u.retain(|v| live[v.index()]));
         for v in e.values().filter(|v| live[v.index()]) {
-            let found = reads(e, v, |p| formats[p.index()].is_some());
+            let found = reads(e, &users, v, |p| formats[p.index()].is_some());
             for (at, x) in e.node(v).inputs.iter().enumerate() {
                 let Op::Param(p) = e.node(*x).op else { continue };
                 read[p.index()] = true;
@@ -245,7 +297,7 @@ fn read_as_blocks(g: &Graph, blocks: &Blocks, wanted: impl Fn(Reads) -> bool) ->
 /// # Errors
 /// As [`pack`].
 pub(super) fn in_blocks(graph: &Graph, blocks: &Blocks) -> Result<Packed, IrError> {
-    let mut g = graph.clone();
+    let mut g = laid::lay(graph, blocks)?;
     let mut layouts = vec![Layout::RowMajor; g.params.len()];
     let formats = read_as_blocks(&g, blocks, |_| true);
     let entries: Vec<usize> = (0..g.entries.len()).filter(|i| !is_prepare(&g.entries[*i])).collect();
@@ -258,14 +310,17 @@ pub(super) fn in_blocks(graph: &Graph, blocks: &Blocks) -> Result<Packed, IrErro
     }
     for i in entries {
         let e = &g.entries[i];
+        let (live, mut users) = (e.live(), e.users());
+        users.iter_mut().for_each(|u| u.retain(|v| live[v.index()]));
         g.entries[i] = rebuilt(e, |out, v, mut inputs, _| {
             let n = e.node(v);
-            let found =
-                reads(e, v, |p| twins.contains_key(&p)).and_then(|(p, at, how)| Some((*twins.get(&p)?, at, how)));
-            let Some((twin, at, how)) = found else {
+            let found = reads(e, &users, v, |p| twins.contains_key(&p)).filter(|_| live[v.index()]);
+            let Some((p, at, how)) = found else {
                 return out.push_from(&g.params, n.op.clone(), &inputs, n.origin.clone());
             };
-            inputs[at] = out.push(&g.params, Op::Param(twin), &[])?;
+            if let (Op::Param(_), Some(twin)) = (&e.node(n.inputs[at]).op, twins.get(&p)) {
+                inputs[at] = out.push(&g.params, Op::Param(*twin), &[])?;
+            }
             let (Op::MatMul { ta, tb }, Reads::Left) = (&n.op, how) else {
                 return out.push_from(&g.params, n.op.clone(), &inputs, n.origin.clone());
             };

@@ -6,7 +6,7 @@
 
 use super::blocking::{FEW, packs_rows};
 use super::view::{Stride, View, view};
-use pleach_ir::{BinaryOp, BlockFormat, Class, DType, Dim, Entry, Kernel, Layout, Op, ValueId};
+use pleach_ir::{BinaryOp, BlockFormat, Class, DType, Dim, Entry, Kernel, Layout, Op, ScatterMode, ValueId};
 use std::collections::BTreeMap;
 
 /// The right operand of a product. Panels of bf16 lie in pairs along the sum ([`Layout::Panels`]).
@@ -17,11 +17,34 @@ pub(crate) enum Right {
     /// Panels of codes: decoded in registers by few rows, into scratch memory for many.
     Coded { arg: usize, nr: u64, format: BlockFormat },
     /// Blocks of codes as a checkpoint has them, along the sum (`along`) or along the columns; decoded into scratch memory.
-    Blocks { arg: usize, format: BlockFormat, along: bool },
+    Blocks(Blocks),
     /// Strides of `(batch…, k, n)`, unit step along `n`. f32 is read in place, bf16 is packed into pairs.
     Rows(View),
     /// Any other strides; packed while it runs.
     Strided(View),
+}
+
+/// A matrix in blocks of codes, and what is laid over it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Blocks {
+    pub(crate) arg: usize,
+    pub(crate) format: BlockFormat,
+    /// Blocks lie along the sum, otherwise along the columns of the product.
+    pub(crate) along: bool,
+    /// Type of the values that the codes stand for.
+    pub(crate) dtype: DType,
+    pub(crate) laid: Option<Laid>,
+}
+
+/// Rows (`axis` 0) or columns (1) of a matrix, picked by indices, that have values of their own.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Laid {
+    pub(crate) axis: u8,
+    /// Operands: indices, and the values, of the matrix' type.
+    pub(crate) index: usize,
+    pub(crate) values: usize,
+    /// How many rows or columns.
+    pub(crate) count: u64,
 }
 
 /// One `matmul`.
@@ -152,7 +175,11 @@ impl Analysis {
         for over in k.aliases.iter().flatten() {
             let reads = |p: &Product| {
                 let right = match &p.right {
-                    Right::Panels { arg, .. } | Right::Coded { arg, .. } | Right::Blocks { arg, .. } => *arg,
+                    Right::Panels { arg, .. } | Right::Coded { arg, .. } => *arg,
+                    Right::Blocks(b) => {
+                        let laid = b.laid.iter().any(|l| [l.index, l.values].contains(&(*over as usize)));
+                        if laid { *over as usize } else { b.arg }
+                    }
                     Right::Rows(v) | Right::Strided(v) => v.arg,
                 };
                 p.left.arg == *over as usize || right == *over as usize
@@ -333,13 +360,13 @@ impl Analysis {
                 }
                 Right::Coded { arg, nr: u64::from(*nr), format: *format }
             }
-            (Some(arg), Some(Layout::Blocks(format))) => {
+            _ if let Some(blocks) = self.blocks(k, r, tb) => {
                 let blocked = if tb { dim } else { *n };
                 let whole = blocked.known().is_some_and(|x| x.is_multiple_of(BlockFormat::VALUES));
                 if rank != 2 || !whole || n.known().is_none() || dim.known().is_none() {
                     return Err("blocks need a static matrix and whole blocks".into());
                 }
-                Right::Blocks { arg, format: *format, along: tb }
+                Right::Blocks(blocks?)
             }
             _ => {
                 let mut w = view(body, &self.args, r)?;
@@ -359,7 +386,7 @@ impl Analysis {
             Right::Panels { .. } => false,
             Right::Coded { .. } => m.known().is_none_or(|m| m > FEW),
             Right::Rows(_) => packs_rows(dtype, *m, dim),
-            Right::Strided(_) | Right::Blocks { .. } => true,
+            Right::Strided(_) | Right::Blocks(_) => true,
         };
         let p = Product { left, right, k: dim, n: *n, dtype, packs_left, packs_right };
         let at = self.products.iter().position(|q| *q == p).unwrap_or(self.products.len());
@@ -369,6 +396,33 @@ impl Analysis {
         }
         self.values[at].product.push(v);
         Ok(at)
+    }
+
+    /// The right operand of a product as blocks of codes, in another type or with parts laid over them; `None`: it is none.
+    fn blocks(&self, k: &Kernel, right: ValueId, along: bool) -> Option<Result<Blocks, String>> {
+        let body = &k.body;
+        let operand = |v: ValueId| self.args[v.index()];
+        let (mut v, mut over) = (right, None);
+        if let Op::Cast(_) = body.node(v).op {
+            v = body.node(v).inputs[0];
+        }
+        if let Op::Scatter { axis, mode: ScatterMode::Set } = body.node(v).op {
+            over = Some((axis, body.node(v).inputs[1], body.node(v).inputs[2]));
+            v = body.node(v).inputs[0];
+        }
+        let arg = operand(v)?;
+        let Layout::Blocks(format) = *k.operands.get(arg)? else { return None };
+        let plain = |v: ValueId| operand(v).filter(|i| k.operands.get(*i).is_none_or(|l| *l == Layout::RowMajor));
+        let laid = match over {
+            None => None,
+            Some((axis, index, values)) => match (plain(index), plain(values), body.ty(index).shape.as_slice()) {
+                (Some(index), Some(values), [Dim::Known(count)]) if body.ty(v).rank() == 2 => {
+                    Some(Laid { axis, index, values, count: *count })
+                }
+                _ => return Some(Err("what is laid over blocks is no operand".into())),
+            },
+        };
+        Some(Ok(Blocks { arg, format, along, dtype: body.ty(v).dtype, laid }))
     }
 }
 

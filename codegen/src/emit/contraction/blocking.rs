@@ -1,6 +1,6 @@
 //! Tile shapes and task sizes. All follow from shapes and the vector set, never from a thread count.
 
-use super::analyze::{Analysis, Group, Product, Right};
+use super::analyze::{Analysis, Blocks, Group, Product, Right};
 use super::view::Stride;
 use crate::emit::HostIsa;
 use pleach_ir::{DType, Dim, Layout};
@@ -99,7 +99,7 @@ impl Blocking {
                 }
             })
         };
-        let blocks = |p: &Product| matches!(p.right, Right::Blocks { .. });
+        let blocks = |p: &Product| matches!(p.right, Right::Blocks(_));
         let sliced =
             |g: &Group| !g.offset.is_multiple_of(LANES as u64) && g.products.iter().any(|p| blocks(&a.products[p.0]));
         if a.groups.iter().any(sliced) {
@@ -133,7 +133,7 @@ impl Blocking {
         // Codes are decoded into what plain panels, or rows of numbers, are: parts as long, so that both give the same bits.
         let as_numbers = |p: &Product| match p.right {
             Right::Coded { .. } => false,
-            Right::Blocks { along: false, .. } => packs_rows(p.dtype, a.m, p.k),
+            Right::Blocks(Blocks { along: false, .. }) => packs_rows(p.dtype, a.m, p.k),
             _ => p.packs_right,
         };
         let copied = left || a.products.iter().any(as_numbers);

@@ -117,7 +117,7 @@ pub(super) fn pack(
     if !p.packs_right {
         return;
     }
-    if let Right::Coded { .. } | Right::Blocks { .. } = p.right {
+    if let Right::Coded { .. } | Right::Blocks(_) = p.right {
         return f.of(&values.right, |f| {
             f.loop_(first, last, 1, |f, tile| {
                 let slot = f.sub(tile, first);

@@ -30,7 +30,7 @@ pub(super) fn matrix(f: &mut Func, p: &mut Pull<'_>, x: &Product, side: usize, b
     let view = match (side, &x.right) {
         (0, _) => &x.left,
         (_, Right::Rows(v) | Right::Strided(v)) => v,
-        (_, Right::Panels { .. } | Right::Coded { .. } | Right::Blocks { .. }) => &x.left,
+        (_, Right::Panels { .. } | Right::Coded { .. } | Right::Blocks(_)) => &x.left,
     };
     let (line, step) = axes(view, side);
     let mut at = f.i64(0);

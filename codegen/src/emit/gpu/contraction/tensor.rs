@@ -126,7 +126,7 @@ fn along(a: &Analysis, x: &Product, side: usize) -> Option<bool> {
     let view = match (side, &x.right) {
         (0, _) => &x.left,
         (_, Right::Rows(v) | Right::Strided(v)) => v,
-        (_, Right::Panels { .. } | Right::Coded { .. } | Right::Blocks { .. }) => return None,
+        (_, Right::Panels { .. } | Right::Coded { .. } | Right::Blocks(_)) => return None,
     };
     let piece = PIECE as u64;
     let (line, step) = axes(view, side);

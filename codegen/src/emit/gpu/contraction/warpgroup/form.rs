@@ -124,7 +124,7 @@ pub(in super::super) fn place<'a>(a: &Analysis, x: &'a Product, side: usize) -> 
     let view = match (side, &x.right) {
         (0, _) => &x.left,
         (_, Right::Rows(v) | Right::Strided(v)) => v,
-        (_, Right::Panels { .. } | Right::Coded { .. } | Right::Blocks { .. }) => return None,
+        (_, Right::Panels { .. } | Right::Coded { .. } | Right::Blocks(_)) => return None,
     };
     let (line, step) = axes(view, side);
     let mut first = [0, 0];

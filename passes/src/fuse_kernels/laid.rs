@@ -1,0 +1,156 @@
+//! Weights of which parts are trained, as blocks of codes with those parts laid over them.
+//!
+//! Where a `prepare` entry fills a derived parameter with a tensor of the checkpoint in which some rows or columns are set, and an entry
+//! that trains sets the same ones again, the parameter would hold all the numbers for the sake of a few. Where the checkpoint has the
+//! tensor in blocks of codes, the codes stay as they are, a derived parameter holds the few, and products read the one laid
+//! over the other: `matmul(x, scatter_set(w, i, values))`.
+//!
+//! Assumes that values over parameters were moved into `prepare` entries. Leaves alone: parameters that are read by anything but
+//! products, and parts that are set at other places than before.
+
+use super::pack::{Blocks, format_of, is_prepare, read_as_blocks};
+use super::sums::rebuilt;
+use pleach_ir::{Entry, Graph, IrError, Op, Param, ParamId, Role, RootKind, ScatterMode, Source, ValueId};
+use std::collections::BTreeMap;
+
+/// A parameter that is a tensor of the checkpoint with parts set.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Whole {
+    /// The tensor, and the indices of what is set along an axis of it.
+    base: ParamId,
+    index: ParamId,
+    axis: u8,
+    /// Holds what is set.
+    part: ParamId,
+}
+
+/// The graph with such parameters replaced.
+///
+/// # Errors
+/// [`IrError`] when a node cannot be rebuilt; that would be a fault of the input graph.
+pub(super) fn lay(g: &Graph, blocks: &Blocks) -> Result<Graph, IrError> {
+    let mut found = candidates(g, blocks);
+    while !found.is_empty() {
+        let mut out = g.clone();
+        for (p, w) in &mut found {
+            w.part = part(&mut out, g, *p, w);
+        }
+        for (i, e) in g.entries.iter().enumerate() {
+            out.entries[i] = if is_prepare(e) { prepared(&out, e, &found)? } else { read(&out, e, &found)? };
+        }
+        let formats = read_as_blocks(&out, blocks, |_| true);
+        let before = found.len();
+        found.retain(|_, w| formats[w.base.index()].is_some());
+        if found.len() == before {
+            return Ok(out);
+        }
+    }
+    Ok(g.clone())
+}
+
+/// What a value is a cast of, with the casts from the outside inwards.
+fn uncast(e: &Entry, mut v: ValueId) -> (ValueId, Vec<Op>) {
+    let mut casts = vec![];
+    while let Op::Cast(_) = e.node(v).op {
+        casts.push(e.node(v).op.clone());
+        v = e.node(v).inputs[0];
+    }
+    (v, casts)
+}
+
+fn param(e: &Entry, v: ValueId) -> Option<ParamId> {
+    match e.node(v).op {
+        Op::Param(p) => Some(p),
+        _ => None,
+    }
+}
+
+/// Axis, base, index and values of a set.
+fn set(e: &Entry, v: ValueId) -> Option<(u8, ValueId, ParamId, ValueId)> {
+    let n = e.node(v);
+    let Op::Scatter { axis, mode: ScatterMode::Set } = n.op else { return None };
+    Some((axis, n.inputs[0], param(e, n.inputs[1])?, n.inputs[2]))
+}
+
+/// Parameters that may be replaced, as far as what they are filled with goes.
+fn candidates(g: &Graph, blocks: &Blocks) -> BTreeMap<ParamId, Whole> {
+    let mut found: BTreeMap<ParamId, Option<Whole>> = BTreeMap::new();
+    for e in &g.entries {
+        for r in &e.roots {
+            let RootKind::Assign(p) = r.kind else { continue };
+            let Param { ty, source: Source::Derived, .. } = &g.params[p.index()] else { continue };
+            if !is_prepare(e) {
+                continue;
+            }
+            let whole = set(e, uncast(e, r.value).0).and_then(|(axis, base, index, _)| {
+                let base = param(e, uncast(e, base).0)?;
+                let fits = g.params[base.index()].ty == *ty && format_of(g, blocks, base).is_some();
+                (fits && g.params[index.index()].role == Role::Index).then_some(Whole { base, index, axis, part: p })
+            });
+            // Filled by several entries: which of them ran last is not known here.
+            found.entry(p).and_modify(|w| *w = None).or_insert(whole);
+        }
+    }
+    for e in g.entries.iter().filter(|e| !is_prepare(e)) {
+        for r in &e.roots {
+            if let RootKind::Assign(p) = r.kind
+                && let Some(w) = found.get_mut(&p)
+            {
+                let same = |w: &Whole| {
+                    set(e, r.value).is_some_and(|(axis, onto, index, _)| {
+                        param(e, onto) == Some(p) && (axis, index) == (w.axis, w.index)
+                    })
+                };
+                *w = w.filter(same);
+            }
+        }
+    }
+    found.into_iter().filter_map(|(p, w)| Some((p, w?))).collect()
+}
+
+/// Adds the parameter that holds what is set.
+fn part(out: &mut Graph, g: &Graph, p: ParamId, w: &Whole) -> ParamId {
+    let q = &g.params[p.index()];
+    let mut ty = q.ty.clone();
+    ty.shape[usize::from(w.axis)] = g.params[w.index.index()].ty.shape[0];
+    out.add_param(Param { name: format!("{}.set", q.name), ty, role: Role::Frozen, source: Source::Derived })
+}
+
+/// A `prepare` entry that fills the parts.
+fn prepared(g: &Graph, e: &Entry, found: &BTreeMap<ParamId, Whole>) -> Result<Entry, IrError> {
+    let mut out = e.clone();
+    for (i, r) in e.roots.iter().enumerate() {
+        let RootKind::Assign(p) = r.kind else { continue };
+        let Some(w) = found.get(&p) else { continue };
+        let (core, casts) = uncast(e, r.value);
+        let mut v = e.node(core).inputs[2];
+        for op in casts.into_iter().rev() {
+            v = out.push_from(&g.params, op, &[v], e.node(core).origin.clone())?;
+        }
+        out.roots[i].kind = RootKind::Assign(w.part);
+        out.roots[i].value = v;
+    }
+    Ok(out)
+}
+
+/// An entry that reads the parts laid over the tensors, and sets the parts alone.
+fn read(g: &Graph, e: &Entry, found: &BTreeMap<ParamId, Whole>) -> Result<Entry, IrError> {
+    let mut out = rebuilt(e, |out, v, inputs, _| {
+        let n = e.node(v);
+        let Some(w) = param(e, v).and_then(|p| found.get(&p)) else {
+            return out.push_from(&g.params, n.op.clone(), &inputs, n.origin.clone());
+        };
+        let mut read = |p: ParamId| out.push_from(&g.params, Op::Param(p), &[], n.origin.clone());
+        let inputs = [read(w.base)?, read(w.index)?, read(w.part)?];
+        out.push_from(&g.params, Op::Scatter { axis: w.axis, mode: ScatterMode::Set }, &inputs, n.origin.clone())
+    })?;
+    for i in 0..out.roots.len() {
+        if let RootKind::Assign(p) = out.roots[i].kind
+            && let Some(w) = found.get(&p)
+        {
+            out.roots[i].kind = RootKind::Assign(w.part);
+            out.roots[i].value = out.node(out.roots[i].value).inputs[2];
+        }
+    }
+    Ok(out)
+}
