@@ -65,7 +65,8 @@ impl Slot {
         let (dir, temporary) = match kept {
             Some(dir) => (dir, None),
             None => {
-                let dir = std::env::temp_dir().join(format!("pleach-{}", std::process::id()));
+                let dir =
+                    std::env::temp_dir().join(format!("pleach-{}-{}", std::process::id(), &key[..key.len().min(16)]));
                 std::fs::create_dir_all(&dir).map_err(Failure::io("create", &dir))?;
                 (dir.clone(), Some(dir))
             }
@@ -79,6 +80,14 @@ impl Slot {
         let plan = Plan::read(&self.plan).ok()?;
         let rows = std::fs::read(&self.rows).ok().and_then(|b| serde_json::from_slice(&b).ok());
         Some((plan, rows.unwrap_or_default()))
+    }
+
+    /// Says what can be done where the plan could not be written.
+    pub(crate) fn explain(&self, mut e: Failure) -> Failure {
+        if self.temporary.is_none() && e.message.contains(&*self.plan.to_string_lossy()) {
+            e.message += "; PLEACH_CACHE_DIR names another folder for the cache, --no-cache keeps nothing";
+        }
+        e
     }
 
     /// Keeps the report of a compilation beside its plan. A report that cannot be kept is not missed.

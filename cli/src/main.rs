@@ -14,6 +14,7 @@ mod commands;
 #[cfg(feature = "compiler")]
 mod events;
 mod failure;
+mod files;
 mod inputs;
 #[cfg(feature = "models")]
 mod method;

@@ -46,11 +46,19 @@ impl MethodArgs {
                 ));
             }
         };
-        for (key, value) in self.given(&name)? {
-            keys.insert(key, value);
-        }
+        let given = self.given(&name)?;
+        keys.extend(given.iter().cloned());
         // Refused here, before anything is compiled.
-        MethodConfig::named(&name, &keys)?.check_training()?;
+        let config = MethodConfig::named(&name, &keys)?;
+        config.check_training()?;
+        // A file may have keys of programs that know more; an option without effect is a mistake.
+        if let Some((key, _)) = given.iter().find(|(key, _)| config.unread.contains(key)) {
+            let option = match self.set.iter().any(|s| s.split('=').next() == Some(key)) {
+                true => format!("--set {key}"),
+                false => format!("--{}", key.replace('_', "-")),
+            };
+            return Err(Failure::usage(format!("{option}: the method `{name}` has no `{key}`; leave it out")));
+        }
         Ok((name, keys))
     }
 

@@ -316,6 +316,7 @@ impl Request {
             meta.extra.insert("merged".into(), self.merge.into());
         }
         if let (Some(_), Some(adapter)) = (&self.train, model.adapters.first()) {
+            meta.extra.insert("dtype".into(), self.dtype.clone().into());
             meta.extra.insert("adapter".into(), AdapterPlan::new(adapter, 0, &model.checkpoint)?.to_json());
         }
         Ok(meta)

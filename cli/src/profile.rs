@@ -1,7 +1,7 @@
 //! What `--profile` writes: one JSON file that is a chrome trace (perfetto and chrome://tracing read it), and under
 //! `pleach` the times of every step, which `pleach inspect --profile` joins with the plan.
 
-use crate::failure::{Failure, Result};
+use crate::failure::Result;
 use crate::report::Ui;
 use pleach_plan::Plan;
 use pleach_runtime::{Session, TIMELINE};
@@ -15,7 +15,7 @@ use std::path::Path;
 pub(crate) fn write(ui: &Ui, session: &Session, command: &str, path: &Path) -> Result<()> {
     let machine = machine(ui, session.plan());
     let text = trace(session, command, machine).to_string();
-    std::fs::write(path, text).map_err(Failure::io("write", path))?;
+    crate::files::write(path, &text)?;
     let calls: u64 = session.step_times().iter().map(|t| t.calls).sum();
     let kept = session.timeline().len() as u64;
     let part = if kept < calls { format!(", the first {TIMELINE} of them in the timeline") } else { String::new() };

@@ -183,7 +183,7 @@ pub(crate) fn compile_as(
         Some(x) => x,
         None => {
             request.out.clone_from(&slot.plan);
-            let rows = crate::child::compile(&request)?;
+            let rows = crate::child::compile(&request).map_err(|e| slot.explain(e))?;
             slot.keep_rows(&rows);
             (Plan::read(&slot.plan)?, rows)
         }

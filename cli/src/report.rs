@@ -84,6 +84,19 @@ pub(crate) struct Table {
     rows: Vec<Vec<String>>,
 }
 
+/// A module path with `*` for the number of its layer.
+pub(crate) fn layerless(name: &str) -> String {
+    let part = |p: &str| {
+        let rest = p.trim_start_matches(|c: char| c.is_ascii_digit());
+        if rest.len() < p.len() && (rest.is_empty() || rest.starts_with(' ')) {
+            format!("*{rest}")
+        } else {
+            p.to_owned()
+        }
+    };
+    name.split('.').map(part).collect::<Vec<_>>().join(".")
+}
+
 impl Table {
     /// A table with these headings; a heading that begins with `<` makes a column of text.
     pub(crate) fn new(head: &[&str]) -> Table {

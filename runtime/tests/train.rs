@@ -5,6 +5,7 @@ use pleach_plan::DType;
 use pleach_runtime::train::checkpoint::{self, State};
 use pleach_runtime::train::*;
 use pleach_runtime::{ParamValues, Result, RuntimeError, Values};
+use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -346,11 +347,26 @@ fn a_finished_run_and_a_named_checkpoint_resume_to_the_same_bytes() {
 fn another_run_is_refused_by_what_differs() {
     let (data, dir) = (rows(0), folder("other"));
     let j = job(&data, &data, &dir, Resume::No);
-    let s = State::new(4, &j.settings, data.len(), data.fingerprint());
-    assert!(s.check(&j.settings, data.fingerprint()).is_ok());
-    assert!(s.check(&Settings { steps: 100, ..j.settings.clone() }, data.fingerprint()).is_ok());
+    let adapter = |alpha: u64, more: Value| {
+        let mut map = json!({"r": 4, "lora_alpha": alpha}).as_object().unwrap().clone();
+        map.extend(more.as_object().unwrap().clone());
+        map
+    };
+    let same = adapter(8, json!({}));
+    let s = State::new(4, &j.settings, &same, data.len(), data.fingerprint());
+    assert!(s.check(&j.settings, &same, data.fingerprint()).is_ok());
+    assert!(s.check(&Settings { steps: 100, ..j.settings.clone() }, &same, data.fingerprint()).is_ok());
+    // What an older version wrote says less.
+    let older = State { adapter: None, ..s.clone() };
+    assert!(older.check(&j.settings, &adapter(32, json!({})), data.fingerprint()).is_ok());
+    let e = s.check(&j.settings, &adapter(32, json!({"bias": "all"})), data.fingerprint()).unwrap_err().to_string();
+    assert!(e.contains("lora_alpha was 8, is 32") && e.contains("bias was not given, is \"all\""), "{e}");
+    let bf16 = Settings { dtype: Some("bf16".into()), ..j.settings.clone() };
+    let s16 = State::new(4, &bf16, &same, data.len(), data.fingerprint());
+    let e = s16.check(&Settings { dtype: Some("f32".into()), ..bf16 }, &same, data.fingerprint());
+    assert!(e.unwrap_err().to_string().contains("dtype was \"bf16\", is \"f32\""));
     let other = Settings { seed: 12, batch: 3, steps: 2, ..j.settings.clone() };
-    let e = s.check(&other, rows(1).fingerprint()).unwrap_err().to_string();
+    let e = s.check(&other, &same, rows(1).fingerprint()).unwrap_err().to_string();
     for what in ["seed was 11, is 12", "batch was 2, is 3", "rows of --data are others", "4 steps are done, 2"] {
         assert!(e.contains(what), "{e}");
     }

@@ -4,9 +4,10 @@
 //! class); `root_eclasses` lists what must be made. A file may be compressed with gzip. Every result is walked once more,
 //! against the file's own ids, before it is reported.
 
-use super::plan_memory::{targets, write};
+use super::plan_memory::targets;
 use crate::args::ExtractArgs;
 use crate::failure::{Failure, Result};
+use crate::files;
 use crate::report;
 use pleach_passes::extraction::{Graph, Node, Solution, cost, solve};
 use serde_json::{Map, Value, json};
@@ -33,12 +34,15 @@ pub(crate) fn extract(args: &ExtractArgs) -> Result<()> {
         let ms = start.elapsed().as_secs_f64() * 1e3;
         let solution = solution.ok_or_else(|| here(file.impossible()))?;
         let total = cost(&file.graph, &solution.choice).map_err(|e| here(Failure::new(e)))?;
+        if !total.is_finite() {
+            return Err(here(Failure::new("the costs add up to more than a 64-bit float holds; scale them down")));
+        }
         if let Some(out) = &out {
             let choices = file.choices(&solution);
-            write(&out[k], &choices)?;
+            files::write(&out[k], &choices)?;
             // Plain text under a name that promises gzip is found by its other name too.
             if plain(&out[k]) != out[k] {
-                write(&plain(&out[k]), &choices)?;
+                files::write(&plain(&out[k]), &choices)?;
             }
         }
         if args.json {
@@ -115,7 +119,14 @@ impl EGraph {
                 return Err(Failure::new(format!("node `{id}`: `cost` is {cost}; costs below 0 are not supported")));
             }
             let mut needs = vec![];
-            for child in node.get("children").and_then(Value::as_array).map_or(&[][..], Vec::as_slice) {
+            let children = match node.get("children") {
+                None | Some(Value::Null) => &[][..],
+                Some(Value::Array(list)) => list,
+                Some(other) => {
+                    return Err(Failure::new(format!("node `{id}`: `children` is {other}; it must be a list of ids")));
+                }
+            };
+            for child in children {
                 let c = child.as_str().and_then(|c| class_of.get(c));
                 needs.push(*c.ok_or_else(|| Failure::new(format!("node `{id}`: there is no node {child}")))?);
             }
@@ -184,6 +195,7 @@ mod tests {
         assert!(node(r#""children": ["z"]"#).contains("node `a`: there is no node \"z\""));
         assert!(node(r#""cost": -1"#).contains("below 0"));
         assert!(node(r#""cost": "x""#).contains("finite number"));
+        assert!(node(r#""children": "a""#).contains("must be a list"));
         let e =
             EGraph::read(r#"{"nodes": {"a": {"eclass": "0", "children": ["a"]}}, "root_eclasses": ["0"]}"#).unwrap();
         assert!(solve(&e.graph).is_none() && e.impossible().message.contains("root class `0`"));

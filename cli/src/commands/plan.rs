@@ -2,7 +2,7 @@
 
 use crate::args::{MethodArgs, PlanArgs, Search, ShapeArgs, Size};
 use crate::failure::{Failure, Result};
-use crate::report::{self, Table, Ui, bytes};
+use crate::report::{self, Table, Ui, bytes, layerless};
 use crate::training::{Training, minimum, within_budget};
 use pleach_plan::Step;
 use pleach_runtime::Memory;
@@ -95,6 +95,21 @@ struct Saved {
     bytes: u64,
     reason: String,
     trained_only: bool,
+    /// What building it again would take, microseconds.
+    rebuild_us: f64,
+}
+
+impl Saved {
+    /// What would drop it.
+    fn drop(&self) -> String {
+        dropped_by(self.trained_only, self.rebuild_us)
+    }
+}
+
+/// What would drop values that are kept for the backward half.
+fn dropped_by(trained_only: bool, rebuild_us: f64) -> String {
+    let freeze = if trained_only { "not to train that weight, or " } else { "" };
+    format!("{freeze}a smaller --budget: {:.2} ms to build it again", rebuild_us / 1e3)
 }
 
 impl Planned {
@@ -115,7 +130,7 @@ impl Planned {
         }
     }
 
-    /// Kept values, the largest first; equal names (layers apart) stay apart.
+    /// Kept values in the order they are made; equal names (layers apart) stay apart.
     fn saved(&self) -> Vec<Saved> {
         let plan = &self.training.ready.plan;
         let list = plan.meta.extra.get("saved").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
@@ -128,6 +143,7 @@ impl Planned {
                 bytes: unit.saturating_mul(count),
                 reason: text(v, "reason"),
                 trained_only: v.get("trained_only").and_then(Value::as_bool).unwrap_or(false),
+                rebuild_us: v.get("rebuild_us").and_then(Value::as_f64).unwrap_or(0.0),
             }
         };
         list.iter().map(one).collect()
@@ -181,12 +197,17 @@ impl Planned {
         let saved: Vec<Value> = self
             .saved()
             .iter()
-            .map(|s| json!({"name": s.name, "bytes": s.bytes, "reason": s.reason, "trained_only": s.trained_only}))
+            .map(|s| {
+                json!({
+                    "name": s.name, "bytes": s.bytes, "reason": s.reason, "trained_only": s.trained_only,
+                    "drop": s.drop(), "rebuild_us": s.rebuild_us,
+                })
+            })
             .collect();
         let kept: u64 = self.saved().iter().map(|s| s.bytes).sum();
         let alive: Vec<Value> = grouped(&peak.alive())
             .iter()
-            .map(|(name, n, size, _)| json!({"name": name, "count": n, "bytes": size}))
+            .map(|g| json!({"name": g.name, "count": g.count, "bytes": g.bytes}))
             .collect();
         let mut out = json!({
             "total_bytes": m.total(), "arena_bytes": m.arena, "minimum_bytes": minimum,
@@ -231,14 +252,15 @@ impl Planned {
         out += &t.text();
         out += &format!("\npeak: {} alive in `{}` at {}\n", bytes(peak.live), peak.entry, peak.at);
         let mut t = Table::new(&["alive at the peak, by who makes it", "count", "size"]);
-        for (name, n, size, _) in grouped(&peak.alive()).into_iter().take(ALIVE) {
-            t.row([name, n.to_string(), bytes(size)]);
+        for g in grouped(&peak.alive()).into_iter().take(ALIVE) {
+            t.row([g.name, g.count.to_string(), bytes(g.bytes)]);
         }
         out += &t.text();
         out += &format!("\nkept for the backward half: {}\n", bytes(kept));
-        let mut t = Table::new(&["kept", "count", "size", "<why"]);
-        for (name, n, size, why) in grouped(&saved) {
-            t.row([name, n.to_string(), bytes(size), why]);
+        let mut t = Table::new(&["kept", "count", "size", "<why", "<what would drop it"]);
+        for g in grouped(&saved) {
+            let drop = dropped_by(g.trained_only, g.rebuild_us);
+            t.row([g.name, g.count.to_string(), bytes(g.bytes), g.reason, drop]);
         }
         Ok(out + &t.text())
     }
@@ -263,27 +285,44 @@ impl Peak {
             bytes: *bytes,
             reason: String::new(),
             trained_only: false,
+            rebuild_us: 0.0,
         };
         self.alive.iter().map(one).collect()
     }
 }
 
-/// Equal values of different layers as one line: number of the layer replaced, count, sum of bytes, reason.
-fn grouped(saved: &[Saved]) -> Vec<(String, usize, u64, String)> {
-    let mut groups: BTreeMap<(String, String), (usize, u64)> = BTreeMap::new();
-    for s in saved {
-        let g = groups.entry((layerless(&s.name), layerless(&s.reason))).or_default();
-        *g = (g.0 + 1, g.1 + s.bytes);
-    }
-    let mut out: Vec<_> = groups.into_iter().map(|((name, why), (n, size))| (name, n, size, why)).collect();
-    out.sort_by(|a, b| b.2.cmp(&a.2).then(a.0.cmp(&b.0)));
-    out
+/// Equal values of different layers, put together.
+#[derive(Clone, Debug, PartialEq)]
+struct Group {
+    /// With `*` for the number of the layer, as in the reason.
+    name: String,
+    reason: String,
+    count: usize,
+    bytes: u64,
+    trained_only: bool,
+    rebuild_us: f64,
 }
 
-/// A module path with `*` for the number of its layer.
-fn layerless(name: &str) -> String {
-    let parts = name.split('.').map(|p| if !p.is_empty() && p.bytes().all(|b| b.is_ascii_digit()) { "*" } else { p });
-    parts.collect::<Vec<_>>().join(".")
+/// Equal values of different layers as one line, the largest first.
+fn grouped(saved: &[Saved]) -> Vec<Group> {
+    let mut groups: BTreeMap<(String, String), Group> = BTreeMap::new();
+    for s in saved {
+        let (name, reason) = (layerless(&s.name), layerless(&s.reason));
+        let new = || Group {
+            name: name.clone(),
+            reason: reason.clone(),
+            count: 0,
+            bytes: 0,
+            trained_only: s.trained_only,
+            rebuild_us: 0.0,
+        };
+        let g = groups.entry((name.clone(), reason.clone())).or_insert_with(new);
+        (g.count, g.bytes, g.rebuild_us) = (g.count + 1, g.bytes + s.bytes, g.rebuild_us + s.rebuild_us);
+        g.trained_only &= s.trained_only;
+    }
+    let mut out: Vec<_> = groups.into_values().collect();
+    out.sort_by(|a, b| b.bytes.cmp(&a.bytes).then(a.name.cmp(&b.name)));
+    out
 }
 
 #[cfg(test)]
@@ -292,10 +331,25 @@ mod tests {
 
     #[test]
     fn layers_are_put_together() {
-        let s = |name: &str, bytes| Saved { name: name.into(), bytes, reason: "read by x".into(), trained_only: false };
+        let s = |name: &str, bytes| Saved {
+            name: name.into(),
+            bytes,
+            reason: "read by x".into(),
+            trained_only: true,
+            rebuild_us: 500.0,
+        };
         let list = [s("model.layers.0.mlp", 4), s("model.layers.11.mlp", 6), s("model.norm", 100)];
         let g = grouped(&list);
-        assert_eq!(g[0], ("model.norm".into(), 1, 100, "read by x".into()));
-        assert_eq!(g[1], ("model.layers.*.mlp".into(), 2, 10, "read by x".into()));
+        let group = |name: &str, count, bytes| Group {
+            name: name.into(),
+            reason: "read by x".into(),
+            count,
+            bytes,
+            trained_only: true,
+            rebuild_us: 500.0 * count as f64,
+        };
+        assert_eq!(g, [group("model.norm", 1, 100), group("model.layers.*.mlp", 2, 10)]);
+        assert_eq!(list[0].drop(), "not to train that weight, or a smaller --budget: 0.50 ms to build it again");
+        assert_eq!(dropped_by(false, 20.0), "a smaller --budget: 0.02 ms to build it again");
     }
 }

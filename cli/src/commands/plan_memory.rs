@@ -2,12 +2,14 @@
 //!
 //! A file has the columns `id,lower,upper,size` (in any order, others are kept): a buffer of `size` bytes, alive from
 //! `lower` until before `upper`. A number before `.csv` in a file's name is the capacity that is to be met, as the public
-//! sets of such files write it. Every placement is checked by the independent checker before it is reported.
+//! sets of such files write it. A column `alignment` is kept to: all offsets are multiples of the alignments' least common
+//! multiple. Every placement is checked by the independent checker before it is reported.
 
 use crate::args::PlanMemoryArgs;
 use crate::failure::{Failure, Result};
+use crate::files;
 use crate::report::{self, Ui};
-use pleach_plan::memory::{Placement, Request, check, place_with};
+use pleach_plan::memory::{Placement, Request, check, lower_bound, place_with};
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -28,9 +30,14 @@ pub(crate) fn plan_memory(ui: &Ui, args: &PlanMemoryArgs) -> Result<()> {
         let table = Table::read(&text).map_err(|e| e.within(&path.display().to_string()))?;
         let capacity = capacity(path);
         let start = Instant::now();
-        let placed = place_with(&table.requests, 1, capacity, 1);
+        let mut placed = place_with(&table.requests, table.align, capacity, 1);
         let ms = start.elapsed().as_secs_f64() * 1e3;
         let achieved = verified(&table, &placed).map_err(|e| e.within(&path.display().to_string()))?;
+        if table.align > 1 {
+            // One alignment stands for all, so only what needs no more than is alive is known to be best.
+            placed.lower_bound = lower_bound(&table.requests);
+            placed.optimal = achieved == placed.lower_bound;
+        }
         if let Some(c) = capacity.filter(|c| *c < achieved) {
             ui.note(&match c < placed.lower_bound {
                 true => format!(
@@ -45,7 +52,7 @@ pub(crate) fn plan_memory(ui: &Ui, args: &PlanMemoryArgs) -> Result<()> {
             });
         }
         if let Some(out) = &out {
-            write(&out[k], &table.with_offsets(&placed.offsets))?;
+            files::write(&out[k], &table.with_offsets(&placed.offsets))?;
         }
         if args.json {
             rows.push(json!({
@@ -100,21 +107,20 @@ pub(super) fn targets(folder: &Path, files: &[PathBuf], overwrite: bool) -> Resu
     Ok(out)
 }
 
-/// Writes a file under a temporary name that is renamed.
-pub(super) fn write(to: &Path, text: &str) -> Result<()> {
-    let mut temporary = to.as_os_str().to_owned();
-    temporary.push(format!(".{}.tmp", std::process::id()));
-    let temporary = PathBuf::from(temporary);
-    let done = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, to));
-    done.map_err(|e| {
-        let _ = std::fs::remove_file(&temporary);
-        Failure::io("write", to)(e)
-    })
+/// The least common multiple, where 2^48 holds it.
+fn common(a: u64, b: u64) -> Option<u64> {
+    let (mut x, mut y) = (a, b);
+    while y != 0 {
+        (x, y) = (y, x % y);
+    }
+    (a / x).checked_mul(b).filter(|m| *m <= 1 << 48)
 }
 
 /// A file of buffers.
 struct Table<'a> {
     head: &'a str,
+    /// What every offset is a multiple of: all alignments of the file divide it.
+    align: u64,
     /// Number and text of each line of a buffer.
     lines: Vec<(usize, &'a str)>,
     requests: Vec<Request>,
@@ -135,7 +141,8 @@ impl<'a> Table<'a> {
             })
         };
         let (_, lower, upper, size) = (column("id")?, column("lower")?, column("upper")?, column("size")?);
-        let mut table = Table { head, lines: vec![], requests: vec![] };
+        let alignment = columns.iter().position(|c| *c == "alignment");
+        let mut table = Table { head, align: 1, lines: vec![], requests: vec![] };
         for (n, line) in lines {
             let cells: Vec<&str> = line.split(',').map(str::trim).collect();
             if cells.len() != columns.len() {
@@ -154,6 +161,12 @@ impl<'a> Table<'a> {
                     "line {n}: upper {} is before lower {}; a buffer is alive from lower until before upper",
                     r.last, r.first
                 )));
+            }
+            if let Some(c) = alignment {
+                let a = number(c)?.max(1);
+                table.align = common(table.align, a).ok_or_else(|| {
+                    Failure::new(format!("line {n}: alignment {a} has no common multiple with the others"))
+                })?;
             }
             table.lines.push((n, line));
             table.requests.push(r);
@@ -190,6 +203,18 @@ mod tests {
 
     fn refused(text: &str) -> String {
         Table::read(text).err().map(|e| e.message).unwrap_or_default()
+    }
+
+    #[test]
+    fn alignments_are_kept_to() {
+        let t = Table::read("id,lower,upper,size,alignment\n0,0,3,5,4\n1,1,2,6,8\n2,0,2,7,0\n").unwrap();
+        assert_eq!(t.align, 8);
+        let placed = place_with(&t.requests, t.align, None, 1);
+        assert!(placed.offsets.iter().all(|o| o % 8 == 0) && verified(&t, &placed).is_ok());
+        let e = Table::read("id,lower,upper,size,alignment\n0,0,3,5,x\n").err().unwrap().message;
+        assert!(e.starts_with("line 2: alignment `x` is no whole number"), "{e}");
+        let e = Table::read("id,lower,upper,size,alignment\n0,0,3,5,18446744073709551557\n").err().unwrap().message;
+        assert!(e.contains("no common multiple"), "{e}");
     }
 
     #[test]

@@ -32,7 +32,8 @@ pub(crate) fn train(ui: &Ui, args: &TrainArgs) -> Result<()> {
     }
     // Tokenizers are gone; what they took must not count beside the session.
     give_back();
-    let settings = settings(args, &data.rows, training.max_length)?;
+    let dtype = training.ready.plan.meta.extra.get("dtype").and_then(serde_json::Value::as_str);
+    let settings = settings(args, &data.rows, training.max_length, dtype)?;
     let weights = training.ready.weights()?;
     let memory = training.memory(ui, &weights)?;
     let least = || minimum(ui, &args.model, &args.method, &args.shape);
@@ -113,7 +114,7 @@ fn prepare_folder(args: &TrainArgs) -> Result<Resume> {
 }
 
 /// What decides the numbers.
-fn settings(args: &TrainArgs, rows: &Rows, max_length: u64) -> Result<Settings> {
+fn settings(args: &TrainArgs, rows: &Rows, max_length: u64, dtype: Option<&str>) -> Result<Settings> {
     let (batch, accum) = (args.shape.batch, args.shape.accum);
     let epochs = args.epochs.unwrap_or(1.0);
     if !(epochs.is_finite() && epochs > 0.0) {
@@ -138,6 +139,7 @@ fn settings(args: &TrainArgs, rows: &Rows, max_length: u64) -> Result<Settings> 
             .map_err(|e: pleach_runtime::RuntimeError| Failure::usage(format!("--warmup: {e}")))?,
         weight_decay: args.weight_decay,
         max_grad_norm: args.shape.max_grad_norm,
+        dtype: dtype.map(str::to_owned),
         ..Settings::default()
     };
     s.check().map_err(|e| Failure::usage(e.to_string()))?;
@@ -189,7 +191,7 @@ impl Show<'_> {
             Event::Resumed(step, path) => {
                 self.say(&format!("going on from step {step} ({})", path.display()));
                 self.bar.set_position(*step);
-                self.begin(*step)
+                Ok(())
             }
             Event::NothingToResume => {
                 self.say("there is no checkpoint to resume from: starting anew");

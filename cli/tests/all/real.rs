@@ -98,11 +98,11 @@ fn trained_columns_keep_less_in_smollm2() {
     let model = text(&folder.join("smollm2"));
     pleach.ok(&["import", &text(&gguf), "--out", &model, "--quiet"]);
     for (dtype, most) in [("f32", 0.69), ("bf16", 0.69)] {
-        let kept = |method: &str| -> (f64, f64) {
+        let kept = |method: &str, more: &[&str]| -> (f64, f64) {
             let head =
                 ["plan", &model, "--method", method, "--r", "16", "--target-modules", "all-linear", "--dtype", dtype];
             let tail = ["--batch", "4", "--max-length", "128", "--disable", "recompute", "--json", "--quiet"];
-            let v: serde_json::Value = serde_json::from_str(&pleach.ok(&[&head[..], &tail].concat())).unwrap();
+            let v: serde_json::Value = serde_json::from_str(&pleach.ok(&[&head[..], &tail, more].concat())).unwrap();
             let list = v["saved"].as_array().unwrap();
             let sum = |only: bool| {
                 let counted = list.iter().filter(|s| !only || s["trained_only"] == true);
@@ -110,7 +110,8 @@ fn trained_columns_keep_less_in_smollm2() {
             };
             (sum(false), sum(true))
         };
-        let (columns, low_rank) = (kept("paca"), kept("lora"));
+        let (columns, low_rank) = (kept("paca", &[]), kept("lora", &[]));
+        let without_rules = kept("paca", &["--disable", "rewrite"]);
         println!(
             "{dtype}: {:.3} of LoRA's bytes, {:.3} of those for trained weights",
             columns.0 / low_rank.0,
@@ -118,5 +119,8 @@ fn trained_columns_keep_less_in_smollm2() {
         );
         assert!(columns.1 <= 0.05 * low_rank.1, "{dtype}: {columns:?} beside {low_rank:?}");
         assert!(columns.0 <= most * low_rank.0, "{dtype}: {columns:?} beside {low_rank:?}");
+        // The saving is the rules': without them whole inputs are kept.
+        println!("{dtype}: {:.3} of the bytes without rewriting", columns.0 / without_rules.0);
+        assert!(columns.0 <= 0.75 * without_rules.0, "{dtype}: {columns:?}, {without_rules:?} without rewriting");
     }
 }

@@ -288,6 +288,12 @@ fn refusals_say_what_to_do() {
     fails(2, &[], "--overwrite");
     fails(1, &["--resume", "checkpoint-77"], "there is no such checkpoint");
     fails(1, &["--resume", "latest", "--seed", "9"], "seed was 0, is 9");
+    fails(1, &["--resume", "latest", "--alpha", "32"], "lora_alpha was 8, is 32");
+    fails(1, &["--resume", "latest", "--use-rslora"], "use_rslora was");
+    fails(1, &["--resume", "latest", "--dtype", "bf16"], "dtype was \"f32\", is \"bf16\"");
+    // A run that is done leaves everything as it is.
+    c.train(&out, &[&LORA[..], &["--log", "jsonl,tensorboard", "--eval", &c.data, "--resume", "latest"]].concat());
+    assert_eq!(std::fs::read_dir(Path::new(&out).join("tensorboard")).unwrap().flatten().count(), 1);
     fails(1, &["--overwrite", "--budget", "1000B"], "are needed");
     let nothing = ["train", &c.model, "--data", "/nonexistent.jsonl", "--out", &c.out("none")];
     let e = c.pleach.fails(1, &[&nothing[..], &LORA[..6]].concat());
@@ -303,8 +309,27 @@ fn refusals_say_what_to_do() {
     fails(1, &["--method", "lora", "--lora-dropout", "0.1"], "dropout");
     fails(1, &["--method", "lora", "--target-modules", "no_such"], "no_such");
     fails(2, &["--adapter", &out, "--r", "7"], "contradicts");
+    fails(2, &["--method", "paca", "--lora-alpha", "3"], "--lora-alpha: the method `paca` has no `lora_alpha`");
+    fails(2, &["--method", "lora", "--set", "foo=true"], "--set foo: the method `lora` has no `foo`");
+    fails(2, &["--method", "lora", "--alpha", "nan"], "must be finite");
+    fails(2, &["--method", "lora", "--threads", "5000"], "at most 1024");
+    let state = Path::new(&out).join("checkpoint-8/trainer_state.json");
+    std::fs::remove_file(&state).unwrap();
+    let e = c.pleach.fails(1, &c.args(&out, &[&LORA[..6], &["--resume", "latest"]].concat()));
+    assert!(e.contains("resume from another checkpoint"), "{e}");
     fails(2, &["--method", "lora", "--warmup", "9"], "warm-up");
     fails(2, &["--method", "lora", "--warmup", "x"], "no warm-up");
+}
+
+#[test]
+fn a_cache_that_cannot_be_written_stops_nothing() {
+    let c = Case::new("train-no-cache");
+    // Below a file no folder can be made.
+    let lost = format!("{}/cache", c.data);
+    let pleach = c.pleach.with_env(&[("PLEACH_CACHE_DIR", &lost)]);
+    pleach.ok(&["run", &c.model, "--ids", "1,2,3", "--quiet"]);
+    pleach.ok(&["generate", &c.model, "--ids", "1,2,3", "--max-new-tokens", "2", "--quiet"]);
+    pleach.ok(&c.args(&c.out("run"), &LORA));
 }
 
 #[test]

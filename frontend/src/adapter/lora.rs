@@ -151,7 +151,8 @@ fn read_start(f: &mut Fields) -> Result<Start> {
                 None => Err(f.fault(
                     KEY,
                     format!(
-                        "is {}: such an adapter belongs to changed base weights; save it with PEFT's \
+                        "is {}; known are true, false, gaussian, orthogonal, mica, pissa, pissa_niter_N, olora, corda, lora_ga and \
+                         eva. If its start changes the base weights, save the adapter with PEFT's \
                          `path_initial_model_for_weight_conversion` to get one for the original base",
                         brief(value)
                     ),

@@ -77,6 +77,8 @@ pub struct MethodConfig {
     pub raw: Map<String, Value>,
     /// Remarks for the user: fields that were kept without being understood.
     pub notes: Vec<String>,
+    /// Fields that nothing was read from.
+    pub unread: Vec<String>,
 }
 
 /// Fields without influence on a loaded adapter: provenance and the like.
@@ -177,6 +179,11 @@ impl MethodConfig {
         if layers.is_none() && layers_pattern.iter().any(|p| !p.is_empty()) {
             return Err(f.fault("layers_pattern", "needs `layers_to_transform`"));
         }
+        for key in [method.rank_key(), method.alpha_key()].into_iter().flatten() {
+            if raw.get(key) == Some(&Value::Null) {
+                return Err(f.fault(key, "is null; expected a number"));
+            }
+        }
         let rank = method.rank_key().map_or(Ok(None), |key| f.count(key, 1 << 24))?.unwrap_or(method.default_rank());
         let alpha = method.alpha_key().map_or(Ok(None), |key| f.number(key))?;
         let config = MethodConfig {
@@ -194,6 +201,7 @@ impl MethodConfig {
             bias,
             ensure_weight_tying: f.flag("ensure_weight_tying")?.unwrap_or(false),
             notes: read_unknown(&f)?,
+            unread: f.unread().filter(|(key, _)| !key.ends_with("dropout")).map(|(key, _)| key.clone()).collect(),
             method,
             raw: Map::new(),
         };

@@ -283,7 +283,7 @@ pub(crate) fn write_tensors(path: &Path, tensors: &[Saved<'_>]) -> Result<()> {
 
 /// Opens a safetensors file for a while.
 pub(crate) fn with_tensors<T>(path: &Path, f: impl FnOnce(&SafeTensors<'_>) -> Result<T>) -> Result<T> {
-    let bytes = fs::read(path).map_err(RuntimeError::io(path.display().to_string()))?;
+    let bytes = fs::read(path).map_err(|e| damaged(path, &format!("cannot be read ({e})")))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|e| damaged(path, &format!("cannot be read ({e})")))?;
     f(&file)
 }

@@ -14,6 +14,7 @@ use crate::error::{Result, RuntimeError};
 use pleach_plan::DType;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -37,6 +38,9 @@ pub struct State {
     pub position: u64,
     /// Settings of the run.
     pub settings: Settings,
+    /// `adapter_config.json` of the run, without the base model's name; `None`: written by a version that did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<Map<String, Value>>,
     /// Fingerprint of the rows, as hexadecimal digits.
     pub data: String,
 }
@@ -45,8 +49,8 @@ pub struct State {
 pub type Watch<'w> = &'w mut dyn FnMut(&str);
 
 impl State {
-    /// After `step` steps of these settings over rows with this fingerprint.
-    pub fn new(step: u64, settings: &Settings, rows: usize, fingerprint: u64) -> State {
+    /// After `step` steps of these settings, for an adapter of this configuration, over rows with this fingerprint.
+    pub fn new(step: u64, settings: &Settings, adapter: &Map<String, Value>, rows: usize, fingerprint: u64) -> State {
         let position = step * settings.accum * settings.batch;
         State {
             version: VERSION,
@@ -54,6 +58,7 @@ impl State {
             epoch: position as f64 / rows.max(1) as f64,
             position,
             settings: settings.clone(),
+            adapter: Some(adapter.clone()),
             data: format!("{fingerprint:016x}"),
         }
     }
@@ -62,14 +67,23 @@ impl State {
     ///
     /// # Errors
     /// Everything that differs, by name.
-    pub fn check(&self, settings: &Settings, fingerprint: u64) -> Result<()> {
+    pub fn check(&self, settings: &Settings, adapter: &Map<String, Value>, fingerprint: u64) -> Result<()> {
         let as_map = |s: &Settings| serde_json::to_value(s).unwrap_or_default();
         let (old, new) = (as_map(&self.settings), as_map(settings));
         let mut differ = vec![];
-        for (name, value) in old.as_object().into_iter().flatten() {
-            if name != "steps" && new.get(name) != Some(value) {
-                differ.push(format!("{name} was {value}, is {}", new.get(name).cloned().unwrap_or_default()));
+        let mut compare = |name: &str, was: Option<&Value>, is: Option<&Value>| {
+            if was != is {
+                let text = |v: Option<&Value>| v.map_or("not given".into(), Value::to_string);
+                differ.push(format!("{name} was {}, is {}", text(was), text(is)));
             }
+        };
+        for (name, value) in old.as_object().into_iter().flatten().filter(|(n, _)| *n != "steps") {
+            compare(name, Some(value), new.get(name));
+        }
+        if let Some(old) = &self.adapter {
+            old.iter().for_each(|(name, value)| compare(name, Some(value), adapter.get(name)));
+            let more = adapter.iter().filter(|(name, _)| !old.contains_key(*name));
+            more.for_each(|(name, value)| compare(name, None, Some(value)));
         }
         if self.data != format!("{fingerprint:016x}") {
             differ.push("the rows of --data are others".into());
@@ -163,7 +177,7 @@ pub fn save(
 pub fn state(path: &Path) -> Result<State> {
     let file = path.join(STATE);
     let text = fs::read(&file).map_err(|e| match path.is_dir() {
-        true => RuntimeError::io(file.display().to_string())(e),
+        true => damaged(&file, &format!("cannot be read ({e})")),
         false => RuntimeError::Values(format!("{}: there is no such checkpoint", path.display())),
     })?;
     let s: State = serde_json::from_slice(&text).map_err(|e| damaged(&file, &format!("cannot be read ({e})")))?;

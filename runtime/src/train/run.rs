@@ -161,7 +161,7 @@ pub fn train(
         }
         if last || due(job.save_every) {
             metrics.sync()?;
-            let state = State::new(sum.steps, s, job.rows.len(), print);
+            let state = State::new(sum.steps, s, &job.adapter.config, job.rows.len(), print);
             let mut files = |what: &str| {
                 let _ = watch(Event::Files(what));
             };
@@ -201,7 +201,7 @@ fn begin(
         Resume::At(path) => path.clone(),
     };
     let state = checkpoint::state(&path)?;
-    state.check(&job.settings, print)?;
+    state.check(&job.settings, &job.adapter.config, print)?;
     checkpoint::restore(machine, &job.adapter, &path)?;
     for (step, later) in checkpoint::list(job.dir)? {
         if step > state.global_step {

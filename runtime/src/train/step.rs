@@ -43,6 +43,9 @@ pub struct Settings {
     pub beta2: f64,
     /// Added to the denominator.
     pub eps: f64,
+    /// Type of the computation, where it is known; it decides numbers, so it must not change between checkpoints.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<String>,
 }
 
 impl Default for Settings {
@@ -62,6 +65,7 @@ impl Default for Settings {
             beta1: 0.9,
             beta2: 0.999,
             eps: 1e-8,
+            dtype: None,
         }
     }
 }
@@ -169,7 +173,8 @@ pub fn step_with(
     let values = values.map(|(n, x)| (n, [x as f32]));
     let inputs: Vec<(&str, Values<'_>)> = values.iter().map(|(n, x)| (*n, Values::F32(x))).collect();
     let fail = |what: &str, x: f64| {
-        let why = "lower the learning rate or clip the gradient (--max-grad-norm), and check the data";
+        let why = "lower the learning rate or clip the gradient (--max-grad-norm), and check the data, the weights and the \
+                   adapter that training starts from";
         Err(RuntimeError::Values(format!("the {what} of step {number} is {x}; {why}")))
     };
     if let ([b], None, None) = (&batches[..], settings.max_grad_norm, events)

@@ -8,13 +8,14 @@ use crate::model::Model;
 use crate::pipeline::stages::{self, Stages};
 use crate::pipeline::{self, Request, table};
 use crate::ready::Ready;
-use crate::report::{self, Table, Ui};
+use crate::report::{self, Table, Ui, layerless};
 use pleach_codegen::emit::gpu::GpuChip;
 use pleach_codegen::{compile, mlir};
 use pleach_ir::{Class, Graph, Kernel, Schedule, text};
 use pleach_passes::PassReport;
+use pleach_passes::rewrite::{Form, rules::RULES};
 use serde_json::{Map, Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A compilation with everything on its way.
 struct Seen {
@@ -62,7 +63,7 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
     if let Some(out) = &args.model_explorer {
         let graph = graph(&s, &args.stage)?;
         let text = model_explorer::collection(&args.model.model, graph).to_string();
-        std::fs::write(out, text).map_err(Failure::io("write", out))?;
+        crate::files::write(out, &text)?;
         ui.note(&format!("{} written", out.display()));
     }
     if args.json {
@@ -240,7 +241,24 @@ fn rules(reports: &[PassReport]) -> String {
             t.row([c.rule.to_string(), c.fired.to_string(), c.chosen.to_string(), r.name.to_string()]);
         }
     }
-    t.text()
+    let mut sites = Table::new(&["site", "<entry", "count", "<rules that shaped it", "µs before", "after"]);
+    for r in reports {
+        let mut rows: BTreeMap<[String; 3], (usize, f64, f64)> = BTreeMap::new();
+        for (form, (entry, module)) in r.forms.iter().flat_map(|f| f.sites.iter().map(move |s| (f, s))) {
+            let row = rows.entry([layerless(module), entry.clone(), shaped_by(form).join(", ")]).or_default();
+            *row = (row.0 + 1, row.1 + form.cost.0, row.2 + form.cost.1);
+        }
+        for ([site, entry, rules], (count, before, after)) in rows {
+            sites.row([site, entry, count.to_string(), rules, format!("{before:.0}"), format!("{after:.0}")]);
+        }
+    }
+    format!("{}\n{}", t.text(), sites.text())
+}
+
+/// The rules whose nodes are in the form that was chosen, by name.
+fn shaped_by(form: &Form) -> Vec<&'static str> {
+    let numbers: BTreeSet<usize> = form.after.iter().filter_map(|s| s.rule).collect();
+    numbers.into_iter().filter_map(|n| RULES.get(n)).map(|r| r.name).collect()
 }
 
 fn as_json(args: &InspectArgs, s: &Seen, model: &Model, ready: &Ready) -> Result<()> {
@@ -251,9 +269,14 @@ fn as_json(args: &InspectArgs, s: &Seen, model: &Model, ready: &Ready) -> Result
         .map(|r| {
             let rules: Vec<Value> =
                 r.rules.iter().map(|c| json!({"rule": c.rule, "fired": c.fired, "chosen": c.chosen})).collect();
+            let sites = r.forms.iter().flat_map(|f| f.sites.iter().map(move |s| (f, s))).map(|(f, (entry, module))| {
+                json!({
+                    "entry": entry, "site": module, "rules": shaped_by(f), "before_us": f.cost.0, "after_us": f.cost.1,
+                })
+            });
             json!({
                 "pass": r.name, "nodes_before": r.nodes_before, "nodes_after": r.nodes_after, "changed": r.changed,
-                "ms": r.ms, "note": r.note, "rules": rules,
+                "ms": r.ms, "note": r.note, "rules": rules, "sites": sites.collect::<Vec<_>>(),
             })
         })
         .collect();

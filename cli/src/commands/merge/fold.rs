@@ -131,6 +131,12 @@ impl<'a> Sum<'a> {
     fn push(&mut self, old: f32, delta: f32, exact: f32) -> Result<()> {
         let new = round(exact, self.tensor.dtype, &mut self.out);
         if !new.is_finite() {
+            if !old.is_finite() {
+                return Err(Failure::new(format!(
+                    "`{}` of the model holds {old}; check its weights",
+                    self.tensor.name
+                )));
+            }
             let why = format!("{exact} of `{}` does not fit into {}", self.tensor.name, self.tensor.dtype);
             return Err(Failure::new(format!("{why}; check the adapter with `pleach adapter check`")));
         }

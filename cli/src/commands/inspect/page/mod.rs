@@ -10,7 +10,7 @@ mod passes;
 mod profile;
 
 use crate::args::InspectArgs;
-use crate::failure::{Failure, Result};
+use crate::failure::Result;
 use crate::pipeline::stages::Stages;
 use crate::pipeline::{Request, Row};
 use crate::report::{Ui, bytes};
@@ -54,7 +54,7 @@ pub(super) fn write(ui: &Ui, args: &InspectArgs, subject: &Subject<'_>, out: &Pa
         blocks.extend(html::data_of(other)?);
     }
     let page = html::page(&title, &blocks);
-    std::fs::write(out, &page).map_err(Failure::io("write", out))?;
+    crate::files::write(out, &page)?;
     ui.note(&format!("{} written, {}", out.display(), bytes(page.len() as u64)));
     Ok(())
 }
