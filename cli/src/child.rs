@@ -28,7 +28,12 @@ pub(crate) fn compile(request: &Request) -> Result<Vec<Row>> {
         .map_err(Failure::io("start", &program))?;
     if let Some(mut stdin) = child.stdin.take() {
         // A child that ended early says why on stderr.
-        let _ = stdin.write_all(&serde_json::to_vec(request)?);
+        let text = serde_json::to_vec(request).map_err(|_| {
+            Failure::usage(
+                "a path is no UTF-8: rename the folder of the model, the adapter or the cache (PLEACH_CACHE_DIR)",
+            )
+        })?;
+        let _ = stdin.write_all(&text);
     }
     let done = child.wait_with_output().map_err(Failure::io("wait for", &program))?;
     if done.status.success() {

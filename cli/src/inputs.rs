@@ -169,8 +169,11 @@ pub(crate) fn write_tensors(path: &Path, tensors: &[(&str, Vec<u64>, &[u8])]) ->
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(format!(".{}.tmp", std::process::id()));
     let temporary = Path::new(&temporary);
+    // The crate renames a file that only its owner may read.
+    let mode = std::fs::File::create(temporary).and_then(|f| f.metadata()).map_err(Failure::io("write", path))?;
     let done = safetensors::serialize_to_file(views, None, temporary)
         .map_err(|e| Failure::new(format!("cannot write {}: {e}", path.display())))
+        .and_then(|()| std::fs::set_permissions(temporary, mode.permissions()).map_err(Failure::io("write", path)))
         .and_then(|()| std::fs::rename(temporary, path).map_err(Failure::io("write", path)));
     if done.is_err() {
         let _ = std::fs::remove_file(temporary);

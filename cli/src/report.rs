@@ -84,6 +84,11 @@ pub(crate) struct Table {
     rows: Vec<Vec<String>>,
 }
 
+/// A path for JSON: bytes that are no UTF-8 are replaced.
+pub(crate) fn path(p: &std::path::Path) -> serde_json::Value {
+    p.to_string_lossy().into()
+}
+
 /// A module path with `*` for the number of its layer.
 pub(crate) fn layerless(name: &str) -> String {
     let part = |p: &str| {

@@ -344,6 +344,29 @@ fn a_finished_run_and_a_named_checkpoint_resume_to_the_same_bytes() {
 }
 
 #[test]
+fn one_run_at_a_time_writes_into_a_folder() {
+    let (data, dir) = (rows(0), folder("alone"));
+    std::fs::create_dir_all(&dir).unwrap();
+    let other = std::fs::File::open(&dir).unwrap();
+    other.lock().unwrap();
+    let run = || train(&mut Toy::new(0), &job(&data, &data, &dir, Resume::No), &mut |_| ControlFlow::Continue(()));
+    let e = run().unwrap_err().to_string();
+    assert!(e.contains("another run writes into this folder"), "{e}");
+    let e = remove_results(&dir).unwrap_err().to_string();
+    assert!(e.contains("another run writes into this folder"), "{e}");
+    drop(other);
+    run().unwrap();
+    // Whoever may read the folder's texts may read its tensors.
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = |name: &str| std::fs::metadata(dir.join(name)).unwrap().permissions().mode();
+        assert_eq!(mode("adapter_model.safetensors"), mode("adapter_config.json"));
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
 fn another_run_is_refused_by_what_differs() {
     let (data, dir) = (rows(0), folder("other"));
     let j = job(&data, &data, &dir, Resume::No);

@@ -33,7 +33,7 @@ pub(crate) fn compile(ui: &Ui, args: &CompileArgs) -> Result<()> {
     let origin = &ready.origin;
     if args.json {
         report::json(&json!({
-            "plan": args.output, "bytes": size, "cached": origin.cached, "ms": origin.ms,
+            "plan": report::path(&args.output), "bytes": size, "cached": origin.cached, "ms": origin.ms,
             "stages": origin.rows, "compile_ms": total(&origin.rows),
         }));
     } else if !ui.quiet {
@@ -113,7 +113,7 @@ fn graph(ui: &Ui, args: &CompileArgs) -> Result<()> {
     let ms = clock.elapsed().as_secs_f64() * 1e3;
     if args.json {
         report::json(&json!({
-            "plan": args.output, "bytes": size, "cached": false, "ms": ms, "stages": rows, "compile_ms": total(&rows),
+            "plan": report::path(&args.output), "bytes": size, "cached": false, "ms": ms, "stages": rows, "compile_ms": total(&rows),
         }));
     } else if !ui.quiet {
         report::print(&table(&rows));

@@ -47,7 +47,7 @@ pub(crate) fn extract(args: &ExtractArgs) -> Result<()> {
         }
         if args.json {
             rows.push(json!({
-                "file": path, "dag_cost": total, "ms": ms, "optimal": solution.optimal,
+                "file": report::path(path), "dag_cost": total, "ms": ms, "optimal": solution.optimal,
                 "nodes": file.graph.nodes.len(), "classes": file.graph.classes,
             }));
         } else {

@@ -48,7 +48,12 @@ fn search(ui: &Ui, args: &PlanArgs, what: Search) -> Result<(MethodArgs, ShapeAr
     };
     let fits = |n: u64| -> Result<bool> {
         let (method, shape) = with(n);
-        Ok(Planned::new(ui, args, &method, &shape)?.memory.total() <= budget)
+        match Planned::new(ui, args, &method, &shape) {
+            Ok(planned) => Ok(planned.memory.total() <= budget),
+            // The layers have fewer rows or columns, since a lower rank was planned.
+            Err(_) if what == Search::Rank && n > 1 => Ok(false),
+            Err(e) => Err(e),
+        }
     };
     let (low, limit) = match what {
         Search::Batch => (1, 1 << 14),

@@ -56,7 +56,7 @@ pub(crate) fn plan_memory(ui: &Ui, args: &PlanMemoryArgs) -> Result<()> {
         }
         if args.json {
             rows.push(json!({
-                "file": path, "lower_bound": placed.lower_bound, "achieved": achieved, "ms": ms,
+                "file": report::path(path), "lower_bound": placed.lower_bound, "achieved": achieved, "ms": ms,
                 "optimal": placed.optimal, "buffers": table.requests.len(), "capacity": capacity,
             }));
         } else {
@@ -98,6 +98,9 @@ pub(super) fn targets(folder: &Path, files: &[PathBuf], overwrite: bool) -> Resu
                 "{}: two files have this name, and --out has room for one; run them apart",
                 to.display()
             )));
+        }
+        if matches!((to.canonicalize(), f.canonicalize()), (Ok(a), Ok(b)) if a == b) {
+            return Err(Failure::usage(format!("{}: is the file itself; --out names another folder", to.display())));
         }
         if to.exists() && !overwrite {
             return Err(Failure::new(format!("{}: is there already; --overwrite replaces it", to.display())));

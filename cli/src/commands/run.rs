@@ -1,6 +1,6 @@
 //! `pleach run`: one forward pass over all sequences, packed.
 
-use crate::args::RunArgs;
+use crate::args::{ModelArgs, RunArgs};
 use crate::failure::{Failure, Result};
 use crate::inputs::{InferInputs, Sequences, parse_ids, read_sequences, write_tensors};
 use crate::profile;
@@ -8,9 +8,21 @@ use crate::ready::ready;
 use crate::report::{self, Table, Ui};
 use crate::text;
 use serde_json::{Value, json};
+use std::path::Path;
 
 /// Tokens shown per sequence.
 const TOP: usize = 5;
+
+/// Refuses results in place of a file of the model or of an adapter.
+fn not_among_inputs(out: &Path, model: &ModelArgs) -> Result<()> {
+    let folder = out.canonicalize().ok().and_then(|p| p.parent().map(Path::to_path_buf));
+    let inputs = std::iter::once(model.folder()).chain(model.adapter.iter().map(|a| a.path.as_path()));
+    if folder.is_some_and(|f| inputs.into_iter().any(|i| i.canonicalize().is_ok_and(|i| i == f))) {
+        let why = "is a file of the model or of an adapter; --out names another one";
+        return Err(Failure::usage(format!("{}: {why}", out.display())));
+    }
+    Ok(())
+}
 
 /// Runs.
 ///
@@ -24,6 +36,9 @@ pub(crate) fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
         }
         None => Sequences::pack(&text::encode(args.model.folder(), &args.prompt)?)?,
     };
+    if let Some(out) = &args.out {
+        not_among_inputs(out, &args.model)?;
+    }
     let ready = ready(ui, &args.model, &["infer"], &[])?;
     let encoder = ready.is_encoder();
     if args.similarity && !encoder {

@@ -267,7 +267,7 @@ impl Show<'_> {
 fn done(ui: &Ui, args: &TrainArgs, sum: &Summary, seconds: f64, planned: u64) {
     if args.json {
         report::json(&json!({
-            "out": args.out, "steps": sum.steps, "steps_now": sum.steps_now, "loss": sum.loss,
+            "out": report::path(&args.out), "steps": sum.steps, "steps_now": sum.steps_now, "loss": sum.loss,
             "eval_loss": sum.eval.map(|e| json!({"first": e.0, "last": e.1})), "seconds": seconds,
             "planned_peak_bytes": planned, "peak_rss_bytes": pleach_runtime::peak_rss(),
         }));

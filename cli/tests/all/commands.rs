@@ -80,7 +80,9 @@ fn every_stage_can_be_shown() {
         pleach.ok(&all)
     };
     assert!(with(&[]).contains("matmul"));
-    assert!(with(&["--rules"]).starts_with("rule"));
+    let rules = with(&["--rules"]);
+    let site = rules.lines().skip_while(|l| !l.starts_with("site")).nth(1).unwrap_or_default();
+    assert!(rules.starts_with("rule") && site.contains("model.layers.*"), "{rules}");
     assert!(with(&["--mlir", "--kernel", "attention"]).contains("func.func"));
     assert!(with(&["--asm", "--kernel", "attention"]).contains(".text"));
     assert!(with(&["--ptx", "--kernel", "row"]).contains(".visible .entry"));
@@ -89,6 +91,9 @@ fn every_stage_can_be_shown() {
     let v = json(&with(&["--json"]));
     assert!(v["stages"].as_array().unwrap().len() >= 5 && !v["kernels"].as_array().unwrap().is_empty());
     assert!(v["stages"][0]["operators"]["matmul"].as_u64().unwrap() > 20);
+    let sites = v["passes"].as_array().unwrap().iter().flat_map(|p| p["sites"].as_array().unwrap());
+    let named = |s: &Value| s["site"].is_string() && s["rules"].as_array().is_some_and(|r| !r.is_empty());
+    assert!(sites.clone().count() >= 2 && sites.clone().all(named), "{v}");
     let plan = folder.join("m.pleach").display().to_string();
     pleach.ok(&["compile", &model, "--adapter", &adapter, "-o", &plan, "--quiet"]);
     let text = pleach.ok(&["inspect", &plan, "--kernels", "--memory"]);
@@ -199,6 +204,19 @@ fn one_tied_tensor_parts_when_only_the_head_changes() {
     assert!(report["verified_relative_error"].as_f64().unwrap() <= 2e-5, "{report}");
     let config = json(&std::fs::read_to_string(merged.join("config.json")).unwrap());
     assert_eq!(config["tie_word_embeddings"], false);
+    // Nothing is written over what is read.
+    let e = pleach.fails(2, &["merge", &model, &adapter, "--out", &adapter, "--overwrite"]);
+    assert!(e.contains("the adapter's own folder"), "{e}");
+    let weights = merged.join("model.safetensors").display().to_string();
+    let e = pleach.fails(2, &["run", &out, "--ids", "1", "--out", &weights]);
+    assert!(e.contains("a file of the model"), "{e}");
+    // What a run that trained into the model's folder left there is not the model's.
+    let trained = folder.join("trained");
+    copy(&merged, &trained);
+    std::fs::write(trained.join("adapter_config.json"), "{}").unwrap();
+    let again = folder.join("again");
+    pleach.ok(&["merge", trained.to_str().unwrap(), &adapter, "--out", again.to_str().unwrap(), "--quiet"]);
+    assert!(again.join("config.json").is_file() && !again.join("adapter_config.json").exists());
     copy(&merged, &folder.join("copy"));
 }
 

@@ -52,10 +52,33 @@ fn a_damaged_file_of_buffers_is_refused_with_its_line() {
     let said = Pleach::new(&folder).call(&["plan-memory", text(&file)]);
     assert_eq!(said.code, Some(1));
     assert!(said.err.contains("x.csv: line 3: upper 1 is before lower 2"), "{}", said.err);
+    let e = Pleach::new(&folder).fails(2, &["plan-memory", text(&file), "--out", text(&folder.0), "--overwrite"]);
+    assert!(e.contains("is the file itself"), "{e}");
     let small = folder.join("y.10.csv");
     std::fs::write(&small, "id,lower,upper,size\n0,0,2,8\n1,1,3,8\n").unwrap();
     let said = Pleach::new(&folder).call(&["plan-memory", text(&small)]);
     assert!(said.code == Some(0) && said.err.contains("nothing fits into 10 bytes"), "{}", said.err);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_name_that_is_no_text_is_no_fault() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = Folder::new("no-utf8");
+    let file = folder.0.join(std::ffi::OsStr::from_bytes(b"x\xff.csv"));
+    std::fs::write(&file, "id,lower,upper,size\n0,1,2,3\n").unwrap();
+    let call = |file: &Path| {
+        let command = std::process::Command::new(env!("CARGO_BIN_EXE_pleach"))
+            .args(["plan-memory", "--json"])
+            .arg(file)
+            .output()
+            .unwrap();
+        (command.status.code(), String::from_utf8(command.stdout).unwrap())
+    };
+    let (code, said) = call(&file);
+    assert_eq!(code, Some(0));
+    let v: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(v[0]["achieved"].as_u64(), Some(3));
 }
 
 #[test]

@@ -13,8 +13,10 @@ use super::Problem;
 const WORK: u64 = 16_000_000;
 /// Levels that a repair looks down.
 const DEPTH: u32 = 8;
-/// Kicks without a gain before the search ends.
+/// Kicks without a gain before the search ends, if it has gone on for long enough.
 const KICKS: u32 = 400;
+/// Visits before a search ends that has not reached the lower bound: some tens of milliseconds.
+const LEAST: u64 = 4_000_000;
 
 /// No node.
 const NONE: u32 = u32::MAX;
@@ -48,6 +50,8 @@ pub(super) struct Local<'a> {
     p: &'a Problem,
     /// Costs of the tree choice, for what lies too deep.
     lowest: &'a [f64],
+    /// No choice costs less.
+    bound: f64,
     /// The order in which flips and forces go through the classes.
     order: Vec<u32>,
     choice: Vec<u32>,
@@ -67,11 +71,12 @@ pub(super) struct Local<'a> {
 }
 
 impl<'a> Local<'a> {
-    pub(super) fn new(p: &'a Problem, lowest: &'a [f64]) -> Local<'a> {
+    pub(super) fn new(p: &'a Problem, lowest: &'a [f64], bound: f64) -> Local<'a> {
         let n = p.nodes.len();
         Local {
             p,
             lowest,
+            bound,
             order: (0..n as u32).collect(),
             choice: vec![],
             refs: vec![0; n],
@@ -546,7 +551,7 @@ impl<'a> Local<'a> {
 
     fn kicks(&mut self, draw: &mut Draw) {
         let mut stale = 0;
-        while stale < KICKS && !self.tired() {
+        while (stale < KICKS || self.work < LEAST) && self.total > self.bound + self.eps() && !self.tired() {
             let live: Vec<u32> = self.live().into_iter().filter(|c| self.p.nodes[*c as usize].len() > 1).collect();
             self.work += self.refs.len() as u64 / 8;
             if live.is_empty() {

@@ -6,6 +6,7 @@
 //! search that keeps reference counts. Effort is bounded by counts. [`cost`] is an independent walk. Nothing here knows of
 //! operators or tensors; the engine for regions of a model is `rewrite::extract`.
 
+mod exact;
 mod local;
 mod start;
 #[cfg(test)]
@@ -82,21 +83,30 @@ pub fn cost(graph: &Graph, choice: &[Option<usize>]) -> Result<f64, String> {
     Ok(sum)
 }
 
+/// Classes of a problem that is searched through.
+const SMALL: usize = 400;
+
 /// Chooses. `None` if some root cannot be made at all.
 pub fn solve(graph: &Graph) -> Option<Solution> {
     let problem = Problem::new(graph)?;
     let (tree, lowest) = start::tree(&problem);
-    let mut best = Local::new(&problem, &lowest).run(&tree);
+    let bound = start::bound(&problem);
+    let mut best = Local::new(&problem, &lowest, bound).run(&tree);
     if let Some(greedy) = start::greedy(&problem).filter(|g| *g != tree) {
-        let other = Local::new(&problem, &lowest).run(&greedy);
+        let other = Local::new(&problem, &lowest, bound).run(&greedy);
         if other.0 < best.0 {
             best = other;
         }
     }
-    let bound = start::bound(&problem);
+    let mut proven = best.0 <= bound + 1e-12 * bound.abs();
+    if !proven && problem.nodes.len() <= SMALL {
+        let (better, none_better) = exact::improve(&problem, best.0, &best.1);
+        best = better.unwrap_or(best);
+        proven = none_better;
+    }
     let choice = problem.lift(graph.classes, &best.1);
     let cost = cost(graph, &choice).ok()?;
-    Some(Solution { choice, cost, optimal: cost <= bound + 1e-12 * bound.abs() })
+    Some(Solution { choice, cost, optimal: proven || cost <= bound + 1e-12 * bound.abs() })
 }
 
 /// What is left after pruning, with dense numbers and flat lists.

@@ -69,6 +69,7 @@ fn small_graphs_are_solved_as_well_as_any_choice_can() {
             (Some(s), Some(b)) => {
                 assert_eq!(cost(&graph, &s.choice), Ok(s.cost));
                 assert_eq!(s.cost, b, "{graph:?}");
+                assert!(s.optimal, "{graph:?}");
                 solved += 1;
             }
             _ => panic!("{found:?} and {best:?} for {graph:?}"),

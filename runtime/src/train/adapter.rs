@@ -275,9 +275,12 @@ pub(crate) fn write_tensors(path: &Path, tensors: &[Saved<'_>]) -> Result<()> {
         })
         .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>();
     let meta = HashMap::from([("format".to_string(), "pt".to_string())]);
+    // The crate renames a file that only its owner may read; whoever shares the folder may read the others.
+    let mode = fs::File::create(path).and_then(|f| f.metadata()).map_err(RuntimeError::io(what()))?.permissions();
     views
         .and_then(|v| safetensors::serialize_to_file(v, Some(meta), path))
         .map_err(|e| RuntimeError::File { file: what(), why: format!("cannot be written: {e}") })?;
+    fs::set_permissions(path, mode).map_err(RuntimeError::io(what()))?;
     fs::File::open(path).and_then(|f| f.sync_all()).map_err(RuntimeError::io(what()))
 }
 

@@ -119,6 +119,7 @@ pub fn train(
         return Err(RuntimeError::Values(why.into()));
     }
     fs::create_dir_all(job.dir).map_err(RuntimeError::io(job.dir.display().to_string()))?;
+    let _alone = alone(job.dir)?;
     checkpoint::sweep(job.dir)?;
     let print = job.rows.fingerprint();
     let (start, fresh) = begin(machine, job, print, watch)?;
@@ -246,6 +247,10 @@ pub fn holds_results(dir: &Path) -> bool {
 /// # Errors
 /// What the system refuses.
 pub fn remove_results(dir: &Path) -> Result<()> {
+    if !dir.is_dir() {
+        return Ok(());
+    }
+    let _alone = alone(dir)?;
     for (_, path) in checkpoint::list(dir)? {
         checkpoint::discard(dir, &path)?;
     }
@@ -259,6 +264,22 @@ pub fn remove_results(dir: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Keeps other runs out of a folder while the result lives.
+///
+/// # Errors
+/// Another run writes there.
+fn alone(dir: &Path) -> Result<fs::File> {
+    let folder = fs::File::open(dir).map_err(RuntimeError::io(dir.display().to_string()))?;
+    match folder.try_lock() {
+        Err(std::fs::TryLockError::WouldBlock) => {
+            let why = "another run writes into this folder; wait for its end, or name another one";
+            Err(RuntimeError::Values(format!("{}: {why}", dir.display())))
+        }
+        // A file system without locks has none.
+        _ => Ok(folder),
+    }
 }
 
 /// Removes a folder that may not be there.

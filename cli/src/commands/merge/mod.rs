@@ -22,6 +22,8 @@ use std::path::Path;
 /// Endings of files with weights, which are not copied.
 const WEIGHTS: [&str; 9] = ["safetensors", "bin", "pt", "pth", "h5", "msgpack", "gguf", "onnx", "ot"];
 const INDEX: &str = "model.safetensors.index.json";
+/// Files of a run that trained.
+const OF_RUNS: [&str; 3] = ["adapter_config.json", "metrics.jsonl", "eval.jsonl"];
 const EMBEDDING: &str = "model.embed_tokens";
 const HEAD: &str = "lm_head";
 
@@ -44,6 +46,9 @@ pub(crate) fn merge(ui: &Ui, args: &MergeArgs) -> Result<()> {
     if same_folder(model.dir(), out) {
         return Err(Failure::usage("--out is the model's own folder; choose another one"));
     }
+    if same_folder(&args.adapter.path, out) {
+        return Err(Failure::usage("--out is the adapter's own folder; choose another one"));
+    }
     for a in &model.adapters {
         a.check_copies(&model.checkpoint)?;
         a.recompute(&model.checkpoint, ui.workers());
@@ -65,7 +70,7 @@ pub(crate) fn merge(ui: &Ui, args: &MergeArgs) -> Result<()> {
     let error: Option<f64> = None;
     if args.json {
         let sites: Vec<Value> = changes.iter().map(|(m, c)| c.json(m)).collect();
-        report::json(&json!({"folder": out, "modules": sites, "verified_relative_error": error}));
+        report::json(&json!({"folder": report::path(out), "modules": sites, "verified_relative_error": error}));
     } else if !ui.quiet {
         report::print(&text(&changes));
         report::line(&format!("{}: {} modules merged", out.display(), changes.len()));
@@ -179,6 +184,10 @@ fn copy_rest(from: &Path, to: &Path, parted: Option<&Path>) -> Result<()> {
         let path = entry.map_err(Failure::io("read", from))?.path();
         let weights = path.extension().is_some_and(|e| WEIGHTS.iter().any(|w| e == *w));
         let Some(name) = path.file_name().filter(|_| path.is_file() && !weights) else { continue };
+        // What a run that trained into the model's folder left there is none of the model's.
+        if OF_RUNS.iter().any(|n| name == *n) {
+            continue;
+        }
         let target = to.join(name);
         match (name.to_str(), parted) {
             (Some("config.json"), Some(_)) => edit(&path, &target, |v| v["tie_word_embeddings"] = false.into())?,
