@@ -3,14 +3,16 @@
 //! Where a `prepare` entry fills a derived parameter with a tensor of the checkpoint in which some rows or columns are set, and an entry
 //! that trains sets the same ones again, the parameter would hold all the numbers for the sake of a few. Where the checkpoint has the
 //! tensor in blocks of codes, the codes stay as they are, a derived parameter holds the few, and products read the one laid
-//! over the other: `matmul(x, scatter_set(w, i, values))`.
+//! over the other: `matmul(x, scatter_set(w, i, values))`. Where weights are packed, a second product adds what the parts differ by.
 //!
 //! Assumes that values over parameters were moved into `prepare` entries. Leaves alone: parameters that are read by anything but
 //! products, and parts that are set at other places than before.
 
 use super::pack::{Blocks, format_of, is_prepare, read_as_blocks};
 use super::sums::rebuilt;
-use pleach_ir::{Entry, Graph, IrError, Op, Param, ParamId, Role, RootKind, ScatterMode, Source, ValueId};
+use pleach_ir::{
+    BinaryOp, DType, Entry, Graph, IrError, Op, Param, ParamId, Role, RootKind, ScatterMode, Source, ValueId,
+};
 use std::collections::BTreeMap;
 
 /// A parameter that is a tensor of the checkpoint with parts set.
@@ -33,7 +35,7 @@ pub(super) fn lay(g: &Graph, blocks: &Blocks) -> Result<Graph, IrError> {
     while !found.is_empty() {
         let mut out = g.clone();
         for (p, w) in &mut found {
-            w.part = part(&mut out, g, *p, w);
+            w.part = part(&mut out, g, *p, w, "set");
         }
         for (i, e) in g.entries.iter().enumerate() {
             out.entries[i] = if is_prepare(e) { prepared(&out, e, &found)? } else { read(&out, e, &found)? };
@@ -46,6 +48,48 @@ pub(super) fn lay(g: &Graph, blocks: &Blocks) -> Result<Graph, IrError> {
         }
     }
     Ok(g.clone())
+}
+
+/// The graph with such parameters taken apart where nothing sets them again: for weights that are packed as codes, over which nothing
+/// can be laid. With columns `i` set, `x·wᵀ` is the product with the tensor as it was and one with what the columns differ by:
+/// `x·wᵀ + x[:, i]·(values − w[:, i])ᵀ`.
+///
+/// Sums are made in another order, and a difference is rounded, so results need not be the same bits.
+///
+/// # Errors
+/// As [`lay`].
+pub(super) fn apart(g: &Graph, blocks: &Blocks) -> Result<Graph, IrError> {
+    let mut found = candidates(g, blocks);
+    found.retain(|_, w| w.axis == 1);
+    for e in g.entries.iter().filter(|e| !is_prepare(e)) {
+        let live = e.live();
+        for v in e.values().filter(|v| live[v.index()]) {
+            let n = e.node(v);
+            for (at, p) in n.inputs.iter().enumerate().filter_map(|(at, x)| Some((at, param(e, *x)?))) {
+                if (at, &n.op) != (1, &Op::MatMul { ta: false, tb: true }) || n.ty.rank() != 2 {
+                    found.remove(&p);
+                }
+            }
+        }
+        e.roots.iter().filter_map(|r| param(e, r.value)).for_each(|p| {
+            found.remove(&p);
+        });
+        let set = e.roots.iter().filter_map(|r| if let RootKind::Assign(p) = r.kind { Some(p) } else { None });
+        set.for_each(|p| {
+            found.remove(&p);
+        });
+    }
+    if found.is_empty() {
+        return Ok(g.clone());
+    }
+    let mut out = g.clone();
+    for (p, w) in &mut found {
+        w.part = part(&mut out, g, *p, w, "change");
+    }
+    for (i, e) in g.entries.iter().enumerate() {
+        out.entries[i] = if is_prepare(e) { differences(&out, e, &found)? } else { beside(&out, e, &found)? };
+    }
+    Ok(out)
 }
 
 /// What a value is a cast of, with the casts from the outside inwards.
@@ -108,12 +152,12 @@ fn candidates(g: &Graph, blocks: &Blocks) -> BTreeMap<ParamId, Whole> {
     found.into_iter().filter_map(|(p, w)| Some((p, w?))).collect()
 }
 
-/// Adds the parameter that holds what is set.
-fn part(out: &mut Graph, g: &Graph, p: ParamId, w: &Whole) -> ParamId {
+/// Adds the parameter that holds `what` of a part.
+fn part(out: &mut Graph, g: &Graph, p: ParamId, w: &Whole, what: &str) -> ParamId {
     let q = &g.params[p.index()];
     let mut ty = q.ty.clone();
     ty.shape[usize::from(w.axis)] = g.params[w.index.index()].ty.shape[0];
-    out.add_param(Param { name: format!("{}.set", q.name), ty, role: Role::Frozen, source: Source::Derived })
+    out.add_param(Param { name: format!("{}.{what}", q.name), ty, role: Role::Frozen, source: Source::Derived })
 }
 
 /// A `prepare` entry that fills the parts.
@@ -131,6 +175,48 @@ fn prepared(g: &Graph, e: &Entry, found: &BTreeMap<ParamId, Whole>) -> Result<En
         out.roots[i].value = v;
     }
     Ok(out)
+}
+
+/// A `prepare` entry that fills what the parts differ by.
+fn differences(g: &Graph, e: &Entry, found: &BTreeMap<ParamId, Whole>) -> Result<Entry, IrError> {
+    let mut out = e.clone();
+    for (i, r) in e.roots.iter().enumerate() {
+        let RootKind::Assign(p) = r.kind else { continue };
+        let Some(w) = found.get(&p) else { continue };
+        let (core, _) = uncast(e, r.value);
+        let n = e.node(core);
+        let dtype = g.params[p.index()].ty.dtype;
+        let mut push = |op: Op, inputs: &[ValueId]| out.push_from(&g.params, op, inputs, n.origin.clone());
+        let old = push(Op::Gather { axis: w.axis }, &[n.inputs[0], n.inputs[1]])?;
+        let mut pair = [n.inputs[2], old];
+        if e.ty(core).dtype != DType::F32 {
+            let [new, old] = pair.map(|v| push(Op::Cast(DType::F32), &[v]));
+            pair = [new?, old?];
+        }
+        let mut change = push(Op::Binary(BinaryOp::Sub), &pair)?;
+        if dtype != DType::F32 {
+            change = push(Op::Cast(dtype), &[change])?;
+        }
+        out.roots[i].kind = RootKind::Assign(w.part);
+        out.roots[i].value = change;
+    }
+    Ok(out)
+}
+
+/// An entry with two products in place of each.
+fn beside(g: &Graph, e: &Entry, found: &BTreeMap<ParamId, Whole>) -> Result<Entry, IrError> {
+    rebuilt(e, |out, v, mut inputs, _| {
+        let n = e.node(v);
+        let mut push = |op: Op, inputs: &[ValueId]| out.push_from(&g.params, op, inputs, n.origin.clone());
+        let weight = n.inputs.get(1).and_then(|x| param(e, *x)).and_then(|p| found.get(&p));
+        let Some(w) = weight else { return push(n.op.clone(), &inputs) };
+        let [base, index, part] = [w.base, w.index, w.part].map(|p| push(Op::Param(p), &[]));
+        let x = push(Op::Gather { axis: 1 }, &[inputs[0], index?])?;
+        inputs[1] = base?;
+        let whole = push(n.op.clone(), &inputs)?;
+        let change = push(n.op.clone(), &[x, part?])?;
+        push(Op::Add, &[whole, change])
+    })
 }
 
 /// An entry that reads the parts laid over the tensors, and sets the parts alone.

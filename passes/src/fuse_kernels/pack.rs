@@ -103,6 +103,7 @@ pub(super) const BASE: &str = "prepare(base)";
 /// # Errors
 /// [`IrError`] when a node cannot be rebuilt; that would be a fault of the input graph.
 pub(super) fn pack(graph: &Graph, widths: &[u64], blocks: &Blocks) -> Result<Packed, IrError> {
+    let graph = &laid::apart(graph, blocks)?;
     let mut g = graph.clone();
     let mut layouts = vec![Layout::RowMajor; g.params.len()];
     let mut twins: BTreeMap<(ParamId, Layout), ParamId> = BTreeMap::new();
