@@ -226,8 +226,8 @@ pub(crate) struct ModelArgs {
     /// Compile anew and keep nothing
     #[arg(long)]
     pub no_cache: bool,
-    /// Read the f32 weights even where the folder has the same values in blocks of codes; the values are the same, and on a processor inference is
-    /// slower and training takes more memory
+    /// Read the f32 weights even where the folder has the same values in blocks of codes; the values are the same, inference is slower and training
+    /// takes more memory
     #[arg(long)]
     pub no_blocks: bool,
     /// Leave out a pass; repeatable
@@ -523,7 +523,7 @@ pub(crate) struct ImportArgs {
     /// Replace what the folder holds
     #[arg(long)]
     pub overwrite: bool,
-    /// Write the f32 weights alone: without `blocks/`, the same values as the file has them, which generating on a processor reads faster
+    /// Write the f32 weights alone: without `blocks/`, the same values as the file has them, which generating reads faster
     #[arg(long)]
     pub no_blocks: bool,
     /// The report as JSON

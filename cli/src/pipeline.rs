@@ -207,12 +207,12 @@ impl Request {
         Ok(model)
     }
 
-    /// The same, with the weights read in blocks where that is possible: on a processor.
+    /// The same, with the weights read in blocks where that is possible.
     ///
     /// # Errors
     /// Blocks that are damaged or do not fit.
     pub(crate) fn in_blocks(mut self, ui: &Ui, args: &ModelArgs, model: &Model, compare: Compare) -> Result<Request> {
-        if self.gpu().is_none() && !args.no_blocks {
+        if !args.no_blocks {
             let usable = crate::blocks::usable(ui, model, !args.no_cache, compare)?;
             self.blocks = usable.into_iter().map(|(tensor, format)| (tensor, format.name().into())).collect();
         }
@@ -339,14 +339,19 @@ fn host_cut(graph: &Graph, request: &Request, host: &HostTarget) -> CutOptions<'
     CutOptions {
         supported: &compile::supported,
         panels: if trains { &[] } else { panel_widths(host.isa) },
-        blocks: request.blocks.iter().filter_map(|(t, f)| Some((t.clone(), BlockFormat::from_name(f)?))).collect(),
+        blocks: blocks_of(request),
     }
+}
+
+/// Tensors that are read in blocks, with what these are.
+fn blocks_of(request: &Request) -> BTreeMap<String, BlockFormat> {
+    request.blocks.iter().filter_map(|(t, f)| Some((t.clone(), BlockFormat::from_name(f)?))).collect()
 }
 
 /// How a request cuts a graph. On a GPU nothing is packed.
 fn cut_of(request: &Request, graph: &Graph) -> Result<CutOptions<'static>> {
     Ok(match request.gpu() {
-        Some(_) => CutOptions { supported: &compile::supported_gpu, panels: &[], blocks: Default::default() },
+        Some(_) => CutOptions { supported: &compile::supported_gpu, panels: &[], blocks: blocks_of(request) },
         None => host_cut(graph, request, &request.host()?),
     })
 }

@@ -8,6 +8,8 @@ mod attention;
 mod bodies;
 #[path = "all/coded.rs"]
 mod coded;
+#[path = "all/coded_gpu.rs"]
+mod coded_gpu;
 #[path = "all/contraction.rs"]
 mod contraction;
 #[path = "all/contraction_types.rs"]

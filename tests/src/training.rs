@@ -440,6 +440,15 @@ impl Interpreted {
         self.prepare(|entry| entry.starts_with("prepare(slot"))
     }
 
+    /// Gives parameters other values, and prepares everything again.
+    ///
+    /// # Errors
+    /// What the interpreter refuses.
+    pub fn set(&mut self, values: BTreeMap<String, Tensor>) -> Result<(), String> {
+        self.values.extend(values);
+        self.prepare(|_| true)
+    }
+
     fn prepare(&mut self, which: impl Fn(&str) -> bool) -> Result<(), String> {
         for entry in self.entries.clone().iter().filter(|e| e.starts_with("prepare") && which(e)) {
             self.entry(entry, &BTreeMap::new())?;

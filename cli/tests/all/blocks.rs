@@ -256,9 +256,68 @@ fn training_from_blocks_gives_the_same_bits() {
         let layouts = s.layouts(&["--adapter", &adapter, "--dtype", dtype]);
         assert!(layouts.contains("t, q8_0)") && layouts.contains("t, q4_1)"), "{method} {dtype}: {layouts}");
     }
+    // On a GPU, too: both orders of a weight, and the embedding's rows.
+    let gpu = on_gpu(&s.pleach, "sm=8.0");
+    let step = |method: &str, name: &str, more: &[&str]| {
+        let (model, out) = (s.text(), s.folder.join(name).display().to_string());
+        let words =
+            "--target-modules all-linear --r 4 --batch 2 --max-steps 1 --lr 1e-3 --quiet --overwrite --target cuda";
+        let all =
+            ["train", &model, "--method", method, "--data", &rows, "--out", &out].into_iter().chain(words.split(' '));
+        gpu.ok(&all.chain(more.iter().copied()).collect::<Vec<_>>());
+        fs::read(s.folder.join(name).join("adapter_model.safetensors")).unwrap()
+    };
+    for method in ["lora", "paca"] {
+        let (coded, plain) = (step(method, "gpu-coded", &[]), step(method, "gpu-plain", &["--no-blocks"]));
+        assert!(coded == plain, "{method} on a GPU: not the same bits");
+    }
     // Trained columns lie over the codes.
     let (lora, paca) = (least[&("lora", "bf16")], least[&("paca", "bf16")]);
     assert!(paca < lora, "{paca} bytes are planned for columns, {lora} for branches");
+}
+
+/// The binary with the stand-in driver, which has these properties.
+fn on_gpu(pleach: &Pleach, properties: &str) -> Pleach {
+    let library = pleach_fake_cuda::library();
+    assert!(library.is_file(), "{} is missing; build the whole workspace", library.display());
+    pleach.with_env(&[
+        ("PLEACH_CUDA_LIBRARY", &library.display().to_string()),
+        ("PLEACH_CUBLASLT_LIBRARY", "/nonexistent/libcublasLt.so"),
+        (pleach_fake_cuda::VARIABLE, properties),
+    ])
+}
+
+#[test]
+fn a_gpu_reads_blocks() {
+    use Kind::{F32, Q4_0, Q4_1, Q8_0};
+    for (name, kinds) in [("one", &[Q4_0][..]), ("mixed", &[Q8_0, Q4_1, Q4_1, Q4_1, Q4_0, Q8_0, Q8_0, F32])] {
+        let mut s = Setup::new(&format!("blocks-gpu-{name}"), kinds);
+        let model = s.text();
+        // Weights that are put together stay in blocks.
+        let text = s.layouts(&["--target", "sm_90a", "--dtype", "bf16"]);
+        assert!(text.contains("blocks(q4_0)") || text.contains("blocks(q4_1)"), "{text}");
+        assert!(text.contains("results blocks("), "{text}");
+        let cpu = s.logits(&model, 9, &[]).0;
+        let values = |bits: &[u64]| bits.iter().map(|b| f64::from_bits(*b)).collect::<Vec<_>>();
+        let plain = s.pleach.with_env(&[]);
+        for (properties, dtype) in [("sm=8.0", "f32"), ("sm=8.0", "bf16"), ("sm=9.0,order=at-once", "bf16")] {
+            s.pleach = on_gpu(&plain, properties);
+            let args = ["--target", "cuda", "--dtype", dtype];
+            for tokens in [1, 9] {
+                let coded = s.logits(&model, tokens, &args).0;
+                let numbers = s.logits(&model, tokens, &[&args[..], &["--no-blocks"]].concat()).0;
+                if dtype == "f32" {
+                    assert_eq!(coded, numbers, "{name}, {tokens} tokens: not the same bits");
+                }
+                let off = relative(&values(&coded), &values(&numbers));
+                assert!(off < 0.02, "{name} {properties} {dtype}, {tokens} tokens: {off}");
+                if tokens == 9 && dtype == "f32" {
+                    let off = relative(&values(&coded), &values(&cpu));
+                    assert!(off < 2e-5, "{name}: {off} off the processor");
+                }
+            }
+        }
+    }
 }
 
 #[test]

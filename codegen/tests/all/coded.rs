@@ -11,11 +11,11 @@ const T: Dim = Dim::Symbol(Sym::T);
 const STEPS: usize = BlockFormat::VALUES as usize;
 
 /// A matrix in blocks: `[n, k]`, row after row.
-struct Blocks {
+pub(crate) struct Blocks {
     format: BlockFormat,
     n: usize,
     k: usize,
-    bytes: Vec<u8>,
+    pub(crate) bytes: Vec<u8>,
 }
 
 fn half(bytes: &[u8]) -> f32 {
@@ -23,7 +23,7 @@ fn half(bytes: &[u8]) -> f32 {
 }
 
 impl Blocks {
-    fn noise(format: BlockFormat, n: usize, k: usize, seed: u64) -> Blocks {
+    pub(crate) fn noise(format: BlockFormat, n: usize, k: usize, seed: u64) -> Blocks {
         let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let mut next = || {
             s ^= s << 13;
@@ -67,7 +67,7 @@ impl Blocks {
         }
     }
 
-    fn values(&self, dtype: DType) -> Tensor {
+    pub(crate) fn values(&self, dtype: DType) -> Tensor {
         let all = (0..self.n * self.k).map(|i| self.value(i / self.k, i % self.k)).collect();
         Tensor::from_floats(dtype, [self.n as u64, self.k as u64], all)
     }
@@ -143,7 +143,7 @@ fn blocks_become_panels() {
 }
 
 /// A product over a weight `[n, k]` in this layout, as it lies or turned round; the two halves of its columns multiplied, or all negated.
-fn either_way(dtype: DType, (n, k): (u64, u64), layout: Layout, turned: bool, halves: bool) -> Kernel {
+pub(crate) fn either_way(dtype: DType, (n, k): (u64, u64), layout: Layout, turned: bool, halves: bool) -> Kernel {
     let mut b = Build::new();
     let x = b.typed(dtype, &[T, Dim::Known(if turned { n } else { k })], Layout::RowMajor);
     let w = b.typed(dtype, &[Dim::Known(n), Dim::Known(k)], layout);
@@ -275,7 +275,7 @@ fn products_read_blocks_with_parts_laid_over_them() {
 }
 
 /// A kernel that picks rows of a matrix in blocks.
-fn picking(dtype: DType, format: BlockFormat, (n, k): (u64, u64)) -> Kernel {
+pub(crate) fn picking(dtype: DType, format: BlockFormat, (n, k): (u64, u64)) -> Kernel {
     let mut b = Build::new();
     let w = b.typed(dtype, &[Dim::Known(n), Dim::Known(k)], Layout::Blocks(format));
     let i = b.typed(DType::I32, &[T], Layout::RowMajor);

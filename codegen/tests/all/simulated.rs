@@ -29,6 +29,28 @@ fn simulate_at(
     capacity: &[(Sym, u64)],
     tolerance: f64,
 ) -> (String, Counts) {
+    let stored: Vec<Vec<u8>> = operands.iter().map(Tensor::to_bytes).collect();
+    let ran = simulate_stored(k, chip, (operands, &stored), symbols, capacity, tolerance);
+    (ran.ptx, ran.counts)
+}
+
+/// What a kernel was and did.
+pub(crate) struct Ran {
+    pub(crate) ptx: String,
+    pub(crate) counts: Counts,
+    /// Bytes of the results.
+    pub(crate) results: Vec<Vec<u8>>,
+}
+
+/// [`simulate_at`] with operands as they are stored.
+pub(crate) fn simulate_stored(
+    k: &Kernel,
+    chip: GpuChip,
+    (operands, stored): (&[Tensor], &[Vec<u8>]),
+    symbols: &[(Sym, u64)],
+    capacity: &[(Sym, u64)],
+    tolerance: f64,
+) -> Ran {
     let room: Vec<u64> = capacity.iter().map(|s| s.1).collect();
     let most = |s: Sym| capacity.iter().find(|x| x.0 == s).map(|x| x.1);
     let names: Vec<Sym> = symbols.iter().map(|s| s.0).collect();
@@ -41,19 +63,20 @@ fn simulate_at(
     assert!(!ptx.contains(".local") && !ptx.contains("call"), "{ptx}");
     let module = Module::parse(&ptx).unwrap_or_else(|e| panic!("{e}\n{ptx}"));
     let mut counts = Counts::default();
+    let mut results = vec![];
     for mode in [Mode::Late, Mode::AtOnce] {
         let mut mem = Memory::new();
-        let padded = |(t, ty): (&Tensor, &pleach_ir::TensorType)| {
-            let mut bytes = t.to_bytes();
-            bytes.resize(ty.bytes(&most).unwrap() as usize, 0xff);
+        let padded = |((bytes, ty), layout): ((&Vec<u8>, &pleach_ir::TensorType), &Layout)| {
+            let mut bytes = bytes.clone();
+            bytes.resize(layout.bytes(ty, &most).unwrap() as usize, 0xff);
             bytes
         };
-        let mut buffers: Vec<Ptr> =
-            operands.iter().zip(&k.operand_types()).map(|x| mem.alloc_from(&padded(x))).collect();
-        for (ty, alias) in k.result_types().iter().zip(&k.aliases) {
+        let all = stored.iter().zip(&k.operand_types()).zip(&k.operands).map(padded).collect::<Vec<_>>();
+        let mut buffers: Vec<Ptr> = all.iter().map(|x| mem.alloc_from(x)).collect();
+        for ((ty, layout), alias) in k.result_types().iter().zip(&k.results).zip(&k.aliases) {
             let at = match alias {
                 Some(a) => buffers[*a as usize],
-                None => mem.alloc(ty.bytes(&most).unwrap() as usize),
+                None => mem.alloc(layout.bytes(ty, &most).unwrap() as usize),
             };
             buffers.push(at);
         }
@@ -95,15 +118,22 @@ fn simulate_at(
             let c = kernel.launch(&mut mem, launch).unwrap_or_else(|e| panic!("{} ({mode:?}): {e}\n{ptx}", k.name));
             counts.add(&c);
         }
+        let mut own = vec![];
         for (i, (ty, want)) in k.result_types().iter().zip(&want).enumerate() {
-            let bytes = mem.read(buffers[operands.len() + i], ty.bytes(&env).unwrap() as usize);
+            let bytes = mem.read(buffers[operands.len() + i], k.results[i].bytes(ty, &env).unwrap() as usize);
             let bytes = bytes.unwrap_or_else(|e| panic!("{}: {e}", k.name));
+            own.push(bytes.to_vec());
+            if k.results[i] != Layout::RowMajor {
+                continue;
+            }
             let got = Tensor::from_bytes(ty.dtype, want.shape.clone(), bytes).unwrap();
             let err = got.relative_error(want);
             assert!(err <= tolerance, "{} on {} ({mode:?}): result {i} is off by {err:e}", k.name, chip.name());
         }
+        assert!(results.is_empty() || results == own, "{} on {}: other bits {mode:?}", k.name, chip.name());
+        results = own;
     }
-    (ptx, counts)
+    Ran { ptx, counts, results }
 }
 
 /// An f32 tensor rounded to another float type.

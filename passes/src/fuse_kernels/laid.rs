@@ -8,10 +8,11 @@
 //! Assumes that values over parameters were moved into `prepare` entries. Leaves alone: parameters that are read by anything but
 //! products, and parts that are set at other places than before.
 
-use super::pack::{Blocks, format_of, is_prepare, read_as_blocks};
+use super::pack::{Blocks, Supported, format_of, is_prepare, read_as_blocks};
 use super::sums::rebuilt;
 use pleach_ir::{
-    BinaryOp, DType, Entry, Graph, IrError, Op, Param, ParamId, Role, RootKind, ScatterMode, Source, ValueId,
+    BinaryOp, Class, DType, Dim, Entry, Graph, IrError, Kernel, Layout, Op, Param, ParamId, Role, RootKind,
+    ScatterMode, Source, Sym, TensorType, ValueId,
 };
 use std::collections::BTreeMap;
 
@@ -26,12 +27,13 @@ struct Whole {
     part: ParamId,
 }
 
-/// The graph with such parameters replaced.
+/// The graph with such parameters replaced, where the target has products over them.
 ///
 /// # Errors
 /// [`IrError`] when a node cannot be rebuilt; that would be a fault of the input graph.
-pub(super) fn lay(g: &Graph, blocks: &Blocks) -> Result<Graph, IrError> {
+pub(super) fn lay(g: &Graph, blocks: &Blocks, supported: &Supported<'_>) -> Result<Graph, IrError> {
     let mut found = candidates(g, blocks);
+    found.retain(|_, w| product(g, blocks, w).is_some_and(|k| supported(&k).is_ok()));
     while !found.is_empty() {
         let mut out = g.clone();
         for (p, w) in &mut found {
@@ -40,7 +42,7 @@ pub(super) fn lay(g: &Graph, blocks: &Blocks) -> Result<Graph, IrError> {
         for (i, e) in g.entries.iter().enumerate() {
             out.entries[i] = if is_prepare(e) { prepared(&out, e, &found)? } else { read(&out, e, &found)? };
         }
-        let formats = read_as_blocks(&out, blocks, |_| true);
+        let formats = read_as_blocks(&out, blocks, |_| true, &|_, _| false);
         let before = found.len();
         found.retain(|_, w| formats[w.base.index()].is_some());
         if found.len() == before {
@@ -90,6 +92,34 @@ pub(super) fn apart(g: &Graph, blocks: &Blocks) -> Result<Graph, IrError> {
         out.entries[i] = if is_prepare(e) { differences(&out, e, &found)? } else { beside(&out, e, &found)? };
     }
     Ok(out)
+}
+
+/// A product that has one laid over the other as right operand.
+fn product(g: &Graph, blocks: &Blocks, w: &Whole) -> Option<Kernel> {
+    let format = format_of(g, blocks, w.base)?;
+    let (ty, index) = (&g.params[w.base.index()].ty, &g.params[w.index.index()].ty);
+    let mut part = ty.clone();
+    part.shape[usize::from(w.axis)] = *index.shape.first()?;
+    let left = TensorType { shape: vec![Dim::Symbol(Sym::T), ty.shape[1]], ..ty.clone() };
+    let mut body = Entry::new("kernel");
+    let mut inputs = vec![];
+    for (i, ty) in [&left, ty, index, &part].into_iter().enumerate() {
+        let op = Op::Input { name: format!("a{i}"), dtype: ty.dtype, shape: ty.shape.clone() };
+        inputs.push(body.push(&[], op, &[]).ok()?);
+    }
+    let over = Op::Scatter { axis: w.axis, mode: ScatterMode::Set };
+    let right = body.push(&[], over, &inputs[1..]).ok()?;
+    let x = body.push(&[], Op::MatMul { ta: false, tb: true }, &[inputs[0], right]).ok()?;
+    body.output("r0", x);
+    let row = Layout::RowMajor;
+    Some(Kernel {
+        name: String::new(),
+        class: Class::Contraction,
+        body,
+        operands: vec![row, Layout::Blocks(format), row, row],
+        results: vec![row],
+        aliases: vec![None],
+    })
 }
 
 /// What a value is a cast of, with the casts from the outside inwards.

@@ -76,7 +76,7 @@ pub fn order(s: &mut Schedule) -> Result<usize, PassError> {
 /// unless a single operator is refused.
 pub fn cut(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, PassError> {
     let Packed { mut graph, layouts, coded } = match options.panels {
-        [] => pack::in_blocks(graph, &options.blocks),
+        [] => pack::in_blocks(graph, &options.blocks, options.supported),
         widths => pack::pack(graph, widths, &options.blocks),
     }
     .map_err(fault)?;
@@ -138,6 +138,9 @@ fn label(k: &Kernel) -> String {
     };
     if k.results.iter().any(|l| matches!(l, Layout::Panels { .. } | Layout::CodedPanels { .. })) {
         return "pack".into();
+    }
+    if k.results.iter().any(|l| matches!(l, Layout::Blocks(_))) {
+        return "blocks".into();
     }
     let mut names: Vec<&str> = vec![];
     for n in &k.body.nodes {
@@ -387,30 +390,16 @@ impl Builder<'_, '_> {
         Ok(())
     }
 
-    /// A launch that fills coded panels from blocks: the parts below each other, in the type of the panels.
+    /// A launch that fills coded panels, or blocks, from blocks: the parts below each other.
     fn fill_coded(&mut self, c: &Coded) -> Result<(), PassError> {
-        let mut body = Entry::new("kernel");
-        let (mut reads, mut operands, mut parts) = (vec![], vec![], vec![]);
-        for (i, p) in c.parts.iter().enumerate() {
-            let b = self.param_buffer(*p);
-            let Buffer { ty, layout, .. } = &self.out.buffers[b.0 as usize];
-            let op = Op::Input { name: format!("a{i}"), dtype: ty.dtype, shape: ty.shape.clone() };
-            parts.push(body.push(&[], op, &[]).map_err(fault)?);
-            operands.push(*layout);
-            reads.push(b);
-        }
+        let reads: Vec<BufferId> = c.parts.iter().map(|p| self.param_buffer(*p)).collect();
         let to = self.param_buffer(c.twin);
-        let Buffer { ty, layout, .. } = &self.out.buffers[to.0 as usize];
-        let mut x = match parts[..] {
-            [x] => x,
-            _ => body.push(&[], Op::Concat { axis: 0 }, &parts).map_err(fault)?,
+        let stored = |b: &BufferId| {
+            let Buffer { ty, layout, .. } = &self.out.buffers[b.0 as usize];
+            (ty.clone(), *layout)
         };
-        if body.ty(x).dtype != ty.dtype {
-            x = body.push(&[], Op::Cast(ty.dtype), &[x]).map_err(fault)?;
-        }
-        body.output("r0", x);
-        let results = vec![*layout];
-        let k = Kernel { name: String::new(), class: Class::Row, body, operands, results, aliases: vec![None] };
+        let parts: Vec<_> = reads.iter().map(stored).collect();
+        let k = pack::filling(&parts, &stored(&to)).map_err(fault)?;
         let kernel = self.table.intern(k);
         self.out.steps.push(Step { kernel, reads, writes: vec![to], after: vec![], origin: None });
         Ok(())

@@ -5,12 +5,13 @@
 //!
 //! Where the checkpoint has a tensor in blocks of codes too ([`Layout::Blocks`]), and the parameter is made of such tensors
 //! alone, the twin keeps the codes ([`Layout::CodedPanels`]): the values are the same, the bytes a fraction. Where nothing is packed
-//! the products read the blocks themselves ([`in_blocks`]).
+//! the products read the blocks themselves ([`in_blocks`]), those of weights that stand one below the other as one matrix in blocks.
 
 use super::laid;
 use super::sums::rebuilt;
 use pleach_ir::{
-    BlockFormat, DType, Entry, Graph, IrError, Layout, Op, Param, ParamId, Role, RootKind, ScatterMode, Source, ValueId,
+    BlockFormat, Class, DType, Entry, Graph, IrError, Kernel, Layout, Op, Param, ParamId, Role, RootKind, ScatterMode,
+    Source, TensorType, ValueId,
 };
 use std::collections::BTreeMap;
 
@@ -44,13 +45,16 @@ pub(super) fn is_prepare(e: &Entry) -> bool {
 /// Tensors of the checkpoint that it has in blocks too, by name.
 pub(super) type Blocks = BTreeMap<String, BlockFormat>;
 
+/// Whether a region can be one kernel; a reason otherwise.
+pub(super) type Supported<'a> = dyn Fn(&Kernel) -> Result<(), String> + 'a;
+
 /// The value that a `prepare` entry assigns to a parameter.
 fn made(g: &Graph, p: ParamId) -> Option<(usize, ValueId)> {
     let assigned = |e: &Entry| e.roots.iter().find(|r| r.kind == RootKind::Assign(p)).map(|r| r.value);
     g.entries.iter().enumerate().filter(|(_, e)| is_prepare(e)).find_map(|(i, e)| Some((i, assigned(e)?)))
 }
 
-/// A parameter in coded panels, and the parameters in blocks that it is made of, one below the other.
+/// A parameter in coded panels or in blocks, and the parameters in blocks that it is made of, one below the other.
 #[derive(Clone, Debug)]
 pub(super) struct Coded {
     pub(super) twin: ParamId,
@@ -86,6 +90,29 @@ pub(super) fn format_of(g: &Graph, blocks: &Blocks, p: ParamId) -> Option<BlockF
     parts.iter().all(|q| of(q) == Some(first)).then_some(first)
 }
 
+/// The kernel that fills a parameter from its parts in blocks, one below the other, all as they are stored.
+///
+/// # Errors
+/// [`IrError`] for parts that do not fit.
+pub(super) fn filling(parts: &[(TensorType, Layout)], to: &(TensorType, Layout)) -> Result<Kernel, IrError> {
+    let mut body = Entry::new("kernel");
+    let mut all = vec![];
+    for (i, (ty, _)) in parts.iter().enumerate() {
+        let op = Op::Input { name: format!("a{i}"), dtype: ty.dtype, shape: ty.shape.clone() };
+        all.push(body.push(&[], op, &[])?);
+    }
+    let mut x = match all[..] {
+        [x] => x,
+        _ => body.push(&[], Op::Concat { axis: 0 }, &all)?,
+    };
+    if body.ty(x).dtype != to.0.dtype {
+        x = body.push(&[], Op::Cast(to.0.dtype), &[x])?;
+    }
+    body.output("r0", x);
+    let operands = parts.iter().map(|p| p.1).collect();
+    Ok(Kernel { name: String::new(), class: Class::Row, body, operands, results: vec![to.1], aliases: vec![None] })
+}
+
 /// What packing makes of a graph.
 pub(super) struct Packed {
     pub(super) graph: Graph,
@@ -108,7 +135,7 @@ pub(super) fn pack(graph: &Graph, widths: &[u64], blocks: &Blocks) -> Result<Pac
     let mut layouts = vec![Layout::RowMajor; g.params.len()];
     let mut twins: BTreeMap<(ParamId, Layout), ParamId> = BTreeMap::new();
     let mut stored: BTreeMap<ParamId, ParamId> = BTreeMap::new();
-    let tables = read_as_blocks(&g, blocks, |how| matches!(how, Reads::Right | Reads::Rows));
+    let tables = read_as_blocks(&g, blocks, |how| matches!(how, Reads::Right | Reads::Rows), &|_, _| false);
     for i in 0..g.entries.len() {
         if is_prepare(&g.entries[i]) {
             continue;
@@ -258,12 +285,19 @@ fn reads(
 }
 
 /// Of every parameter that entries read (but for those that prepare) in ways that `wanted` names and in no other: the format that the
-/// checkpoint has it in. What is read otherwise too is in memory as numbers anyway.
-pub(super) fn read_as_blocks(g: &Graph, blocks: &Blocks, wanted: impl Fn(Reads) -> bool) -> Vec<Option<BlockFormat>> {
+/// checkpoint has it in. What is read otherwise too is in memory as numbers anyway. `joined` says of what is made of several such
+/// parameters, one below the other, whether it can be in blocks.
+pub(super) fn read_as_blocks(
+    g: &Graph,
+    blocks: &Blocks,
+    wanted: impl Fn(Reads) -> bool,
+    joined: &dyn Fn(ParamId, BlockFormat) -> bool,
+) -> Vec<Option<BlockFormat>> {
     let assigned = |p: ParamId| g.entries.iter().any(|e| e.roots.iter().any(|r| r.kind == RootKind::Assign(p)));
     let format = |p: ParamId| {
-        let frozen = g.params[p.index()].role == Role::Frozen && !assigned(p);
-        frozen.then(|| format_of(g, blocks, p)).flatten()
+        let frozen = g.params[p.index()].role == Role::Frozen;
+        let format = frozen.then(|| format_of(g, blocks, p)).flatten()?;
+        (!assigned(p) || joined(p, format)).then_some(format)
     };
     let mut formats: Vec<Option<BlockFormat>> = (0..g.params.len()).map(|p| format(ParamId(p as u32))).collect();
     let mut read = vec![false; g.params.len()];
@@ -293,20 +327,31 @@ pub(super) fn read_as_blocks(g: &Graph, blocks: &Blocks, wanted: impl Fn(Reads) 
 /// The graph with the blocks of codes that the checkpoint has in place of the same weights as numbers: for entries that read
 /// weights both ways round, where panels would be two copies.
 ///
-/// A product that has a weight on the left is turned round: its sums may be made in another order.
+/// A product that has a weight on the left is turned round: its sums may be made in another order. A weight that preparations put together
+/// from several stays together, in blocks, where the target can do that.
 ///
 /// # Errors
 /// As [`pack`].
-pub(super) fn in_blocks(graph: &Graph, blocks: &Blocks) -> Result<Packed, IrError> {
-    let mut g = laid::lay(graph, blocks)?;
+pub(super) fn in_blocks(graph: &Graph, blocks: &Blocks, supported: &Supported<'_>) -> Result<Packed, IrError> {
+    let mut g = laid::lay(graph, blocks, supported)?;
+    let graph = &g.clone();
     let mut layouts = vec![Layout::RowMajor; g.params.len()];
-    let formats = read_as_blocks(&g, blocks, |_| true);
+    let joined = |p: ParamId, format: BlockFormat| {
+        let stored = |p: &ParamId| (graph.params[p.index()].ty.clone(), Layout::Blocks(format));
+        let parts: Vec<_> = parts(graph, p).unwrap_or_default().iter().map(stored).collect();
+        filling(&parts, &stored(&p)).is_ok_and(|k| supported(&k).is_ok())
+    };
+    let formats = read_as_blocks(&g, blocks, |_| true, &joined);
     let entries: Vec<usize> = (0..g.entries.len()).filter(|i| !is_prepare(&g.entries[*i])).collect();
     let mut twins: BTreeMap<ParamId, ParamId> = BTreeMap::new();
+    let mut coded = vec![];
     for (p, format) in formats.into_iter().enumerate() {
-        if let Some(format) = format {
-            let p = ParamId(p as u32);
-            twins.insert(p, stored_as(&mut g, &mut layouts, p, format));
+        let (Some(format), p) = (format, ParamId(p as u32)) else { continue };
+        let mut twin_of = |q: ParamId| *twins.entry(q).or_insert_with(|| stored_as(&mut g, &mut layouts, q, format));
+        let twin = twin_of(p);
+        if made(graph, p).is_some() {
+            let parts = parts(graph, p).unwrap_or_default().into_iter().map(twin_of).collect();
+            coded.push(Coded { twin, parts });
         }
     }
     for i in entries {
@@ -331,7 +376,10 @@ pub(super) fn in_blocks(graph: &Graph, blocks: &Blocks) -> Result<Packed, IrErro
             out.push_from(&g.params, Op::Transpose(vec![1, 0]), &[x], n.origin.clone())
         })?;
     }
-    Ok(Packed { graph: g, layouts, coded: vec![] })
+    if !coded.is_empty() {
+        drop_unread(&mut g);
+    }
+    Ok(Packed { graph: g, layouts, coded })
 }
 
 /// Adds a parameter that is another one's blocks.

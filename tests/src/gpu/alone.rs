@@ -3,10 +3,10 @@
 //! Buffers have exactly the bytes that the counts ask for, so that every access beyond is found; grids are evaluated at larger
 //! counts. Operands must stay as they are but for those that a result is written over.
 
-use super::{Compiled, How, Place, WAYS};
+use super::{Compiled, How, Place, WAYS, blocks};
 use crate::values;
 use pleach_ir::interp::{Symbols, Tensor, run_kernel_with};
-use pleach_ir::{DType, Kernel, Sym};
+use pleach_ir::{BlockFormat, DType, Kernel, Layout, Sym};
 use pleach_ptx_sim::{Counts, Memory, Ptr};
 
 /// Counts that a kernel is run at: tokens, sequences, counted rows.
@@ -43,6 +43,8 @@ pub fn tolerance(k: &Kernel, result: DType) -> f64 {
 /// A kernel's operands and what it must compute.
 struct Wanted {
     operands: Vec<Tensor>,
+    /// The operands' bytes.
+    stored: Vec<Vec<u8>>,
     results: Vec<Tensor>,
 }
 
@@ -71,10 +73,20 @@ fn wanted(k: &Kernel, symbols: &Symbols, seed: u64) -> Result<Wanted, String> {
     };
     // The pattern 0 has positive ones alone.
     let tried = std::iter::once(mixed.clone()).chain((0..SIGNS).map(signed));
-    for operands in tried {
+    for mut operands in tried {
+        let mut stored = vec![];
+        for (t, layout) in operands.iter_mut().zip(&k.operands) {
+            stored.push(match layout {
+                Layout::Blocks(format) => {
+                    *t = blocks::rounded(*format, t);
+                    blocks::stored(*format, t)?
+                }
+                _ => t.to_bytes(),
+            });
+        }
         let results = run_kernel_with(k, &operands, symbols).map_err(|e| e.to_string())?;
         if finite(&results) {
-            return Ok(Wanted { operands, results });
+            return Ok(Wanted { operands, stored, results });
         }
         last = results;
     }
@@ -95,10 +107,9 @@ fn run(c: &Compiled, kernel: usize, w: &Wanted, (counts, grid): (&[u64], &[u64])
     let mut mem = Memory::new();
     let place = Place::new(&mut mem, c.plan.symbols.len(), p.scratch_bytes.eval(grid).map_err(|e| text(&e))?);
     let mut buffers: Vec<Ptr> = vec![];
-    for (i, t) in w.operands.iter().enumerate() {
-        let bytes = t.to_bytes();
+    for (i, bytes) in w.stored.iter().enumerate() {
         let at = mem.alloc_named(&format!("operand {i}"), bytes.len());
-        mem.write(at, &bytes).map_err(|e| text(&e))?;
+        mem.write(at, bytes).map_err(|e| text(&e))?;
         buffers.push(at);
     }
     for (i, over) in k.aliases.iter().enumerate() {
@@ -109,15 +120,22 @@ fn run(c: &Compiled, kernel: usize, w: &Wanted, (counts, grid): (&[u64], &[u64])
         });
     }
     let done = c.launch(&mut mem, kernel, &buffers, &place, (grid, counts), how)?;
-    for (i, (t, at)) in w.operands.iter().zip(&buffers).enumerate() {
-        let bytes = t.to_bytes();
+    for (i, (bytes, at)) in w.stored.iter().zip(&buffers).enumerate() {
         if !k.aliases.contains(&Some(i as u32)) && mem.read(*at, bytes.len()).map_err(|e| text(&e))? != bytes {
             return Err(text(&format!("operand {i} was written over")));
         }
     }
     let mut results = vec![];
-    for (r, at) in w.results.iter().zip(&buffers[w.operands.len()..]) {
-        results.push(mem.read(*at, r.to_bytes().len()).map_err(|e| text(&e))?.to_vec());
+    for ((r, layout), at) in w.results.iter().zip(&k.results).zip(&buffers[w.operands.len()..]) {
+        results.push(match layout {
+            // What blocks stand for.
+            Layout::Blocks(format) => {
+                let bytes = r.floats().len() as u64 / BlockFormat::VALUES * format.bytes();
+                let bytes = mem.read(*at, bytes as usize).map_err(|e| text(&e))?;
+                Tensor::from_floats(r.dtype(), r.shape.clone(), blocks::expand(*format, bytes)).to_bytes()
+            }
+            _ => mem.read(*at, r.to_bytes().len()).map_err(|e| text(&e))?.to_vec(),
+        });
     }
     Ok(Ran { results, counts: done })
 }

@@ -2,12 +2,12 @@
 
 use super::reference::{Reference, values};
 use super::session::{Simulated, Tensors};
-use super::{Compiled, How, WAYS, alone, compile};
+use super::{Compiled, How, WAYS, alone, blocks, compile_with};
 use crate::training::{CHANGE, Interpreted, LOSS, Program, TrainCase};
 use crate::{fixtures, training};
 use pleach_codegen::emit::gpu::GpuChip;
 use pleach_ir::interp::{Symbols, Tensor};
-use pleach_ir::{DType, Graph, Param, Sym};
+use pleach_ir::{BlockFormat, DType, Graph, Layout, Param, Source, Sym};
 use pleach_passes::Options;
 use pleach_plan::Meta;
 use pleach_runtime::train::{Events, Machine, Order, Settings, Stepped, Warmup, step_with};
@@ -34,7 +34,19 @@ pub struct Case {
     pub dtype: DType,
     /// For which chip.
     pub chip: GpuChip,
+    /// Weights are in blocks of codes, and rounded to what these hold.
+    pub blocks: bool,
     compiled: OnceLock<Result<Compiled, String>>,
+}
+
+impl From {
+    /// Name of the fixture.
+    pub fn name(&self) -> &str {
+        match self {
+            From::Train(c) => &c.name,
+            From::Infer(f) => &f.name,
+        }
+    }
 }
 
 fn text(e: impl std::fmt::Display) -> String {
@@ -55,12 +67,17 @@ const ROUNDS: usize = 4;
 impl Case {
     /// A case that is compiled when it is first asked for.
     pub fn new(from: From, dtype: DType, chip: GpuChip) -> Case {
-        let name = match &from {
-            From::Train(c) => &c.name,
-            From::Infer(f) => &f.name,
-        };
-        let name = format!("{name}/{dtype}/{}", chip.name());
-        Case { name, from, dtype, chip, compiled: OnceLock::new() }
+        Case::of(from, dtype, chip, false)
+    }
+
+    /// The same with weights in blocks.
+    pub fn in_blocks(from: From, dtype: DType, chip: GpuChip) -> Case {
+        Case::of(from, dtype, chip, true)
+    }
+
+    fn of(from: From, dtype: DType, chip: GpuChip, blocks: bool) -> Case {
+        let name = format!("{}/{dtype}/{}{}", from.name(), chip.name(), if blocks { "/blocks" } else { "" });
+        Case { name, from, dtype, chip, blocks, compiled: OnceLock::new() }
     }
 
     fn graph(&self) -> Result<(Graph, Meta), String> {
@@ -86,9 +103,20 @@ impl Case {
     pub fn compiled(&self) -> Result<&Compiled, String> {
         let make = || {
             let (graph, meta) = self.graph()?;
-            compile(&graph, &Options { dtype: self.dtype, ..Options::default() }, self.chip, meta)
+            compile_with(
+                &graph,
+                &Options { dtype: self.dtype, ..Options::default() },
+                self.chip,
+                meta,
+                &self.formats(&graph),
+            )
         };
         self.compiled.get_or_init(make).as_ref().map_err(Clone::clone)
+    }
+
+    /// The tensors that are in blocks.
+    fn formats(&self, graph: &Graph) -> BTreeMap<String, BlockFormat> {
+        if self.blocks { blocks::formats(graph) } else { BTreeMap::new() }
     }
 
     /// Every kernel by itself, but for those whose code `skip` has.
@@ -141,7 +169,8 @@ impl Case {
     fn step(&self, o: &training::Opened) -> Result<(), String> {
         let c = self.compiled()?;
         let params: Vec<Param> = c.schedule.params.iter().map(|(p, _)| p.clone()).collect();
-        let start = o.values(&params)?;
+        let mut start = o.values(&params)?;
+        blocks::round(&params, &self.formats(&self.graph()?.0), &mut start);
         // The first step of a warm-up changes nothing.
         let settings = Settings { warmup: Warmup::Steps(0), ..o.settings.clone() };
         let events = o.events()?;
@@ -155,13 +184,16 @@ impl Case {
             machines.push((step(&mut m)?, m));
         }
         let mut reference = Interpreted::new(Program::Schedule(c.schedule.clone()), o)?;
+        if self.blocks {
+            reference.set(start.clone())?;
+        }
         let want = step(&mut reference)?;
         let (got, machine) = &machines[0];
         let half = self.dtype != DType::F32;
         let loss = if half { LOSS_HALF } else { LOSS };
         let told = o.expected["losses"][0].as_f64().unwrap_or(f64::NAN);
         let mut list = vec![("loss", got.loss, want.loss, loss), ("norm", got.grad_norm, want.grad_norm, 10.0 * loss)];
-        if !half && matches!(&self.from, From::Train(c) if c.trains(o)) {
+        if !half && !self.blocks && matches!(&self.from, From::Train(c) if c.trains(o)) {
             list.push(("loss of the fixture", got.loss, told, loss));
         }
         for (what, got, want, allowed) in list {
@@ -244,7 +276,18 @@ impl Case {
         let half = self.dtype != DType::F32;
         let count = o.segments.len() as u64 - 1;
         let symbols = symbols(o.ids.len() as u64 + 9, count + 1, 64);
-        let given = values(&c.schedule, &start.params, &symbols);
+        let mut given = values(&c.schedule, &start.params, &symbols);
+        for (p, layout) in &c.schedule.params {
+            // Of the same tensor of the checkpoint.
+            if let (Layout::Blocks(_), Source::Checkpoint(name)) = (layout, &p.source) {
+                let of = |q: &&Param| matches!(&q.source, Source::Checkpoint(n) if n == name);
+                let first = c.schedule.params.iter().map(|q| &q.0).find(of).and_then(|q| start.params.get(&q.name));
+                let t = first.ok_or_else(|| format!("no value of {name}"))?;
+                given.insert(p.name.clone(), Tensor::from_floats(p.ty.dtype, t.shape.clone(), t.floats().into_owned()));
+            }
+        }
+        let params: Vec<Param> = c.schedule.params.iter().map(|(p, _)| p.clone()).collect();
+        blocks::round(&params, &self.formats(&self.graph()?.0), &mut given);
         let mut machines = vec![];
         for how in WAYS {
             machines.push(Simulated::open(c, &given, &symbols, how)?);
@@ -269,7 +312,9 @@ impl Case {
         let (got, want) = both("infer", &start.inputs["infer"])?;
         let got = one(&got, &o.output)?;
         close("infer", &got, &one(&want, &o.output)?, allowed)?;
-        close("infer beside the fixture", &got, &o.want, if half { 2.0 * LOGITS_HALF } else { 2e-5 })?;
+        if !self.blocks {
+            close("infer beside the fixture", &got, &o.want, if half { 2.0 * LOGITS_HALF } else { 2e-5 })?;
+        }
         if o.greedy.is_empty() {
             return Ok(());
         }
@@ -291,7 +336,7 @@ impl Case {
             new = want.floats().chunks(vocab).map(|row| vec![best(row)]).collect();
             let told: Vec<Vec<i32>> = o.greedy.iter().map(|g| vec![g[round]]).collect();
             let ours: Vec<Vec<i32>> = got.floats().chunks(vocab).map(|row| vec![best(row)]).collect();
-            if !half && ours != told {
+            if !half && !self.blocks && ours != told {
                 return Err(format!("round {round}: {ours:?} instead of {told:?}"));
             }
         }

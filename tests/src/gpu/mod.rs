@@ -3,13 +3,14 @@
 //! [`Compiled`] is a plan with the schedule it was made from and its PTX read. [`alone`] runs kernels one by one on random
 //! values; [`session::Simulated`] runs entries as a session would, in an arena laid out for capacities, and trains;
 //! [`reference::Reference`] is the interpreter in its place.
-//! [`attention`] takes attention in every form. [`mutate`] puts errors into code, which must be
+//! [`attention`] takes attention in every form. [`blocks`] are weights as codes. [`mutate`] puts errors into code, which must be
 //! seen. [`estimate`] counts what kernels execute. [`cases`] lists what a test run and a full sweep take.
 //!
 //! Nothing that a kernel computes into holds anything before: bytes that were not written are errors when read, and NaN.
 
 pub mod alone;
 pub mod attention;
+pub mod blocks;
 pub mod cases;
 pub mod estimate;
 pub mod mutate;
@@ -19,11 +20,12 @@ pub mod session;
 
 use pleach_codegen::compile::{compile_gpu, supported_gpu};
 use pleach_codegen::emit::gpu::GpuChip;
-use pleach_ir::{Graph, Schedule};
+use pleach_ir::{BlockFormat, Graph, Schedule};
 use pleach_passes::fuse_kernels::{self, CutOptions};
 use pleach_passes::{Options, Pipeline, Target, chunk, join, manager};
 use pleach_plan::{Launch, LaunchParam, Meta, Plan};
 use pleach_ptx_sim::{Checks, Counts, Memory, Mode, Module, Order, Param, Ptr};
+use std::collections::BTreeMap;
 
 /// A plan for a GPU with what it was made from.
 #[derive(Clone, Debug)]
@@ -58,9 +60,23 @@ pub const WAYS: [How; 2] =
 /// # Errors
 /// Whatever refuses, with its stage.
 pub fn compile(graph: &Graph, options: &Options, chip: GpuChip, meta: Meta) -> Result<Compiled, String> {
+    compile_with(graph, options, chip, meta, &BTreeMap::new())
+}
+
+/// The same where the checkpoint has these tensors in blocks too.
+///
+/// # Errors
+/// As [`compile`].
+pub fn compile_with(
+    graph: &Graph,
+    options: &Options,
+    chip: GpuChip,
+    meta: Meta,
+    blocks: &BTreeMap<String, BlockFormat>,
+) -> Result<Compiled, String> {
     let options = Options { target: Target::GPU, ..options.clone() };
     let graph = manager::run(graph, &Pipeline::default(), &options).map_err(|e| format!("passes: {e}"))?.graph;
-    let cut = CutOptions { supported: &supported_gpu, panels: &[], blocks: Default::default() };
+    let cut = CutOptions { supported: &supported_gpu, panels: &[], blocks: blocks.clone() };
     let fail = |e: pleach_passes::PassError| format!("fuse-kernels: {e}");
     let mut schedule = fuse_kernels::cut(&graph, &cut).map_err(fail)?;
     chunk::run(&mut schedule, &options).map_err(fail)?;

@@ -4,9 +4,9 @@
 //! Grids are evaluated at capacity, kernels read the actual counts. Before a run the arena holds nothing, and before a step so do
 //! the buffers that it writes without reading; after it they must be full.
 
-use super::{Compiled, How, Place};
+use super::{Compiled, How, Place, blocks};
 use pleach_ir::interp::{Symbols, Tensor};
-use pleach_ir::{DType, Sym};
+use pleach_ir::{DType, Layout, Sym};
 use pleach_plan::{ArenaLayout, BufferKind, Entry, Expr, Loop, Role, Source, arena};
 use pleach_ptx_sim::{Counts, Memory, Ptr};
 use pleach_runtime::train::Machine;
@@ -64,7 +64,12 @@ impl<'c> Simulated<'c> {
                 (Source::Zeros, _) => mem.write(at, &vec![0; bytes]).map_err(text)?,
                 (_, Some(t)) => {
                     let same = Tensor::from_floats(ir_dtype(p.dtype), t.shape.clone(), t.floats().into_owned());
-                    let raw = if t.dtype() == same.dtype() { t.to_bytes() } else { same.to_bytes() };
+                    let layout = c.schedule.params.iter().find(|(q, _)| q.name == p.name).map(|q| q.1);
+                    let raw = match layout {
+                        Some(Layout::Blocks(format)) => blocks::stored(format, &same)?,
+                        _ if t.dtype() == same.dtype() => t.to_bytes(),
+                        _ => same.to_bytes(),
+                    };
                     if raw.len() != bytes {
                         return Err(format!("parameter {} has {bytes} bytes, its value {}", p.name, raw.len()));
                     }

@@ -4,24 +4,29 @@
 
 use pleach_codegen::compile::{GpuOptions, compile_gpu, compile_gpu_with, supported_gpu};
 use pleach_codegen::emit::gpu::GpuChip;
-use pleach_ir::{DType, Graph, Schedule};
+use pleach_ir::{BlockFormat, DType, Graph, Layout, Schedule};
 use pleach_passes::fuse_kernels::{self, CutOptions};
 use pleach_passes::{Options, Pipeline, Target, chunk, join, manager};
 use pleach_plan::{LaunchParam, Meta, Plan};
-use pleach_tests::gpu::ptxas;
+use pleach_tests::gpu::{blocks, ptxas};
 use pleach_tests::shaped;
 use pleach_tests::training::cases;
 use std::collections::BTreeMap;
 
 /// A graph cut into kernels.
 fn schedule(graph: &Graph, dtype: DType) -> Schedule {
+    schedule_with(graph, dtype, &BTreeMap::new())
+}
+
+/// The same where the checkpoint has these tensors in blocks too.
+fn schedule_with(graph: &Graph, dtype: DType, blocks: &BTreeMap<String, BlockFormat>) -> Schedule {
     // As a plan for four rows of 2048 tokens is made: large heads run window by window.
     let hints = ["train", "accumulate", "step", "evaluate"].map(|n| (n.to_string(), 8192)).to_vec();
     let options = Options { target: Target::GPU, dtype, tokens_hint: hints, length_hint: 2048, ..Options::default() };
     let clock = std::time::Instant::now();
     let graph = manager::run(graph, &Pipeline::default(), &options).unwrap().graph;
     let passes = clock.elapsed();
-    let cut = CutOptions { supported: &supported_gpu, panels: &[], blocks: Default::default() };
+    let cut = CutOptions { supported: &supported_gpu, panels: &[], blocks: blocks.clone() };
     let mut s = fuse_kernels::cut(&graph, &cut).unwrap();
     chunk::run(&mut s, &options).unwrap();
     fuse_kernels::order(&mut s).unwrap();
@@ -139,6 +144,48 @@ fn small_models_run() {
     shaped_plan("minilm", &graph, DType::BF16, GpuChip::Sm90a);
 }
 
+/// All matrices of a model in one format.
+fn in_format(graph: &Graph, format: BlockFormat) -> BTreeMap<String, BlockFormat> {
+    blocks::formats(graph).into_keys().map(|name| (name, format)).collect()
+}
+
+/// Matrices in blocks: no product reads a weight as numbers, none of the code spills, and less is read.
+#[test]
+fn weights_in_blocks() {
+    let model = shaped::LLAMA_3_8B.open(1).unwrap();
+    let small = shaped::SMOLLM2.open(2).unwrap().inference(&["infer", "generate"], 8).unwrap();
+    let trains = model.training("lora", 16).unwrap();
+    for (name, graph, chip, format) in [
+        ("train", &trains, GpuChip::Sm90a, BlockFormat::Q4_0),
+        ("train", &trains, GpuChip::Sm80, BlockFormat::Q8_0),
+        ("infer", &small, GpuChip::Sm90a, BlockFormat::Q4_1),
+    ] {
+        let formats = in_format(graph, format);
+        let s = schedule_with(graph, DType::BF16, &formats);
+        let read = |l: &Layout| s.params.iter().filter(|(_, x)| x == l).count();
+        assert!(
+            read(&Layout::Blocks(format)) >= formats.len(),
+            "{name}: {} of {}",
+            read(&Layout::Blocks(format)),
+            formats.len()
+        );
+        let (plan, _) = compile_gpu(&s, chip, 2, Meta::default()).unwrap();
+        let stored = |b: &u32, e: &pleach_plan::Entry| match e.buffers[*b as usize].kind {
+            pleach_plan::BufferKind::Param(p) => Some(&plan.params[p as usize]),
+            _ => None,
+        };
+        for e in plan.entries.iter().filter(|e| e.prepares().is_none()) {
+            for step in e.steps.iter().filter(|s| plan.kernels[s.kernel as usize].class == "contraction") {
+                for p in step.buffers.iter().filter_map(|b| stored(b, e)) {
+                    let numbers = p.layout == pleach_plan::Layout::RowMajor && formats.contains_key(&p.name);
+                    assert!(!numbers, "{name}: {} reads {}", plan.kernels[step.kernel as usize].symbol, p.name);
+                }
+            }
+        }
+        assemble(&format!("{name} in {}", format.name()), &plan);
+    }
+}
+
 /// Lines of an entry's values, and what becomes of them.
 #[derive(Default)]
 struct Text {
@@ -232,7 +279,7 @@ fn every_form_of_a_layer() {
 #[test]
 #[ignore = "takes minutes: `make test-gpu-full`"]
 fn whole_models() {
-    let mut faults = vec![];
+    let (mut faults, mut in_blocks) = (vec![], vec![]);
     let mut check = |name: &str, graph: &Graph, dtype: DType, chip: GpuChip| {
         let s = schedule(graph, dtype);
         let (plan, times) = compile_gpu(&s, chip, 2, Meta::default()).unwrap();
@@ -248,6 +295,21 @@ fn whole_models() {
         }
         let graph = large.inference(&["infer", "generate"], 16).unwrap();
         check("llama-3-8b infer, generate", &graph, DType::BF16, chip);
+        // Layers are equal.
+        let one = shaped::LLAMA_3_8B.open(1).unwrap();
+        for format in BlockFormat::ALL {
+            for (name, graph) in [
+                ("infer, generate", one.inference(&["infer", "generate"], 16).unwrap()),
+                ("lora", one.training("lora", 16).unwrap()),
+                ("paca", one.training("paca", 16).unwrap()),
+                ("dora", one.training("dora", 16).unwrap()),
+            ] {
+                let s = schedule_with(&graph, DType::BF16, &in_format(&graph, format));
+                let (plan, _) = compile_gpu(&s, chip, 2, Meta::default()).unwrap();
+                let name = format!("llama-3-8b {name} in {} {}", format.name(), chip.name());
+                in_blocks.extend(spilling(&name, &plan));
+            }
+        }
         let small = shaped::SMOLLM2.open(30).unwrap();
         for dtype in [DType::BF16, DType::F32] {
             check("smollm2 lora", &small.training("lora", 8).unwrap(), dtype, chip);
@@ -257,5 +319,6 @@ fn whole_models() {
             check("minilm", &graph, dtype, chip);
         }
     }
+    faults.extend(in_blocks);
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }

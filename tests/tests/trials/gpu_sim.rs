@@ -18,6 +18,9 @@ use std::sync::Arc;
 pub(crate) fn trials(trials: &mut Trials) {
     let full = std::env::var_os("PLEACH_GPU_FULL").is_some();
     for from in trials.listed("fixtures", list(full)) {
+        if ["llama-lora", "llama-tiny+lora-r4"].contains(&from.name()) {
+            add_in_blocks(trials, from.clone(), full);
+        }
         add(trials, from, full);
     }
     for x in attention::forms(full) {
@@ -194,5 +197,25 @@ fn add(trials: &mut Trials, from: From, full: bool) {
                 trials.add(format!("{name}/steps"), move || c.train());
             }
         }
+    }
+}
+
+/// The same graph with its weights in blocks: what a plan over numbers does not have.
+fn add_in_blocks(trials: &mut Trials, from: From, full: bool) {
+    for (dtype, chip) in [(DType::BF16, GpuChip::Sm80), (DType::BF16, GpuChip::Sm90a), (DType::F32, GpuChip::Sm80)] {
+        // Kernels over f32 are the same on both chips, and take the longest.
+        if !full && dtype == DType::F32 && matches!(from, From::Train(_)) {
+            continue;
+        }
+        let case = Arc::new(Case::in_blocks(from.clone(), dtype, chip));
+        let plain = Case::new(from.clone(), dtype, chip);
+        let (a, b, name) = (case.clone(), case.clone(), case.name.clone());
+        trials.add(format!("{name}/kernels"), move || {
+            if a.alone(&plain.codes()?)? == 0 {
+                return Err("no kernel reads blocks".into());
+            }
+            Ok(())
+        });
+        trials.add(format!("{name}/whole"), move || b.whole());
     }
 }

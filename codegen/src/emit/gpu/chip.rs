@@ -65,6 +65,7 @@ impl GpuChip {
 const OPERATORS: &[(&str, GpuChip)] = &[
     ("nvvm.read.ptx.sreg.", GpuChip::Sm80),
     ("nvvm.barrier", GpuChip::Sm80),
+    ("nvvm.bar.warp.sync", GpuChip::Sm80),
     ("nvvm.shfl.sync", GpuChip::Sm80),
     ("nvvm.vote.sync", GpuChip::Sm80),
     ("nvvm.cp.async.shared.global", GpuChip::Sm80),

@@ -9,6 +9,7 @@
 
 mod at;
 mod attention;
+mod blocks;
 mod chip;
 mod contraction;
 mod form;
@@ -27,7 +28,7 @@ use super::{bytes_expr, dim_expr, unsupported};
 use crate::error::CodegenError;
 pub use chip::GpuChip;
 pub use form::{Form, NoForm, Units};
-use pleach_ir::{AttentionAttrs, Class, Dim, Kernel, Layout, Op, Sym, ValueId};
+use pleach_ir::{AttentionAttrs, BlockFormat, Class, Dim, Kernel, Layout, Op, Sym, ValueId};
 use pleach_plan::{ByLibrary, Expr, Launch};
 
 /// Buffers that a kernel may have: parameters of an entry take at most 4096 bytes.
@@ -121,7 +122,7 @@ pub fn module<'a>(texts: impl IntoIterator<Item = &'a str>) -> String {
 
 /// Refuses what has no code on any chip.
 fn check(k: &Kernel) -> Result<(), CodegenError> {
-    if k.operands.iter().chain(&k.results).any(|l| *l != Layout::RowMajor) {
+    if k.operands.iter().chain(&k.results).any(|l| !matches!(l, Layout::RowMajor | Layout::Blocks(_))) {
         return Err(unsupported(k, "panels have no place on a GPU"));
     }
     if k.operands.len() + k.results.len() > MAX_BUFFERS {
@@ -130,7 +131,7 @@ fn check(k: &Kernel) -> Result<(), CodegenError> {
     if k.operands.len() != k.body.inputs().len() || k.results.len() != k.body.roots.len() {
         return Err(unsupported(k, "layouts do not match operands and results"));
     }
-    Ok(())
+    blocks::check(k)
 }
 
 /// Operations that a run takes: those of products and attention, else one for every element computed.
@@ -185,7 +186,14 @@ fn pairs(k: &Kernel, symbols: &[Sym], a: &AttentionAttrs, inputs: &[ValueId]) ->
 /// and has rows set, what is set.
 fn bytes(k: &Kernel, symbols: &[Sym]) -> Result<Expr, CodegenError> {
     let body = &k.body;
-    let size = |v: ValueId| bytes_expr(k, body.ty(v), symbols);
+    // What lies in blocks takes as many bytes as these, and a part of it the same share of its own.
+    let size = |v: ValueId, layout: Layout| -> Result<Expr, CodegenError> {
+        let bytes = bytes_expr(k, body.ty(v), symbols)?;
+        Ok(match layout {
+            Layout::Blocks(format) => bytes.mul(format.bytes()).ceil_div(BlockFormat::VALUES * body.ty(v).dtype.size()),
+            _ => bytes,
+        })
+    };
     let (live, all) = (body.live(), body.users());
     let set = |v: ValueId| match &body.node(v).op {
         Op::Scatter { .. } => body.node(v).inputs.get(2).copied(),
@@ -197,17 +205,18 @@ fn bytes(k: &Kernel, symbols: &[Sym]) -> Result<Expr, CodegenError> {
         let taken = |u: &ValueId| matches!(body.node(*u).op, Op::Gather { .. }) && body.node(*u).inputs[0] == v;
         let over = k.aliases.contains(&Some(i as u32));
         let written = |u: &ValueId| over && set(*u).is_some() && body.node(*u).inputs[0] == v;
-        let part = |list: &[ValueId]| list.iter().try_fold(Expr::Const(0), |e, u| Ok(e.add(size(*u)?)));
+        let layout = k.operands[i];
+        let part = |list: &[ValueId]| list.iter().try_fold(Expr::Const(0), |e, u| Ok(e.add(size(*u, layout)?)));
         let own = match () {
-            () if !users.is_empty() && users.iter().all(taken) => size(v)?.min(part(&users)?),
+            () if !users.is_empty() && users.iter().all(taken) => size(v, layout)?.min(part(&users)?),
             () if !users.is_empty() && users.iter().all(written) => Expr::Const(0),
-            () => size(v)?,
+            () => size(v, layout)?,
         };
         sum = sum.add(own);
     }
-    for (r, over) in body.roots.iter().zip(&k.aliases) {
+    for ((r, over), layout) in body.roots.iter().zip(&k.aliases).zip(&k.results) {
         let written = set(r.value).filter(|_| over.is_some());
-        sum = sum.add(size(written.unwrap_or(r.value))?);
+        sum = sum.add(size(written.unwrap_or(r.value), *layout)?);
     }
     Ok(sum)
 }

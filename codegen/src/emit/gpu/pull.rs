@@ -11,11 +11,12 @@
 //! read it, [`Pull::apart`] that other elements follow.
 
 use super::at::{At, gcd};
+use super::blocks;
 use crate::emit::elementwise;
 use crate::emit::func::{Func, Val};
 use crate::emit::unsupported;
 use crate::error::CodegenError;
-use pleach_ir::{BinaryOp, DType, Dim, Kernel, Node, Op, ReduceOp, Sym, TensorType, ValueId};
+use pleach_ir::{BinaryOp, DType, Dim, Kernel, Layout, Node, Op, ReduceOp, Sym, TensorType, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
 
 type Key = (ValueId, String);
@@ -294,6 +295,12 @@ impl<'a> Pull<'a> {
                     if self.written.contains(&i) {
                         return self.fail("a result overwrites an operand that is still needed");
                     }
+                }
+                if let (Some(Layout::Blocks(format)), [row, column]) = (k.operands.get(i), index) {
+                    let width = n.ty.shape[1].known().unwrap_or(0);
+                    let row = row.val(f);
+                    let x = blocks::Matrix::new(f, i, *format, width).element(f, &row, column);
+                    return elementwise::round_to(f, n.ty.dtype, &x, 1);
                 }
                 let (p, align) = self.address(f, i, &n.ty, index);
                 elementwise::load_aligned(f, n.ty.dtype, &p, align)

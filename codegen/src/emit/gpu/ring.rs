@@ -1,6 +1,7 @@
-//! A ring of stages in shared memory that the tensor copy engine fills and warps of products empty.
+//! A ring of stages in shared memory that the tensor copy engine fills, or warps that decode, and warps of products empty.
 //!
-//! Every stage has two barriers: one says that it is full (one arrival of the lane that copies, and the bytes), the other that
+//! Every stage has two barriers: one says that it is full (one arrival of the lane that copies and one of every warp that decodes, and the
+//! bytes), the other that
 //! it is free (one arrival of every warp that reads it). Both sides go through the stages in one order, with the parity of
 //! their turn.
 
@@ -18,15 +19,21 @@ pub(super) struct Ring {
     bytes: i64,
     /// Where the barriers lie.
     barriers: i64,
-    /// Warps that read a stage.
+    /// Warps that read a stage, and that write to it beside the copies.
     readers: i64,
+    writers: i64,
 }
 
 impl Ring {
     /// A ring at byte `start` of dynamic shared memory, its barriers at byte `barriers`: [`Ring::barrier_bytes`] of them.
     pub(super) fn new(f: &mut Func, stages: i64, (start, bytes): (i64, i64), barriers: i64, readers: i64) -> Ring {
         let base = f.op("llvm.mlir.addressof @smem : !llvm.ptr<3>");
-        Ring { base, stages, start, bytes, barriers, readers }
+        Ring { base, stages, start, bytes, barriers, readers, writers: 0 }
+    }
+
+    /// The same with so many warps that write to every stage beside the copies.
+    pub(super) fn with_writers(self, writers: i64) -> Ring {
+        Ring { writers, ..self }
     }
 
     /// Bytes of the barriers of so many stages.
@@ -68,7 +75,7 @@ impl Ring {
         let one = f.cmp("eq", tid, &zero);
         f.if_(&one, |f| {
             for r in rings {
-                let (full, free) = (f.i32(1, 1), f.i32(r.readers as i32, 1));
+                let (full, free) = (f.i32(1 + r.writers as i32, 1), f.i32(r.readers as i32, 1));
                 for s in 0..r.stages {
                     let s = f.i64(s);
                     let (a, b) = (r.full(f, &s), r.free(f, &s));
@@ -107,13 +114,23 @@ impl Ring {
         ]
     }
 
-    /// The lane that copies: waits until a stage is free, and announces `bytes`; copies report to the barrier that it gives.
-    pub(super) fn refill(&self, f: &mut Func, [stage, turn]: [&Val; 2], bytes: i64) -> Val {
+    /// Who writes: waits until a stage is free.
+    pub(super) fn freed(&self, f: &mut Func, [stage, turn]: [&Val; 2]) {
         let one = f.i64(1);
         // A new barrier counts as passed: the first round does not wait.
         let before = f.op(format!("arith.xori {turn}, {one} : i64"));
         let free = self.free(f, stage);
         self.wait(f, &free, &before);
+    }
+
+    /// The lane that copies: waits until a stage is free, and announces `bytes`; copies report to the barrier that it gives.
+    pub(super) fn refill(&self, f: &mut Func, here: [&Val; 2], bytes: i64) -> Val {
+        self.freed(f, here);
+        self.announce(f, here[0], bytes)
+    }
+
+    /// The lane that copies: announces `bytes` of a free stage; copies report to the barrier that it gives.
+    pub(super) fn announce(&self, f: &mut Func, stage: &Val, bytes: i64) -> Val {
         let full = self.full(f, stage);
         let bytes = f.i32(bytes as i32, 1);
         f.stmt(&format!("nvvm.mbarrier.arrive.expect_tx {full}, {bytes} : !llvm.ptr<3>, i32"));
@@ -128,6 +145,18 @@ impl Ring {
         f.stmt(&format!(
             "nvvm.cp.async.bulk.tensor.shared.cluster.global {to}, %map{map}, {full}, box[{x0}, {x1}] : !llvm.ptr<7>, !llvm.ptr"
         ));
+    }
+
+    /// A warp that writes to a stage, where `leads` names one lane: all lanes have written their part, for products to read.
+    pub(super) fn written(&self, f: &mut Func, leads: &Val, stage: &Val) {
+        // Products read shared memory on another way than stores write it.
+        f.stmt("nvvm.fence.proxy {kind = #nvvm.proxy_kind<async.shared>, space = #nvvm.shared_space<cta>}");
+        let all = f.i32(-1, 1);
+        f.stmt(&format!("nvvm.bar.warp.sync {all} : i32"));
+        f.if_(leads, |f| {
+            let full = self.full(f, stage);
+            f.stmt(&format!("nvvm.mbarrier.arrive {full} : !llvm.ptr<3>"));
+        });
     }
 
     /// A warp that reads: waits until a stage is full.
@@ -153,12 +182,23 @@ pub(super) struct Roles {
     group: Val,
     /// Warpgroups that multiply.
     consumers: i64,
+    /// The first warpgroup decodes, too: all of it.
+    decodes: bool,
 }
 
 impl Roles {
-    /// Registers of a thread that copies, and of one that multiplies, where there are several warpgroups of those.
-    const COPIES: i64 = 40;
-    pub(super) const MULTIPLIES: i64 = 232;
+    /// Warps of the warpgroup that copies.
+    pub(super) const WRITERS: i64 = 4;
+
+    /// Registers of a thread that copies, maybe decodes, and of one that multiplies, where there are two warpgroups of those.
+    pub(super) fn registers(decodes: bool) -> [i64; 2] {
+        if decodes { [104, 200] } else { [40, 232] }
+    }
+
+    /// The first warpgroup works as a whole: it decodes.
+    pub(super) fn decoding(self, decodes: bool) -> Roles {
+        Roles { decodes, ..self }
+    }
 
     pub(super) fn new(f: &mut Func, consumers: i64) -> Roles {
         let tid = super::special(f, "tid.x");
@@ -167,7 +207,7 @@ impl Roles {
         let group = f.op(format!("arith.trunci {group} : i64 to i32"));
         let (all, zero, last) = (f.i32(-1, 1), f.i32(0, 1), f.i32(31, 1));
         let group = f.op(format!("nvvm.shfl.sync idx {all}, {group}, {zero}, {last} : i32 -> i32"));
-        Roles { tid, group, consumers }
+        Roles { tid, group, consumers, decodes: false }
     }
 
     /// Threads of a block.
@@ -175,13 +215,13 @@ impl Roles {
         128 * (consumers + 1)
     }
 
-    /// Runs `copies` in one lane, and `multiplies` in the other warpgroups with the number of each among them. `x` is what both
-    /// work with.
+    /// Runs `copies` in one lane, or in all of the warpgroup where it decodes, and `multiplies` in the other warpgroups with the number of
+    /// each among them. `x` is what both work with; `copies` gets what says whether a thread is that one lane.
     pub(super) fn split<T>(
         &self,
         f: &mut Func,
         x: &mut T,
-        copies: impl FnOnce(&mut Func, &mut T),
+        copies: impl FnOnce(&mut Func, &mut T, &Val),
         multiplies: impl FnOnce(&mut Func, &mut T, &Val),
     ) {
         let zero = f.i32(0, 1);
@@ -193,17 +233,21 @@ impl Roles {
             &[],
             |f| {
                 if shifts {
-                    f.stmt(&format!("nvvm.setmaxregister decrease {}", Roles::COPIES));
+                    f.stmt(&format!("nvvm.setmaxregister decrease {}", Roles::registers(self.decodes)[0]));
                 }
                 let (leader, end) = (f.op("nvvm.elect.sync -> i1"), f.i64(32));
                 let warp = f.cmp("slt", &self.tid, &end);
                 let one = f.op(format!("arith.andi {warp}, {leader} : i1"));
-                f.if_(&one, |f| copies(f, &mut x.borrow_mut()));
+                if self.decodes {
+                    copies(f, &mut x.borrow_mut(), &one);
+                } else {
+                    f.if_(&one, |f| copies(f, &mut x.borrow_mut(), &one));
+                }
                 vec![]
             },
             |f| {
                 if shifts {
-                    f.stmt(&format!("nvvm.setmaxregister increase {}", Roles::MULTIPLIES));
+                    f.stmt(&format!("nvvm.setmaxregister increase {}", Roles::registers(self.decodes)[1]));
                 }
                 let own = f.op(format!("arith.extui {} : i32 to i64", self.group));
                 let own = f.addc(&own, -1);

@@ -7,6 +7,7 @@
 //! Any other reduction is a loop of the thread that reads it.
 
 use super::at::At;
+use super::blocks;
 use super::launch::Unit;
 use super::pull::{Pull, combine, start};
 use super::repeat::repeated;
@@ -32,6 +33,9 @@ const TYPICAL: i64 = 4096;
 
 /// Emits a row kernel.
 pub(super) fn emit(k: &Kernel, symbols: &[Sym]) -> Result<Parts, CodegenError> {
+    if let Some(parts) = blocks::joined(k) {
+        return blocks::copies(k, &parts);
+    }
     let body = &k.body;
     let live = body.live();
     let fits = |n: &Op| {

@@ -18,7 +18,7 @@ mod warpgroup;
 use super::at::At;
 use super::pull::Pull;
 use super::{Form, GpuChip, Parts, Units};
-use crate::emit::contraction::analyze::Analysis;
+use crate::emit::contraction::analyze::{Analysis, Right};
 use crate::emit::func::{Func, Val};
 use crate::emit::{dim_expr, unsupported};
 use crate::error::CodegenError;
@@ -28,6 +28,9 @@ use pleach_plan::{ByLibrary, Expr, Launch, When};
 /// Emits a contraction kernel, in this form if one is wished.
 pub(super) fn emit(k: &Kernel, symbols: &[Sym], chip: GpuChip, wish: Option<&Form>) -> Result<Parts, CodegenError> {
     let a = Analysis::new(k).map_err(|why| unsupported(k, why))?;
+    if a.products.iter().any(|x| matches!(&x.right, Right::Blocks(b) if b.laid.is_some())) {
+        return Err(unsupported(k, "nothing is laid over blocks on a GPU"));
+    }
     let Some((text, mut launches, scratch)) = tensors(k, symbols, &a, chip, wish)? else {
         return match wish {
             None => plain::emit(k, symbols, &a),

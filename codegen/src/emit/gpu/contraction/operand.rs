@@ -4,6 +4,7 @@ use crate::emit::contraction::analyze::{Product, Right};
 use crate::emit::contraction::view::{Stride, View};
 use crate::emit::elementwise::memory_elem;
 use crate::emit::func::{Func, Val};
+use crate::emit::gpu::blocks;
 use crate::emit::gpu::pull::Pull;
 use pleach_ir::{DType, Dim};
 
@@ -14,6 +15,42 @@ pub(super) struct Matrix {
     pub(super) line: Val,
     pub(super) step: Val,
     pub(super) dtype: DType,
+}
+
+/// A right operand in blocks of codes.
+#[derive(Clone)]
+pub(super) struct Codes {
+    pub(super) blocks: blocks::Matrix,
+    /// Blocks lie along the sum; else across it.
+    pub(super) along: bool,
+    /// Its first column.
+    pub(super) first: i64,
+    /// Types of the matrix and of the product, that values are rounded to in turn.
+    pub(super) dtypes: [DType; 2],
+}
+
+impl Codes {
+    /// The right operand of a product from a column on, if it is in blocks.
+    pub(super) fn of(f: &Func, x: &Product, column: u64) -> Option<Codes> {
+        let Right::Blocks(b) = &x.right else { return None };
+        let width = if b.along { x.k.known()? } else { x.n.known()? };
+        let blocks = blocks::Matrix::new(f, b.arg, b.format, width);
+        Some(Codes { blocks, along: b.along, first: column as i64, dtypes: [b.dtype, x.dtype] })
+    }
+}
+
+/// Where tiles of an operand come from.
+pub(super) enum Operand {
+    Numbers(Matrix),
+    Codes(Codes),
+}
+
+/// The left (`side` 0) or right (1) operand of a product in a batch, from a column on.
+pub(super) fn operand(f: &mut Func, p: &mut Pull<'_>, x: &Product, side: usize, batch: &[Val], column: u64) -> Operand {
+    match Codes::of(f, x, column).filter(|_| side == 1) {
+        Some(codes) => Operand::Codes(codes),
+        None => Operand::Numbers(matrix(f, p, x, side, batch, column)),
+    }
 }
 
 fn stride(f: &mut Func, p: &mut Pull<'_>, s: &Stride) -> Val {

@@ -1,9 +1,10 @@
-//! Products of f32 by plain multiply-adds, through tiles in shared memory. Takes any strides, batches and types.
+//! Products of f32 by plain multiply-adds, through tiles in shared memory. Takes any strides, batches and types, and
+//! right operands in blocks of codes.
 //!
 //! A block of 256 threads computes 64 by 64 elements, a thread 4 by 4. Sums run over the contracted dimension in order.
 
 use super::epilogue;
-use super::operand::{Matrix, matrix};
+use super::operand::{Operand, operand};
 use crate::emit::contraction::analyze::Analysis;
 use crate::emit::dim_expr;
 use crate::emit::elementwise;
@@ -63,7 +64,7 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Parts, C
             let mut total: Option<Vec<Val>> = None;
             for (x, scale) in &g.products {
                 let x = &a.products[*x];
-                let sides = [0, 1].map(|s| matrix(f, &mut p, x, s, &batch_values, g.offset));
+                let sides = [0, 1].map(|s| operand(f, &mut p, x, s, &batch_values, g.offset));
                 let none = f.f32(0.0, 1);
                 let zeros = vec![none; (OWN * OWN) as usize];
                 let depth = p.dim(f, x.k);
@@ -122,7 +123,7 @@ fn inside(f: &mut Func, index: [&Val; 2], end: [&Val; 2]) -> Val {
 }
 
 /// The thread's sums of one product, row by row, added to what is there.
-fn accumulate(f: &mut Func, at: &Place, sides: &[Matrix; 2], depth: &Val, init: Vec<Val>) -> Vec<Val> {
+fn accumulate(f: &mut Func, at: &Place, sides: &[Operand; 2], depth: &Val, init: Vec<Val>) -> Vec<Val> {
     let zero = f.i64(0);
     let init: Vec<(Val, String)> = init.into_iter().map(|x| (x, "f32".to_string())).collect();
     f.for_(&zero, depth, STEP, &init, |f, k0, acc| {
@@ -158,9 +159,12 @@ fn accumulate(f: &mut Func, at: &Place, sides: &[Matrix; 2], depth: &Val, init: 
 }
 
 /// Fills the tile of the left (`side` 0) or right (1) operand: `[step][row or column]`, zeros outside.
-fn fill(f: &mut Func, at: &Place, [k0, depth]: [&Val; 2], side: usize, x: &Matrix) {
+fn fill(f: &mut Func, at: &Place, [k0, depth]: [&Val; 2], side: usize, x: &Operand) {
     // Neighbouring threads take neighbouring elements of an operand that lies along the contracted dimension.
-    let along = x.step.known() == Some(1);
+    let along = match x {
+        Operand::Numbers(x) => x.step.known() == Some(1),
+        Operand::Codes(x) => x.along,
+    };
     for i in 0..STEP * TILE / THREADS {
         let (step, line) = if along {
             let line = f.divc(&at.tid, STEP);
@@ -175,11 +179,20 @@ fn fill(f: &mut Func, at: &Place, [k0, depth]: [&Val; 2], side: usize, x: &Matri
         let value = f.if_else(
             &ok,
             &["f32".to_string()],
-            |f| {
-                let (a, b) = (f.mul(&l, &x.line), f.mul(&k, &x.step));
-                let from = f.add(&a, &b);
-                let from = f.gep(&x.base, &from, elementwise::memory_elem(x.dtype));
-                vec![elementwise::load_aligned(f, x.dtype, &from, x.dtype.size() as i64)]
+            |f| match x {
+                Operand::Numbers(x) => {
+                    let (a, b) = (f.mul(&l, &x.line), f.mul(&k, &x.step));
+                    let from = f.add(&a, &b);
+                    let from = f.gep(&x.base, &from, elementwise::memory_elem(x.dtype));
+                    vec![elementwise::load_aligned(f, x.dtype, &from, x.dtype.size() as i64)]
+                }
+                Operand::Codes(x) => {
+                    let l = f.addc(&l, x.first);
+                    let (row, column) = if x.along { (&l, &k) } else { (&k, &l) };
+                    let column = At::of(f, column, 1);
+                    let value = x.blocks.element(f, row, &column);
+                    vec![x.dtypes.iter().fold(value, |v, d| elementwise::round_to(f, *d, &v, 1))]
+                }
             },
             |f| vec![f.f32(0.0, 1)],
         );

@@ -3,23 +3,29 @@
 //! A block of 8 warps computes a tile; tiles of the operands go through four stages of shared memory by asynchronous copies
 //! of 16 bytes, with zeros past the ends. An operand may lie along the sum or across it: `ldmatrix` transposes what lies
 //! across. 16-byte pieces are permuted within rows of a tile, so that neither copies nor matrix loads collide in banks.
+//! A right operand in blocks of codes is decoded on its way: threads read codes of a later stage before they multiply, and write
+//! what they stand for after it.
 //! Products of one sum follow each other on the same accumulators; what is scaled comes first. Groups of accumulators that
 //! read the same left operand share its tiles. Long sums with few results are shared by blocks ([`split`]). [`fragment`]
 //! takes the accumulators to the results.
 
-use super::operand::{Matrix, axes, matrix};
+mod decode;
+
+use super::operand::{Operand, axes, operand};
 use super::passes::{Taken, passes};
 use super::{fragment, split, write};
 use crate::emit::contraction::analyze::{Analysis, Group, Product, Right};
 use crate::emit::dim_expr;
 use crate::emit::func::{Func, Val};
 use crate::emit::gpu::at::At;
+use crate::emit::gpu::blocks;
 use crate::emit::gpu::chip::Limits;
 use crate::emit::gpu::launch::Unit;
 use crate::emit::gpu::mma;
 use crate::emit::gpu::pull::Pull;
 use crate::emit::gpu::{Form, Parts, Units, barrier, special};
 use crate::error::CodegenError;
+use decode::Share;
 use pleach_ir::{DType, Dim, Kernel, Sym};
 use pleach_plan::Expr;
 
@@ -73,7 +79,7 @@ fn cuts(a: &Analysis, passes: &[Vec<Taken>]) -> Vec<Cut> {
     // Accumulators of a thread: as many as those of the largest tile.
     let fits = |[m, n]: [i64; 2]| {
         let some = a.n.known().is_none_or(|all| all as i64 > n / 2) && a.m.known().is_none_or(|all| all as i64 > m / 2);
-        some && m * n * sets(a) as i64 / THREADS <= 128
+        some && m * n * sets(a) as i64 / THREADS <= if decodes(a) { 64 } else { 128 }
     };
     let more = TILES.iter().filter(|(size, _)| *size != usual.size && fits(*size));
     out.extend(more.map(|(size, warps)| Cut { size: *size, warps: *warps, parts: usual.parts }));
@@ -103,6 +109,8 @@ fn cut(a: &Analysis, passes: &[Vec<Taken>]) -> Option<Cut> {
     }
     let short = |d: Dim, n: u64| d.known().is_some_and(|d| d <= n);
     let large = a.m.known().is_none_or(|m| m >= 1024) && a.n.known().is_some_and(|n| n >= 1024 && n % 256 == 0);
+    // Codes take registers beside accumulators.
+    let large = large && !decodes(a);
     let parts = passes.iter().map(Vec::len).max().unwrap_or(1) as i64;
     let (size, warps) = match sets(a) {
         1 if short(a.n, 32) => ([128, 32], [4, 2]),
@@ -115,6 +123,11 @@ fn cut(a: &Analysis, passes: &[Vec<Taken>]) -> Option<Cut> {
     Some(Cut { size, warps, parts })
 }
 
+/// Some right operand is in blocks of codes.
+fn decodes(a: &Analysis) -> bool {
+    a.products.iter().any(|x| matches!(x.right, Right::Blocks(_)))
+}
+
 /// Sets of accumulators that live at once: one for every sum, and one more for a scaled product that is not the first.
 fn sets(a: &Analysis) -> usize {
     let scaled = |g: &Group| g.products.iter().filter(|p| p.1.is_some()).count() > 1;
@@ -123,6 +136,11 @@ fn sets(a: &Analysis) -> usize {
 
 /// Whether an operand lies along the sum (true) or across it; `None` where its pieces are not whole or not aligned.
 fn along(a: &Analysis, x: &Product, side: usize) -> Option<bool> {
+    if let (1, Right::Blocks(b)) = (side, &x.right) {
+        // Whole blocks across the sum, from the first column of every group on.
+        let whole = a.groups.iter().all(|g| (g.offset as i64) % blocks::VALUES == 0);
+        return (b.along || whole).then_some(b.along);
+    }
     let view = match (side, &x.right) {
         (0, _) => &x.left,
         (_, Right::Rows(v) | Right::Strided(v)) => v,
@@ -158,7 +176,7 @@ struct Place {
 
 /// An operand of a product with its place in a stage.
 struct Side {
-    x: Matrix,
+    x: Operand,
     along: bool,
     /// Lines of the tile, and where it starts in a stage, bytes.
     lines: i64,
@@ -202,7 +220,7 @@ pub(super) fn emit(
         (f.cmp("slt", &place.block[0], &place.size[0]), f.cmp("slt", &place.block[1], &place.size[1]));
     let some = f.op(format!("arith.andi {rows}, {columns} : i1"));
     let small = cut.size[0] * cut.size[1] <= 128 * 128;
-    let simple = sets(a) == 1 && k.body.roots.len() == 1 && passes.len() <= 2 && small;
+    let simple = sets(a) == 1 && k.body.roots.len() == 1 && passes.len() <= 2 && small && !decodes(a);
     let resident = if simple { 2 } else { 1 };
     let sums = (a.groups.len() * place.elements()) as i64;
     let at_once = super::batch(k, a, 256 / resident - 1, sums);
@@ -212,7 +230,7 @@ pub(super) fn emit(
             let side = |f: &mut Func, p: &mut Pull<'_>, i: usize, s: usize, offset: u64, start: i64| {
                 let x = &a.products[i];
                 let along = along(a, x, s) == Some(true);
-                Side { x: matrix(f, p, x, s, &batch_values, offset), along, lines: cut.size[s], start }
+                Side { x: operand(f, p, x, s, &batch_values, offset), along, lines: cut.size[s], start }
             };
             let left = side(f, &mut p, pass[0].1, 0, 0, 0);
             let mut rights = vec![];
@@ -309,9 +327,10 @@ impl Place {
 
     /// Starts the copies of step `k0` of an operand into a stage.
     fn fill(&self, f: &mut Func, side: usize, s: &Side, stage: &Val, k0: &Val, depth: &Val) {
+        let Operand::Numbers(x) = &s.x else { return };
         let row_pieces = if s.along { STEP / PIECE } else { s.lines / PIECE };
         let total = s.lines * STEP / PIECE;
-        let base = f.op(format!("llvm.addrspacecast {} : !llvm.ptr to !llvm.ptr<1>", s.x.base));
+        let base = f.op(format!("llvm.addrspacecast {} : !llvm.ptr to !llvm.ptr<1>", x.base));
         for i in 0..(total as u64).div_ceil(THREADS as u64) as i64 {
             let n = f.addc(&self.tid, i * THREADS);
             let copy = |f: &mut Func| {
@@ -321,7 +340,7 @@ impl Place {
                 let (line, step) = (f.add(&self.block[side], line), f.add(k0, step));
                 let (a, b) = (f.cmp("slt", &line, &self.size[side]), f.cmp("slt", &step, depth));
                 let inside = f.op(format!("arith.andi {a}, {b} : i1"));
-                let (a, b) = (f.mul(&line, &s.x.line), f.mul(&step, &s.x.step));
+                let (a, b) = (f.mul(&line, &x.line), f.mul(&step, &x.step));
                 let (at, zero) = (f.add(&a, &b), f.i64(0));
                 let at = f.op(format!("arith.select {inside}, {at}, {zero} : i64"));
                 let from = f.op(format!("llvm.getelementptr {base}[{at}] : (!llvm.ptr<1>, i64) -> !llvm.ptr<1>, i16"));
@@ -382,9 +401,14 @@ impl Place {
             rights.iter().for_each(|s| self.fill(f, 1, s, at, step, end));
             f.stmt("nvvm.cp.async.commit.group");
         };
+        let coded: Vec<&Side> = rights.iter().filter(|s| matches!(s.x, Operand::Codes(_))).collect();
         for i in 0..STAGES - 1 {
             let (at, k0) = (f.i64(i * stage), f.addc(first, i * STEP));
             fill(f, &at, &k0);
+            for s in &coded {
+                let own = self.read(f, s, [&k0, end], [0, 1]);
+                self.decode(f, s, &own, &at);
+            }
         }
         let (zero, length) = (f.i64(0), f.sub(end, first));
         let length = f.max(&length, &zero);
@@ -402,7 +426,11 @@ impl Place {
             let now = f.mulc(&now, stage);
             let mut acc = acc.to_vec();
             for step in (0..STEP).step_by(16) {
+                // Part of the codes at a time: registers are few.
+                let part = [step / 16, STEP / 16];
+                let read: Vec<Vec<Share>> = coded.iter().map(|s| self.read(f, s, [&k0, end], part)).collect();
                 self.multiply(f, left, rights, &now, step, &mut acc);
+                coded.iter().zip(&read).for_each(|(s, own)| self.decode(f, s, own, &slot));
             }
             acc
         });

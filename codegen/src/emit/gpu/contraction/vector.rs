@@ -5,11 +5,13 @@
 //! one instruction is free, so a lane takes 16 neighbours. The warps' sums are added in shared memory in a fixed order.
 
 use super::epilogue;
-use super::operand::{Matrix, axes, matrix};
+use super::operand::{Matrix, Operand, axes, matrix, operand};
 use super::passes::passes;
 use crate::emit::contraction::analyze::{Analysis, Product, Right};
+use crate::emit::contraction::view::View;
 use crate::emit::func::{Func, Val};
 use crate::emit::gpu::at::At;
+use crate::emit::gpu::blocks;
 use crate::emit::gpu::launch::{Unit, shared_at, shared_load, shared_store};
 use crate::emit::gpu::mma;
 use crate::emit::gpu::pull::Pull;
@@ -35,16 +37,19 @@ const LOADED: i64 = 96;
 /// Groups of accumulators at most.
 const GROUPS: usize = 4;
 
-/// Whether both operands lie along the sum in whole aligned pieces of 16 bytes.
+/// Whether both operands lie along the sum in whole aligned pieces of 16 bytes, the right one maybe in blocks.
 fn fits(x: &Product) -> bool {
-    let (Right::Rows(w) | Right::Strided(w)) = &x.right else { return false };
     let piece = |n: u64| n.is_multiple_of(8);
-    let along = |side: usize| {
-        let view = if side == 0 { &x.left } else { w };
+    let along = |view: &View, side: usize| {
         let (line, step) = axes(view, side);
         step.known() == Some(1) && piece(line.factor) && view.offset.iter().all(|(n, s)| piece(n * s.factor))
     };
-    x.dtype == DType::BF16 && x.k.known().is_some_and(piece) && along(0) && along(1)
+    let right = match &x.right {
+        Right::Rows(w) | Right::Strided(w) => along(w, 1),
+        Right::Blocks(b) => b.along,
+        Right::Panels { .. } | Right::Coded { .. } => false,
+    };
+    x.dtype == DType::BF16 && x.k.known().is_some_and(piece) && along(&x.left, 0) && right
 }
 
 /// Emits the launch, if the kernel has this form; it is right for up to [`ROWS`] rows.
@@ -77,12 +82,12 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<(
             let x = Line::new(f, &x, &row);
             let mut weights = vec![];
             for (g, product, _) in &pass {
-                let w = matrix(f, &mut p, &a.products[*product], 1, &[], a.groups[*g].offset);
+                let w = operand(f, &mut p, &a.products[*product], 1, &[], a.groups[*g].offset);
                 for half in 0..2 {
                     let column = f.addc(&line, 8 * half);
                     let column = f.add(&first, &column);
                     let column = clamp(f, &column, &size[1]);
-                    weights.push(Line::new(f, &w, &column));
+                    weights.push(Weights::new(f, &w, &column));
                 }
             }
             let begin: Vec<Val> = pass
@@ -206,12 +211,54 @@ impl Line {
     }
 }
 
+/// A line of weights along the sum, as numbers or in blocks.
+enum Weights {
+    Numbers(Line),
+    Codes(blocks::Matrix, Val),
+}
+
+/// Two pieces of a line of weights.
+enum Loaded<'w> {
+    Pairs([[Val; 4]; 2]),
+    Coded(&'w blocks::Matrix, blocks::Coded),
+}
+
+impl Weights {
+    fn new(f: &mut Func, x: &Operand, line: &Val) -> Weights {
+        match x {
+            Operand::Numbers(x) => Weights::Numbers(Line::new(f, x, line)),
+            Operand::Codes(x) => Weights::Codes(x.blocks.clone(), f.addc(line, x.first)),
+        }
+    }
+
+    /// Starts to read two pieces, with what says whether they exist: pair `pair` of a block.
+    fn load(&self, f: &mut Func, pieces: &[(Val, Option<Val>); 2], pair: &Val) -> Loaded<'_> {
+        match self {
+            Weights::Numbers(line) => Loaded::Pairs([0, 1].map(|i| line.load(f, &pieces[i].0, pieces[i].1.as_ref()))),
+            Weights::Codes(m, row) => {
+                let block = f.divc(&pieces[0].0, blocks::VALUES);
+                let block = m.block(f, row, &block);
+                Loaded::Coded(m, m.load(f, &block, pair, pieces[0].1.as_ref()))
+            }
+        }
+    }
+}
+
+impl Loaded<'_> {
+    fn pairs(&self, f: &mut Func) -> [[Val; 4]; 2] {
+        match self {
+            Loaded::Pairs(x) => x.clone(),
+            Loaded::Coded(m, x) => m.pairs(f, x),
+        }
+    }
+}
+
 /// The warp's sums of some products of one left operand, added to what is there: four for each. `weights` are two lines of
 /// each, 8 apart.
 fn accumulate(
     f: &mut Func,
     x: &Line,
-    weights: &[Line],
+    weights: &[Weights],
     [warp, quarter]: [&Val; 2],
     depth: i64,
     begin: Vec<Val>,
@@ -224,31 +271,44 @@ fn accumulate(
     let (zero, end) = (f.i64(0), f.i64((depth + round - 1) / round * round));
     // Hidden from LLVM, which would write out a short loop, and have the operands of all turns on their way.
     let end = if depth <= step { end } else { wgmma::settled(f, &[end], "i64", "l").remove(0) };
-    let own = f.mulc(quarter, OWN);
+    // A lane takes two neighbouring pieces; of weights in blocks those that lie in the same bytes.
+    let coded = weights.iter().any(|w| matches!(w, Weights::Codes(..)));
+    let (block, pair) = (f.divc(quarter, blocks::PAIRS), f.remc(quarter, blocks::PAIRS));
+    let (own, apart) = if coded {
+        let (a, b) = (f.mulc(&block, blocks::VALUES), f.mulc(&pair, blocks::PIECE));
+        (f.add(&a, &b), blocks::APART * blocks::PIECE)
+    } else {
+        (f.mulc(quarter, OWN), blocks::PIECE)
+    };
     let shift = f.mulc(warp, STEP);
     let own = f.add(&own, &shift);
     let init: Vec<(Val, String)> = begin.into_iter().map(|x| (x, "f32".to_string())).collect();
     f.for_(&zero, &end, step, &init, |f, at, sums| {
         let at = f.add(&own, at);
         let mut loaded = vec![];
-        for piece in 0..2 * together.unwrap_or(1) {
-            let mut at = f.addc(&at, piece / 2 * round + piece % 2 * 8);
-            let ok = together.is_none().then(|| {
+        for turn in 0..together.unwrap_or(1) {
+            let pieces = [0, apart].map(|first| {
+                let at = f.addc(&at, turn * round + first);
+                if together.is_some() {
+                    return (at, None);
+                }
                 let (end, last) = (f.i64(depth), f.i64(depth - 8));
                 let ok = f.cmp("slt", &at, &end);
-                at = f.min(&at, &last);
-                ok
+                (f.min(&at, &last), Some(ok))
             });
-            let rows = x.load(f, &at, ok.as_ref());
-            let lines: Vec<[Val; 4]> = weights.iter().map(|w| w.load(f, &at, ok.as_ref())).collect();
+            let rows = pieces.each_ref().map(|(at, ok)| x.load(f, at, ok.as_ref()));
+            let lines: Vec<Loaded<'_>> = weights.iter().map(|w| w.load(f, &pieces, &pair)).collect();
             loaded.push((rows, lines));
         }
         let mut sums = sums.to_vec();
         for (rows, lines) in &loaded {
             for (pair, c) in lines.chunks(2).zip(sums.chunks_mut(4)) {
-                for h in [0, 2] {
-                    let a = [&pair[0][h], &pair[1][h], &pair[0][h + 1], &pair[1][h + 1]];
-                    mma::multiply(f, a, [&rows[h], &rows[h + 1]], c);
+                // Decoded where it is needed: registers are few.
+                let [low, high] = [0, 1].map(|i| pair[i].pairs(f));
+                for (rows, (a, b)) in rows.iter().zip(low.iter().zip(&high)) {
+                    for h in [0, 2] {
+                        mma::multiply(f, [&a[h], &b[h], &a[h + 1], &b[h + 1]], [&rows[h], &rows[h + 1]], c);
+                    }
                 }
             }
         }

@@ -10,7 +10,7 @@ use crate::emit::gpu::contraction::passes::{Taken, passes};
 use crate::emit::gpu::ring::Ring;
 use crate::emit::gpu::wgmma;
 use crate::error::CodegenError;
-use pleach_ir::{DType, Dim, Kernel, Sym, ValueId};
+use pleach_ir::{BlockFormat, DType, Dim, Kernel, Sym, ValueId};
 use pleach_plan::{Expr, TensorMap};
 
 /// Steps of the contracted dimension in a stage: rows of 128 bytes, which one swizzle covers.
@@ -89,10 +89,36 @@ pub(super) struct Operand {
     pub(super) first: [i64; 2],
 }
 
+/// A right operand.
+pub(super) enum Source {
+    /// Tensor copies bring it.
+    Copied(Operand),
+    /// In blocks of codes: decoded by the warpgroup that copies.
+    Decoded(Coded),
+}
+
+/// A right operand in blocks of codes: of this product, from a column on; blocks lie along the sum or across it.
+#[derive(Clone, Copy)]
+pub(super) struct Coded {
+    pub(super) product: usize,
+    pub(super) column: u64,
+    pub(super) along: bool,
+}
+
+impl Source {
+    /// Lies along the sum; else across it.
+    pub(super) fn along(&self) -> bool {
+        match self {
+            Source::Copied(x) => x.along,
+            Source::Decoded(x) => x.along,
+        }
+    }
+}
+
 /// A product that a pass adds to a group.
 pub(super) struct Part {
     pub(super) group: usize,
-    pub(super) right: Operand,
+    pub(super) right: Source,
     pub(super) scale: Option<ValueId>,
 }
 
@@ -109,6 +135,20 @@ pub(super) struct Form {
     pub(super) cut: Cut,
     pub(super) passes: Vec<Pass>,
     pub(super) maps: Vec<TensorMap>,
+}
+
+impl Form {
+    /// Some right operand is decoded.
+    pub(super) fn decodes(&self) -> bool {
+        self.passes.iter().flat_map(|p| &p.parts).any(|x| matches!(x.right, Source::Decoded(_)))
+    }
+}
+
+/// Whether blocks of a right operand lie along the sum; `None` for one of numbers, and where a group begins inside of a block.
+fn coded(a: &Analysis, x: &Product) -> Option<bool> {
+    let Right::Blocks(b) = &x.right else { return None };
+    let whole = a.groups.iter().all(|g| g.offset % BlockFormat::VALUES == 0);
+    (b.along || whole).then_some(b.along)
 }
 
 /// A matrix of a product: rows of the result by steps of the sum.
@@ -167,7 +207,7 @@ fn shape(a: &Analysis) -> Option<(Shape, Vec<Vec<Taken>>)> {
     // A sum of unknown length ends within a stage, where what is past its end is cleared: whole lines.
     let fits = |x: &Product| {
         let side = |s: usize| place(a, x, s).is_some_and(|p| x.k.known().is_some() || !p.along);
-        x.dtype == DType::BF16 && x.k.known() != Some(0) && (0..2).all(side)
+        x.dtype == DType::BF16 && x.k.known() != Some(0) && side(0) && (side(1) || coded(a, x).is_some())
     };
     if columns % 4 != 0 || rows.is_some_and(|m| m < ROWS as u64) || !a.products.iter().all(fits) {
         return None;
@@ -176,10 +216,12 @@ fn shape(a: &Analysis) -> Option<(Shape, Vec<Vec<Taken>>)> {
     let scaled = a.groups.iter().any(|g| g.products.iter().filter(|p| p.1.is_some()).count() > 1);
     let sets = a.groups.len() as i64 + i64::from(scaled);
     let parts = order.iter().map(|p| p.len()).max().unwrap_or(1) as i64;
-    let across = a.products.iter().any(|x| place(a, x, 1).is_some_and(|p| !p.along));
+    let lies = |x: &Product| coded(a, x).or(place(a, x, 1).map(|p| p.along));
+    let across = a.products.iter().any(|x| lies(x) == Some(false));
+    let decodes = a.products.iter().any(|x| coded(a, x).is_some());
     let length = |p: &Vec<Taken>| a.products[p[0].1].k.known().unwrap_or(TYPICAL_ROWS).div_ceil(STEP as u64);
     let depth: u64 = order.iter().map(length).sum();
-    Some((Shape { rows: rows.unwrap_or(TYPICAL_ROWS), columns, sets, parts, depth, across }, order))
+    Some((Shape { rows: rows.unwrap_or(TYPICAL_ROWS), columns, sets, parts, depth, across, decodes }, order))
 }
 
 /// How the kernel is taken, in the form that is wished; `None` where this class of products has no form of it, or gains nothing.
@@ -216,7 +258,14 @@ pub(super) fn form(
         let Some(left) = operand(pass[0].1, 0, 0)? else { return Ok(None) };
         let mut parts = vec![];
         for (group, product, scale) in &pass {
-            let Some(right) = operand(*product, 1, a.groups[*group].offset)? else { return Ok(None) };
+            let column = a.groups[*group].offset;
+            let right = match coded(a, &a.products[*product]) {
+                Some(along) => Source::Decoded(Coded { product: *product, column, along }),
+                None => match operand(*product, 1, column)? {
+                    Some(x) => Source::Copied(x),
+                    None => return Ok(None),
+                },
+            };
             parts.push(Part { group: *group, right, scale: *scale });
         }
         passes.push(Pass { left, depth: a.products[pass[0].1].k, parts });
@@ -261,6 +310,8 @@ struct Shape {
     depth: u64,
     /// A right operand lies across the sum: it comes in blocks of 64 columns.
     across: bool,
+    /// A right operand is decoded.
+    decodes: bool,
 }
 
 impl Shape {
@@ -296,7 +347,9 @@ impl Shape {
         // A product of 64 by n by 16 takes n / 2 cycles, or as long as shared memory gives its operands.
         let product = (n / 2).max((2048 * self.parts as u64 + 32 * n) / 112);
         let multiply = 4 * consumers * product;
-        let copy = cut.stage() as u64 / u64::from(limits.cache_bytes_per_cycle);
+        // Five instructions for a value, by four warps, one of each scheduler.
+        let decode = if self.decodes { 5 * STEP as u64 * n / 128 } else { 0 };
+        let copy = (cut.stage() as u64 / u64::from(limits.cache_bytes_per_cycle)).max(decode);
         let write = cut.rows() as u64 * cut.columns as u64 * self.sets as u64 / 24 + 1500;
         let tile = self.depth * multiply.max(copy) + write;
         let resident = (cut.resident() as u64).min(tiles.div_ceil(sms));

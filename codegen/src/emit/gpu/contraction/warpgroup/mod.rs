@@ -7,7 +7,9 @@
 //!
 //! Groups of accumulators that read the same left operand share its copies ([`form::Pass`]). A scaled product is scaled in
 //! registers before the next one joins. What lies past the ends of an operand is zero by its tensor map.
+//! A right operand in blocks of codes is decoded by the first warpgroup ([`decode`]), all of which works then.
 
+mod decode;
 mod form;
 
 use super::{fragment, write};
@@ -21,7 +23,7 @@ use crate::emit::gpu::ring::{Ring, Roles};
 use crate::emit::gpu::wgmma::{self, LINE, Left, Sums};
 use crate::emit::gpu::{Parts, special};
 use crate::error::CodegenError;
-use form::{BLOCK, Cut, Form, Operand, Pass, ROWS, STEP};
+use form::{BLOCK, Cut, Form, Operand, Pass, ROWS, STEP, Source};
 pub(super) use form::{forms, place};
 use pleach_ir::{Kernel, Sym};
 use pleach_plan::Expr;
@@ -45,14 +47,19 @@ pub(super) fn emit(
     let mut p = Pull::new(f, k, symbols);
     let size = [p.dim(f, a.m), p.dim(f, a.n)];
     let depths: Vec<Val> = form.passes.iter().map(|x| p.dim(f, x.depth)).collect();
+    let decodes = form.decodes();
     let ring = Ring::new(f, cut.stages, (0, cut.stage()), cut.barriers(), 4 * cut.consumers);
+    let ring = ring.with_writers(if decodes { Roles::WRITERS } else { 0 });
     let tiles = Tiles::new(f, &cut, &size);
-    let roles = Roles::new(f, cut.consumers);
+    let roles = Roles::new(f, cut.consumers).decoding(decodes);
     Ring::begin(f, &roles.tid, &[&ring], form.maps.len());
     roles.split(
         f,
         &mut p,
-        |f, _| produce(f, &form, &depths, &ring, &tiles),
+        |f, _, leads| match decodes {
+            true => decode::produce(f, a, &form, &ring, &tiles, [&roles.tid, leads]),
+            false => produce(f, &form, &depths, &ring, &tiles),
+        },
         |f, p, own| consume(f, p, a, &form, &depths, &ring, &tiles, [&roles.tid, own]),
     );
     p.finish()?;
@@ -117,24 +124,36 @@ fn produce(f: &mut Func, form: &Form, depths: &[Val], ring: &Ring, tiles: &Tiles
             let init: Vec<(Val, String)> = now.iter().map(|x| (x.clone(), "i64".to_string())).collect();
             now = f.for_(&zero, &turns, 1, &init, |f, t, now| {
                 let here = [&now[0], &now[1]];
-                let full = ring.refill(f, here, cut.left() + pass.parts.len() as i64 * cut.right());
-                let (base, step) = (ring.stage(f, here[0]), f.mulc(t, STEP));
-                let copy = |f: &mut Func, x: &Operand, lines: i64, at: i64, line: &Val| {
-                    let (line, step) = (f.addc(line, x.first[0]), f.addc(&step, x.first[1]));
-                    for i in 0..if x.along { 1 } else { lines / ROWS } {
-                        let (line, at) = (f.addc(&line, ROWS * i), f.addc(&base, at + BLOCK * i));
-                        ring.copy(f, x.map, if x.along { [&step, &line] } else { [&line, &step] }, &at, &full);
-                    }
-                };
-                copy(f, &pass.left, cut.rows(), 0, m);
-                for (i, part) in pass.parts.iter().enumerate() {
-                    copy(f, &part.right, cut.columns, cut.left() + i as i64 * cut.right(), n);
-                }
+                ring.freed(f, here);
+                let step = f.mulc(t, STEP);
+                copies(f, cut, pass, ring, here[0], [m, n, &step]);
                 ring.advance(f, here).to_vec()
             });
         }
         now
     });
+}
+
+/// Starts the copies of a pass into a free stage: of a tile's first row and column, and from a step of the sum on.
+fn copies(f: &mut Func, cut: &Cut, pass: &Pass, ring: &Ring, stage: &Val, [m, n, step]: [&Val; 3]) {
+    let rights = pass.parts.iter().enumerate().filter_map(|(i, x)| match &x.right {
+        Source::Copied(x) => Some((x, cut.left() + i as i64 * cut.right())),
+        Source::Decoded(_) => None,
+    });
+    let rights: Vec<(&Operand, i64)> = rights.collect();
+    let full = ring.announce(f, stage, cut.left() + rights.len() as i64 * cut.right());
+    let base = ring.stage(f, stage);
+    let copy = |f: &mut Func, x: &Operand, lines: i64, at: i64, line: &Val| {
+        let (line, step) = (f.addc(line, x.first[0]), f.addc(step, x.first[1]));
+        for i in 0..if x.along { 1 } else { lines / ROWS } {
+            let (line, at) = (f.addc(&line, ROWS * i), f.addc(&base, at + BLOCK * i));
+            ring.copy(f, x.map, if x.along { [&step, &line] } else { [&line, &step] }, &at, &full);
+        }
+    };
+    copy(f, &pass.left, cut.rows(), 0, m);
+    for (x, at) in rights {
+        copy(f, x, cut.columns, at, n);
+    }
 }
 
 /// A warpgroup that multiplies; `own` is its number.
@@ -162,7 +181,7 @@ fn consume(
         .map(|pass| pass.parts.iter().map(|x| x.scale.map(|s| p.eval(f, s, &[]))).collect())
         .collect();
     let within = f.remc(tid, 128);
-    let registers = if cut.consumers > 1 { Roles::MULTIPLIES } else { 255 / cut.resident() };
+    let registers = if cut.consumers > 1 { Roles::registers(form.decodes())[1] } else { 255 / cut.resident() };
     let batch = super::batch(p.k, a, registers, a.groups.len() as i64 * cut.columns / 2);
     let worker = Worker { ring, cut, leads, own: own.clone(), within, shared, sums };
     let init = Ring::start(f);
@@ -281,11 +300,12 @@ impl Worker<'_> {
         let mut out = sums.to_vec();
         for (i, (part, sum)) in pass.parts.iter().zip(&mut out).enumerate() {
             let right = f.i64(cut.left() + i as i64 * cut.right());
-            let right = descriptor(f, &right, part.right.along);
+            let along = part.right.along();
+            let right = descriptor(f, &right, along);
             for s in 0..steps {
                 let x = f.addc(&left, s * wgmma::step(pass.left.along));
-                let y = f.addc(&right, s * wgmma::step(part.right.along));
-                *sum = self.sums.multiply(f, &Left::Shared(&x, pass.left.along), (&y, part.right.along), Some(sum));
+                let y = f.addc(&right, s * wgmma::step(along));
+                *sum = self.sums.multiply(f, &Left::Shared(&x, pass.left.along), (&y, along), Some(sum));
             }
         }
         wgmma::commit(f);

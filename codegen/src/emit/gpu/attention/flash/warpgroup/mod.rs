@@ -215,7 +215,7 @@ fn block(x: &Flash<'_>, form: &Form, kernel: &Kernel, f: &mut Func, p: &mut Pull
     roles.split(
         f,
         &mut both,
-        |f, (b, p)| b.produce(f, p, kernel.turns),
+        |f, (b, p), _| b.produce(f, p, kernel.turns),
         |f, (b, p), own| {
             // Rows of this warpgroup, 16 for each of its warps.
             let offset = f.mulc(own, ROWS);

@@ -1,0 +1,82 @@
+//! Right operands in blocks of codes: what the threads of a block decode of a tile, a part of a step of the sum at a time.
+
+use super::{PIECE, Place, STEP, Side, THREADS};
+use crate::emit::func::{Func, Val};
+use crate::emit::gpu::contraction::operand::Operand;
+use crate::emit::gpu::launch::shared_store;
+use crate::emit::gpu::{blocks, wgmma};
+
+/// What a thread decodes of a tile: its codes, bytes from its first row there, and whether there is so much.
+pub(super) struct Share {
+    coded: blocks::Coded,
+    byte: i64,
+    some: Option<Val>,
+}
+
+impl Place {
+    /// Starts to read what this thread decodes of step `k0` of an operand in blocks: part `part` of so many.
+    pub(super) fn read(&self, f: &mut Func, s: &Side, [k0, depth]: [&Val; 2], [part, parts]: [i64; 2]) -> Vec<Share> {
+        let Operand::Codes(x) = &s.x else { return vec![] };
+        let pairs = if s.along { STEP } else { s.lines } / blocks::VALUES * blocks::PAIRS;
+        let rows = if s.along { s.lines } else { STEP };
+        let (row, rest) = (f.divc(&self.tid, pairs), f.remc(&self.tid, pairs));
+        let (block, pair) = (f.divc(&rest, blocks::PAIRS), f.remc(&rest, blocks::PAIRS));
+        let within = f.mulc(&block, blocks::VALUES);
+        let (line, step) = if s.along { (&row, &within) } else { (&within, &row) };
+        let (line, step) = (f.add(&self.block[1], line), f.add(k0, step));
+        let from = f.addc(&line, x.first);
+        let (of, along) = if s.along { (&from, &step) } else { (&step, &from) };
+        let number = f.divc(along, blocks::VALUES);
+        let place = x.blocks.block(f, of, &number);
+        // Hidden from LLVM, which would keep the places of all operands for all turns.
+        let hidden = wgmma::settled(f, &[line, step, place], "i64", "l");
+        let mut out = vec![];
+        // Rows of a turn: groups of 8, so that pieces of all turns are permuted alike.
+        let turn = THREADS / pairs;
+        for first in (0..rows).step_by(turn as usize).filter(|r| r / turn % parts == part) {
+            let (lines, steps) = if s.along { (first, 0) } else { (0, first) };
+            let (line, step) = (f.addc(&hidden[0], lines), f.addc(&hidden[1], steps));
+            let (a, b) = (f.cmp("slt", &line, &self.size[1]), f.cmp("slt", &step, depth));
+            let ok = f.op(format!("arith.andi {a}, {b} : i1"));
+            let place = f.addc(&hidden[2], x.blocks.distance(first, 0));
+            let coded = x.blocks.load(f, &place, &pair, Some(&ok));
+            let some = (first + turn > rows).then(|| {
+                let end = f.i64(rows - first);
+                f.cmp("slt", &row, &end)
+            });
+            out.push(Share { coded, byte: first * if s.along { STEP * 2 } else { s.lines * 2 }, some });
+        }
+        out
+    }
+
+    /// Writes to a stage what was read stands for.
+    pub(super) fn decode(&self, f: &mut Func, s: &Side, shares: &[Share], stage: &Val) {
+        let Operand::Codes(x) = &s.x else { return };
+        let pairs = if s.along { STEP } else { s.lines } / blocks::VALUES * blocks::PAIRS;
+        let (row, rest) = (f.divc(&self.tid, pairs), f.remc(&self.tid, pairs));
+        let (block, pair) = (f.divc(&rest, blocks::PAIRS), f.remc(&rest, blocks::PAIRS));
+        let piece = f.mulc(&block, blocks::VALUES / PIECE);
+        let piece = f.add(&piece, &pair);
+        let places = [0, blocks::APART].map(|n| {
+            let piece = f.addc(&piece, n);
+            let at = self.piece(f, s, &row, &piece);
+            let at = f.add(&at, stage);
+            f.addc(&at, s.start)
+        });
+        for share in shares {
+            let put = |f: &mut Func| {
+                for (pairs, place) in x.blocks.pairs(f, &share.coded).iter().zip(&places) {
+                    let at = f.addc(place, share.byte);
+                    let to = self.shared(f, &at);
+                    let list = pairs.iter().map(Val::to_string).collect::<Vec<_>>().join(", ");
+                    let x = f.op(format!("vector.from_elements {list} : vector<4xi32>"));
+                    shared_store(f, &x, &to, "vector<4xi32>", 16);
+                }
+            };
+            match &share.some {
+                Some(some) => f.if_(some, put),
+                None => put(f),
+            }
+        }
+    }
+}
