@@ -35,6 +35,10 @@ pub const LLAMA_3_8B: Shape =
 pub const SMOLLM2: Shape =
     Shape { name: "smollm2", hidden: 576, inner: 1536, heads: 9, kv_heads: 3, vocab: 49152, tied: true };
 
+/// A layer whose sizes are whole tiles, small enough to be executed as a whole.
+pub const WHOLE_TILES: Shape =
+    Shape { name: "whole-tiles", hidden: 256, inner: 512, heads: 4, kv_heads: 2, vocab: 512, tied: false };
+
 /// An opened folder, removed when dropped.
 #[derive(Debug)]
 pub struct Shaped {

@@ -137,6 +137,7 @@ impl<'a> Block<'a> {
                 return Err(self.deadlock());
             }
         }
+        [self.counts.shared_read, self.counts.shared_written] = self.sh.moved;
         counts.add(&self.counts);
         Ok(())
     }

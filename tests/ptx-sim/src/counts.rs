@@ -15,6 +15,14 @@ pub struct Counts {
     pub global_read: u64,
     /// Bytes written to global memory.
     pub global_written: u64,
+    /// Bytes of the different sectors (32 bytes) of global memory that a launch reads, and that it writes: what a cache that holds all
+    /// of them would move. Not known where not all blocks run.
+    pub sectors_read: u64,
+    pub sectors_written: u64,
+    /// Bytes read from shared memory and written to it, by copies and products too; what the warps of a warpgroup read together counts
+    /// for each of them.
+    pub shared_read: u64,
+    pub shared_written: u64,
     /// Floating-point operations of matrix instructions, a multiply and an add each.
     pub mma_flops: u64,
 }
@@ -33,6 +41,8 @@ impl Counts {
             &mut self.lane_instructions,
             &mut self.global_read,
             &mut self.global_written,
+            &mut self.shared_read,
+            &mut self.shared_written,
             &mut self.mma_flops,
         ];
         sums.into_iter().chain(self.by_opcode.values_mut()).for_each(scale);
@@ -44,6 +54,10 @@ impl Counts {
         self.lane_instructions += other.lane_instructions;
         self.global_read += other.global_read;
         self.global_written += other.global_written;
+        self.sectors_read += other.sectors_read;
+        self.sectors_written += other.sectors_written;
+        self.shared_read += other.shared_read;
+        self.shared_written += other.shared_written;
         self.mma_flops += other.mma_flops;
         for (k, n) in &other.by_opcode {
             *self.by_opcode.entry(k.clone()).or_default() += n;

@@ -203,6 +203,9 @@ impl Kernel {
             *counts.by_opcode.entry(self.opcodes[i.name as usize].clone()).or_default() += n;
         }
         counts.scale(blocks, blocks.div_ceil(step));
+        if step == 1 {
+            [counts.sectors_read, counts.sectors_written] = mem.sectors();
+        }
         Ok(counts)
     }
 }

@@ -8,6 +8,8 @@ const SHIFT: u32 = 36;
 const MASK: u64 = (1 << SHIFT) - 1;
 /// Several blocks have read the byte in this launch.
 const MANY: u16 = u16::MAX;
+/// Bytes that memory moves at once.
+const SECTOR: usize = 32;
 
 /// A device address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -30,6 +32,20 @@ struct Alloc {
     /// Per byte: block (+ 1, modulo) that wrote and read it in this launch. Empty until touched.
     writer: Vec<u16>,
     reader: Vec<u16>,
+    /// Per sector: was it read (1) or written (2) in this launch. Empty until touched.
+    sectors: Vec<u8>,
+}
+
+impl Alloc {
+    /// Some bytes are read (1) or written (2).
+    fn touch(&mut self, bytes: std::ops::Range<usize>, how: u8) {
+        if self.sectors.is_empty() {
+            self.sectors = vec![0; self.bytes.len().div_ceil(SECTOR)];
+        }
+        for s in &mut self.sectors[bytes.start / SECTOR..bytes.end.div_ceil(SECTOR)] {
+            *s |= how;
+        }
+    }
 }
 
 /// The device's global memory.
@@ -195,7 +211,14 @@ impl Memory {
         for a in &mut self.allocs {
             a.writer.fill(0);
             a.reader.fill(0);
+            a.sectors.fill(0);
         }
+    }
+
+    /// Bytes of the sectors that were read, and written, since the launch began.
+    pub(crate) fn sectors(&self) -> [u64; 2] {
+        let count = |how: u8| self.allocs.iter().flat_map(|a| &a.sectors).filter(|s| **s & how > 0).count();
+        [1, 2].map(|how| (count(how) * SECTOR) as u64)
     }
 
     /// The block whose accesses follow.
@@ -228,6 +251,7 @@ impl Memory {
         let (races, uninit, block) = (self.races, self.uninit, self.block);
         let a = &mut self.allocs[i];
         let r = off..off + len as usize;
+        a.touch(r.clone(), 1);
         if uninit && let Some(n) = a.init[r.clone()].iter().position(|x| !x) {
             return Err(Fault::Uninitialised { space: "global", address: address + n as u64 });
         }
@@ -255,6 +279,7 @@ impl Memory {
         let (races, block) = (self.races, self.block);
         let a = &mut self.allocs[i];
         let r = off..off + data.len();
+        a.touch(r.clone(), 2);
         if races && !atomic {
             if a.writer.is_empty() {
                 a.writer = vec![0; a.bytes.len()];

@@ -26,6 +26,8 @@ struct Cell {
 
 pub(crate) struct Shared {
     pub(crate) bytes: Vec<u8>,
+    /// Bytes read and written.
+    pub(crate) moved: [u64; 2],
     cells: Vec<Cell>,
     /// Sets of readers: (warp, lane or 32 for several, time).
     sets: Vec<Vec<(u8, u8, u32)>>,
@@ -44,6 +46,7 @@ impl Shared {
     pub(crate) fn new(bytes: usize, warps: usize, races: bool, uninit: bool) -> Shared {
         Shared {
             bytes: vec![0xff; bytes],
+            moved: [0; 2],
             cells: vec![Cell::default(); bytes.div_ceil(2)],
             sets: vec![vec![]],
             known: HashMap::new(),
@@ -100,6 +103,7 @@ impl Shared {
         (hold, proxy): (bool, bool),
     ) -> Result<usize, Fault> {
         let off = self.locate(address, len, align)?;
+        self.moved[0] += len;
         let time = if hold { UNDER_WAY } else { self.now };
         let mut last = (u32::MAX, 0);
         for at in off / 2..(off + len as usize).div_ceil(2) {
@@ -156,6 +160,7 @@ impl Shared {
         data: Option<&[u8]>,
     ) -> Result<usize, Fault> {
         let off = self.locate(address, len, align)?;
+        self.moved[1] += len;
         let same = data.is_some_and(|d| self.bytes[off..off + d.len()] == *d);
         let thread = (warp * 32) as u16 + lane.min(31) as u16;
         for at in off / 2..(off + len as usize).div_ceil(2) {

@@ -37,6 +37,11 @@ pub(crate) fn trials(trials: &mut Trials) {
         trials.add(format!("scatter/{name}"), move || scatter(mode, count));
     }
     trials.add("estimate", move || estimate(full));
+    for method in ["lora", "paca"] {
+        for chip in GpuChip::ALL {
+            trials.add(format!("executed/{method}/{}", chip.name()), move || executed(method, chip));
+        }
+    }
     if let Some(folder) = std::env::var_os("PLEACH_GPU_ESTIMATE") {
         for method in ["lora", "paca"] {
             for chip in GpuChip::ALL {
@@ -77,6 +82,24 @@ fn counts(method: &str, chip: GpuChip, file: &Path) -> Result<(), String> {
         "target": chip.name(), "classes": estimate::classes(&rows),
     });
     std::fs::write(file, format!("{out:#}\n")).map_err(|e| format!("{}: {e}", file.display()))
+}
+
+/// A training step of one layer of whole tiles, executed as a whole, beside the formulas of the estimate: operations of products are the same,
+/// and the sectors of memory that are touched are the operands and results, each once.
+#[allow(clippy::print_stdout, reason = "the table is what the numbers are looked up in")]
+fn executed(method: &str, chip: GpuChip) -> Result<(), String> {
+    let graph = pleach_tests::shaped::WHOLE_TILES.open(1)?.training(method, 32)?;
+    let options = Options { dtype: DType::BF16, ..Options::default() };
+    let c = pleach_tests::gpu::compile(&graph, &options, chip, Meta::default())?;
+    let (symbols, _) = alone::symbols([256, 1, 256]);
+    let rows = estimate::entries(&c, &["accumulate", "update"], &symbols, u64::MAX)?;
+    for r in &rows {
+        println!(
+            "{:40} {:?} flops {} mma {} bytes {} read {} written {}",
+            r.name, r.class, r.flops, r.counts.mma_flops, r.bytes, r.counts.sectors_read, r.counts.sectors_written
+        );
+    }
+    Ok(())
 }
 
 /// Rows set or added up where some indices are equal: of few, whose number is known, and of as many as there are tokens.
