@@ -5,7 +5,8 @@
 
 PLEACH names the binary, PLEACH_PTXAS the assembler (optional: registers and spills). For every plan: bounds by `pleach inspect --estimate`
 (operations and bytes of every kernel against what a machine reaches), planned memory at capacity, and what the assembler says. DIR has the
-simulator's counts: `PLEACH_GPU_ESTIMATE=DIR cargo test -p pleach-tests --features llvm --test trials -- gpu_sim/counts`. Needs no package.
+simulator's counts: `PLEACH_GPU_ESTIMATE=DIR cargo test -p pleach-tests --features llvm --test trials -- gpu_sim/counts`, then the same with
+`gpu_sim/executed`. Needs no package.
 """
 
 import argparse
@@ -131,6 +132,7 @@ def main():
                         over = bounds[machine, kind] / bounds[machine, "frozen"] - 1
                         overhead.append({"layers": layers, "what": kind, "machine": machine, "over_frozen": over})
     counts = [json.loads(f.read_text()) for f in sorted(a.counts.glob("counts-*.json"))] if a.counts else []
+    executed = [json.loads(f.read_text()) for f in sorted(a.counts.glob("executed-*.json"))] if a.counts else []
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
     out = {
         "what": "ESTIMATE from counts and limits of machines; nothing here was measured on a GPU",
@@ -144,10 +146,14 @@ def main():
             "where a kernel is not at its bound",
             "peft_formula_bytes: activations of eager modules, two f32 copies of the logits, f32 adapter with gradient and moments",
             "counts: blocks that the simulator ran, scaled; one sequence of 2048 tokens; bytes are those that blocks ask for, before any cache",
+            "executed: all blocks of a step of a small layer of whole tiles, where the operations of products and the bytes of different sectors "
+            "(sector_bytes) are held against the formulas that the bounds rest on",
         ],
         "command": "PLEACH_GPU_ESTIMATE=DIR cargo test -p pleach-tests --features llvm --test trials -- gpu_sim/counts; "
+                   "the same with gpu_sim/executed; "
                    "python3 benches/gpu/estimate.py benches/gpu/estimates/llama-3-8b.json --counts DIR",
         "steps": rows, "adapter_overhead": overhead, "memory": memory, "simulated_counts": counts,
+        "executed_in_the_simulator": executed,
     }
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps(out, indent=1) + "\n")

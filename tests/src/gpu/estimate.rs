@@ -6,7 +6,7 @@
 use super::{Compiled, How, Place};
 use crate::values;
 use pleach_ir::interp::Symbols;
-use pleach_ir::{Class, Sym};
+use pleach_ir::{Class, Kernel, Node, Op, Sym, ValueId};
 use pleach_ptx_sim::{Counts, Memory, Ptr};
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -26,6 +26,10 @@ pub struct Row {
     pub counts: Counts,
     /// Operations that its products need at least; 0 without products.
     pub flops: u64,
+    /// Those of its matrix products alone, by their sizes.
+    pub products: u64,
+    /// Bytes that its launches leave for each other, written and read.
+    pub between: u64,
     /// Bytes of operands and results, each once.
     pub bytes: u64,
 }
@@ -77,11 +81,14 @@ pub fn entries(c: &Compiled, names: &[&str], symbols: &Symbols, sample: u64) -> 
             let sum = out.entry(kernel).or_insert_with(|| Row {
                 counts: Counts::default(),
                 flops: 0,
+                products: 0,
+                between: 0,
                 bytes: 0,
                 ..one.clone()
             });
             (0..times).for_each(|_| sum.counts.add(&one.counts));
             (sum.flops, sum.bytes) = (sum.flops + times * one.flops, sum.bytes + times * one.bytes);
+            (sum.products, sum.between) = (sum.products + times * one.products, sum.between + times * one.between);
         }
     }
     Ok(out.into_values().collect())
@@ -117,13 +124,69 @@ fn row(c: &Compiled, i: usize, symbols: &Symbols, sample: u64) -> Result<Row, St
     let counts = c.sampled(&mut mem, i, &buffers, &place, &env, sample)?;
     let products = matches!(k.class, Class::Contraction | Class::Attention);
     let flops = if products { size(&p.flops)? } else { 0 };
-    Ok(Row { name: p.symbol.clone(), class: k.class, counts, flops, bytes: size(&p.bytes)? })
+    let launches = p.launches.iter().map(|l| l.runs(&env)).filter(|r| matches!(r, Ok(true))).count();
+    let between = if launches > 1 { 2 * size(&p.scratch_bytes)? } else { 0 };
+    let products = matrix_products(k, symbols);
+    Ok(Row { name: p.symbol.clone(), class: k.class, counts, flops, products, between, bytes: size(&p.bytes)? })
 }
 
+/// Operations of the matrix products of a kernel's body: a multiply and an add for every step of every element's sum.
+fn matrix_products(k: &Kernel, symbols: &Symbols) -> u64 {
+    let (body, live) = (&k.body, k.body.live());
+    let size = |v: ValueId| values::shape(body.ty(v), symbols);
+    let one = |n: &Node| match n.op {
+        Op::MatMul { ta, .. } => {
+            let left = size(n.inputs[0]);
+            2 * values::shape(&n.ty, symbols).iter().product::<u64>() * left[left.len() - if ta { 2 } else { 1 }]
+        }
+        _ => 0,
+    };
+    body.nodes.iter().zip(&live).filter(|x| *x.1).map(|x| one(x.0)).sum()
+}
+
+/// What is executed of rows that were executed as a whole, beside the formulas, kernel by kernel.
+///
+/// # Errors
+/// The kernels for which both differ.
+pub fn agree(c: &Compiled, rows: &[Row]) -> Result<(), String> {
+    let mut faults = vec![];
+    for r in rows {
+        let k = c.plan.kernels.iter().position(|k| k.symbol == r.name).map(|i| &c.schedule.kernels[i]);
+        let k = k.ok_or_else(|| format!("no kernel {}", r.name))?;
+        let columns = k.body.roots.first().and_then(|v| k.body.ty(v.value).shape.last()?.known()).unwrap_or(1);
+        let mma = r.counts.mma_flops;
+        // Of fewer columns than a tile has, all of the tile is computed.
+        let most = r.products * columns.next_multiple_of(TILE) / columns.max(1);
+        if r.class == Class::Contraction && !(r.products..=most).contains(&mma) {
+            faults.push(format!("{}: {mma} operations are executed, {} to {most} by the formula", r.name, r.products));
+        }
+        let (moved, bytes) = (r.counts.sectors_read + r.counts.sectors_written, r.bytes + r.between);
+        // The gradients of attention read all operands in each of their launches; numbers alone take a sector each.
+        let gradient = k.body.nodes.iter().any(|n| matches!(n.op, Op::AttentionGrad { .. }));
+        let most = if gradient { 2.0 } else { 1.0 + SLACK } * bytes as f64;
+        // Columns that are picked may share what memory moves at once.
+        let picks = |n: &Node| match n.op {
+            Op::Gather { axis } | Op::Scatter { axis, .. } => axis > 0 && usize::from(axis) + 1 == n.ty.rank(),
+            _ => false,
+        };
+        let least = if k.body.nodes.iter().any(picks) { 0.5 } else { 1.0 - SLACK } * bytes as f64;
+        let numbers = 32 * (k.operands.len() + k.results.len() + 1) as u64;
+        if moved + numbers < least as u64 || moved > most as u64 + numbers {
+            faults.push(format!("{}: {moved} bytes are moved, {bytes} by the formula", r.name));
+        }
+    }
+    if faults.is_empty() { Ok(()) } else { Err(faults.join("\n")) }
+}
+
+/// Columns of the narrowest tile that all products of more columns have whole ones of.
+const TILE: u64 = 128;
+/// How far the bytes of the different sectors may be from the formula's.
+const SLACK: f64 = 0.02;
+
 /// The rows by class, as JSON: operations of matrix instructions and those needed, bytes that blocks ask for and those that have to
-/// move, warp instructions.
+/// move, by formula, and of different sectors (0 where not all blocks ran), bytes of shared memory, warp instructions.
 pub fn classes(rows: &[Row]) -> serde_json::Value {
-    let mut sums: BTreeMap<String, [u64; 7]> = BTreeMap::new();
+    let mut sums: BTreeMap<String, [u64; 11]> = BTreeMap::new();
     for r in rows {
         let sum = sums.entry(format!("{:?}", r.class).to_lowercase()).or_default();
         let own = [
@@ -134,13 +197,20 @@ pub fn classes(rows: &[Row]) -> serde_json::Value {
             r.bytes,
             r.counts.warp_instructions,
             r.counts.of("mma.sync") + r.counts.of("wgmma.mma_async"),
+            r.counts.sectors_read + r.counts.sectors_written,
+            r.counts.shared_read,
+            r.counts.shared_written,
+            r.bytes + r.between,
         ];
         sum.iter_mut().zip(own).for_each(|(s, n)| *s += n);
     }
-    let row = |(class, [mma, flops, read, written, bytes, instructions, products]): (&String, &[u64; 7])| {
+    let row = |(class, sums): (&String, &[u64; 11])| {
+        let [mma, flops, read, written, bytes, instructions, products, sectors, shared_read, shared_written, formula] =
+            sums;
         serde_json::json!({
             "class": class, "mma_flops": mma, "needed_flops": flops, "mma_instructions": products, "bytes_read": read,
-            "bytes_written": written, "floor_bytes": bytes, "warp_instructions": instructions,
+            "bytes_written": written, "floor_bytes": bytes, "formula_bytes": formula, "sector_bytes": sectors,
+            "shared_bytes_read": shared_read, "shared_bytes_written": shared_written, "warp_instructions": instructions,
             "issue_ms": *instructions as f64 / PEAK[2] * 1e3,
         })
     };

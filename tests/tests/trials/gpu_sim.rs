@@ -86,20 +86,21 @@ fn counts(method: &str, chip: GpuChip, file: &Path) -> Result<(), String> {
 
 /// A training step of one layer of whole tiles, executed as a whole, beside the formulas of the estimate: operations of products are the same,
 /// and the sectors of memory that are touched are the operands and results, each once.
-#[allow(clippy::print_stdout, reason = "the table is what the numbers are looked up in")]
 fn executed(method: &str, chip: GpuChip) -> Result<(), String> {
     let graph = pleach_tests::shaped::WHOLE_TILES.open(1)?.training(method, 32)?;
     let options = Options { dtype: DType::BF16, ..Options::default() };
     let c = pleach_tests::gpu::compile(&graph, &options, chip, Meta::default())?;
     let (symbols, _) = alone::symbols([256, 1, 256]);
     let rows = estimate::entries(&c, &["accumulate", "update"], &symbols, u64::MAX)?;
-    for r in &rows {
-        println!(
-            "{:40} {:?} flops {} mma {} bytes {} read {} written {}",
-            r.name, r.class, r.flops, r.counts.mma_flops, r.bytes, r.counts.sectors_read, r.counts.sectors_written
-        );
-    }
-    Ok(())
+    estimate::agree(&c, &rows)?;
+    let Some(folder) = std::env::var_os("PLEACH_GPU_ESTIMATE") else { return Ok(()) };
+    let file = Path::new(&folder).join(format!("executed-whole-tiles-1-{method}-r32.{}.json", chip.name()));
+    let out = serde_json::json!({
+        "what": "executed in the simulator, all blocks of every launch, and held against the formulas; not a measurement",
+        "model": "whole-tiles, 1 layer", "method": method, "rank": 32, "dtype": "bf16", "tokens": 256, "sequences": 1,
+        "target": chip.name(), "classes": estimate::classes(&rows),
+    });
+    std::fs::write(&file, format!("{out:#}\n")).map_err(|e| format!("{}: {e}", file.display()))
 }
 
 /// Rows set or added up where some indices are equal: of few, whose number is known, and of as many as there are tokens.

@@ -28,7 +28,7 @@ use super::{bytes_expr, dim_expr, unsupported};
 use crate::error::CodegenError;
 pub use chip::GpuChip;
 pub use form::{Form, NoForm, Units};
-use pleach_ir::{AttentionAttrs, BlockFormat, Class, Dim, Kernel, Layout, Op, Sym, ValueId};
+use pleach_ir::{AttentionAttrs, BlockFormat, Class, Dim, Kernel, Layout, Op, ScatterMode, Sym, ValueId};
 use pleach_plan::{ByLibrary, Expr, Launch};
 
 /// Buffers that a kernel may have: parameters of an entry take at most 4096 bytes.
@@ -182,8 +182,11 @@ fn pairs(k: &Kernel, symbols: &[Sym], a: &AttentionAttrs, inputs: &[ValueId]) ->
     Ok(dim_expr(k, queries, symbols)?.mul(seen).mul(width))
 }
 
-/// Bytes of operands and results, each once. Of an operand that only rows are taken of, those; of a result that lies over an operand
-/// and has rows set, what is set.
+/// Bytes that memory moves at once.
+const SECTOR: u64 = 32;
+
+/// Bytes of operands and results, each once. Of an operand that only parts are taken of, those; of a result that lies over an operand
+/// and has parts set, what is set. Columns lie apart: an element of theirs takes what memory moves at once.
 fn bytes(k: &Kernel, symbols: &[Sym]) -> Result<Expr, CodegenError> {
     let body = &k.body;
     // What lies in blocks takes as many bytes as these, and a part of it the same share of its own.
@@ -193,6 +196,18 @@ fn bytes(k: &Kernel, symbols: &[Sym]) -> Result<Expr, CodegenError> {
             Layout::Blocks(format) => bytes.mul(format.bytes()).ceil_div(BlockFormat::VALUES * body.ty(v).dtype.size()),
             _ => bytes,
         })
+    };
+    // A part of a value that a node picks or sets along an axis of it.
+    let picked = |node: ValueId, of: ValueId, part: ValueId, layout: Layout| -> Result<Expr, CodegenError> {
+        let (own, rank) = (size(part, layout)?, body.ty(of).rank());
+        let axis = match body.node(node).op {
+            Op::Gather { axis } | Op::Scatter { axis, .. } => usize::from(axis),
+            _ => return Ok(own),
+        };
+        if rank < 2 || axis + 1 < rank || layout != Layout::RowMajor {
+            return Ok(own);
+        }
+        Ok(own.mul(SECTOR).ceil_div(body.ty(of).dtype.size()).min(size(of, layout)?))
     };
     let (live, all) = (body.live(), body.users());
     let set = |v: ValueId| match &body.node(v).op {
@@ -205,18 +220,26 @@ fn bytes(k: &Kernel, symbols: &[Sym]) -> Result<Expr, CodegenError> {
         let taken = |u: &ValueId| matches!(body.node(*u).op, Op::Gather { .. }) && body.node(*u).inputs[0] == v;
         let over = k.aliases.contains(&Some(i as u32));
         let written = |u: &ValueId| over && set(*u).is_some() && body.node(*u).inputs[0] == v;
+        // What is added to has to be read.
+        let adds = |u: &&ValueId| matches!(body.node(**u).op, Op::Scatter { mode: ScatterMode::Add, .. });
+        let added: Vec<ValueId> = users.iter().filter(adds).copied().collect();
         let layout = k.operands[i];
-        let part = |list: &[ValueId]| list.iter().try_fold(Expr::Const(0), |e, u| Ok(e.add(size(*u, layout)?)));
+        let part = |list: &[ValueId]| {
+            let one = |e: Expr, u: &ValueId| Ok(e.add(picked(*u, v, set(*u).unwrap_or(*u), layout)?));
+            list.iter().try_fold(Expr::Const(0), one)
+        };
         let own = match () {
             () if !users.is_empty() && users.iter().all(taken) => size(v, layout)?.min(part(&users)?),
-            () if !users.is_empty() && users.iter().all(written) => Expr::Const(0),
+            () if !users.is_empty() && users.iter().all(written) => part(&added)?.min(size(v, layout)?),
             () => size(v, layout)?,
         };
         sum = sum.add(own);
     }
     for ((r, over), layout) in body.roots.iter().zip(&k.aliases).zip(&k.results) {
-        let written = set(r.value).filter(|_| over.is_some());
-        sum = sum.add(size(written.unwrap_or(r.value), *layout)?);
+        sum = sum.add(match set(r.value).filter(|_| over.is_some()) {
+            Some(part) => picked(r.value, r.value, part, *layout)?,
+            None => size(r.value, *layout)?,
+        });
     }
     Ok(sum)
 }
