@@ -1,5 +1,6 @@
 //! What can be asked for: commands, flags and their spelling. No work is done here.
 
+mod numbers;
 mod tools;
 #[cfg(feature = "models")]
 mod train;
@@ -11,17 +12,6 @@ pub(crate) use tools::*;
 #[cfg(feature = "models")]
 pub(crate) use train::*;
 
-/// Workers at most: each has scratch memory and a stack of its own.
-const WORKERS: usize = 1024;
-
-fn workers(s: &str) -> Result<usize, String> {
-    match s.parse() {
-        Ok(n) if n <= WORKERS => Ok(n),
-        Ok(_) => Err(format!("at most {WORKERS} workers; 0 means one per core")),
-        Err(_) => Err("is no whole number".into()),
-    }
-}
-
 /// Compiles models with adapters into one plan, and runs it.
 #[derive(Debug, Parser)]
 #[command(name = "pleach", version, about, subcommand_required = true, arg_required_else_help = true)]
@@ -30,7 +20,7 @@ pub(crate) struct Cli {
     #[arg(long, global = true)]
     pub quiet: bool,
     /// Workers; 0 means one per core
-    #[arg(long, global = true, value_name = "N", default_value_t = 0, value_parser = workers)]
+    #[arg(long, global = true, value_name = "N", default_value_t = 0, value_parser = numbers::workers)]
     pub threads: usize,
     /// What to do.
     #[command(subcommand)]

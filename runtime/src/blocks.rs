@@ -154,6 +154,9 @@ pub(crate) fn stand(weights: &dyn TensorSource, params: &[Param], threads: usize
     }
 }
 
+/// Bytes of elements that are compared before pages are given back.
+const PART: usize = 4 << 20;
+
 /// The first of these tensors, by name, whose blocks do not expand to exactly its elements: other bits, another shape or
 /// type, no blocks or no tensor. Pages that are read are given back, tensor by tensor. Every `every`-th row is looked at: 1
 /// proves that all are the same.
@@ -201,7 +204,17 @@ fn same(weights: &dyn TensorSource, name: &str, every: usize) -> bool {
     };
     let width = b.shape[1].max(1) as usize;
     let rows = b.bytes.chunks_exact(width).zip(t.bytes.chunks_exact(width / size * VALUES * 4));
-    fits && rows.step_by(every.max(1)).all(|(blocks, elements)| row(blocks, elements))
+    // A large tensor goes part by part: whoever compares may have a session's memory already.
+    let mut read = 0;
+    fits && rows.step_by(every.max(1)).all(|(blocks, elements)| {
+        read += elements.len();
+        if read > PART {
+            read = 0;
+            weights.release(name);
+            weights.release_blocks(name);
+        }
+        row(blocks, elements)
+    })
 }
 
 /// The values of a block of [`BlockFormat::bytes`] bytes.

@@ -158,11 +158,15 @@ fn workers(wish: usize) -> usize {
     if wish == 0 { std::thread::available_parallelism().map_or(1, usize::from) } else { wish }
 }
 
-/// True for a tensor that kernels of the host can read where the file is mapped.
+/// True for a tensor that kernels of the host can read where the file is mapped, and that is large enough to.
 pub(crate) fn in_place(p: &Param, weights: &dyn TensorSource, name: &str) -> bool {
     // Blocks are read byte by byte.
     let step = if matches!(p.layout, pleach_plan::Layout::Blocks(_)) { 1 } else { 4 };
-    stored(weights, p, name).is_some_and(|t| t.dtype == p.dtype && (t.bytes.as_ptr() as usize).is_multiple_of(step))
+    stored(weights, p, name).is_some_and(|t| {
+        t.dtype == p.dtype
+            && t.bytes.len() >= weights.worth_in_place()
+            && (t.bytes.as_ptr() as usize).is_multiple_of(step)
+    })
 }
 
 /// The sum an owned parameter counts for.

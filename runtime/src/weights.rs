@@ -47,6 +47,11 @@ pub trait TensorSource: Send + Sync {
     }
     /// As [`TensorSource::release`], of its blocks.
     fn release_blocks(&self, _name: &str) {}
+    /// Bytes from which on a tensor is worth being read where it lies: one read of a mapped file may bring in more than a small
+    /// tensor around it.
+    fn worth_in_place(&self) -> usize {
+        0
+    }
 }
 
 /// The weights of a session. They stay mapped as long as a session uses them.
@@ -218,6 +223,10 @@ impl TensorSource for Files {
         if let Some((_, map)) = self.files.get(p.file) {
             give_back(map, &p.bytes);
         }
+    }
+
+    fn worth_in_place(&self) -> usize {
+        64 << 10
     }
 
     fn blocks(&self, name: &str) -> std::result::Result<Blocks<'_>, String> {

@@ -35,12 +35,6 @@ impl FromStr for Size {
     }
 }
 
-/// A number that is neither infinite nor none.
-fn finite(s: &str) -> Result<f64, String> {
-    let x: f64 = s.parse().map_err(|_| "is no number".to_owned())?;
-    if x.is_finite() { Ok(x) } else { Err("must be finite".into()) }
-}
-
 /// An adapter method with its options, by PEFT's names.
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct MethodArgs {
@@ -54,13 +48,13 @@ pub(crate) struct MethodArgs {
     #[arg(long, alias = "lora-r", value_name = "R", help_heading = "Method")]
     pub r: Option<u64>,
     /// The scale is alpha / r
-    #[arg(long, value_name = "A", help_heading = "Method", value_parser = finite, conflicts_with_all = ["lora_alpha", "paca_alpha"])]
+    #[arg(long, value_name = "A", help_heading = "Method", value_parser = super::numbers::finite, conflicts_with_all = ["lora_alpha", "paca_alpha"])]
     pub alpha: Option<f64>,
     /// The same as --alpha, for the LoRA family
-    #[arg(long, value_name = "A", help_heading = "Method", value_parser = finite)]
+    #[arg(long, value_name = "A", help_heading = "Method", value_parser = super::numbers::finite)]
     pub lora_alpha: Option<f64>,
     /// The same as --alpha, for PaCA
-    #[arg(long, value_name = "A", help_heading = "Method", value_parser = finite)]
+    #[arg(long, value_name = "A", help_heading = "Method", value_parser = super::numbers::finite)]
     pub paca_alpha: Option<f64>,
     /// Regular expression for whole module paths, comma list of names, or all-linear
     #[arg(long, alias = "lora-target-modules", value_name = "SPEC", help_heading = "Method")]
@@ -93,7 +87,7 @@ pub(crate) struct MethodArgs {
     #[arg(long, value_name = "NAME", help_heading = "Method")]
     pub init_lora_weights: Option<String>,
     /// Dropout; only 0
-    #[arg(long, value_name = "P", help_heading = "Method", value_parser = finite)]
+    #[arg(long, value_name = "P", help_heading = "Method", value_parser = super::numbers::finite)]
     pub lora_dropout: Option<f64>,
     /// How PaCA chooses columns: random, weight_norm, gradient_norm
     #[arg(long, value_name = "HOW", help_heading = "Method")]

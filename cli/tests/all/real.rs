@@ -124,3 +124,36 @@ fn trained_columns_keep_less_in_smollm2() {
         assert!(columns.0 <= 0.75 * without_rules.0, "{dtype}: {columns:?}, {without_rules:?} without rewriting");
     }
 }
+
+/// What training takes is what was planned, but for the program itself and what it keeps beside the session: 20 MB and a hundredth.
+#[cfg(target_os = "linux")]
+#[test]
+fn planned_memory_is_what_training_smollm2_takes() {
+    let gguf = root("models/smollm2.gguf");
+    if !gguf.is_file() {
+        println!("skipped: models/smollm2.gguf is not there, run `make models`");
+        return;
+    }
+    let folder = Folder::new("smollm2-memory");
+    let pleach = Pleach::new(&folder);
+    let model = text(&folder.join("smollm2"));
+    pleach.ok(&["import", &text(&gguf), "--out", &model, "--quiet"]);
+    // Files that were just written lie in the page cache in large pieces, of which one read maps all; read anew they do not.
+    for file in ["model.safetensors", "blocks/model.safetensors"] {
+        let file = format!("{model}/{file}");
+        std::fs::File::open(&file).unwrap().sync_all().unwrap();
+        let dropped =
+            std::process::Command::new("dd").args([&format!("if={file}"), "iflag=nocache", "count=0"]).output();
+        assert!(dropped.unwrap().status.success());
+    }
+    for (method, dtype) in [("lora", "bf16"), ("dora", "bf16"), ("paca", "f32")] {
+        let head = ["bench", "train", &model, "--method", method, "--dtype", dtype, "--r", "16", "--steps", "1"];
+        let tail = ["--target-modules", "all-linear", "--batch", "4", "--max-length", "128", "--json", "--quiet"];
+        let said = pleach.ok(&[&head[..], &tail].concat());
+        let v: serde_json::Value = serde_json::from_str(&said).unwrap();
+        let bytes = |k: &str| v[k].as_f64().unwrap();
+        let (planned, peak) = (bytes("planned_peak_bytes"), bytes("peak_rss_bytes"));
+        println!("{method} {dtype}: {:.1} MB over {:.1} MB planned", (peak - planned) / 1e6, planned / 1e6);
+        assert!(peak >= 0.9 * planned && peak - planned <= 20e6 + 0.01 * planned, "{method} {dtype}: {peak} {planned}");
+    }
+}
