@@ -277,3 +277,36 @@ fn an_estimate_says_what_it_is() {
     g.cpu.ok(&["compile", &g.model, "-o", &plan, "--quiet"]);
     assert!(g.cpu.fails(2, &["inspect", &plan, "--estimate"]).contains("sm_80 or sm_90a"));
 }
+
+/// What every launch of a plan takes of a multiprocessor, as the assembler says.
+#[test]
+#[allow(clippy::print_stderr, reason = "a test that is skipped says so")]
+fn the_assembler_tells_what_launches_take() {
+    let g = Gpu::new("resources");
+    let plan = g.file("a.pleach");
+    g.cpu.ok(&[&["compile", &g.model, "--target", "sm_90a", "-o", &plan, "--quiet"][..], &TRAIN].concat());
+    let launches = |v: &Value| -> Vec<Value> {
+        v["kernels"].as_array().unwrap().iter().flat_map(|k| k["gpu"].as_array().unwrap().clone()).collect()
+    };
+    // Nothing to ask.
+    let alone = g.cpu.with_env(&[("PLEACH_PTXAS", ""), ("PATH", "/nonexistent")]);
+    let text = alone.ok(&["inspect", &plan, "--kernels"]);
+    assert!(text.contains("registers and spills are known where ptxas is"), "{text}");
+    let v = json(&alone.ok(&["inspect", &plan, "--json", "--kernels"]));
+    assert!(launches(&v).len() > 10 && launches(&v).iter().all(|l| l.get("registers").is_none()), "{v}");
+    let Some(program) = pleach_codegen::ptxas::find() else {
+        eprintln!("skipped: there is no ptxas; set PLEACH_PTXAS or run `make setup`");
+        return;
+    };
+    let asks = g.cpu.with_env(&[("PLEACH_PTXAS", &program.display().to_string())]);
+    let text = asks.ok(&["inspect", &plan, "--kernels"]);
+    assert!(text.contains("registers") && !text.contains("known where ptxas is"), "{text}");
+    let v = json(&asks.ok(&["inspect", &plan, "--json", "--kernels"]));
+    for l in launches(&v) {
+        let number = |key: &str| l[key].as_u64().unwrap_or_else(|| panic!("{key}: {l}"));
+        // All threads of a block have room in a multiprocessor's registers.
+        assert!(number("registers") >= 8 && number("registers") * number("threads") <= 65536, "{l}");
+        assert_eq!(number("spilled_bytes"), 0, "{l}");
+        assert!(text.contains(l["function"].as_str().unwrap()), "{l}: {text}");
+    }
+}

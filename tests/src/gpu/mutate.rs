@@ -33,6 +33,13 @@ pub const CHANGES: [(&str, Change); 8] = [
     ("a bound is one too large", |t| swap(t, "setp.ge.s64", "setp.gt.s64")),
 ];
 
+/// Errors that one could make where weights in blocks of codes are decoded. 0x7541 picks the second byte of a word.
+pub const DECODING: [(&str, Change); 3] = [
+    ("another code is taken", |t| swap(t, ", 0x7541U;", ", 0x7542U;")),
+    ("what is decoded is written 16 bytes further on", |t| shifted(t, "\tst.shared.v4")),
+    ("codes are read 16 bytes further on", |t| shifted(t, "\tld.global.nc.b16")),
+];
+
 fn swap(t: &str, from: &str, to: &str) -> Option<String> {
     t.contains(from).then(|| t.replacen(from, to, 1))
 }

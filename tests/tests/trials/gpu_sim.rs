@@ -8,7 +8,7 @@ use pleach_ir::{Class, DType, Sym};
 use pleach_passes::Options;
 use pleach_plan::Meta;
 use pleach_tests::gpu::cases::{Case, From};
-use pleach_tests::gpu::mutate::{CHANGES, survey};
+use pleach_tests::gpu::mutate::{CHANGES, DECODING, survey};
 use pleach_tests::gpu::{alone, attention, estimate};
 use pleach_tests::{fixtures, training};
 use std::collections::BTreeSet;
@@ -159,10 +159,13 @@ fn estimate(full: bool) -> Result<(), String> {
 fn mutations(trials: &mut Trials) {
     let Ok(list) = list(false) else { return };
     let cases: Vec<Case> =
-        list.into_iter().skip(1).take(2).map(|from| Case::new(from, DType::BF16, GpuChip::Sm80)).collect();
-    let cases = Arc::new(cases);
-    for (name, change) in CHANGES {
-        let cases = cases.clone();
+        list.iter().skip(1).take(2).map(|from| Case::new(from.clone(), DType::BF16, GpuChip::Sm80)).collect();
+    let in_blocks = |from: From, chip: GpuChip| Case::in_blocks(from, DType::BF16, chip);
+    let coded = list.iter().filter(|f| f.name() == "llama-tiny+lora-r4");
+    let coded: Vec<Case> = coded.flat_map(|f| GpuChip::ALL.map(|chip| in_blocks(f.clone(), chip))).collect();
+    let (cases, coded) = (Arc::new(cases), Arc::new(coded));
+    let all = CHANGES.map(|c| (c, cases.clone())).into_iter().chain(DECODING.map(|c| (c, coded.clone())));
+    for ((name, change), cases) in all {
         trials.add(format!("mutation/{name}"), move || {
             let (mut places, mut unseen) = (0, vec![]);
             for c in cases.iter() {
