@@ -6,8 +6,7 @@ use crate::contraction::Build;
 use crate::kit::noise;
 use crate::simulated::{Ran, simulate_stored};
 use pleach_codegen::compile::supported_gpu;
-use pleach_codegen::emit::gpu::{self, GpuChip};
-use pleach_codegen::{mlir, ptxas};
+use pleach_codegen::emit::gpu::GpuChip;
 use pleach_ir::interp::Tensor;
 use pleach_ir::{BinaryOp, BlockFormat, Class, DType, Dim, Kernel, Layout, Op, Sym, UnaryOp};
 
@@ -202,26 +201,5 @@ fn large_kernels_over_blocks_fit_into_registers() {
         let kernel = picking(DType::BF16, format, (49152, 576));
         kernels.push(Kernel { name: format!("rows_{}", format.name()), ..kernel });
     }
-    for chip in GpuChip::ALL {
-        let emitted: Vec<_> = kernels.iter().map(|k| gpu::emit(k, &[Sym::T], chip).unwrap()).collect();
-        let ptx = mlir::compile_ptx(&gpu::module(emitted.iter().map(|e| e.text.as_str())), chip.name()).unwrap();
-        let all = ptxas::assemble(&assembler, ptx.as_bytes(), chip.name()).unwrap();
-        let mut faults = vec![];
-        for l in emitted.iter().flat_map(|e| &e.launches) {
-            let r = all[&l.function];
-            let at = format!(
-                "{} {}: {} threads, {} + {} shared, {r:?}",
-                chip.name(),
-                l.function,
-                l.block,
-                l.shared_bytes,
-                r.shared
-            );
-            eprintln!("{at}");
-            if r.spills > 0 || r.stack > 0 {
-                faults.push(at);
-            }
-        }
-        assert!(faults.is_empty(), "{}", faults.join("\n"));
-    }
+    crate::resources::no_spills(&assembler, &kernels);
 }

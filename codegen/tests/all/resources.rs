@@ -4,6 +4,7 @@ use crate::simulated::Build;
 use pleach_codegen::emit::gpu::{self, GpuChip};
 use pleach_codegen::{mlir, ptxas};
 use pleach_ir::{Class, DType, Dim, Kernel, Op, Sym, UnaryOp};
+use std::path::Path;
 
 const T: Dim = Dim::Symbol(Sym::T);
 
@@ -88,22 +89,25 @@ fn products_of_a_large_model() {
         gradient("gradient_up", 16, 4096),
         gradient("gradient_full", 4096, 4096),
     ];
+    no_spills(&assembler, &kernels);
+}
+
+/// Assembles kernels for every chip; none may keep registers in memory.
+pub(crate) fn no_spills(assembler: &Path, kernels: &[Kernel]) {
+    let mut faults = vec![];
     for chip in GpuChip::ALL {
         let emitted: Vec<_> = kernels.iter().map(|k| gpu::emit(k, &[Sym::T], chip).unwrap()).collect();
         let ptx = mlir::compile_ptx(&gpu::module(emitted.iter().map(|e| e.text.as_str())), chip.name()).unwrap();
-        let all = ptxas::assemble(&assembler, ptx.as_bytes(), chip.name()).unwrap();
+        let all = ptxas::assemble(assembler, ptx.as_bytes(), chip.name()).unwrap();
         for l in emitted.iter().flat_map(|e| &e.launches) {
             let r = all[&l.function];
-            let at = format!(
-                "{} {}: {} threads, {} + {} shared, {r:?}",
-                chip.name(),
-                l.function,
-                l.block,
-                l.shared_bytes,
-                r.shared
-            );
+            let (shared, own) = (l.shared_bytes, r.shared);
+            let at = format!("{} {}: {} threads, {shared} + {own} shared, {r:?}", chip.name(), l.function, l.block);
             eprintln!("{at}");
-            assert!(r.spills == 0 && r.stack == 0, "{at}");
+            if r.spills > 0 || r.stack > 0 {
+                faults.push(at);
+            }
         }
     }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
