@@ -38,6 +38,7 @@ pub(super) enum Pivot {
 }
 
 /// The search, over requests of positive size and length.
+#[derive(Clone)]
 pub(super) struct Branch {
     size: Vec<u64>,
     span: Vec<Range<usize>>,

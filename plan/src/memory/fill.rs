@@ -11,55 +11,46 @@
 //! that covers it is longer. Then what lies beside the stretch, with nothing above it, is taken out again, and something
 //! takes its place that covers the section.
 //!
-//! That succeeds or not by chance, and a lift once made is not made good. So the height is gone through in steps, and one
-//! that costs is done again, with other prices of crowded sections, from where it began or from before.
-//!
-//! Suits many requests whose lives cross at random, of which stacking makes gaps.
+//! What is shorter than all that is left over a section cannot be filled there. So stretches are kept wide: one a little below its
+//! neighbour is lifted to it at once where room is to spare.
 
-use super::Request;
-use super::branch::sections;
 use super::skyline::{Peaks, Skyline, Stretch, Waiting};
 use std::ops::Range;
 
-/// Steps of the height.
-const STEPS: u64 = 25;
-/// How far from its share of the height a section is crowded: prices are high below it. The first is for all steps, the others for
-/// steps done again.
-const CROWDED: [f64; 7] = [0.01, 0.003, 0.03, 0.02, 0.006, 0.05, 0.015];
-/// How many steps before one that costs the tries with the other prices begin.
-const BACK: [usize; 6] = [0, 0, 1, 1, 2, 2];
-/// What is over the bound (one in so many) and does no harm.
-const SPARE: u64 = 500;
+/// A stretch is lifted at once by no more than this part of the mean size.
+const LITTLE: u64 = 10;
 /// So often one request is taken out again, and so many of them on either side of a stretch.
 const OUT: u8 = 8;
 const BESIDE: usize = 2;
 /// Requests looked at to take the place of what is taken out.
 const TRIED: u64 = 1000;
-/// Work of a request that is placed, beyond what is looked at and a part of the sections that it covers; of a copy of a request.
+/// Work of a request that is placed, beyond what is looked at and a part of the sections that it covers.
 const PLACED: u64 = 60;
 const COVERED: usize = 16;
-const COPIED: u64 = 4;
-/// Work of all steps that are done again: for each request, and at least.
-const AGAIN: u64 = 500;
-const LEAST: u64 = 3_000_000;
 
 const NONE: u32 = u32::MAX;
 
 /// What does not change.
-struct Given {
-    size: Vec<u64>,
-    span: Vec<Range<usize>>,
-    target: u64,
+pub(super) struct Given {
+    pub(super) size: Vec<u64>,
+    pub(super) span: Vec<Range<usize>>,
+    /// A total that is good enough.
+    pub(super) target: u64,
+    /// The mean size.
+    pub(super) mean: u64,
+    /// Room (one in so many of what is left of the height) that is spared when a stretch is lifted at once.
+    pub(super) spared: u64,
 }
 
 /// What is placed so far.
 #[derive(Clone)]
-struct Filled {
-    peaks: Peaks,
+pub(super) struct Filled {
+    /// For every section the height that it will have at least.
+    pub(super) peaks: Peaks,
     waiting: Waiting,
     skyline: Skyline,
-    offsets: Vec<u64>,
-    left: usize,
+    pub(super) offsets: Vec<u64>,
+    pub(super) left: usize,
     /// For every section what lies topmost, if nothing was given up above it.
     top: Vec<u32>,
     /// How often each was taken out.
@@ -77,87 +68,22 @@ struct Instead {
     right: usize,
 }
 
-/// Offsets of requests of positive size and length, of which `bound` is the least total; `None` when that takes more than the work
-/// that is left.
-pub(super) fn fill(list: &[Request], bound: u64, work: &mut u64) -> Option<Vec<u64>> {
-    let (span, count) = sections(list);
-    let load = loads(list, &span, count);
-    let given =
-        Given { size: list.iter().map(|r| r.size).collect(), span, target: bound.saturating_add(bound / SPARE) };
-    let prices = CROWDED.map(|near| prices(&load, given.target, near));
-    let mut before = vec![Filled {
-        peaks: Peaks::new(&load),
-        waiting: Waiting::new(&given.span, count),
-        skyline: Skyline::new(count),
-        offsets: vec![0; list.len()],
-        left: list.len(),
-        top: vec![NONE; count],
-        out: vec![0; list.len()],
-    }];
-    let mut again = LEAST.max(AGAIN * list.len() as u64);
-    for step in 1.. {
-        let until = if step < STEPS { given.target / STEPS * step } else { u64::MAX };
-        let from = |back: usize| before[before.len().saturating_sub(1 + back)].clone();
-        let mut best = from(0);
-        let reached = best.peaks.most().max(given.target);
-        if !best.advance(&given, &prices[0], until, work) {
-            return None;
-        }
-        for (price, back) in prices[1..].iter().zip(BACK) {
-            if best.peaks.most() <= reached {
-                break;
-            }
-            again = again.saturating_sub(COPIED * list.len() as u64);
-            let mut other = from(back);
-            if !other.advance(&given, price, until, &mut again) {
-                break;
-            }
-            if other.peaks.most() < best.peaks.most() {
-                best = other;
-            }
-        }
-        if best.left == 0 || until == u64::MAX {
-            return Some(best.offsets);
-        }
-        if before.len() > BACK[BACK.len() - 1] {
-            before.remove(0);
-        }
-        before.push(best);
-    }
-    None
-}
-
-/// The sum of sizes alive in each section.
-fn loads(list: &[Request], span: &[Range<usize>], count: usize) -> Vec<u64> {
-    let mut load = vec![0u64; count + 1];
-    let mut ends = vec![0u64; count + 1];
-    for (r, s) in list.iter().zip(span) {
-        load[s.start] = load[s.start].saturating_add(r.size);
-        ends[s.end] = ends[s.end].saturating_add(r.size);
-    }
-    let mut live = 0u64;
-    for (l, e) in load.iter_mut().zip(&ends) {
-        live = live.saturating_add(*l).saturating_sub(*e);
-        *l = live;
-    }
-    load.truncate(count);
-    load
-}
-
-/// Sums of the prices of all sections before each: the more, the less room is to spare.
-fn prices(load: &[u64], target: u64, near: f64) -> Vec<f64> {
-    let mut sums = vec![0.0];
-    let mut sum = 0.0;
-    for l in load {
-        sum += 1.0 / (target.saturating_sub(*l) as f64 / target.max(1) as f64 + near);
-        sums.push(sum);
-    }
-    sums
-}
-
 impl Filled {
+    /// Nothing yet; `load` is what is alive in each section.
+    pub(super) fn new(given: &Given, load: &[u64]) -> Filled {
+        Filled {
+            peaks: Peaks::new(load),
+            waiting: Waiting::new(&given.span, load.len()),
+            skyline: Skyline::new(load.len()),
+            offsets: vec![0; given.size.len()],
+            left: given.size.len(),
+            top: vec![NONE; load.len()],
+            out: vec![0; given.size.len()],
+        }
+    }
+
     /// Fills until the lowest stretch is as high as `until`. `false` when that takes more than the work that is left.
-    fn advance(&mut self, given: &Given, price: &[f64], until: u64, work: &mut u64) -> bool {
+    pub(super) fn advance(&mut self, given: &Given, price: &[f64], until: u64, work: &mut u64) -> bool {
         while self.left > 0 {
             let Some(k) = self.skyline.lowest() else { break };
             let Stretch { from, to, height, before, after, .. } = self.skyline.stretch(k);
@@ -165,12 +91,18 @@ impl Filled {
                 break;
             }
             let (peak, section) = self.peaks.peak(&(from..to));
+            let up = self.skyline.height(before).min(self.skyline.height(after));
+            let room = given.target.saturating_sub(given.target.saturating_sub(height) / given.spared);
+            if up != u64::MAX && up - height <= given.mean / LITTLE && peak.saturating_add(up - height) < room {
+                *work = work.saturating_sub(PLACED);
+                self.lift(k, up);
+                continue;
+            }
             let found = self.best(from..to, section, price, work);
             *work = work.saturating_sub(PLACED);
             if *work == 0 {
                 return false;
             }
-            let up = self.skyline.height(before).min(self.skyline.height(after));
             let covers = found.is_some_and(|i| given.span[i as usize].contains(&section));
             // The stretch is lifted in the end when nothing covers the section.
             let lifted = if up == u64::MAX { 0 } else { peak.saturating_add(up - height) };
@@ -187,12 +119,18 @@ impl Filled {
                 if up == u64::MAX {
                     break;
                 }
-                self.top[from..to].fill(NONE);
-                self.peaks.raise(&(from..to), up - height);
-                self.skyline.replace(k, &mut [(from, to, up)]);
+                self.lift(k, up);
             }
         }
         true
+    }
+
+    /// Gives up the room of a stretch up to a neighbour's height.
+    fn lift(&mut self, k: usize, up: u64) {
+        let Stretch { from, to, height, .. } = self.skyline.stretch(k);
+        self.top[from..to].fill(NONE);
+        self.peaks.raise(&(from..to), up - height);
+        self.skyline.replace(k, &mut [(from, to, up)]);
     }
 
     /// Places a request in a stretch, which begins and ends at sections of so much height.
@@ -347,64 +285,5 @@ impl Filled {
         }
         *work = work.saturating_sub(5 * tried);
         choice
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::{check, lower_bound};
-    use super::*;
-
-    fn random(n: usize, seed: u64) -> Vec<Request> {
-        let mut x = seed | 1;
-        let mut draw = |below: u64| {
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^= x << 17;
-            (x >> 11) % below
-        };
-        (0..n)
-            .map(|_| {
-                let (a, b) = (draw(100_000), draw(100_000));
-                Request { first: a.min(b), last: a.max(b) + 1, size: 1 + draw(1_000_000) }
-            })
-            .collect()
-    }
-
-    #[test]
-    fn crossing_lives_fill_to_the_bound() {
-        let list = random(3000, 7);
-        let bound = lower_bound(&list);
-        let offsets = fill(&list, bound, &mut 50_000_000).expect("enough work");
-        let total = check(&list, &offsets).expect("no two share a byte");
-        assert!(total - bound <= bound / 200, "{total} over {bound}");
-    }
-
-    #[test]
-    fn few_requests_and_none() {
-        let fill = |list: &[Request]| fill(list, lower_bound(list), &mut 10_000);
-        assert_eq!(fill(&[]), Some(vec![]));
-        let r = |first, last, size| Request { first, last, size };
-        // Two in turn below one that lives through both.
-        let list = [r(0, 2, 5), r(2, 4, 5), r(0, 4, 3)];
-        assert_eq!(check(&list, &fill(&list).unwrap_or_default()), Ok(8));
-        // Apart in time: nothing is above anything.
-        let list = [r(0, 2, 5), r(7, 9, 6)];
-        assert_eq!(fill(&list), Some(vec![0, 0]));
-    }
-
-    #[test]
-    fn work_runs_out() {
-        let mut work = 50;
-        let list = random(3000, 7);
-        assert_eq!(fill(&list, lower_bound(&list), &mut work), None);
-        assert_eq!(work, 0);
-    }
-
-    #[test]
-    fn sizes_beyond_the_range_saturate() {
-        let r = Request { first: 0, last: 3, size: u64::MAX / 2 + 1 };
-        let offsets = fill(&[r, r, r], u64::MAX, &mut 10_000).unwrap_or_default();
-        assert!(check(&[r, r, r], &offsets).is_err());
     }
 }

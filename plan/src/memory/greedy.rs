@@ -18,7 +18,12 @@ pub(super) struct Draw(u64);
 
 impl Draw {
     pub(super) fn new() -> Draw {
-        Draw(0x2545_F491_4F6C_DD1D)
+        Draw::number(0)
+    }
+
+    /// One of several.
+    pub(super) fn number(n: u64) -> Draw {
+        Draw(0x2545_F491_4F6C_DD1D ^ n << 32)
     }
 
     fn next(&mut self) -> u64 {

@@ -12,10 +12,12 @@ mod fill;
 mod greedy;
 mod order;
 mod portfolio;
+mod repair;
 mod skyline;
 mod solve;
 mod sort;
 mod stack;
+mod steps;
 mod sweep;
 mod ways;
 

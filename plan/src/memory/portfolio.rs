@@ -7,6 +7,7 @@
 use super::Request;
 use super::branch::{Branch, Found, Pivot, sections};
 use super::greedy::{Draw, lg};
+use super::solve::beside;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -40,13 +41,15 @@ pub(super) struct Hunt {
 }
 
 impl Hunt {
-    pub(super) fn new() -> Hunt {
+    /// With a sequence of numbers of its own.
+    pub(super) fn new(number: u64) -> Hunt {
         let fresh = arms().into_iter();
-        Hunt { draw: Draw::new(), fresh, tried: vec![], turn: 0, round: 0, seen: BTreeSet::new() }
+        Hunt { draw: Draw::number(number), fresh, tried: vec![], turn: 0, round: 0, seen: BTreeSet::new() }
     }
 }
 
 /// Searches over the requests that are alive at some time.
+#[derive(Clone)]
 pub(super) struct Portfolio {
     /// Position of each request among all of them.
     at: Vec<usize>,
@@ -187,10 +190,18 @@ impl Portfolio {
         offsets
     }
 
+    /// The total that the last search found.
+    fn top(&self) -> u64 {
+        let tops = (0..self.at.len()).map(|k| self.height + self.branch.offset[k] + self.branch.size(k));
+        tops.max().unwrap_or(self.height)
+    }
+
     /// Tries capacities between one that failed and what is reached, by halves, with so much work at each and in all. What is reached
-    /// falls, what failed and what is proven rise.
+    /// falls, what failed and what is proven rise. A twin searches beside it, on another
+    /// thread if there may be one.
     pub(super) fn descend(
         &mut self,
+        mut twin: Option<(&mut Portfolio, bool)>,
         (failed, proven): (&mut u64, &mut u64),
         total: &mut u64,
         (each, all): (u64, u64),
@@ -206,10 +217,26 @@ impl Portfolio {
             if target <= *failed || *total - *failed < *total / 1000 {
                 break;
             }
-            match self.lower(&mut Hunt::new(), target, each, proven, stop) {
-                Some(offsets) => {
-                    let tops = (0..self.at.len()).map(|k| self.height + self.branch.offset[k] + self.branch.size(k));
-                    *total = tops.max().unwrap_or(self.height).max(*proven).min(target);
+            let search = |p: &mut Portfolio, number: u64, stop: &AtomicBool| {
+                let mut least = target;
+                let found = p.lower(&mut Hunt::new(number), target, each, &mut least, stop);
+                // What is refuted is so for both.
+                (found.is_some() || least > target).then(|| found.map(|offsets| (p.top(), offsets)))
+            };
+            let (a, b) = match &mut twin {
+                Some((twin, threads)) => beside(*threads, || search(self, 0, stop), |stop| search(twin, 1, stop)),
+                None => (search(self, 0, stop), None),
+            };
+            let found = match a.or(b) {
+                Some(None) => {
+                    *proven = (*proven).max(target + self.grain);
+                    None
+                }
+                found => found.flatten(),
+            };
+            match found {
+                Some((top, offsets)) => {
+                    *total = top.max(*proven).min(target);
                     best = Some(offsets);
                 }
                 None => *failed = target,

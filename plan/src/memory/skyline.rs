@@ -38,6 +38,15 @@ impl Peaks {
         self.most[1]
     }
 
+    /// The sum of each section.
+    pub(super) fn all(&self, count: usize) -> Vec<u64> {
+        let mut add = vec![0u64; 2 * self.leaves];
+        for v in 2..2 * self.leaves {
+            add[v] = add[v / 2].saturating_add(self.add[v / 2]);
+        }
+        (self.leaves..self.leaves + count).map(|v| add[v].saturating_add(self.most[v])).collect()
+    }
+
     /// Adds to all of a range.
     pub(super) fn raise(&mut self, of: &Range<usize>, by: u64) {
         self.raise_below(1, 0..self.leaves, of, by);
@@ -105,18 +114,21 @@ pub(super) struct Skyline {
     stretches: Vec<Stretch>,
     /// By height, then from the left; entries of stretches that are no more are skipped.
     lowest: BinaryHeap<Reverse<(u64, usize, usize)>>,
+    /// Numbers of stretches that are no more.
+    free: Vec<usize>,
 }
 
 impl Skyline {
     pub(super) fn new(count: usize) -> Skyline {
         let all = Stretch { from: 0, to: count, height: 0, before: NONE, after: NONE, alive: true };
-        Skyline { stretches: vec![all], lowest: BinaryHeap::from([Reverse((0, 0, 0))]) }
+        Skyline { stretches: vec![all], lowest: BinaryHeap::from([Reverse((0, 0, 0))]), free: vec![] }
     }
 
     /// The lowest stretch, which stays.
     pub(super) fn lowest(&mut self) -> Option<usize> {
-        while let Some(Reverse((height, _, k))) = self.lowest.peek().copied() {
-            if self.stretches[k].alive && self.stretches[k].height == height {
+        while let Some(Reverse((height, from, k))) = self.lowest.peek().copied() {
+            let s = &self.stretches[k];
+            if s.alive && (s.height, s.from) == (height, from) {
                 return Some(k);
             }
             self.lowest.pop();
@@ -134,8 +146,13 @@ impl Skyline {
     }
 
     fn push(&mut self, from: usize, to: usize, height: u64, before: usize) -> usize {
-        let id = self.stretches.len();
-        self.stretches.push(Stretch { from, to, height, before, after: NONE, alive: true });
+        let stretch = Stretch { from, to, height, before, after: NONE, alive: true };
+        let id = self.free.pop().unwrap_or(self.stretches.len());
+        if id < self.stretches.len() {
+            self.stretches[id] = stretch;
+        } else {
+            self.stretches.push(stretch);
+        }
         if before != NONE {
             self.stretches[before].after = id;
         }
@@ -143,20 +160,25 @@ impl Skyline {
         id
     }
 
+    fn remove(&mut self, k: usize) {
+        self.stretches[k].alive = false;
+        self.free.push(k);
+    }
+
     /// Replaces a stretch by parts from left to right, joined to neighbours of equal height.
     pub(super) fn replace(&mut self, k: usize, parts: &mut [(usize, usize, u64)]) {
         let Stretch { mut before, mut after, .. } = self.stretches[k];
-        self.stretches[k].alive = false;
+        self.remove(k);
         let Some(first) = parts.first_mut() else { return };
         if self.height(before) == first.2 && before != NONE {
             first.0 = self.stretches[before].from;
-            self.stretches[before].alive = false;
+            self.remove(before);
             before = self.stretches[before].before;
         }
         let Some(last) = parts.last_mut() else { return };
         if self.height(after) == last.2 && after != NONE {
             last.1 = self.stretches[after].to;
-            self.stretches[after].alive = false;
+            self.remove(after);
             after = self.stretches[after].after;
         }
         for &mut (from, to, height) in parts {
@@ -171,7 +193,7 @@ impl Skyline {
     /// A stretch loses sections at one of its ends to the neighbour there; what is left of it.
     pub(super) fn cut(&mut self, k: usize, s: &Range<usize>) {
         let Stretch { from, to, height, before, after, .. } = self.stretches[k];
-        self.stretches[k].alive = false;
+        self.remove(k);
         let (left, right) = if s.start <= from && to <= s.end {
             (before, after)
         } else {

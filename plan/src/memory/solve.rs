@@ -2,7 +2,7 @@
 //!
 //! Where there is little slack, what ends and what begins tells nearly all, so beams along time find a placement (see [`super::sweep`]);
 //! else the depth-first search does better (see [`super::portfolio`]). Neither says early that it will fail. So both run beside each
-//! other, a little of each, then more, on two threads. Each is bounded by counts, and where both find something the beams count: the
+//! other, a little of each, then more, on two threads. Where a total is wanted that leaves room to spare two depth-first searches do. Each is bounded by counts, and where both find something the beams count: the
 //! result is the same on every machine, and with one thread.
 
 use super::greedy::Search;
@@ -26,6 +26,8 @@ const LAST: u64 = 80_000_000;
 /// Requests up to which the depth-first search is tried, and from which on there are two threads.
 const DEEP: usize = 600;
 pub(super) const WIDE: usize = 40;
+/// A total so much (one in so many) above the bound leaves room to spare.
+const ROOMY: u64 = 50;
 
 /// The best placement so far, and the least total that is not refuted.
 pub(super) struct Best {
@@ -64,7 +66,7 @@ fn both<A, B: Send>(
 }
 
 /// As [`both`]; the second is told to stop as soon as the first has found something, and counts only where it has not.
-fn beside<A, B: Send>(
+pub(super) fn beside<A, B: Send>(
     threads: bool,
     first: impl FnOnce() -> Option<A>,
     second: impl FnOnce(&AtomicBool) -> Option<B> + Send,
@@ -106,7 +108,7 @@ pub(super) fn solve(requests: &[Request], goal: Option<u64>, effort: u64, thread
     let beam = |directions: &[bool], stop: &AtomicBool| sweep(bound, 0..1, directions, &mut (FIRST * effort), stop);
     if let Some(p) = &mut portfolio {
         let mut proven = p.grain(bound);
-        let second = |stop: &AtomicBool| p.lower(&mut Hunt::new(), proven, BRIEF, &mut proven, stop);
+        let second = |stop: &AtomicBool| p.lower(&mut Hunt::new(0), proven, BRIEF, &mut proven, stop);
         let (a, b) = beside(threads, || beam(&[false, true], &never), second);
         best.proven = proven;
         best.take(requests, a.or(b));
@@ -116,7 +118,9 @@ pub(super) fn solve(requests: &[Request], goal: Option<u64>, effort: u64, thread
     }
     let wanted = goal.map_or(bound, |g| g.max(bound));
     let mut failed = best.proven;
-    let mut hunt = Hunt::new();
+    let (mut hunt, mut other) = (Hunt::new(0), Hunt::new(1));
+    let mut twin = portfolio.clone();
+    let roomy = wanted > bound.saturating_add(bound / ROOMY);
     let (mut left, mut left_too) = (0, 0);
     for (round, (beams, along, deep)) in ROUNDS.into_iter().enumerate() {
         if best.total <= wanted.max(best.proven) {
@@ -126,7 +130,11 @@ pub(super) fn solve(requests: &[Request], goal: Option<u64>, effort: u64, thread
         let both: &[bool] = if portfolio.is_some() { &[false, true] } else { &[false] };
         left += along * effort;
         left_too += along * effort;
-        let first = || if refuted { None } else { sweep(wanted, beams.clone(), both, &mut left, &never) };
+        let first = || match &mut twin {
+            _ if refuted => None,
+            Some(p) if roomy => p.lower(&mut other, wanted, deep, &mut { bound }, &never),
+            _ => sweep(wanted, beams.clone(), both, &mut left, &never),
+        };
         let Some(p) = &mut portfolio else {
             let (a, b) = beside(threads, first, |stop| sweep(wanted, beams.clone(), &[true], &mut left_too, stop));
             best.take(requests, a.or(b));
@@ -135,13 +143,13 @@ pub(super) fn solve(requests: &[Request], goal: Option<u64>, effort: u64, thread
         let (mut proven, mut total) = (best.proven, best.total);
         let second = |stop: &AtomicBool| {
             if wanted == bound && (round >= DESCEND || refuted) {
-                let found = p.descend((&mut failed, &mut proven), &mut total, (EACH, LAST), stop);
+                let found = p.descend(None, (&mut failed, &mut proven), &mut total, (EACH, LAST), stop);
                 return Some((found, proven));
             }
             let target = wanted.max(proven);
             if wanted == bound {
                 // From the start again it gets further: what failed is remembered.
-                hunt = Hunt::new();
+                hunt = Hunt::new(0);
             }
             Some((p.lower(&mut hunt, target, deep, &mut proven, stop), proven))
         };
@@ -155,16 +163,23 @@ pub(super) fn solve(requests: &[Request], goal: Option<u64>, effort: u64, thread
     if best.total <= best.proven || goal.is_some_and(|g| best.total <= g) {
         return;
     }
-    let (mut proven, mut total) = (best.proven, best.total);
-    let first = || portfolio.as_mut()?.descend((&mut failed, &mut proven), &mut total, (EACH, LAST), &never);
-    let second = || {
+    if let Some(p) = &mut portfolio {
+        let (mut proven, mut total) = (best.proven, best.total);
+        let found = p.descend(
+            twin.as_mut().map(|t| (t, threads)),
+            (&mut failed, &mut proven),
+            &mut total,
+            (EACH, LAST),
+            &never,
+        );
+        best.proven = proven;
+        best.take(requests, found);
+    }
+    if portfolio.is_none() {
         let (_, order) = search.improve(greedy, order, bound, effort);
-        Some(search.offsets_of(&order))
-    };
-    let (a, b) = both(threads, first, second);
-    best.proven = proven;
-    best.take(requests, a);
-    best.take(requests, b);
+        let offsets = search.offsets_of(&order);
+        best.take(requests, Some(offsets));
+    }
 }
 
 #[cfg(test)]

@@ -2,22 +2,32 @@
 //!
 //! What is alive within another's time is stacked without loss when the longer one goes first, which is what training
 //! makes of a model. A tree over the sections of time keeps the heights, so an order costs `n log n`, however many
-//! requests are alive at once. Where that does not reach the bound they are filled from below (see [`super::fill`]).
+//! requests are alive at once. Where that does not reach the bound they are filled from below (see [`super::steps`]); many are in
+//! two ways on two threads, and what is still not near the bound is repaired (see [`super::repair`]).
 
 use super::Request;
 use super::branch::sections;
-use super::fill::fill;
 use super::greedy::lg;
+use super::repair::repair;
+use super::solve::beside;
+use super::steps::fill;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
+use std::sync::atomic::AtomicBool;
 
 /// Looks at waiting requests of all skylines at most.
 const LOOKS: u64 = 5_000_000;
 /// So many requests are not tried further once they are within a thousandth of the bound.
 pub(super) const MANY: usize = 5000;
-/// Work of filling from below.
+/// Work of filling from below, and of a repair.
 const WORK: u64 = 60_000_000;
+const REPAIRED: u64 = 3_500_000;
+/// Over the bound (one in so many) many requests are near it: they are repaired where they are not.
+const NEAR: u64 = 334;
+/// Room spared by each of two ways to fill many, and what is crowded for the repair after it. Few are lifted only when they must be.
+const WAYS: [(u64, f64); 2] = [(32, 0.01), (64, 0.1)];
+const ALL: u64 = 1;
 
 /// Heights over sections: the largest of a range, and one height for a range.
 struct Heights {
@@ -102,10 +112,9 @@ pub(super) fn stack(requests: &[Request], bound: u64) -> (u64, Vec<u64>) {
         order
     };
     let mut looks = 0;
-    let mut work = WORK;
     let _ = take(pile(&list, &span, count, &order(keys[0])))
         // Lives that cross at random leave gaps in every stack.
-        || fill(&list, bound, &mut work).is_some_and(&mut take)
+        || filled(&list, bound).into_iter().flatten().any(&mut take)
         || keys[1..].iter().any(|key| take(pile(&list, &span, count, &order(key))))
         || list.len() <= MANY
             && keys.iter().any(|key| take(lowest(&list, &span, count, &order(key), &mut looks)));
@@ -114,6 +123,33 @@ pub(super) fn stack(requests: &[Request], bound: u64) -> (u64, Vec<u64>) {
         offsets[*i as usize] = o;
     }
     (best.0, offsets)
+}
+
+/// Offsets filled from below: of few in one way, of many in two unless the first comes near the bound.
+fn filled(list: &[Request], bound: u64) -> [Option<Vec<u64>>; 2] {
+    let near = bound.saturating_add(bound / NEAR);
+    let never = AtomicBool::new(false);
+    if list.len() <= MANY {
+        return [fill(list, bound, ALL, &mut { WORK }, &never), None];
+    }
+    let way = |(spared, crowded): (u64, f64), stop: &AtomicBool| {
+        let offsets = fill(list, bound, spared, &mut { WORK }, stop)?;
+        if top(list, &offsets) <= near {
+            return Some(offsets);
+        }
+        repair(list, &offsets, near, crowded, &mut { REPAIRED }, stop).or(Some(offsets))
+    };
+    let mut far = None;
+    let first = || {
+        let offsets = way(WAYS[0], &never)?;
+        if top(list, &offsets) > near {
+            far = Some(offsets);
+            return None;
+        }
+        Some(offsets)
+    };
+    let (a, b) = beside(true, first, |stop| way(WAYS[1], stop));
+    [a.or(far), b]
 }
 
 /// One past the last byte.
