@@ -90,9 +90,44 @@ impl Tree {
         }
     }
 
-    /// Makes the items of a set, which is not empty, stand side by side and puts `new` in their place. `None` if they
+    /// Makes the items of a set, which has so many and is not empty, stand side by side and puts `new` in their place. `None` if they
     /// cannot.
-    pub(super) fn replace(self, set: &[bool], new: Tree) -> Option<(Tree, Run)> {
+    pub(super) fn replace(mut self, set: &[bool], count: usize, new: Tree) -> Option<(Tree, Run)> {
+        let mut path = vec![];
+        self.path(set, count, &mut path);
+        let mut at = &mut self;
+        for k in path.into_iter().rev() {
+            let Tree::Node(_, kids) = at else { break };
+            at = &mut kids[k];
+        }
+        let (tree, run) = std::mem::replace(at, Tree::Leaf(0)).replace_here(set, new)?;
+        *at = tree;
+        Some((self, run))
+    }
+
+    /// How many items of a set there are, up to all; the way to the lowest subtree with all of them, from its end.
+    fn path(&self, set: &[bool], count: usize, path: &mut Vec<usize>) -> usize {
+        let Tree::Node(_, kids) = self else {
+            let Tree::Leaf(i) = self else { return 0 };
+            return usize::from(set[*i as usize]);
+        };
+        let mut sum = 0;
+        for (k, kid) in kids.iter().enumerate() {
+            let found = kid.path(set, count, path);
+            if found == count {
+                path.push(k);
+                return count;
+            }
+            sum += found;
+            if sum == count {
+                break;
+            }
+        }
+        sum
+    }
+
+    /// As [`Tree::replace`], where no child has all items of the set.
+    fn replace_here(self, set: &[bool], new: Tree) -> Option<(Tree, Run)> {
         let (fixed, mut kids) = match self {
             Tree::Node(fixed, kids) => (fixed, kids),
             leaf => return Some((new, Run { trees: vec![leaf], beside: None })),
@@ -100,15 +135,6 @@ impl Tree {
         let shares: Vec<Share> = kids.iter().map(|k| k.share(set)).collect();
         let touched: Vec<usize> = (0..kids.len()).filter(|k| shares[*k] != Share::None).collect();
         let (a, b) = (*touched.first()?, *touched.last()?);
-        if a == b {
-            let (kid, run) = if shares[a] == Share::All {
-                (new, Run { trees: vec![kids[a].clone()], beside: None })
-            } else {
-                std::mem::replace(&mut kids[a], Tree::Leaf(0)).replace(set, new)?
-            };
-            kids[a] = kid;
-            return Some((Tree::Node(fixed, kids), run));
-        }
         if touched.len() == kids.len() && shares.iter().all(|s| *s == Share::All) {
             return Some((new, Run { trees: vec![Tree::Node(fixed, kids)], beside: None }));
         }
@@ -326,7 +352,7 @@ mod tests {
                 }
                 let beside = |o: &Vec<u32>| o.windows(size).any(|w| w.iter().all(|i| set[*i as usize]));
                 suit.retain(beside);
-                let reduced = tree.clone().replace(&set, Tree::Leaf(7));
+                let reduced = tree.clone().replace(&set, size, Tree::Leaf(7));
                 assert_eq!(reduced.is_some(), !suit.is_empty());
                 let Some((without, run)) = reduced else {
                     refused += 1;

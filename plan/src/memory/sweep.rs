@@ -253,7 +253,7 @@ impl Sweep<'_> {
     fn replaced(&mut self, tree: &Tree, items: &[u32], new: Tree) -> Option<(Tree, Run)> {
         self.set.resize(self.size.len(), false);
         items.iter().for_each(|i| self.set[*i as usize] = true);
-        let out = tree.clone().replace(&self.set, new);
+        let out = tree.clone().replace(&self.set, items.len(), new);
         items.iter().for_each(|i| self.set[*i as usize] = false);
         out
     }
