@@ -103,7 +103,67 @@ fn cases() -> Vec<Case> {
         }
     }
     many(&mut add);
+    held_out(&mut add);
     out
+}
+
+/// Kinds of which the planner was not tuned on any.
+fn held_out(add: Add<'_>) {
+    const N: usize = 20_000;
+    let anywhere: Draw<'_> = &Random::unit;
+    let normal = |r: &mut Random| (0..12).map(|_| r.unit()).sum::<f64>() - 6.0;
+    let any = |r: &mut Random| 1.0 + r.unit() * 1e6;
+    for seed in 200..203 {
+        let mut other = |name: &str, times: u64, draws: (Draw<'_>, Draw<'_>, Draw<'_>)| {
+            add(&format!("untuned, 20,000, {name}"), format!("{seed}"), clocked(N, seed, times, draws), None);
+        };
+        other(
+            "log lives, log sizes",
+            300_000,
+            (anywhere, &|r| (-5.5 + normal(r)).exp(), &|r| (r.unit() * 12.0).exp2() * 256.0),
+        );
+        other(
+            "exponential 1/100, of 64",
+            80_000,
+            (anywhere, &exponential(0.01), &|r| 64.0 * (1.0 + r.below(512) as f64)),
+        );
+        other("exponential 1/40, any size", 1_000_000, (anywhere, &exponential(0.025), &any));
+        other(
+            "to a thirtieth, powers of two",
+            200_000,
+            (anywhere, &|r| r.unit() / 30.0, &|r| f64::from(256u32 << r.below(10))),
+        );
+        other(
+            "to a hundredth, 12 classes",
+            5_000,
+            (anywhere, &|r| r.unit() * 0.01, &|r| f64::from(3u32 << r.below(12)) * 512.0),
+        );
+        other(
+            "squares of lives, of 4096",
+            1_000_000,
+            (anywhere, &|r| 0.05 * r.unit().powi(2), &|r| 4096.0 * (1.0 + (8.0 * r.unit().powi(3) * 32.0).floor())),
+        );
+        // Calls within calls: a life lies within that of its caller.
+        let mut random = Random(seed);
+        let mut list = vec![];
+        let mut calls = vec![(0u64, 1u64 << 40)];
+        while list.len() < N {
+            let k = random.below(calls.len() as u64) as usize;
+            let (first, last) = calls[k];
+            let (a, b) = (first + random.below(last - first), first + random.below(last - first));
+            let (first, last) = (a.min(b), a.max(b) + 1);
+            list.push(Request { first, last, size: 64 * (1 + random.below(2000)) });
+            calls.push((first, last));
+        }
+        add("untuned, 20,000, calls", format!("{seed}"), list, None);
+        // Layers whose lives and sizes vary.
+        let mut list = layers(N + 300, seed);
+        for r in &mut list {
+            r.last += random.below(6);
+            r.size += 64 * random.below(1 + r.size / 640);
+        }
+        add("untuned, 20,000, layers that vary", format!("{seed}"), list, None);
+    }
 }
 
 /// The length of a life drawn from an exponential distribution.

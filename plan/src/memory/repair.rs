@@ -14,8 +14,9 @@ use std::collections::BinaryHeap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Sections between two lists of what is alive.
+/// Sections between two lists of what is alive, at least, and about how long all of these are at most.
 const EACH: usize = 64;
+const LISTED: usize = 2_000_000;
 /// Work of a step beyond the requests looked at.
 const STEP: u64 = 300;
 /// How hard each is beyond what its size and its time make it, as a part of the mean; how much harder one is that lost its place.
@@ -29,7 +30,8 @@ struct Alive {
     by_start: Vec<u32>,
     /// Number of requests that begin before each section.
     before: Vec<u32>,
-    /// What is alive in some sections, and where the list of each begins.
+    /// What is alive in some sections, so far apart, and where the list of each begins.
+    each: usize,
     lists: Vec<u32>,
     at: Vec<usize>,
 }
@@ -41,15 +43,16 @@ impl Alive {
         let mut before = vec![0u32; count + 1];
         span.iter().for_each(|s| before[s.start + 1] += 1);
         (0..count).for_each(|t| before[t + 1] += before[t]);
+        let each = EACH.max(span.iter().map(Range::len).sum::<usize>() / LISTED);
         let (mut lists, mut at) = (vec![], vec![0]);
         let mut live: Vec<u32> = vec![];
-        for t in (0..count).step_by(EACH) {
+        for t in (0..count).step_by(each) {
             live.retain(|i| span[*i as usize].end > t);
             lists.extend(&live);
             at.push(lists.len());
-            live.extend(&by_start[before[t] as usize..before[count.min(t + EACH)] as usize]);
+            live.extend(&by_start[before[t] as usize..before[count.min(t + each)] as usize]);
         }
-        Alive { by_start, before, lists, at }
+        Alive { by_start, before, each, lists, at }
     }
 
     /// About as many as are alive at one time.
@@ -59,12 +62,12 @@ impl Alive {
 
     /// What shares a section with some.
     fn near(&self, span: &[Range<usize>], s: &Range<usize>, out: &mut Vec<u32>) {
-        let block = s.start / EACH;
+        let block = s.start / self.each;
         let until = self.before[s.start] as usize;
         let lives = |i: &&u32| span[**i as usize].end > s.start;
         out.clear();
         out.extend(self.lists[self.at[block]..self.at[block + 1]].iter().filter(lives));
-        out.extend(self.by_start[self.before[block * EACH] as usize..until].iter().filter(lives));
+        out.extend(self.by_start[self.before[block * self.each] as usize..until].iter().filter(lives));
         out.extend(&self.by_start[until..self.before[s.end] as usize]);
     }
 }
@@ -217,7 +220,7 @@ mod tests {
     use super::super::{check, lower_bound};
     use super::*;
 
-    const NEVER: AtomicBool = AtomicBool::new(false);
+    static NEVER: AtomicBool = AtomicBool::new(false);
 
     #[test]
     fn the_cheapest_place_is_found() {

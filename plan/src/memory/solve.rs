@@ -2,8 +2,9 @@
 //!
 //! Where there is little slack, what ends and what begins tells nearly all, so beams along time find a placement (see [`super::sweep`]);
 //! else the depth-first search does better (see [`super::portfolio`]). Neither says early that it will fail. So both run beside each
-//! other, a little of each, then more, on two threads. Where a total is wanted that leaves room to spare two depth-first searches do. Each is bounded by counts, and where both find something the beams count: the
-//! result is the same on every machine, and with one thread.
+//! other, a little of each, then more, on two threads; where a total is wanted that leaves room to spare two depth-first searches do.
+//! Each is bounded by counts, and where both find something the first of the two counts: the result is the same on every machine, and
+//! with one thread.
 
 use super::greedy::Search;
 use super::portfolio::{Hunt, Portfolio};
@@ -163,23 +164,14 @@ pub(super) fn solve(requests: &[Request], goal: Option<u64>, effort: u64, thread
     if best.total <= best.proven || goal.is_some_and(|g| best.total <= g) {
         return;
     }
-    if let Some(p) = &mut portfolio {
-        let (mut proven, mut total) = (best.proven, best.total);
-        let found = p.descend(
-            twin.as_mut().map(|t| (t, threads)),
-            (&mut failed, &mut proven),
-            &mut total,
-            (EACH, LAST),
-            &never,
-        );
-        best.proven = proven;
-        best.take(requests, found);
-    }
-    if portfolio.is_none() {
+    let found = if let Some(p) = &mut portfolio {
+        let twin = twin.as_mut().map(|t| (t, threads));
+        p.descend(twin, (&mut failed, &mut best.proven), &mut { best.total }, (EACH, LAST), &never)
+    } else {
         let (_, order) = search.improve(greedy, order, bound, effort);
-        let offsets = search.offsets_of(&order);
-        best.take(requests, Some(offsets));
-    }
+        Some(search.offsets_of(&order))
+    };
+    best.take(requests, found);
 }
 
 #[cfg(test)]

@@ -152,7 +152,7 @@ mod tests {
     use super::super::{check, lower_bound};
     use super::*;
 
-    const NEVER: AtomicBool = AtomicBool::new(false);
+    static NEVER: AtomicBool = AtomicBool::new(false);
 
     fn random(n: usize, seed: u64) -> Vec<Request> {
         let mut x = seed | 1;
