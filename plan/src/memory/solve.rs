@@ -18,7 +18,7 @@ const FIRST: u64 = 30_000_000;
 const BRIEF: u64 = 15_000_000;
 /// Beams that follow, their work (and what is left of those before) and that of the depth-first search beside them, at effort 1.
 const ROUNDS: [(Range<usize>, u64, u64); 3] =
-    [(1..2, 45_000_000, 60_000_000), (2..7, 95_000_000, 250_000_000), (7..10, 80_000_000, 200_000_000)];
+    [(1..2, 45_000_000, 60_000_000), (2..7, 150_000_000, 250_000_000), (7..10, 50_000_000, 200_000_000)];
 /// In the rounds from here on the depth-first search looks for totals above the bound where no other is wanted, with so much work at
 /// each, and so much in the end.
 const DESCEND: usize = 2;
