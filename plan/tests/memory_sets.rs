@@ -149,6 +149,17 @@ fn twenty_thousand_short_lives_lie_near_the_bound() {
 }
 
 #[test]
+fn twenty_thousand_powers_of_two_take_each_others_place() {
+    // Filling alone is three hundredths above: what sticks out fits the gaps of others exactly.
+    let length = |r: &mut Random| if r.below(10) == 0 { 0.1 + 0.2 * r.unit() } else { 0.002 * r.unit() };
+    let power = |r: &mut Random| f64::from(1u32 << r.below(20));
+    for seed in [90, 92] {
+        let list = sets::clocked(20_000, seed, 1_000_000, (&Random::unit, &length, &power));
+        near_the_bound(&list, "short and long");
+    }
+}
+
+#[test]
 fn half_a_thousand_lives_lie_near_the_bound() {
     for seed in 0..4 {
         let any = |r: &mut Random| 1.0 + r.unit() * 1e6;

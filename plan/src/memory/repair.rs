@@ -17,8 +17,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Sections between two lists of what is alive, at least, and about how long all of these are at most.
 const EACH: usize = 64;
 const LISTED: usize = 2_000_000;
-/// Work of a step beyond the requests looked at.
+/// Work of a step beyond the requests looked at, and so many of these cost as much again as one each: the caches are small.
 const STEP: u64 = 300;
+const CACHED: usize = 4096;
 /// How hard each is beyond what its size and its time make it, as a part of the mean; how much harder one is that lost its place.
 const EVEN: f64 = 0.05;
 const HARDER: f64 = 0.3;
@@ -161,7 +162,8 @@ pub(super) fn repair(
     while let Some((_, i)) = waiting.pop() {
         let (i, size) = (i as usize, list[i as usize].size);
         alive.near(&span, &span[i], &mut near);
-        *work = work.saturating_sub(STEP + near.len() as u64);
+        let looks = near.len() + near.len() * near.len() / CACHED;
+        *work = work.saturating_sub(STEP + looks as u64);
         if *work == 0 || stop.load(Ordering::Relaxed) {
             return None;
         }

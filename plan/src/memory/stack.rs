@@ -22,7 +22,7 @@ const LOOKS: u64 = 5_000_000;
 pub(super) const MANY: usize = 5000;
 /// Work of filling from below, and of a repair.
 const WORK: u64 = 60_000_000;
-const REPAIRED: u64 = 3_500_000;
+const REPAIRED: u64 = 8_000_000;
 /// Over the bound (one in so many) many requests are near it: they are repaired where they are not.
 const NEAR: u64 = 334;
 /// Room spared by each of two ways to fill many, and what is crowded for the repair after it. Few are lifted only when they must be.
