@@ -54,6 +54,14 @@ pub(crate) struct Slot {
     temporary: Option<PathBuf>,
 }
 
+/// Whether a file can be made in a folder.
+fn writable(dir: &Path) -> bool {
+    let probe = dir.join(format!(".probe-{}", std::process::id()));
+    let made = std::fs::File::create(&probe).is_ok();
+    let _ = std::fs::remove_file(&probe);
+    made
+}
+
 impl Slot {
     /// The place in the cache, whose folder is made; a place for this run alone when `keep` is false or there is no
     /// folder that can be written.
@@ -61,7 +69,7 @@ impl Slot {
     /// # Errors
     /// No folder can be made anywhere.
     pub(crate) fn new(key: &str, keep: bool) -> Result<Slot> {
-        let kept = folder().filter(|f| keep && std::fs::create_dir_all(f).is_ok());
+        let kept = folder().filter(|f| keep && std::fs::create_dir_all(f).is_ok() && writable(f));
         let (dir, temporary) = match kept {
             Some(dir) => (dir, None),
             None => {

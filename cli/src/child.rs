@@ -19,6 +19,11 @@ const TAIL: usize = 12;
 /// What the child refused, or how it ended.
 pub(crate) fn compile(request: &Request) -> Result<Vec<Row>> {
     let program = std::env::current_exe().map_err(|e| Failure::new(format!("cannot find this program: {e}")))?;
+    let text = serde_json::to_vec(request).map_err(|_| {
+        Failure::usage(
+            "a path is no UTF-8: rename the folder of the model, the adapter or the cache (PLEACH_CACHE_DIR)",
+        )
+    })?;
     let mut child = Command::new(&program)
         .args(["compile-here", "--quiet"])
         .stdin(Stdio::piped())
@@ -28,11 +33,6 @@ pub(crate) fn compile(request: &Request) -> Result<Vec<Row>> {
         .map_err(Failure::io("start", &program))?;
     if let Some(mut stdin) = child.stdin.take() {
         // A child that ended early says why on stderr.
-        let text = serde_json::to_vec(request).map_err(|_| {
-            Failure::usage(
-                "a path is no UTF-8: rename the folder of the model, the adapter or the cache (PLEACH_CACHE_DIR)",
-            )
-        })?;
         let _ = stdin.write_all(&text);
     }
     let done = child.wait_with_output().map_err(Failure::io("wait for", &program))?;

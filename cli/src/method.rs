@@ -55,6 +55,7 @@ impl MethodArgs {
         if let Some((key, _)) = given.iter().find(|(key, _)| config.unread.contains(key)) {
             let option = match self.set.iter().any(|s| s.split('=').next() == Some(key)) {
                 true => format!("--set {key}"),
+                false if self.alpha.is_some() && key.ends_with("alpha") => "--alpha".into(),
                 false => format!("--{}", key.replace('_', "-")),
             };
             return Err(Failure::usage(format!("{option}: the method `{name}` has no `{key}`; leave it out")));

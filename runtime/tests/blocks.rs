@@ -183,9 +183,9 @@ fn what_is_missing_or_of_another_kind_is_named_with_a_way_out() {
     write_blocks(&d, r#"{"v":"q8_0"}"#, &[q8("v", [N, ROW], (N * ROW) as usize)]);
     cases.push((why(&d), "has no tensor `w`"));
     write_blocks(&d, r#"{"w":"q8_0"}"#, &[q8("w", [4, ROW], 272)]);
-    cases.push((why(&d), "are q8_0 [4, 64], the plan expects q8_0 [5, 64]"));
+    cases.push((why(&d), "are q8_0 [4, 64], the plan expects q8_0 [1000, 64]"));
     write_blocks(&d, r#"{"w":"q4_0"}"#, &[q8("w", [N, 54], (N * 54) as usize)]);
-    cases.push((why(&d), "are q4_0 [5, 96], the plan expects q8_0 [5, 64]"));
+    cases.push((why(&d), "are q4_0 [1000, 96], the plan expects q8_0 [1000, 64]"));
     write_blocks(&d, r#"{"w":"q4_1"}"#, &[q8("w", [N, ROW], (N * ROW) as usize)]);
     cases.push((why(&d), "`w` is no matrix in blocks"));
     write_blocks(&d, "{}", &[q8("w", [N, ROW], (N * ROW) as usize)]);

@@ -50,8 +50,8 @@ fn search(ui: &Ui, args: &PlanArgs, what: Search) -> Result<(MethodArgs, ShapeAr
         let (method, shape) = with(n);
         match Planned::new(ui, args, &method, &shape) {
             Ok(planned) => Ok(planned.memory.total() <= budget),
-            // The layers have fewer rows or columns, since a lower rank was planned.
-            Err(_) if what == Search::Rank && n > 1 => Ok(false),
+            // How methods say that a layer has fewer rows or columns; other failures are none of the rank's.
+            Err(e) if what == Search::Rank && e.message.contains("fewer than r = ") => Ok(false),
             Err(e) => Err(e),
         }
     };

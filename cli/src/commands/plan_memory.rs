@@ -73,6 +73,10 @@ pub(crate) fn plan_memory(ui: &Ui, args: &PlanMemoryArgs) -> Result<()> {
 
 /// The bytes needed, as the checker sees it.
 fn verified(table: &Table<'_>, placed: &Placement) -> Result<u64> {
+    if let Some(k) = placed.offsets.iter().position(|o| !o.is_multiple_of(table.align)) {
+        let (line, offset) = (table.lines[k].0, placed.offsets[k]);
+        return Err(Failure::new(format!("the offset {offset} of line {line} is no multiple of {}", table.align)));
+    }
     check(&table.requests, &placed.offsets).map_err(|(a, b)| {
         let (a, b) = (table.lines[a].0, table.lines[b].0);
         Failure::new(format!("the buffers of lines {a} and {b} are together too large for 64-bit offsets"))

@@ -1,6 +1,6 @@
 //! `pleach run`: one forward pass over all sequences, packed.
 
-use crate::args::{ModelArgs, RunArgs};
+use crate::args::RunArgs;
 use crate::failure::{Failure, Result};
 use crate::inputs::{InferInputs, Sequences, parse_ids, read_sequences, write_tensors};
 use crate::profile;
@@ -13,13 +13,22 @@ use std::path::Path;
 /// Tokens shown per sequence.
 const TOP: usize = 5;
 
-/// Refuses results in place of a file of the model or of an adapter.
-fn not_among_inputs(out: &Path, model: &ModelArgs) -> Result<()> {
-    let folder = out.canonicalize().ok().and_then(|p| p.parent().map(Path::to_path_buf));
-    let inputs = std::iter::once(model.folder()).chain(model.adapter.iter().map(|a| a.path.as_path()));
-    if folder.is_some_and(|f| inputs.into_iter().any(|i| i.canonicalize().is_ok_and(|i| i == f))) {
-        let why = "is a file of the model or of an adapter; --out names another one";
-        return Err(Failure::usage(format!("{}: {why}", out.display())));
+/// Refuses results in place of a file that is read: in the folder of the model or of an adapter, a plan, sequences.
+fn not_among_inputs(out: &Path, args: &RunArgs) -> Result<()> {
+    if !out.exists() {
+        return Ok(());
+    }
+    let folders = [args.model.folder(), &args.model.model].into_iter();
+    let inputs = folders.chain(args.model.adapter.iter().map(|a| a.path.as_path())).chain(args.input.as_deref());
+    // A link lies where its name is, and where it leads.
+    let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let place = parent.canonicalize().ok().zip(out.file_name()).map(|(p, name)| p.join(name));
+    let places: Vec<_> = out.canonicalize().into_iter().chain(place).collect();
+    for input in inputs.filter_map(|i| i.canonicalize().ok()) {
+        if places.iter().any(|p| p.starts_with(&input)) {
+            let why = "lies among what is read; --out names another file";
+            return Err(Failure::usage(format!("{}: {why}", out.display())));
+        }
     }
     Ok(())
 }
@@ -37,7 +46,7 @@ pub(crate) fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
         None => Sequences::pack(&text::encode(args.model.folder(), &args.prompt)?)?,
     };
     if let Some(out) = &args.out {
-        not_among_inputs(out, &args.model)?;
+        not_among_inputs(out, args)?;
     }
     let ready = ready(ui, &args.model, &["infer"], &[])?;
     let encoder = ready.is_encoder();

@@ -201,7 +201,11 @@ impl MethodConfig {
             bias,
             ensure_weight_tying: f.flag("ensure_weight_tying")?.unwrap_or(false),
             notes: read_unknown(&f)?,
-            unread: f.unread().filter(|(key, _)| !key.ends_with("dropout")).map(|(key, _)| key.clone()).collect(),
+            unread: f
+                .unread()
+                .map(|(key, _)| key.clone())
+                .filter(|key| !key.ends_with("dropout") && !HARMLESS.contains(&key.as_str()))
+                .collect(),
             method,
             raw: Map::new(),
         };

@@ -24,6 +24,9 @@ struct Search<'a> {
     open: Vec<u32>,
     best: f64,
     found: Option<Vec<u32>>,
+    /// Classes that a walk has seen, by its number.
+    seen: Vec<u64>,
+    walks: u64,
     work: u64,
 }
 
@@ -38,7 +41,8 @@ pub(super) fn improve(p: &Problem, best: f64, fallback: &[u32]) -> (Option<(f64,
     let bound = p.roots.iter().map(|r| least[*r as usize]).sum();
     let choice = vec![NONE; nodes.len()];
     let open = p.roots.clone();
-    let mut s = Search { p, nodes, least, choice, needed, open, best, found: None, work: 0 };
+    let seen = vec![0; nodes.len()];
+    let mut s = Search { p, nodes, least, choice, needed, open, best, found: None, seen, walks: 0, work: 0 };
     s.go(0.0, bound);
     let proven = s.work < WORK;
     let found =
@@ -87,15 +91,15 @@ impl Search<'_> {
         let part = self.p.part[c as usize];
         let inside = |d: &u32| self.p.part[*d as usize] == part;
         let mut stack: Vec<u32> = self.p.needs(n).iter().copied().filter(inside).collect();
-        let mut seen: Vec<u32> = vec![];
+        self.walks += 1;
         while let Some(d) = stack.pop() {
             self.work += 1;
             if d == c {
                 return true;
             }
             let m = self.choice[d as usize];
-            if m != NONE && !seen.contains(&d) {
-                seen.push(d);
+            if m != NONE && self.seen[d as usize] != self.walks {
+                self.seen[d as usize] = self.walks;
                 stack.extend(self.p.needs(m).iter().filter(|d| self.p.part[**d as usize] == part));
             }
         }

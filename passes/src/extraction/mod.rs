@@ -91,6 +91,11 @@ pub fn solve(graph: &Graph) -> Option<Solution> {
     let problem = Problem::new(graph)?;
     let (tree, lowest) = start::tree(&problem);
     let bound = start::bound(&problem);
+    let small = problem.nodes.len() <= SMALL;
+    if small && let (Some((_, choice)), true) = exact::improve(&problem, f64::INFINITY, &tree) {
+        let choice = problem.lift(graph.classes, &choice);
+        return Some(Solution { cost: cost(graph, &choice).ok()?, choice, optimal: true });
+    }
     let mut best = Local::new(&problem, &lowest, bound).run(&tree);
     if let Some(greedy) = start::greedy(&problem).filter(|g| *g != tree) {
         let other = Local::new(&problem, &lowest, bound).run(&greedy);
@@ -99,7 +104,7 @@ pub fn solve(graph: &Graph) -> Option<Solution> {
         }
     }
     let mut proven = best.0 <= bound + 1e-12 * bound.abs();
-    if !proven && problem.nodes.len() <= SMALL {
+    if !proven && small {
         let (better, none_better) = exact::improve(&problem, best.0, &best.1);
         best = better.unwrap_or(best);
         proven = none_better;

@@ -62,7 +62,13 @@ pub(super) fn lay(g: &Graph, blocks: &Blocks, supported: &Supported<'_>) -> Resu
 /// As [`lay`].
 pub(super) fn apart(g: &Graph, blocks: &Blocks) -> Result<Graph, IrError> {
     let mut found = candidates(g, blocks);
-    found.retain(|_, w| w.axis == 1);
+    // More columns would rather be numbers.
+    let few = |w: &Whole| {
+        let [_, columns] = g.params[w.base.index()].ty.shape[..] else { return false };
+        let count = g.params[w.index.index()].ty.shape[0].known();
+        w.axis == 1 && count.zip(columns.known()).is_some_and(|(n, all)| 4 * n <= all)
+    };
+    found.retain(|_, w| few(w));
     for e in g.entries.iter().filter(|e| !is_prepare(e)) {
         let live = e.live();
         for v in e.values().filter(|v| live[v.index()]) {

@@ -211,22 +211,24 @@ pub(super) enum Reads {
     Left,
     /// Rows that indices pick.
     Rows,
-    /// In another type, or under parts that are set anew, for products alone.
+    /// At another time, or under parts that are set anew, for products alone.
     Under,
 }
 
-/// Whether a node is its first input in another type, at another time, or with parts set.
+/// Whether a node is its first input at another time, or with parts set.
 fn covers(op: &Op) -> bool {
-    matches!(op, Op::Cast(_) | Op::After | Op::Scatter { mode: ScatterMode::Set, .. })
+    matches!(op, Op::After | Op::Scatter { mode: ScatterMode::Set, .. })
 }
 
-/// The parameter behind such nodes.
+/// The parameter behind such nodes, of which one may set parts.
 fn covered(e: &Entry, mut v: ValueId) -> Option<ParamId> {
+    let mut sets = 0;
     while covers(&e.node(v).op) {
+        sets += u32::from(e.node(v).op != Op::After);
         v = e.node(v).inputs[0];
     }
     match e.node(v).op {
-        Op::Param(p) => Some(p),
+        Op::Param(p) if sets <= 1 => Some(p),
         _ => None,
     }
 }
@@ -293,9 +295,11 @@ pub(super) fn read_as_blocks(
     wanted: impl Fn(Reads) -> bool,
     joined: &dyn Fn(ParamId, BlockFormat) -> bool,
 ) -> Vec<Option<BlockFormat>> {
-    let assigned = |p: ParamId| g.entries.iter().any(|e| e.roots.iter().any(|r| r.kind == RootKind::Assign(p)));
+    let assigns = |e: &Entry, p: ParamId| e.roots.iter().any(|r| r.kind == RootKind::Assign(p));
+    let assigned = |p: ParamId| g.entries.iter().any(|e| assigns(e, p));
     let format = |p: ParamId| {
-        let frozen = g.params[p.index()].role == Role::Frozen;
+        let renewed = g.entries.iter().any(|e| !is_prepare(e) && assigns(e, p));
+        let frozen = g.params[p.index()].role == Role::Frozen && !renewed;
         let format = frozen.then(|| format_of(g, blocks, p)).flatten()?;
         (!assigned(p) || joined(p, format)).then_some(format)
     };

@@ -72,7 +72,7 @@ impl State {
         let (old, new) = (as_map(&self.settings), as_map(settings));
         let mut differ = vec![];
         let mut compare = |name: &str, was: Option<&Value>, is: Option<&Value>| {
-            if was != is {
+            if was.map(unordered) != is.map(unordered) {
                 let text = |v: Option<&Value>| v.map_or("not given".into(), Value::to_string);
                 differ.push(format!("{name} was {}, is {}", text(was), text(is)));
             }
@@ -99,6 +99,14 @@ impl State {
             "the checkpoint belongs to another run; give the same options, or start anew with --overwrite:\n  {list}"
         )))
     }
+}
+
+/// A value as a text; lists, which are of names, have no order.
+fn unordered(v: &Value) -> String {
+    let Value::Array(list) = v else { return v.to_string() };
+    let mut texts: Vec<String> = list.iter().map(Value::to_string).collect();
+    texts.sort_unstable();
+    texts.join(" ")
 }
 
 /// The checkpoints of a folder: step and path, by step.

@@ -120,6 +120,10 @@ pub fn train(
     }
     fs::create_dir_all(job.dir).map_err(RuntimeError::io(job.dir.display().to_string()))?;
     let _alone = alone(job.dir)?;
+    if job.resume == Resume::No && holds_results(job.dir) {
+        let why = "holds results of another run by now; name another folder";
+        return Err(RuntimeError::Values(format!("{}: {why}", job.dir.display())));
+    }
     checkpoint::sweep(job.dir)?;
     let print = job.rows.fingerprint();
     let (start, fresh) = begin(machine, job, print, watch)?;
