@@ -90,6 +90,7 @@ pub(crate) fn path(p: &std::path::Path) -> serde_json::Value {
 }
 
 /// A module path with `*` for the number of its layer.
+#[cfg(feature = "compiler")]
 pub(crate) fn layerless(name: &str) -> String {
     let part = |p: &str| {
         let rest = p.trim_start_matches(|c: char| c.is_ascii_digit());
