@@ -14,7 +14,7 @@ use pleach_plan::{Layout, Plan};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Once;
 use std::time::{Duration, SystemTime};
 
@@ -142,10 +142,7 @@ fn recall(place: &Path) -> Option<Option<String>> {
 /// Keeps an answer. One that cannot be kept is found again.
 fn remember(place: &Path, found: Option<&str>) {
     let text = found.map_or(format!("{SAME}\n"), |tensor| format!("{DIFFERS}{tensor}\n"));
-    let temporary: PathBuf = place.with_extension(format!("blocks.{}.tmp", std::process::id()));
-    if std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, place)).is_err() {
-        let _ = std::fs::remove_file(&temporary);
-    }
+    let _ = crate::files::write(place, &text);
 }
 
 #[cfg(test)]

@@ -54,22 +54,14 @@ pub(crate) struct Slot {
     temporary: Option<PathBuf>,
 }
 
-/// Whether a file can be made in a folder.
-fn writable(dir: &Path) -> bool {
-    let probe = dir.join(format!(".probe-{}", std::process::id()));
-    let made = std::fs::File::create(&probe).is_ok();
-    let _ = std::fs::remove_file(&probe);
-    made
-}
-
 impl Slot {
-    /// The place in the cache, whose folder is made; a place for this run alone when `keep` is false or there is no
-    /// folder that can be written.
+    /// The place in the cache, whose folder is made; a place for this run alone when `keep` is false or the folder can neither be
+    /// found nor made.
     ///
     /// # Errors
     /// No folder can be made anywhere.
     pub(crate) fn new(key: &str, keep: bool) -> Result<Slot> {
-        let kept = folder().filter(|f| keep && std::fs::create_dir_all(f).is_ok() && writable(f));
+        let kept = folder().filter(|f| keep && std::fs::create_dir_all(f).is_ok());
         let (dir, temporary) = match kept {
             Some(dir) => (dir, None),
             None => {
@@ -81,6 +73,20 @@ impl Slot {
         };
         let path = |ending: &str| dir.join(format!("{key}.{ending}"));
         Ok(Slot { plan: path("pleach"), rows: path("json"), temporary })
+    }
+
+    /// The place of the same key that a plan can be written to: one for this run alone where the cache's folder can only be read.
+    ///
+    /// # Errors
+    /// No folder can be made anywhere.
+    pub(crate) fn writable(self) -> Result<Slot> {
+        let probe = self.plan.with_extension(format!("{}.probe", std::process::id()));
+        let made = std::fs::File::create(&probe).is_ok();
+        let _ = std::fs::remove_file(&probe);
+        match self.plan.file_stem() {
+            Some(key) if !made && self.temporary.is_none() => Slot::new(&key.to_string_lossy(), false),
+            _ => Ok(self),
+        }
     }
 
     /// The plan that is there, with the report of its compilation.
@@ -100,11 +106,7 @@ impl Slot {
 
     /// Keeps the report of a compilation beside its plan. A report that cannot be kept is not missed.
     pub(crate) fn keep_rows(&self, rows: &[Row]) {
-        let temporary = self.rows.with_extension(format!("{}.tmp", std::process::id()));
-        let text = serde_json::to_vec(rows).unwrap_or_default();
-        if std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, &self.rows)).is_err() {
-            let _ = std::fs::remove_file(&temporary);
-        }
+        let _ = crate::files::write(&self.rows, &serde_json::to_string(rows).unwrap_or_default());
     }
 }
 

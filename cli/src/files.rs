@@ -1,4 +1,4 @@
-//! Text files that are whole or not there.
+//! Text files that are whole or not there, and which files are the same.
 
 use crate::failure::{Failure, Result};
 use std::path::{Path, PathBuf};
@@ -16,4 +16,9 @@ pub(crate) fn write(to: &Path, text: &str) -> Result<()> {
         let _ = std::fs::remove_file(&temporary);
         Failure::io("write", to)(e)
     })
+}
+
+/// Whether two paths that are there name one file or folder.
+pub(crate) fn same(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(x), Ok(y)) if x == y)
 }

@@ -10,6 +10,7 @@
 use crate::args::MethodArgs;
 use crate::failure::{Failure, Result};
 use pleach_frontend::peft::MethodConfig;
+use pleach_runtime::train::checkpoint::unordered;
 use serde_json::{Map, Value, json};
 
 /// A method by name with PEFT's keys.
@@ -93,7 +94,7 @@ impl MethodArgs {
             let is = have.get(&key).cloned().unwrap_or(Value::Null);
             let same = match (value.as_f64(), is.as_f64()) {
                 (Some(a), Some(b)) => a == b,
-                _ => sorted(&value) == sorted(&is),
+                _ => unordered(&value) == unordered(&is),
             };
             if !same {
                 let flag = key.replace('_', "-");
@@ -160,18 +161,6 @@ pub(crate) fn names(spec: &str) -> Value {
 fn object(flag: &str, text: &str) -> Result<Value> {
     let v: Option<Value> = serde_json::from_str(text).ok();
     v.filter(Value::is_object).ok_or_else(|| Failure::usage(format!("{flag}: `{text}` is no JSON object")))
-}
-
-/// Lists of names have no order.
-fn sorted(v: &Value) -> Value {
-    match v.as_array() {
-        Some(list) => {
-            let mut texts: Vec<String> = list.iter().map(Value::to_string).collect();
-            texts.sort_unstable();
-            texts.into()
-        }
-        None => v.clone(),
-    }
 }
 
 #[cfg(test)]

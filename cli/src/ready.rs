@@ -182,6 +182,7 @@ pub(crate) fn compile_as(
     let (plan, rows) = match found {
         Some(x) => x,
         None => {
+            slot = slot.writable()?;
             request.out.clone_from(&slot.plan);
             let rows = crate::child::compile(&request).map_err(|e| slot.explain(e))?;
             slot.keep_rows(&rows);

@@ -161,8 +161,7 @@ fn may_write(from: &[&Path], out: &Path, overwrite: bool) -> Result<()> {
         let what = "exists and is not empty; choose another folder or pass --overwrite";
         return Err(Failure::new(format!("{}: {what}", out.display())));
     }
-    let own = |from: &&Path| matches!((from.canonicalize(), out.canonicalize()), (Ok(a), Ok(b)) if a == b);
-    if from.iter().any(own) {
+    if from.iter().any(|from| crate::files::same(from, out)) {
         return Err(Failure::usage("--out is the adapter's own folder; choose another one"));
     }
     Ok(())

@@ -95,6 +95,7 @@ struct Planned {
 }
 
 /// A value that is kept for the backward half.
+#[derive(Clone, Debug, PartialEq)]
 struct Saved {
     name: String,
     bytes: u64,
@@ -107,14 +108,9 @@ struct Saved {
 impl Saved {
     /// What would drop it.
     fn drop(&self) -> String {
-        dropped_by(self.trained_only, self.rebuild_us)
+        let freeze = if self.trained_only { "not to train that weight, or " } else { "" };
+        format!("{freeze}a smaller --budget: {:.2} ms to build it again", self.rebuild_us / 1e3)
     }
-}
-
-/// What would drop values that are kept for the backward half.
-fn dropped_by(trained_only: bool, rebuild_us: f64) -> String {
-    let freeze = if trained_only { "not to train that weight, or " } else { "" };
-    format!("{freeze}a smaller --budget: {:.2} ms to build it again", rebuild_us / 1e3)
 }
 
 impl Planned {
@@ -212,7 +208,7 @@ impl Planned {
         let kept: u64 = self.saved().iter().map(|s| s.bytes).sum();
         let alive: Vec<Value> = grouped(&peak.alive())
             .iter()
-            .map(|g| json!({"name": g.name, "count": g.count, "bytes": g.bytes}))
+            .map(|(count, s)| json!({"name": s.name, "count": count, "bytes": s.bytes}))
             .collect();
         let mut out = json!({
             "total_bytes": m.total(), "arena_bytes": m.arena, "minimum_bytes": minimum,
@@ -257,15 +253,15 @@ impl Planned {
         out += &t.text();
         out += &format!("\npeak: {} alive in `{}` at {}\n", bytes(peak.live), peak.entry, peak.at);
         let mut t = Table::new(&["alive at the peak, by who makes it", "count", "size"]);
-        for g in grouped(&peak.alive()).into_iter().take(ALIVE) {
-            t.row([g.name, g.count.to_string(), bytes(g.bytes)]);
+        for (count, s) in grouped(&peak.alive()).into_iter().take(ALIVE) {
+            t.row([s.name, count.to_string(), bytes(s.bytes)]);
         }
         out += &t.text();
         out += &format!("\nkept for the backward half: {}\n", bytes(kept));
         let mut t = Table::new(&["kept", "count", "size", "<why", "<what would drop it"]);
-        for g in grouped(&saved) {
-            let drop = dropped_by(g.trained_only, g.rebuild_us);
-            t.row([g.name, g.count.to_string(), bytes(g.bytes), g.reason, drop]);
+        for (count, s) in grouped(&saved) {
+            let drop = s.drop();
+            t.row([s.name, count.to_string(), bytes(s.bytes), s.reason, drop]);
         }
         Ok(out + &t.text())
     }
@@ -296,37 +292,20 @@ impl Peak {
     }
 }
 
-/// Equal values of different layers, put together.
-#[derive(Clone, Debug, PartialEq)]
-struct Group {
-    /// With `*` for the number of the layer, as in the reason.
-    name: String,
-    reason: String,
-    count: usize,
-    bytes: u64,
-    trained_only: bool,
-    rebuild_us: f64,
-}
-
-/// Equal values of different layers as one line, the largest first.
-fn grouped(saved: &[Saved]) -> Vec<Group> {
-    let mut groups: BTreeMap<(String, String), Group> = BTreeMap::new();
+/// Equal values of different layers as one, with `*` for the number of the layer, and how many they are; the largest first.
+fn grouped(saved: &[Saved]) -> Vec<(usize, Saved)> {
+    let mut groups: BTreeMap<(String, String), (usize, Saved)> = BTreeMap::new();
     for s in saved {
         let (name, reason) = (layerless(&s.name), layerless(&s.reason));
-        let new = || Group {
-            name: name.clone(),
-            reason: reason.clone(),
-            count: 0,
-            bytes: 0,
-            trained_only: s.trained_only,
-            rebuild_us: 0.0,
-        };
-        let g = groups.entry((name.clone(), reason.clone())).or_insert_with(new);
-        (g.count, g.bytes, g.rebuild_us) = (g.count + 1, g.bytes + s.bytes, g.rebuild_us + s.rebuild_us);
-        g.trained_only &= s.trained_only;
+        let none = Saved { name: name.clone(), reason: reason.clone(), bytes: 0, rebuild_us: 0.0, ..*s };
+        let (count, all) = groups.entry((name, reason)).or_insert((0, none));
+        *count += 1;
+        all.bytes += s.bytes;
+        all.rebuild_us += s.rebuild_us;
+        all.trained_only &= s.trained_only;
     }
     let mut out: Vec<_> = groups.into_values().collect();
-    out.sort_by(|a, b| b.bytes.cmp(&a.bytes).then(a.name.cmp(&b.name)));
+    out.sort_by(|(_, a), (_, b)| b.bytes.cmp(&a.bytes).then(a.name.cmp(&b.name)));
     out
 }
 
@@ -345,16 +324,10 @@ mod tests {
         };
         let list = [s("model.layers.0.mlp", 4), s("model.layers.11.mlp", 6), s("model.norm", 100)];
         let g = grouped(&list);
-        let group = |name: &str, count, bytes| Group {
-            name: name.into(),
-            reason: "read by x".into(),
-            count,
-            bytes,
-            trained_only: true,
-            rebuild_us: 500.0 * count as f64,
-        };
+        let group = |name: &str, count, bytes| (count, Saved { rebuild_us: 500.0 * count as f64, ..s(name, bytes) });
         assert_eq!(g, [group("model.norm", 1, 100), group("model.layers.*.mlp", 2, 10)]);
         assert_eq!(list[0].drop(), "not to train that weight, or a smaller --budget: 0.50 ms to build it again");
-        assert_eq!(dropped_by(false, 20.0), "a smaller --budget: 0.02 ms to build it again");
+        let other = Saved { trained_only: false, rebuild_us: 20.0, ..s("model.norm", 1) };
+        assert_eq!(other.drop(), "a smaller --budget: 0.02 ms to build it again");
     }
 }

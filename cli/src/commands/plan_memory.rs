@@ -103,7 +103,7 @@ pub(super) fn targets(folder: &Path, files: &[PathBuf], overwrite: bool) -> Resu
                 to.display()
             )));
         }
-        if matches!((to.canonicalize(), f.canonicalize()), (Ok(a), Ok(b)) if a == b) {
+        if files::same(&to, f) {
             return Err(Failure::usage(format!("{}: is the file itself; --out names another folder", to.display())));
         }
         if to.exists() && !overwrite {

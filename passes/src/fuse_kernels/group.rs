@@ -5,6 +5,7 @@
 //! reader pulls them in. So are f32 functions of the elements of one 16-bit tensor ([`widened`]): the tensor is half as large as what
 //! would be stored of them. Only structure is looked at: operators, shapes and who reads what.
 
+use super::pack::{covered, live_users};
 use super::reach::{Bits, Reach};
 use pleach_ir::{Class, DType, Dim, Entry, Op, ParamId, RootKind, ScatterMode, ValueId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -62,7 +63,7 @@ pub(super) struct Partition {
     pub(super) in_place: BTreeMap<ValueId, ParamId>,
     /// Values that the target refuses to write in place.
     pub(super) kept_out: BTreeSet<ValueId>,
-    /// Parameters that lie in memory as codes, in another type or with parts set: products decode them so.
+    /// Parameters that lie in memory as codes with parts set: products decode them so.
     decoded: BTreeSet<ValueId>,
 }
 
@@ -115,7 +116,7 @@ pub(super) fn keeps_rows(e: &Entry, v: ValueId) -> bool {
 impl Partition {
     /// `coded` says which parameters lie in memory as codes.
     pub(super) fn new(e: &Entry, coded: &dyn Fn(ParamId) -> bool) -> Partition {
-        let live = e.live();
+        let (live, users) = live_users(e);
         let mut kind: Vec<Kind> = e
             .values()
             .map(|v| match &e.node(v).op {
@@ -127,23 +128,11 @@ impl Partition {
             })
             .collect();
         widened(e, &mut kind);
-        let mut decoded = BTreeSet::new();
-        for v in e.values().filter(|v| live[v.index()]) {
-            let n = e.node(v);
-            let mut x = n.inputs.first().copied();
-            while let Some(y) = x.filter(|y| e.node(*y).op == Op::After) {
-                x = e.node(y).inputs.first().copied();
-            }
-            let codes = |x: ValueId| decoded.contains(&x) || matches!(e.node(x).op, Op::Param(p) if coded(p));
-            let covers = matches!(n.op, Op::Cast(_) | Op::Scatter { mode: ScatterMode::Set, .. });
-            if covers && x.is_some_and(codes) {
-                kind[v.index()] = Kind::View;
-                decoded.insert(v);
-            }
-        }
+        let sets = |v: &ValueId| matches!(e.node(*v).op, Op::Scatter { mode: ScatterMode::Set, .. });
+        let decoded: BTreeSet<ValueId> =
+            e.values().filter(|v| live[v.index()] && sets(v) && covered(e, *v).is_some_and(coded)).collect();
+        decoded.iter().for_each(|v| kind[v.index()] = Kind::View);
         let n = e.nodes.len();
-        let mut users = e.users();
-        users.iter_mut().for_each(|u| u.retain(|v| live[v.index()]));
         let mut rooted = vec![false; n];
         e.roots.iter().for_each(|r| rooted[r.value.index()] = true);
         let mut p = Partition {

@@ -27,11 +27,11 @@ struct Whole {
     part: ParamId,
 }
 
-/// The graph with such parameters replaced, where the target has products over them.
+/// The graph with such parameters replaced, where the target has products over them; `None` where there are none.
 ///
 /// # Errors
 /// [`IrError`] when a node cannot be rebuilt; that would be a fault of the input graph.
-pub(super) fn lay(g: &Graph, blocks: &Blocks, supported: &Supported<'_>) -> Result<Graph, IrError> {
+pub(super) fn lay(g: &Graph, blocks: &Blocks, supported: &Supported<'_>) -> Result<Option<Graph>, IrError> {
     let mut found = candidates(g, blocks);
     found.retain(|_, w| product(g, blocks, w).is_some_and(|k| supported(&k).is_ok()));
     while !found.is_empty() {
@@ -46,21 +46,21 @@ pub(super) fn lay(g: &Graph, blocks: &Blocks, supported: &Supported<'_>) -> Resu
         let before = found.len();
         found.retain(|_, w| formats[w.base.index()].is_some());
         if found.len() == before {
-            return Ok(out);
+            return Ok(Some(out));
         }
     }
-    Ok(g.clone())
+    Ok(None)
 }
 
 /// The graph with such parameters taken apart where nothing sets them again: for weights that are packed as codes, over which nothing
-/// can be laid. With columns `i` set, `x·wᵀ` is the product with the tensor as it was and one with what the columns differ by:
+/// can be laid; `None` where there are none. With columns `i` set, `x·wᵀ` is the product with the tensor as it was and one with what the columns differ by:
 /// `x·wᵀ + x[:, i]·(values − w[:, i])ᵀ`.
 ///
 /// Sums are made in another order, and a difference is rounded, so results need not be the same bits.
 ///
 /// # Errors
 /// As [`lay`].
-pub(super) fn apart(g: &Graph, blocks: &Blocks) -> Result<Graph, IrError> {
+pub(super) fn apart(g: &Graph, blocks: &Blocks) -> Result<Option<Graph>, IrError> {
     let mut found = candidates(g, blocks);
     // More columns would rather be numbers.
     let few = |w: &Whole| {
@@ -79,16 +79,10 @@ pub(super) fn apart(g: &Graph, blocks: &Blocks) -> Result<Graph, IrError> {
                 }
             }
         }
-        e.roots.iter().filter_map(|r| param(e, r.value)).for_each(|p| {
-            found.remove(&p);
-        });
-        let set = e.roots.iter().filter_map(|r| if let RootKind::Assign(p) = r.kind { Some(p) } else { None });
-        set.for_each(|p| {
-            found.remove(&p);
-        });
+        found.retain(|p, _| !e.roots.iter().any(|r| r.kind == RootKind::Assign(*p) || param(e, r.value) == Some(*p)));
     }
     if found.is_empty() {
-        return Ok(g.clone());
+        return Ok(None);
     }
     let mut out = g.clone();
     for (p, w) in &mut found {
@@ -97,7 +91,7 @@ pub(super) fn apart(g: &Graph, blocks: &Blocks) -> Result<Graph, IrError> {
     for (i, e) in g.entries.iter().enumerate() {
         out.entries[i] = if is_prepare(e) { differences(&out, e, &found)? } else { beside(&out, e, &found)? };
     }
-    Ok(out)
+    Ok(Some(out))
 }
 
 /// A product that has one laid over the other as right operand.
@@ -155,13 +149,10 @@ fn set(e: &Entry, v: ValueId) -> Option<(u8, ValueId, ParamId, ValueId)> {
 /// Parameters that may be replaced, as far as what they are filled with goes.
 fn candidates(g: &Graph, blocks: &Blocks) -> BTreeMap<ParamId, Whole> {
     let mut found: BTreeMap<ParamId, Option<Whole>> = BTreeMap::new();
-    for e in &g.entries {
+    for e in g.entries.iter().filter(|e| is_prepare(e)) {
         for r in &e.roots {
             let RootKind::Assign(p) = r.kind else { continue };
             let Param { ty, source: Source::Derived, .. } = &g.params[p.index()] else { continue };
-            if !is_prepare(e) {
-                continue;
-            }
             let whole = set(e, uncast(e, r.value).0).and_then(|(axis, base, index, _)| {
                 let base = param(e, uncast(e, base).0)?;
                 let fits = g.params[base.index()].ty == *ty && format_of(g, blocks, base).is_some();

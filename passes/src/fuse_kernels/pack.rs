@@ -130,7 +130,8 @@ pub(super) const BASE: &str = "prepare(base)";
 /// # Errors
 /// [`IrError`] when a node cannot be rebuilt; that would be a fault of the input graph.
 pub(super) fn pack(graph: &Graph, widths: &[u64], blocks: &Blocks) -> Result<Packed, IrError> {
-    let graph = &laid::apart(graph, blocks)?;
+    let apart = laid::apart(graph, blocks)?;
+    let graph = apart.as_ref().unwrap_or(graph);
     let mut g = graph.clone();
     let mut layouts = vec![Layout::RowMajor; g.params.len()];
     let mut twins: BTreeMap<(ParamId, Layout), ParamId> = BTreeMap::new();
@@ -215,13 +216,20 @@ pub(super) enum Reads {
     Under,
 }
 
+/// Which values of an entry are live, and of each the live nodes that read it.
+pub(super) fn live_users(e: &Entry) -> (Vec<bool>, Vec<Vec<ValueId>>) {
+    let (live, mut users) = (e.live(), e.users());
+    users.iter_mut().for_each(|u| u.retain(|v| live[v.index()]));
+    (live, users)
+}
+
 /// Whether a node is its first input at another time, or with parts set.
 fn covers(op: &Op) -> bool {
     matches!(op, Op::After | Op::Scatter { mode: ScatterMode::Set, .. })
 }
 
 /// The parameter behind such nodes, of which one may set parts.
-fn covered(e: &Entry, mut v: ValueId) -> Option<ParamId> {
+pub(super) fn covered(e: &Entry, mut v: ValueId) -> Option<ParamId> {
     let mut sets = 0;
     while covers(&e.node(v).op) {
         sets += u32::from(e.node(v).op != Op::After);
@@ -306,9 +314,7 @@ pub(super) fn read_as_blocks(
     let mut formats: Vec<Option<BlockFormat>> = (0..g.params.len()).map(|p| format(ParamId(p as u32))).collect();
     let mut read = vec![false; g.params.len()];
     for e in g.entries.iter().filter(|e| !is_prepare(e)) {
-        let live = e.live();
-        let mut users = e.users();
-        users.iter_mut().for_each(|u| u.retain(|v| live[v.index()]));
+        let (live, users) = live_users(e);
         for v in e.values().filter(|v| live[v.index()]) {
             let found = reads(e, &users, v, |p| formats[p.index()].is_some());
             for (at, x) in e.node(v).inputs.iter().enumerate() {
@@ -337,8 +343,9 @@ pub(super) fn read_as_blocks(
 /// # Errors
 /// As [`pack`].
 pub(super) fn in_blocks(graph: &Graph, blocks: &Blocks, supported: &Supported<'_>) -> Result<Packed, IrError> {
-    let mut g = laid::lay(graph, blocks, supported)?;
-    let graph = &g.clone();
+    let laid = laid::lay(graph, blocks, supported)?;
+    let graph = laid.as_ref().unwrap_or(graph);
+    let mut g = graph.clone();
     let mut layouts = vec![Layout::RowMajor; g.params.len()];
     let joined = |p: ParamId, format: BlockFormat| {
         let stored = |p: &ParamId| (graph.params[p.index()].ty.clone(), Layout::Blocks(format));
@@ -360,8 +367,7 @@ pub(super) fn in_blocks(graph: &Graph, blocks: &Blocks, supported: &Supported<'_
     }
     for i in entries {
         let e = &g.entries[i];
-        let (live, mut users) = (e.live(), e.users());
-        users.iter_mut().for_each(|u| u.retain(|v| live[v.index()]));
+        let (live, users) = live_users(e);
         g.entries[i] = rebuilt(e, |out, v, mut inputs, _| {
             let n = e.node(v);
             let found = reads(e, &users, v, |p| twins.contains_key(&p)).filter(|_| live[v.index()]);

@@ -101,12 +101,12 @@ impl State {
     }
 }
 
-/// A value as a text; lists, which are of names, have no order.
-fn unordered(v: &Value) -> String {
-    let Value::Array(list) = v else { return v.to_string() };
+/// A value of an adapter's configuration in one form: lists are of names and have no order.
+pub fn unordered(v: &Value) -> Value {
+    let Value::Array(list) = v else { return v.clone() };
     let mut texts: Vec<String> = list.iter().map(Value::to_string).collect();
     texts.sort_unstable();
-    texts.join(" ")
+    texts.into()
 }
 
 /// The checkpoints of a folder: step and path, by step.

@@ -244,7 +244,7 @@ fn rules(reports: &[PassReport]) -> String {
     let mut sites = Table::new(&["site", "<entry", "count", "<rules that shaped it", "µs before", "after"]);
     for r in reports {
         let mut rows: BTreeMap<[String; 3], (usize, f64, f64)> = BTreeMap::new();
-        for (form, (entry, module)) in r.forms.iter().flat_map(|f| f.sites.iter().map(move |s| (f, s))) {
+        for (form, (entry, module)) in sites_of(r) {
             let row = rows.entry([layerless(module), entry.clone(), shaped_by(form).join(", ")]).or_default();
             *row = (row.0 + 1, row.1 + form.cost.0, row.2 + form.cost.1);
         }
@@ -253,6 +253,11 @@ fn rules(reports: &[PassReport]) -> String {
         }
     }
     format!("{}\n{}", t.text(), sites.text())
+}
+
+/// Regions that a pass changed, with the entry and the module of each.
+fn sites_of(r: &PassReport) -> impl Iterator<Item = (&Form, &(String, String))> {
+    r.forms.iter().flat_map(|f| f.sites.iter().map(move |s| (f, s)))
 }
 
 /// The rules whose nodes are in the form that was chosen, by name.
@@ -269,7 +274,7 @@ fn as_json(args: &InspectArgs, s: &Seen, model: &Model, ready: &Ready) -> Result
         .map(|r| {
             let rules: Vec<Value> =
                 r.rules.iter().map(|c| json!({"rule": c.rule, "fired": c.fired, "chosen": c.chosen})).collect();
-            let sites = r.forms.iter().flat_map(|f| f.sites.iter().map(move |s| (f, s))).map(|(f, (entry, module))| {
+            let sites = sites_of(r).map(|(f, (entry, module))| {
                 json!({
                     "entry": entry, "site": module, "rules": shaped_by(f), "before_us": f.cost.0, "after_us": f.cost.1,
                 })

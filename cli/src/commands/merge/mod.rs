@@ -9,6 +9,7 @@ mod verify;
 
 use crate::args::MergeArgs;
 use crate::failure::{Failure, Result};
+use crate::files;
 use crate::model::{Model, temporary_beside};
 use crate::report::{self, Table, Ui, bytes};
 use fold::{Change, New};
@@ -43,10 +44,10 @@ pub(crate) fn merge(ui: &Ui, args: &MergeArgs) -> Result<()> {
         return Err(Failure::new(format!("{}: {what}", out.display())));
     }
     let model = Model::open(&args.model, std::slice::from_ref(&args.adapter))?;
-    if same_folder(model.dir(), out) {
+    if files::same(model.dir(), out) {
         return Err(Failure::usage("--out is the model's own folder; choose another one"));
     }
-    if same_folder(&args.adapter.path, out) {
+    if files::same(&args.adapter.path, out) {
         return Err(Failure::usage("--out is the adapter's own folder; choose another one"));
     }
     for a in &model.adapters {
@@ -83,10 +84,6 @@ pub(crate) fn merge(ui: &Ui, args: &MergeArgs) -> Result<()> {
         verify::judge(e, &table)?;
     }
     Ok(())
-}
-
-fn same_folder(a: &Path, b: &Path) -> bool {
-    matches!((a.canonicalize(), b.canonicalize()), (Ok(x), Ok(y)) if x == y)
 }
 
 fn text(changes: &[(String, Change)]) -> String {

@@ -14,13 +14,19 @@ pub(super) struct Share {
 }
 
 impl Place {
+    /// Pairs of pieces in a row of a tile, and what is this thread's: the row of a turn, the block in it, the pair in that.
+    fn own(&self, f: &mut Func, s: &Side) -> (i64, [Val; 3]) {
+        let pairs = if s.along { STEP } else { s.lines } / blocks::VALUES * blocks::PAIRS;
+        let (row, rest) = (f.divc(&self.tid, pairs), f.remc(&self.tid, pairs));
+        let (block, pair) = (f.divc(&rest, blocks::PAIRS), f.remc(&rest, blocks::PAIRS));
+        (pairs, [row, block, pair])
+    }
+
     /// Starts to read what this thread decodes of step `k0` of an operand in blocks: part `part` of so many.
     pub(super) fn read(&self, f: &mut Func, s: &Side, [k0, depth]: [&Val; 2], [part, parts]: [i64; 2]) -> Vec<Share> {
         let Operand::Codes(x) = &s.x else { return vec![] };
-        let pairs = if s.along { STEP } else { s.lines } / blocks::VALUES * blocks::PAIRS;
         let rows = if s.along { s.lines } else { STEP };
-        let (row, rest) = (f.divc(&self.tid, pairs), f.remc(&self.tid, pairs));
-        let (block, pair) = (f.divc(&rest, blocks::PAIRS), f.remc(&rest, blocks::PAIRS));
+        let (pairs, [row, block, pair]) = self.own(f, s);
         let within = f.mulc(&block, blocks::VALUES);
         let (line, step) = if s.along { (&row, &within) } else { (&within, &row) };
         let (line, step) = (f.add(&self.block[1], line), f.add(k0, step));
@@ -52,9 +58,7 @@ impl Place {
     /// Writes to a stage what was read stands for.
     pub(super) fn decode(&self, f: &mut Func, s: &Side, shares: &[Share], stage: &Val) {
         let Operand::Codes(x) = &s.x else { return };
-        let pairs = if s.along { STEP } else { s.lines } / blocks::VALUES * blocks::PAIRS;
-        let (row, rest) = (f.divc(&self.tid, pairs), f.remc(&self.tid, pairs));
-        let (block, pair) = (f.divc(&rest, blocks::PAIRS), f.remc(&rest, blocks::PAIRS));
+        let (_, [row, block, pair]) = self.own(f, s);
         let piece = f.mulc(&block, blocks::VALUES / PIECE);
         let piece = f.add(&piece, &pair);
         let places = [0, blocks::APART].map(|n| {
