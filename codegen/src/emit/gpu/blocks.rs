@@ -8,7 +8,7 @@
 //! Blocks have 18, 20 or 34 bytes, so they are read in halves of words where the format allows no more.
 
 use super::at::At;
-use super::launch::Unit;
+use super::launch::{Unit, shared_store};
 use super::repeat::repeated;
 use super::{Parts, special};
 use crate::emit::func::{Func, Val};
@@ -43,6 +43,13 @@ pub(super) struct Coded {
     words: Vec<Val>,
     /// Scale, and minimum where there is one, side by side: i16 or i32.
     head: Val,
+}
+
+/// Stores a piece, as pairs of bf16, at a place in shared memory.
+pub(super) fn store(f: &mut Func, pairs: &[Val; 4], to: &Val) {
+    let [a, b, c, d] = pairs;
+    let x = f.op(format!("vector.from_elements {a}, {b}, {c}, {d} : vector<4xi32>"));
+    shared_store(f, &x, to, "vector<4xi32>", 16);
 }
 
 impl Matrix {

@@ -3,7 +3,6 @@
 use super::{PIECE, Place, STEP, Side, THREADS};
 use crate::emit::func::{Func, Val};
 use crate::emit::gpu::contraction::operand::Operand;
-use crate::emit::gpu::launch::shared_store;
 use crate::emit::gpu::{blocks, wgmma};
 
 /// What a thread decodes of a tile: its codes, bytes from its first row there, and whether there is so much.
@@ -72,9 +71,7 @@ impl Place {
                 for (pairs, place) in x.blocks.pairs(f, &share.coded).iter().zip(&places) {
                     let at = f.addc(place, share.byte);
                     let to = self.shared(f, &at);
-                    let list = pairs.iter().map(Val::to_string).collect::<Vec<_>>().join(", ");
-                    let x = f.op(format!("vector.from_elements {list} : vector<4xi32>"));
-                    shared_store(f, &x, &to, "vector<4xi32>", 16);
+                    blocks::store(f, pairs, &to);
                 }
             };
             match &share.some {

@@ -9,7 +9,7 @@ use crate::emit::contraction::analyze::Analysis;
 use crate::emit::func::{Func, Val};
 use crate::emit::gpu::blocks;
 use crate::emit::gpu::contraction::operand::Codes;
-use crate::emit::gpu::launch::{shared_at, shared_store};
+use crate::emit::gpu::launch::shared_at;
 use crate::emit::gpu::ring::Ring;
 use crate::emit::gpu::wgmma::{self, LINE};
 
@@ -149,9 +149,7 @@ impl Share<'_> {
         let byte = f.i64(self.byte);
         for (pairs, to) in self.codes.blocks.pairs(f, &self.coded).iter().zip(to) {
             let to = shared_at(f, to, &byte, "i8");
-            let list = pairs.iter().map(Val::to_string).collect::<Vec<_>>().join(", ");
-            let x = f.op(format!("vector.from_elements {list} : vector<4xi32>"));
-            shared_store(f, &x, &to, "vector<4xi32>", 16);
+            blocks::store(f, pairs, &to);
         }
     }
 }
