@@ -9,8 +9,11 @@
 //! and the same turned round for sums along the other axis. The left side writes and reads a matrix of X's size, the right side reads X once;
 //! the first term does not change where X is not trained. So the norm of a weight with a low-rank change costs one thin product.
 //!
+//! A parameter that is stored in fewer bits and read through a cast is the operand of its product as it is stored, and Rᵢ is rounded to the same
+//! type for it, as the operands of every product with that parameter are (see `precision`); what remains stays f32.
+//!
 //! Assumes canonical entries, before `rewrite`. Leaves alone: what depends on a run's inputs; products that are not thin; matrices that something
-//! else reads, which are built anyway; other types than f32. The sum is never negative, as before: rounding below zero becomes zero.
+//! else reads, which are built anyway; sums of other types than f32. The sum is never negative, as before: rounding below zero becomes zero.
 
 use crate::canonicalize::Builder;
 use crate::error::PassError;
@@ -111,7 +114,7 @@ fn find(e: &Entry) -> Vec<Option<Squares>> {
         for t in terms {
             match product(*t, reader, axis) {
                 Some(p) if n.op != Op::Add || only(*t, sum) => found.products.push(p),
-                _ if matrix(*t) && found.whole.is_none() && matches!(e.node(*t).op, Op::Param(_)) => {
+                _ if matrix(*t) && found.whole.is_none() && is_parameter(e, *t) => {
                     found.whole = Some(*t);
                 }
                 _ => return None,
@@ -120,6 +123,17 @@ fn find(e: &Entry) -> Vec<Option<Squares>> {
         (!found.products.is_empty()).then_some(found)
     };
     e.values().map(|v| live[v.index()].then(|| squares(v)).flatten()).collect()
+}
+
+/// A parameter, or one that is stored in fewer bits and cast up.
+fn is_parameter(e: &Entry, v: ValueId) -> bool {
+    let n = e.node(v);
+    matches!(n.op, Op::Param(_)) || stored(&n.op, &n.inputs).is_some_and(|x| matches!(e.node(x).op, Op::Param(_)))
+}
+
+/// What is cast up to f32.
+fn stored(op: &Op, inputs: &[ValueId]) -> Option<ValueId> {
+    (*op == Op::Cast(DType::F32)).then(|| inputs[0])
 }
 
 fn rebuild(params: &[Param], e: &Entry, found: &[Option<Squares>]) -> Result<Entry, IrError> {
@@ -166,6 +180,14 @@ impl Sums<'_, '_> {
         self.make(Op::MatMul { ta: a.1, tb: !b.1 }, &[a.0, b.0])
     }
 
+    /// The matrix in the type that it is stored in, and its other operand in the same type.
+    fn as_stored(&mut self, x: ValueId, (other, turned): View) -> Result<(ValueId, View), IrError> {
+        let n = self.b.entry().node(x);
+        let Some(narrow) = stored(&n.op, &n.inputs) else { return Ok((x, (other, turned))) };
+        let to = self.b.entry().ty(narrow).dtype;
+        Ok((narrow, (self.make(Op::Cast(to), &[other])?, turned)))
+    }
+
     fn scaled(&mut self, scale: Option<ValueId>, v: ValueId) -> Result<ValueId, IrError> {
         match scale {
             Some(s) => self.make(Op::Binary(BinaryOp::Mul), &[s, v]),
@@ -189,7 +211,8 @@ impl Sums<'_, '_> {
             let turned = p.kept.1;
             let mut terms = vec![];
             if let Some(x) = s.whole {
-                let product = self.product((x, s.axis == 0), p.along, turned)?;
+                let (x, along) = self.as_stored(x, p.along)?;
+                let product = self.product((x, s.axis == 0), along, turned)?;
                 let two = self.make(Op::f32(2.0), &[])?;
                 terms.push(self.scaled(Some(two), product)?);
             }
@@ -218,6 +241,10 @@ mod tests {
 
     /// Σ (X + s·D)² along an axis, D = L·R with operands that may lie turned round, and a second product.
     fn graph(axis: u8, ta: bool, tb: bool, inner: u64) -> Graph {
+        stored_as("f32", axis, ta, tb, inner)
+    }
+
+    fn stored_as(dtype: &str, axis: u8, ta: bool, tb: bool, inner: u64) -> Graph {
         let shape = |turned: bool, a: u64, b: u64| if turned { format!("[{b},{a}]") } else { format!("[{a},{b}]") };
         let (l, r) = (shape(ta, 12, inner), shape(tb, inner, 16));
         let flags = [(ta, "ta"), (tb, "tb")].iter().filter(|f| f.0).map(|f| f.1).collect::<Vec<_>>().join(", ");
@@ -225,7 +252,7 @@ mod tests {
         let out = if axis == 1 { 12 } else { 16 };
         let text = format!(
             r#"graph core
-param @0 "w" f32[12,16] frozen checkpoint("w")
+param @0 "w" {dtype}[12,16] frozen checkpoint("w")
 param @1 "l" f32{l} frozen adapter(0, "l")
 param @2 "r" f32{r} frozen adapter(0, "r")
 param @3 "s" f32[] frozen adapter(0, "s")
@@ -233,20 +260,21 @@ param @4 "u" f32[12,2] frozen adapter(1, "u")
 param @5 "v" f32[2,16] frozen adapter(1, "v")
 entry "infer" {{
   %0 = input "x" : f32[{out}]
-  %1 = param @0 : f32[12,16]
-  %2 = param @1 : f32{l}
-  %3 = param @2 : f32{r}
-  %4 = param @3 : f32[]
-  %5 = matmul(%2, %3){flags} : f32[12,16]
-  %6 = mul(%4, %5) : f32[12,16]
-  %7 = param @4 : f32[12,2]
-  %8 = param @5 : f32[2,16]
-  %9 = matmul(%7, %8) : f32[12,16]
-  %10 = add(%1, %6, %9) : f32[12,16]
-  %11 = mul(%10, %10) : f32[12,16]
-  %12 = reduce_sum(%11) {{axis = {axis}}} : f32[{out}]
-  %13 = mul(%0, %12) : f32[{out}]
-  output "y" %13
+  %1 = param @0 : {dtype}[12,16]
+  %2 = cast(%1) : f32[12,16]
+  %3 = param @1 : f32{l}
+  %4 = param @2 : f32{r}
+  %5 = param @3 : f32[]
+  %6 = matmul(%3, %4){flags} : f32[12,16]
+  %7 = mul(%5, %6) : f32[12,16]
+  %8 = param @4 : f32[12,2]
+  %9 = param @5 : f32[2,16]
+  %10 = matmul(%8, %9) : f32[12,16]
+  %11 = add(%2, %7, %10) : f32[12,16]
+  %12 = mul(%11, %11) : f32[12,16]
+  %13 = reduce_sum(%12) {{axis = {axis}}} : f32[{out}]
+  %14 = mul(%0, %13) : f32[{out}]
+  output "y" %14
 }}
 "#
         );
@@ -268,6 +296,21 @@ entry "infer" {{
                 assert_eq!((squares(&g), squares(&out)), (1, 0), "axis {axis}, {ta} {tb}");
                 same_results(&g, &out, 1e-5);
             }
+        }
+    }
+
+    #[test]
+    fn a_matrix_stored_in_fewer_bits_is_read_as_it_is_stored() {
+        for axis in [0, 1] {
+            let g = stored_as("bf16", axis, false, false, 3);
+            let out = run_passes(&g, &Pipeline::of(&["canonicalize", NAME]), &Options::default()).unwrap().graph;
+            assert_eq!((squares(&g), squares(&out)), (1, 0), "axis {axis}");
+            // the rounded operand of the thin product
+            same_results(&g, &out, 2e-3);
+            let e = &out.entries[0];
+            let narrow = e.nodes.iter().filter(|n| matches!(n.op, Op::MatMul { .. }));
+            let narrow = narrow.filter(|n| n.inputs.iter().all(|i| e.ty(*i).dtype == DType::BF16)).count();
+            assert_eq!(narrow, 2, "one thin product of the matrix with each factor");
         }
     }
 
