@@ -1,21 +1,52 @@
-//! Text files that are whole or not there, and which files are the same.
+//! Files and folders that are whole or not there, and which files are the same.
 
 use crate::failure::{Failure, Result};
+use pleach_runtime::files::sync;
 use std::path::{Path, PathBuf};
 
-/// Writes a file under a temporary name that is renamed.
+/// Makes a file under a temporary name, syncs and renames it.
+///
+/// # Errors
+/// Those of `make`, and what the system refuses; what was there before stays.
+pub(crate) fn put<T>(to: &Path, make: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    let mut temporary = to.as_os_str().to_owned();
+    temporary.push(format!(".{}.tmp", std::process::id()));
+    let temporary = PathBuf::from(temporary);
+    let done = make(&temporary).and_then(|made| {
+        sync(&temporary)?;
+        std::fs::rename(&temporary, to).map_err(Failure::io("write", to))?;
+        sync(above(to))?;
+        Ok(made)
+    });
+    if done.is_err() {
+        let _ = std::fs::remove_file(&temporary);
+    }
+    done
+}
+
+/// Writes a text as [`put`] does.
 ///
 /// # Errors
 /// What the system refuses; what was there before stays.
 pub(crate) fn write(to: &Path, text: &str) -> Result<()> {
-    let mut temporary = to.as_os_str().to_owned();
-    temporary.push(format!(".{}.tmp", std::process::id()));
-    let temporary = PathBuf::from(temporary);
-    let done = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, to));
-    done.map_err(|e| {
-        let _ = std::fs::remove_file(&temporary);
-        Failure::io("write", to)(e)
-    })
+    put(to, |temporary| std::fs::write(temporary, text).map_err(Failure::io("write", to)))
+}
+
+/// Syncs the files of a folder, and the folder.
+///
+/// # Errors
+/// What the system refuses.
+pub(crate) fn sync_all(folder: &Path) -> Result<()> {
+    for e in std::fs::read_dir(folder).map_err(Failure::io("read", folder))? {
+        let path = e.map_err(Failure::io("read", folder))?.path();
+        if path.is_dir() { sync_all(&path)? } else { sync(&path)? }
+    }
+    Ok(sync(folder)?)
+}
+
+/// The folder that a name is in.
+pub(crate) fn above(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Whether two paths that are there name one file or folder.

@@ -2,8 +2,10 @@
 
 use crate::failure::{Failure, Result};
 use pleach_runtime::Values;
-use safetensors::SafeTensors;
+use pleach_runtime::files::{self, Saved};
 use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use std::borrow::Cow;
 use std::path::Path;
 
 /// Packed sequences.
@@ -151,7 +153,7 @@ fn integers(t: &TensorView<'_>) -> std::result::Result<Vec<i32>, String> {
     t.data().chunks_exact(size).map(value).collect()
 }
 
-/// Writes one f32 tensor to a safetensors file, under a temporary name that is renamed.
+/// Writes f32 tensors (name, shape, bytes) to a safetensors file that is whole or not there.
 ///
 /// # Errors
 /// What the system refuses.
@@ -159,26 +161,11 @@ pub(crate) fn write_tensors(path: &Path, tensors: &[(&str, Vec<u64>, &[u8])]) ->
     if path.is_dir() {
         return Err(Failure::usage(format!("{}: is a folder; --out names a file", path.display())));
     }
-    let views = tensors
+    let tensors: Vec<Saved<'_>> = tensors
         .iter()
-        .map(|(name, shape, bytes)| {
-            let shape = shape.iter().map(|d| *d as usize).collect();
-            Ok((*name, TensorView::new(safetensors::Dtype::F32, shape, bytes)?))
-        })
-        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()?;
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(format!(".{}.tmp", std::process::id()));
-    let temporary = Path::new(&temporary);
-    // The crate renames a file that only its owner may read.
-    let mode = std::fs::File::create(temporary).and_then(|f| f.metadata()).map_err(Failure::io("write", path))?;
-    let done = safetensors::serialize_to_file(views, None, temporary)
-        .map_err(|e| Failure::new(format!("cannot write {}: {e}", path.display())))
-        .and_then(|()| std::fs::set_permissions(temporary, mode.permissions()).map_err(Failure::io("write", path)))
-        .and_then(|()| std::fs::rename(temporary, path).map_err(Failure::io("write", path)));
-    if done.is_err() {
-        let _ = std::fs::remove_file(temporary);
-    }
-    done
+        .map(|(name, shape, bytes)| (name.to_string(), Dtype::F32, shape.clone(), Cow::Borrowed(*bytes)))
+        .collect();
+    crate::files::put(path, |temporary| Ok(files::write_tensors(temporary, &tensors)?))
 }
 
 #[cfg(test)]

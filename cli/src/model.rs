@@ -122,7 +122,7 @@ pub(crate) fn fill_slots(session: &mut Session, model: &Model) -> Result<()> {
 /// A folder beside `path` that is written first and renamed to it last.
 pub(crate) fn temporary_beside(path: &Path) -> Result<PathBuf> {
     let name = path.file_name().ok_or_else(|| Failure::usage(format!("{}: is no file name", path.display())))?;
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = crate::files::above(path);
     std::fs::create_dir_all(parent).map_err(Failure::io("create", parent))?;
     Ok(parent.join(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id())))
 }

@@ -14,6 +14,7 @@ pub mod cuda;
 mod device;
 mod error;
 mod fetch;
+pub mod files;
 mod forms;
 mod generate;
 mod launch;

@@ -2,11 +2,13 @@
 
 use crate::args::{AdapterCommand, AdapterPath};
 use crate::failure::{Failure, Result};
+use crate::files::{above, sync_all};
 use crate::model::{Model, temporary_beside};
 use crate::report::{self, Table, Ui, count};
 use pleach_frontend::adapter::{Combination, combine, to_lora};
 use pleach_frontend::peft::{MethodConfig, check_adapter, preview_targets};
 use pleach_frontend::{Adapter, Checkpoint, ModelConfig, ModuleTable};
+use pleach_runtime::files::sync;
 use serde_json::json;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -173,14 +175,16 @@ fn write_folder(out: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<(
     let temporary = temporary_beside(out)?;
     fs::create_dir_all(&temporary).map_err(Failure::io("create", &temporary))?;
     let done = write(&temporary).and_then(|()| {
+        sync_all(&temporary)?;
         if occupied {
             for file in ["adapter_model.safetensors", "adapter_config.json"] {
                 fs::rename(temporary.join(file), out.join(file)).map_err(Failure::io("write", out))?;
             }
-            return Ok(());
+            return Ok(sync(out)?);
         }
         let _ = fs::remove_dir(out);
-        fs::rename(&temporary, out).map_err(Failure::io("write", out))
+        fs::rename(&temporary, out).map_err(Failure::io("write", out))?;
+        Ok(sync(above(out))?)
     });
     let _ = fs::remove_dir_all(&temporary);
     done

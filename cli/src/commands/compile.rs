@@ -29,7 +29,9 @@ pub(crate) fn compile(ui: &Ui, args: &CompileArgs) -> Result<()> {
     if wanted > 0 {
         ui.note(&format!("{} of {wanted} choices are of kernels of this plan", ready.plan.choices.len()));
     }
-    let size = copy(&slot.plan, &args.output)?;
+    let size = crate::files::put(&args.output, |temporary| {
+        std::fs::copy(&slot.plan, temporary).map_err(Failure::io("write", &args.output))
+    })?;
     let origin = &ready.origin;
     if args.json {
         report::json(&json!({
@@ -120,16 +122,4 @@ fn graph(ui: &Ui, args: &CompileArgs) -> Result<()> {
         report::line(&format!("{}: {}, compiled in {ms:.0} ms", args.output.display(), bytes(size)));
     }
     Ok(())
-}
-
-/// Copies a plan under a temporary name that is renamed.
-fn copy(from: &std::path::Path, to: &std::path::Path) -> Result<u64> {
-    let mut temporary = to.as_os_str().to_owned();
-    temporary.push(format!(".{}.tmp", std::process::id()));
-    let temporary = std::path::Path::new(&temporary);
-    let done = std::fs::copy(from, temporary).and_then(|n| std::fs::rename(temporary, to).map(|()| n));
-    if done.is_err() {
-        let _ = std::fs::remove_file(temporary);
-    }
-    done.map_err(Failure::io("write", to))
 }

@@ -22,6 +22,7 @@ use std::time::Instant;
 /// A file that cannot be read or is no e-graph, a root that nothing makes, an output that is there already.
 pub(crate) fn extract(args: &ExtractArgs) -> Result<()> {
     let out = args.out.as_deref().map(|d| targets(d, &args.files, args.overwrite)).transpose()?;
+    free_by_other_name(out.as_deref().unwrap_or_default(), &args.files, args.overwrite)?;
     let mut rows = vec![];
     if !args.json {
         report::line("file,dag_cost,ms,optimal");
@@ -64,6 +65,19 @@ pub(crate) fn extract(args: &ExtractArgs) -> Result<()> {
 /// A name without `.gz`.
 fn plain(path: &Path) -> PathBuf {
     if path.extension().is_some_and(|e| e == "gz") { path.with_extension("") } else { path.to_path_buf() }
+}
+
+/// Refuses outputs whose plain name is that of a file already there, of an input or of another output.
+fn free_by_other_name(out: &[PathBuf], inputs: &[PathBuf], overwrite: bool) -> Result<()> {
+    let taken = |p: &PathBuf| out.contains(p) || inputs.iter().any(|f| files::same(p, f)) || p.exists() && !overwrite;
+    match out.iter().map(|o| (o, plain(o))).find(|(o, p)| p != *o && taken(p)) {
+        Some((o, p)) => Err(Failure::new(format!(
+            "{}: is written beside {} and is there already; choose another folder, or pass --overwrite if it is an older result",
+            p.display(),
+            o.display()
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// The text of a file, decompressed where it begins as gzip does.

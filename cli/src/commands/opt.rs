@@ -147,8 +147,7 @@ fn run(
     }
     let Some((pass, g)) = given else { return Err(failed) };
     let command = format!("pleach opt {} --passes {pass}{}", args.reproducer.display(), flags(args));
-    std::fs::write(&args.reproducer, format!("// {command}\n{}", text::print(&g)))
-        .map_err(Failure::io("write", &args.reproducer))?;
+    crate::files::write(&args.reproducer, &format!("// {command}\n{}", text::print(&g)))?;
     Err(Failure::new(format!("pass {pass}: {}\nto repeat only this: {command}", failed.message)))
 }
 
@@ -157,7 +156,7 @@ fn dump(dir: &Path, stages: &[(String, Graph)]) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Failure::io("create", dir))?;
     for (i, (name, g)) in stages.iter().enumerate() {
         let path = dir.join(format!("{i:02}-{name}.ir"));
-        std::fs::write(&path, text::print(g)).map_err(Failure::io("write", &path))?;
+        crate::files::write(&path, &text::print(g))?;
     }
     Ok(())
 }

@@ -21,7 +21,7 @@ fn not_among_inputs(out: &Path, args: &RunArgs) -> Result<()> {
     let folders = [args.model.folder(), &args.model.model].into_iter();
     let inputs = folders.chain(args.model.adapter.iter().map(|a| a.path.as_path())).chain(args.input.as_deref());
     // A link lies where its name is, and where it leads.
-    let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = crate::files::above(out);
     let place = parent.canonicalize().ok().zip(out.file_name()).map(|(p, name)| p.join(name));
     let places: Vec<_> = out.canonicalize().into_iter().chain(place).collect();
     for input in inputs.filter_map(|i| i.canonicalize().ok()) {

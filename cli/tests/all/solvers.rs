@@ -102,6 +102,26 @@ fn e_graphs_are_extracted_within_a_hundredth_of_the_best_known() {
     }
 }
 
+#[test]
+fn a_result_under_its_plain_name_replaces_nothing_unasked() {
+    let folder = Folder::new("extract-plain");
+    let (file, out) = (data("extraction/vgg.json.gz"), folder.join("out"));
+    std::fs::create_dir_all(&out).unwrap();
+    std::fs::write(out.join("vgg.json"), "mine").unwrap();
+    let e = Pleach::new(&folder).fails(1, &["extract", text(&file), "--out", text(&out)]);
+    assert!(e.contains("vgg.json") && e.contains("--overwrite"), "{e}");
+    assert_eq!(std::fs::read_to_string(out.join("vgg.json")).unwrap(), "mine");
+    assert!(!out.join("vgg.json.gz").exists());
+    let said = Pleach::new(&folder).call(&["extract", text(&file), "--out", text(&out), "--overwrite"]);
+    assert_eq!(said.code, Some(0), "{}", said.err);
+    assert_ne!(std::fs::read_to_string(out.join("vgg.json")).unwrap(), "mine");
+    // an input that lies where the plain name would go stays, whatever is asked
+    let input = folder.join("vgg.json");
+    std::fs::copy(out.join("vgg.json"), &input).unwrap();
+    let e = Pleach::new(&folder).fails(1, &["extract", text(&file), text(&input), "--out", text(&out), "--overwrite"]);
+    assert!(e.contains("vgg.json"), "{e}");
+}
+
 /// The DAG cost of choices, walked from the roots in the file's own ids; all of them must be reached, none twice open.
 fn walk(file: &Path, choices: &Value) -> f64 {
     let mut json = String::new();

@@ -3,19 +3,16 @@
 //! The description is data under `adapter` in the plan's facts; the frontend writes it. Indices are i32 in the slot and
 //! I64 in the file.
 
-use super::checkpoint::sync_folder;
 use super::machine::Machine;
 use super::ranks::{Kept, SiteRanks, places, select};
 use crate::error::{Result, RuntimeError};
+use crate::files::{sync, write_synced, write_tensors};
 use pleach_plan::{DType, Plan};
-use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 
 /// File of an adapter's tensors.
@@ -161,7 +158,7 @@ impl AdapterPlan {
             Init::Prepared { kept } => kept.as_deref(),
             _ => None,
         })?;
-        sync_folder(&dir)
+        sync(&dir)
     }
 
     fn write_files(
@@ -261,42 +258,9 @@ pub(crate) fn damaged(path: &Path, why: &str) -> RuntimeError {
     RuntimeError::File { file: path.display().to_string(), why: format!("{why}; resume from another checkpoint") }
 }
 
-/// A tensor for a file: name, type, shape, bytes.
-pub(crate) type Saved<'a> = (String, Dtype, Vec<u64>, Cow<'a, [u8]>);
-
-/// Writes a safetensors file and syncs it.
-pub(crate) fn write_tensors(path: &Path, tensors: &[Saved<'_>]) -> Result<()> {
-    let what = || path.display().to_string();
-    let views = tensors
-        .iter()
-        .map(|(name, dtype, shape, bytes)| {
-            let shape = shape.iter().map(|d| *d as usize).collect();
-            Ok((name.as_str(), TensorView::new(*dtype, shape, bytes)?))
-        })
-        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>();
-    let meta = HashMap::from([("format".to_string(), "pt".to_string())]);
-    // The crate renames a file that only its owner may read; whoever shares the folder may read the others.
-    let mode = fs::File::create(path).and_then(|f| f.metadata()).map_err(RuntimeError::io(what()))?.permissions();
-    views
-        .and_then(|v| safetensors::serialize_to_file(v, Some(meta), path))
-        .map_err(|e| RuntimeError::File { file: what(), why: format!("cannot be written: {e}") })?;
-    fs::set_permissions(path, mode).map_err(RuntimeError::io(what()))?;
-    fs::File::open(path).and_then(|f| f.sync_all()).map_err(RuntimeError::io(what()))
-}
-
 /// Opens a safetensors file for a while.
 pub(crate) fn with_tensors<T>(path: &Path, f: impl FnOnce(&SafeTensors<'_>) -> Result<T>) -> Result<T> {
     let bytes = fs::read(path).map_err(|e| damaged(path, &format!("cannot be read ({e})")))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|e| damaged(path, &format!("cannot be read ({e})")))?;
     f(&file)
-}
-
-/// Writes a file and syncs it.
-pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    let write = || {
-        let mut f = fs::File::create(path)?;
-        f.write_all(bytes)?;
-        f.sync_all()
-    };
-    write().map_err(RuntimeError::io(path.display().to_string()))
 }

@@ -7,15 +7,16 @@
 //! In it: the adapter as PEFT reads it, `optimizer.safetensors` (moments, and whatever of the slot the adapter's file
 //! does not hold), `trainer_state.json`.
 
-use super::adapter::{AdapterPlan, damaged, with_tensors, write_synced, write_tensors};
+use super::adapter::{AdapterPlan, damaged, with_tensors};
 use super::machine::Machine;
 use super::step::Settings;
 use crate::error::{Result, RuntimeError};
+use crate::files::{sync, write_synced, write_tensors};
 use pleach_plan::DType;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 /// File of the moments.
@@ -167,14 +168,14 @@ pub fn save(
     let mut text = serde_json::to_vec_pretty(state).unwrap_or_default();
     text.push(b'\n');
     write_synced(&temporary.join(STATE), &text)?;
-    sync_folder(&temporary)?;
+    sync(&temporary)?;
     watch("rename");
     if path.exists() {
         discard(dir, &path)?;
     }
     fs::rename(&temporary, &path).map_err(RuntimeError::io(path.display().to_string()))?;
     watch("renamed");
-    sync_folder(dir)?;
+    sync(dir)?;
     Ok(path)
 }
 
@@ -252,9 +253,4 @@ fn remove(path: &Path) -> Result<()> {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(RuntimeError::io(path.display().to_string())(e)),
         _ => Ok(()),
     }
-}
-
-/// Makes names in a folder outlive a crash of the system.
-pub(crate) fn sync_folder(dir: &Path) -> Result<()> {
-    File::open(dir).and_then(|f| f.sync_all()).map_err(RuntimeError::io(dir.display().to_string()))
 }

@@ -4,13 +4,14 @@
 //! moment of a kill are not. At a step the order is: line of metrics, evaluation, checkpoint.
 
 use super::adapter::{AdapterPlan, CONFIG, INITIAL, TENSORS};
-use super::checkpoint::{self, State, sync_folder};
+use super::checkpoint::{self, State};
 use super::data::{Order, Rows};
 use super::events::Events;
 use super::machine::Machine;
 use super::metrics::{Lines, Metrics};
 use super::step::{Settings, evaluate, step_with};
 use crate::error::{Result, RuntimeError};
+use crate::files::sync;
 use crate::memory::peak_rss;
 use serde_json::json;
 use std::fs;
@@ -237,7 +238,7 @@ fn write_final(machine: &dyn Machine, job: &Job<'_>) -> Result<()> {
         fs::rename(temporary.join(file), &to).map_err(RuntimeError::io(to.display().to_string()))?;
     }
     fs::remove_dir(&temporary).map_err(RuntimeError::io(temporary.display().to_string()))?;
-    sync_folder(job.dir)
+    sync(job.dir)
 }
 
 /// Whether a folder holds results of a run: what would be lost if another run wrote there.

@@ -9,12 +9,13 @@ mod verify;
 
 use crate::args::MergeArgs;
 use crate::failure::{Failure, Result};
-use crate::files;
+use crate::files::{self, above, sync_all};
 use crate::model::{Model, temporary_beside};
 use crate::report::{self, Table, Ui, bytes};
 use fold::{Change, New};
 use pleach_frontend::safetensors::Writer;
 use pleach_frontend::{Dtype, ModelConfig, TensorRef, TensorTable};
+use pleach_runtime::files::sync;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -215,9 +216,11 @@ fn edit(from: &Path, to: &Path, change: impl FnOnce(&mut Value)) -> Result<()> {
 
 /// Renames the finished folder to its place; into an occupied one file by file, weights of before taken away.
 fn publish(temporary: &Path, out: &Path, occupied: bool) -> Result<()> {
+    sync_all(temporary)?;
     if !occupied {
         let _ = fs::remove_dir(out);
-        return fs::rename(temporary, out).map_err(Failure::io("write", out));
+        fs::rename(temporary, out).map_err(Failure::io("write", out))?;
+        return Ok(sync(above(out))?);
     }
     let names = |dir: &Path| -> Result<BTreeSet<std::ffi::OsString>> {
         let list = fs::read_dir(dir).map_err(Failure::io("read", dir))?;
@@ -233,5 +236,5 @@ fn publish(temporary: &Path, out: &Path, occupied: bool) -> Result<()> {
     for name in &new {
         fs::rename(temporary.join(name), out.join(name)).map_err(Failure::io("write", out))?;
     }
-    Ok(())
+    Ok(sync(out)?)
 }
