@@ -14,7 +14,8 @@
 //!   and static slices of the last axis. Every result is `[.., M, N']`, with N' one of the sliced widths.
 //! * [`Class::Attention`]: on operands, `attention` and `attention_lse` of the same q and k, or either alone; or one to
 //!   three gradients of one attention (equal operands).
-//! * [`Class::Scatter`]: one `scatter` whose target operand is aliased to the result (updated in place).
+//! * [`Class::Scatter`]: one `scatter` whose target operand is aliased to the result (updated in place), or several of one form, side by
+//!   side: a result each.
 
 use crate::error::IrError;
 use crate::graph::{Entry, Node, ParamId};
@@ -429,7 +430,10 @@ fn check_kernel(k: &Kernel, faults: &mut Vec<String>) {
         Class::Row => mm + at + sc == 0,
         Class::Contraction => mm > 0 && at == 0 && k.body.nodes.iter().all(|x| laid_over_codes(k, x)),
         Class::Attention => mm + sc == 0 && one_attention(&attention),
-        Class::Scatter => mm + at == 0 && sc == 1 && k.aliases.first().is_some_and(Option::is_some),
+        Class::Scatter => {
+            let over = k.aliases.iter().all(Option::is_some);
+            mm + at == 0 && sc > 0 && sc == k.body.roots.len() && over
+        }
     };
     if !ok {
         bad(format!("its operators do not fit class {:?}", k.class));

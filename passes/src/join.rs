@@ -1,10 +1,10 @@
 //! Joins launches of one kernel that do not depend on each other, where a launch costs more than little work takes.
 //!
-//! An optimizer's update, or the casts of a preparation, are hundreds of equal small launches. Row kernels of static shapes
-//! that can run at the same moment become one kernel whose body is theirs side by side, so that a target may run it as one
+//! An optimizer's update, the casts of a preparation, or the rows and columns that are set after a step, are hundreds of equal small
+//! launches. Row kernels and scatters of static shapes that can run at the same moment become one kernel whose body is theirs side by side, so that a target may run it as one
 //! launch. Nothing here knows what the kernels compute; the body of a joined kernel means what its parts mean, one after
 //! the other. Entries with loops, and launches with much between them in the arena, stay as they are.
-//! Thin products of one matrix are joined as well, in every entry ([`thin`]).
+//! Thin products of one matrix, and picks of few of its columns, are joined as well, in every entry ([`thin`]).
 
 mod thin;
 
@@ -77,7 +77,7 @@ fn equal(s: &Schedule, e: &ScheduledEntry, before: &[BTreeSet<usize>]) -> BTreeM
         level[i] = before[i].iter().map(|b| level[*b] + 1).max().unwrap_or(0);
         let k = &s.kernels[step.kernel.0 as usize];
         let fixed = k.body.nodes.iter().all(|n| n.ty.symbols().is_empty());
-        let joins = k.class == Class::Row && fixed && arena(e, step) <= ARENA[0];
+        let joins = matches!(k.class, Class::Row | Class::Scatter) && fixed && arena(e, step) <= ARENA[0];
         // A key of its own keeps a launch alone.
         let own = if joins { 0 } else { i + 1 };
         out.entry((level[i], own, step.kernel.0)).or_default().push(i);

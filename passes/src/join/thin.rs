@@ -1,7 +1,9 @@
-//! Thin products of one matrix become one kernel.
+//! Thin products of one matrix become one kernel, and so do picks of few of its columns.
 //!
 //! The low-rank branches of layers that share an input each read all of it, to multiply it by a matrix of a few columns: reading is all the
 //! time that takes. Launches of one contraction kernel with few columns that read the same left operand become one, which reads it once.
+//! Layers of which columns are trained keep these columns of their input alone: what a launch picks is so little that the launch is what
+//! takes the time.
 //! They are moved to the first of them, so what each waits for must come before that one; loops stay as they are.
 
 use super::{Made, as_one, drop_unused};
@@ -64,9 +66,9 @@ pub(super) fn run(s: &mut Schedule) -> Result<usize, IrError> {
     Ok(saved)
 }
 
-/// A kernel that is one thin product and what is elementwise behind it.
+/// A kernel that is one thin product and what is elementwise behind it, or picks few columns.
 struct Thin {
-    /// The operand that is the product's left one.
+    /// The operand that is the product's left one, or that columns are picked of.
     shared: usize,
     columns: u64,
 }
@@ -75,13 +77,20 @@ impl Thin {
     fn of(k: &Kernel) -> Option<Thin> {
         let body = &k.body;
         let live = body.live();
-        let mut products =
-            body.nodes.iter().zip(&live).filter(|(n, l)| **l && matches!(n.op, Op::MatMul { .. })).map(|(n, _)| n);
-        let (Some(p), None) = (products.next(), products.next()) else { return None };
+        let reads = |op: &Op| match k.class {
+            Class::Contraction => matches!(op, Op::MatMul { .. }),
+            Class::Row => !op.is_leaf(),
+            Class::Attention | Class::Scatter => false,
+        };
+        let mut found = body.nodes.iter().zip(&live).filter(|(n, l)| **l && reads(&n.op)).map(|(n, _)| n);
+        let (Some(p), None) = (found.next(), found.next()) else { return None };
+        if !matches!(p.op, Op::MatMul { .. } | Op::Gather { axis: 1 }) {
+            return None;
+        }
         let columns = p.ty.shape.last()?.known()?;
         let rows = p.ty.shape.first()?;
         let shared = body.inputs().iter().position(|(v, _)| *v == p.inputs[0])?;
-        let alone = k.class == Class::Contraction && k.aliases.iter().all(Option::is_none);
+        let alone = k.aliases.iter().all(Option::is_none);
         // Rows that are counted are many: the left operand is what takes the time.
         (alone && p.ty.rank() == 2 && rows.known().is_none() && 2 * columns <= COLUMNS)
             .then_some(Thin { shared, columns })

@@ -305,7 +305,7 @@ pub(super) fn joined(k: &Kernel) -> Option<Vec<i64>> {
 /// A kernel that copies blocks: see [`joined`].
 pub(super) fn copies(k: &Kernel, parts: &[i64]) -> Result<Parts, CodegenError> {
     let (one, times) = repeated(k).unwrap_or_else(|| (k.clone(), 1));
-    let mut unit = if times > 1 { Unit::repeated(&one, times) } else { Unit::new(k, "", false) };
+    let mut unit = if times > 1 { Unit::repeated(&one, times, "", None) } else { Unit::new(k, "", false) };
     let f = &mut unit.f;
     // The widest words that all parts consist of.
     let step = [16, 8, 4].into_iter().find(|s| parts.iter().all(|n| n % s == 0)).unwrap_or(2);

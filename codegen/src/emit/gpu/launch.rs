@@ -60,16 +60,24 @@ impl Unit {
     }
 
     /// An entry for `copies` launches of a kernel as one: the second axis of its grid says which one a block belongs to, and a
-    /// table among the parameters has the buffers of all, operands of one after the other, then results.
-    pub(super) fn repeated(k: &Kernel, copies: usize) -> Unit {
+    /// table among the parameters has the buffers of all, operands of one after the other, then results. `scratch`: bytes of
+    /// scratch memory of each, where it needs any.
+    pub(super) fn repeated(k: &Kernel, copies: usize, suffix: &str, scratch: Option<u64>) -> Unit {
         let (n, r) = (k.operands.len(), k.results.len());
         let all = (n + r) * copies;
         let table = format!(
             "!llvm.ptr {{llvm.byval = !llvm.array<{all} x i64>, llvm.align = 8 : i64, nvvm.grid_constant, llvm.noalias, \
              llvm.readonly}}"
         );
-        let mut f =
-            Func::new(&k.name, &[("table", table.as_str()), ("dims", "!llvm.ptr {llvm.noalias, llvm.readonly}")]);
+        let mut args = vec![("table", table.as_str())];
+        let mut params = vec![LaunchParam::Buffers((0..all as u32).collect())];
+        if scratch.is_some() {
+            args.push(("scratch_of_all", "!llvm.ptr {llvm.noalias}"));
+            params.push(LaunchParam::Scratch);
+        }
+        args.push(("dims", "!llvm.ptr {llvm.noalias, llvm.readonly}"));
+        params.push(LaunchParam::Dims);
+        let mut f = Func::new(&format!("{}{suffix}", k.name), &args);
         f.gpu = true;
         f.round_bf16 = true;
         f.is_for(k, &anchors(k));
@@ -85,7 +93,10 @@ impl Unit {
                 f.name(&format!("p{}", from + i), &format!("llvm.addrspacecast {p} : !llvm.ptr<1> to !llvm.ptr"));
             }
         }
-        let params = vec![LaunchParam::Buffers((0..all as u32).collect()), LaunchParam::Dims];
+        if let Some(bytes) = scratch {
+            let (all, first) = (f.arg("scratch_of_all"), f.mulc(&copy, bytes as i64));
+            f.name("scratch", &format!("llvm.getelementptr {all}[{first}] : (!llvm.ptr, i64) -> !llvm.ptr, i8"));
+        }
         Unit { f, params, statics: 0 }
     }
 

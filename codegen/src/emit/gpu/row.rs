@@ -56,7 +56,7 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym]) -> Result<Parts, CodegenError> {
 
 /// The entry of a kernel, or of many launches of it.
 fn unit(k: &Kernel, copies: usize) -> Unit {
-    if copies > 1 { Unit::repeated(k, copies) } else { Unit::new(k, "", false) }
+    if copies > 1 { Unit::repeated(k, copies, "", None) } else { Unit::new(k, "", false) }
 }
 
 /// Results by shape.

@@ -3,11 +3,12 @@
 //! Where an index repeats, the last one wins (set) or all count in their order (add). So that one thread can own what an
 //! index selects, a first launch links equal indices: each knows whether it is the first of its kind and which is the next.
 //! The second launch gives every element that a first index selects to a thread, which follows the links. Few indices need no links:
-//! every thread looks at all of them.
+//! every thread looks at all of them. Scatters of one form, side by side, are one launch over a table of buffers ([`super::repeat`]).
 
 use super::at::At;
 use super::launch::Unit;
 use super::pull::Pull;
+use super::repeat::repeated;
 use super::{Parts, special};
 use crate::emit::attention::view::{operand_index, strip_reshape};
 use crate::emit::elementwise;
@@ -23,7 +24,8 @@ const FEW: u64 = 64;
 
 /// Emits a scatter kernel.
 pub(super) fn emit(k: &Kernel, symbols: &[Sym]) -> Result<Parts, CodegenError> {
-    let body = &k.body;
+    let (one, copies) = repeated(k).unwrap_or_else(|| (k.clone(), 1));
+    let (k, body) = (&one, &one.body);
     let [root] = &body.roots[..] else {
         return Err(unsupported(k, "a scatter kernel has one result"));
     };
@@ -43,10 +45,16 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym]) -> Result<Parts, CodegenError> {
     let shape = body.ty(update).shape.clone();
     let count = shape[axis];
     if count.known().is_some_and(|n| n <= FEW) {
-        return few(k, symbols, (axis, *mode));
+        return few(k, copies, symbols, (axis, *mode));
     }
 
-    let mut link = Unit::new(k, "_link", true);
+    let links = dim_expr(k, count, symbols)?.mul(8);
+    let unit = |suffix: &str| match (copies, links.known()) {
+        (1, _) => Ok(Unit::new(k, suffix, true)),
+        (_, Some(bytes)) => Ok(Unit::repeated(k, copies, suffix, Some(bytes))),
+        (_, None) => Err(unsupported(k, "scatters of unknown numbers of rows have launches of their own")),
+    };
+    let mut link = unit("_link")?;
     {
         let f = &mut link.f;
         let mut p = Pull::new(f, k, symbols);
@@ -80,7 +88,7 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym]) -> Result<Parts, CodegenError> {
         });
         p.finish()?;
     }
-    let mut write = Unit::new(k, "", true);
+    let mut write = unit("")?;
     {
         let f = &mut write.f;
         let mut p = Pull::new(f, k, symbols);
@@ -138,11 +146,10 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym]) -> Result<Parts, CodegenError> {
     let elements = |dims: &[Dim]| -> Result<Expr, CodegenError> {
         dims.iter().try_fold(Expr::Const(1), |e, d| Ok(e.mul(dim_expr(k, *d, symbols)?)))
     };
-    let grid = |e: Expr| [e.ceil_div(THREADS as u64), Expr::Const(1), Expr::Const(1)];
-    let n = elements(&[count])?;
-    let (one, first) = link.finish(grid(n.clone()), THREADS as u32, 0, 1);
+    let grid = |e: Expr| [e.ceil_div(THREADS as u64), Expr::Const(copies as u64), Expr::Const(1)];
+    let (one, first) = link.finish(grid(elements(&[count])?), THREADS as u32, 0, 1);
     let (two, second) = write.finish(grid(elements(&shape)?), THREADS as u32, 0, 1);
-    Ok((one + &two, vec![first, second], n.mul(8)))
+    Ok((one + &two, vec![first, second], links.mul(copies as u64)))
 }
 
 /// What a scatter that adds makes of two elements.
@@ -152,12 +159,12 @@ fn sum(f: &mut Func, dtype: DType, a: &Val, b: &Val) -> Val {
 }
 
 /// The kernel as one launch. An index is its own where it is the last of its kind (set) or the first (add), which takes in the others.
-fn few(k: &Kernel, symbols: &[Sym], (axis, mode): (usize, ScatterMode)) -> Result<Parts, CodegenError> {
+fn few(k: &Kernel, copies: usize, symbols: &[Sym], (axis, mode): (usize, ScatterMode)) -> Result<Parts, CodegenError> {
     let body = &k.body;
     let node = body.node(strip_reshape(body, body.roots[0].value));
     let (update, dtype) = (node.inputs[2], node.ty.dtype);
     let shape = body.ty(update).shape.clone();
-    let mut unit = Unit::new(k, "", false);
+    let mut unit = if copies > 1 { Unit::repeated(k, copies, "", None) } else { Unit::new(k, "", false) };
     let f = &mut unit.f;
     let mut p = Pull::new(f, k, symbols);
     let e = thread(f);
@@ -228,7 +235,7 @@ fn few(k: &Kernel, symbols: &[Sym], (axis, mode): (usize, ScatterMode)) -> Resul
     for d in &shape {
         elements = elements.mul(dim_expr(k, *d, symbols)?);
     }
-    let grid = [elements.ceil_div(THREADS as u64), Expr::Const(1), Expr::Const(1)];
+    let grid = [elements.ceil_div(THREADS as u64), Expr::Const(copies as u64), Expr::Const(1)];
     let (text, launch) = unit.finish(grid, THREADS as u32, 0, 1);
     Ok((text, vec![launch], Expr::Const(0)))
 }
