@@ -340,6 +340,7 @@ fn host_cut(graph: &Graph, request: &Request, host: &HostTarget) -> CutOptions<'
         supported: &compile::supported,
         panels: if trains { &[] } else { panel_widths(host.isa) },
         blocks: blocks_of(request),
+        picks: None,
     }
 }
 
@@ -351,7 +352,12 @@ fn blocks_of(request: &Request) -> BTreeMap<String, BlockFormat> {
 /// How a request cuts a graph. On a GPU nothing is packed.
 fn cut_of(request: &Request, graph: &Graph) -> Result<CutOptions<'static>> {
     Ok(match request.gpu() {
-        Some(_) => CutOptions { supported: &compile::supported_gpu, panels: &[], blocks: blocks_of(request) },
+        Some(_) => CutOptions {
+            supported: &compile::supported_gpu,
+            panels: &[],
+            blocks: blocks_of(request),
+            picks: Some(request.options()),
+        },
         None => host_cut(graph, request, &request.host()?),
     })
 }

@@ -18,6 +18,8 @@ mod contraction_types;
 mod kit;
 #[path = "all/launch.rs"]
 mod launch;
+#[path = "all/picks.rs"]
+mod picks;
 #[path = "all/ptx.rs"]
 mod ptx;
 #[path = "all/resources.rs"]

@@ -10,7 +10,7 @@
 //!   row-local value but axis 0; a reduce over axis 0 is allowed only directly on (elementwise functions of) operands.
 //! * [`Class::Contraction`]: one or more `matmul`s whose left operands are operands or slices/reshapes/transposes of
 //!   operands, whose right operands are operands (packed, row-major, or blocks of codes, in another type or with parts set
-//!   by a `scatter`), followed by elementwise operators, broadcasts
+//!   by a `scatter`), either maybe rows or columns that a `gather` picks of an operand by indices that are one, followed by elementwise operators, broadcasts
 //!   and static slices of the last axis. Every result is `[.., M, N']`, with N' one of the sliced widths.
 //! * [`Class::Attention`]: on operands, `attention` and `attention_lse` of the same q and k, or either alone; or one to
 //!   three gradients of one attention (equal operands).

@@ -193,8 +193,9 @@ fn random_graphs_survive_the_cut() {
         let want = run_entry_with(&g.params, &|p| values.get(p.index()), &g.entries[0], &given, &symbols)
             .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         for panels in [&[] as &[u64], &[48, 32, 16], &[16]] {
-            let s = schedule(&g, &CutOptions { supported: &|_| Ok(()), panels, blocks: Default::default() })
-                .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+            let s =
+                schedule(&g, &CutOptions { supported: &|_| Ok(()), panels, blocks: Default::default(), picks: None })
+                    .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
             for k in &s.kernels {
                 products_read_operands(k).unwrap_or_else(|e| panic!("seed {seed}: kernel {}: {e}", k.name));
                 rows_stay_apart(k).unwrap_or_else(|e| panic!("seed {seed}: kernel {}: {e}\n{:#?}", k.name, k.body));

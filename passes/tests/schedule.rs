@@ -236,7 +236,8 @@ fn decoder_runs_as_a_schedule() {
         decoder(&mut g, cache);
         g.phase = Phase::Core;
         for panels in [&[] as &[u64], &[48, 32, 16]] {
-            let s = schedule(&g, &CutOptions { supported: &accept, panels, blocks: Default::default() }).unwrap();
+            let s = schedule(&g, &CutOptions { supported: &accept, panels, blocks: Default::default(), picks: None })
+                .unwrap();
             let name = if cache { "generate" } else { "infer" };
             agree(&g, &s, name, &inputs(cache), 16);
             if !panels.is_empty() {
@@ -254,8 +255,11 @@ fn silu_of_gate_times_up_is_one_kernel() {
     let mut g = Graph::default();
     decoder(&mut g, false);
     g.phase = Phase::Core;
-    let s =
-        schedule(&g, &CutOptions { supported: &accept, panels: &[48, 32, 16], blocks: Default::default() }).unwrap();
+    let s = schedule(
+        &g,
+        &CutOptions { supported: &accept, panels: &[48, 32, 16], blocks: Default::default(), picks: None },
+    )
+    .unwrap();
     let sigmoid: Vec<&Kernel> =
         s.kernels.iter().filter(|k| k.body.nodes.iter().any(|n| n.op == Op::Unary(UnaryOp::Sigmoid))).collect();
     assert_eq!(sigmoid.len(), 1);
@@ -272,8 +276,11 @@ fn a_refused_region_is_taken_apart() {
         let n = k.body.nodes.iter().filter(|n| n.op.is_elementwise()).count();
         if n > 1 { Err("too many".to_string()) } else { Ok(()) }
     };
-    let s =
-        schedule(&g, &CutOptions { supported: &single, panels: &[48, 32, 16], blocks: Default::default() }).unwrap();
+    let s = schedule(
+        &g,
+        &CutOptions { supported: &single, panels: &[48, 32, 16], blocks: Default::default(), picks: None },
+    )
+    .unwrap();
     assert!(s.kernels.iter().all(|k| single(k).is_ok()));
     agree(&g, &s, "infer", &inputs(false), 16);
 }

@@ -45,6 +45,7 @@ pub fn plan_with(
         supported: &supported,
         panels: if pack { panel_widths(target.isa) } else { &[] },
         blocks: Default::default(),
+        picks: None,
     };
     let fail = |e: pleach_passes::PassError| format!("fuse-kernels: {e}");
     let mut s = fuse_kernels::cut(&after, &cut).map_err(fail)?;

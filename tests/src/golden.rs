@@ -19,13 +19,14 @@
 //!
 //! Whatever the test, graphs are verified, printed and read again, and what comes out of a pass or schedule is run by
 //! the interpreter beside its source on seeded values. `why` is required; `options` may list `merge`, `pack`, `bf16`,
-//! `tokens=N`, `T=N` (or another symbol), `no=RULE`, `blocks=TENSOR:FORMAT`. An unknown word is an error. `PLEACH_BLESS=1` rewrites the lower part.
+//! `tokens=N`, `T=N` (or another symbol), `no=RULE`, `blocks=TENSOR:FORMAT`, `picks` (products may pick by themselves), `unlaid` (nothing can be laid
+//! over blocks). An unknown word is an error. `PLEACH_BLESS=1` rewrites the lower part.
 
 use crate::compare::{Start, run_graph, run_schedule, same};
 use crate::values;
 use pleach_ir::interp::{Symbols, Tensor};
 use pleach_ir::text::{parse, print, print_schedule};
-use pleach_ir::{BlockFormat, DType, Graph, Sym, verify};
+use pleach_ir::{BlockFormat, Class, DType, Graph, Kernel, Op, Sym, verify};
 use pleach_passes::fuse_kernels::CutOptions;
 use pleach_passes::{Options, Report, Target, chunk, find, fuse_kernels, join};
 use similar::TextDiff;
@@ -53,6 +54,8 @@ struct Golden<'a> {
     chunk: bool,
     blocks: BTreeMap<String, BlockFormat>,
     join: bool,
+    picks: bool,
+    unlaid: bool,
     symbols: Symbols,
     above: &'a str,
     below: Option<&'a str>,
@@ -88,6 +91,8 @@ fn read(text: &str) -> Result<Golden<'_>, String> {
         chunk: false,
         blocks: BTreeMap::new(),
         join: false,
+        picks: false,
+        unlaid: false,
         symbols: values::symbols(),
         above: "",
         below: None,
@@ -131,6 +136,8 @@ fn option(g: &mut Golden, word: &str) -> Result<(), String> {
         None if word == "pack" => g.pack = true,
         None if word == "chunk" => g.chunk = true,
         None if word == "join" => g.join = true,
+        None if word == "picks" => g.picks = true,
+        None if word == "unlaid" => g.unlaid = true,
         None if word == "bf16" => g.options.dtype = DType::BF16,
         Some(("blocks", tensor)) => {
             let (name, format) = tensor.split_once(':').ok_or_else(unknown)?;
@@ -231,17 +238,23 @@ fn pass(name: &str, graph: &Graph, g: &Golden) -> Result<Graph, String> {
 }
 
 fn schedule(graph: &Graph, g: &Golden) -> Result<String, String> {
+    let on_gpu = Options { target: Target::GPU, ..g.options.clone() };
+    let laid = |k: &Kernel| {
+        let sets = k.body.nodes.iter().any(|n| matches!(n.op, Op::Scatter { .. }));
+        k.class == Class::Contraction && sets
+    };
     let options = CutOptions {
-        supported: &|_| Ok(()),
+        supported: &|k| if g.unlaid && laid(k) { Err("nothing is laid over blocks".into()) } else { Ok(()) },
         panels: if g.pack { &[48, 32, 16] } else { &[] },
         blocks: g.blocks.clone(),
+        picks: g.picks.then(|| on_gpu.clone()),
     };
     let mut s = fuse_kernels::schedule(graph, &options).map_err(|e| e.to_string())?;
     if g.chunk {
         chunk::run_with(&mut s, &|_| 16, 256, 4).map_err(|e| e.to_string())?;
     }
     if g.join {
-        join::run(&mut s, &Options { target: Target::GPU, ..Options::default() }).map_err(|e| e.to_string())?;
+        join::run(&mut s, &on_gpu).map_err(|e| e.to_string())?;
     }
     // What entries leave behind may lie in other parameters than before: a second run of them reads it.
     let start = Start { again: !g.blocks.is_empty(), ..Start::seeded(graph, g.symbols.clone(), 1) };

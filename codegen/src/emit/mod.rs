@@ -60,7 +60,7 @@ impl HostIsa {
 /// The values that a kernel is there for: its products with the sums that are made with them, its attention, its scatter.
 pub(crate) fn anchors(k: &Kernel) -> Vec<ValueId> {
     if k.class == Class::Contraction {
-        let all = Analysis::new(k).map(|a| a.values).unwrap_or_default();
+        let all = Analysis::with_picks(k).map(|a| a.values).unwrap_or_default();
         return all.into_iter().flat_map(|v| v.product).collect();
     }
     let is = |op: &Op| matches!(op, Op::Scatter { .. }) || op.is_attention();

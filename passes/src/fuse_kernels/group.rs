@@ -65,6 +65,8 @@ pub(super) struct Partition {
     pub(super) kept_out: BTreeSet<ValueId>,
     /// Parameters that lie in memory as codes with parts set: products decode them so.
     decoded: BTreeSet<ValueId>,
+    /// Rows or columns that products pick themselves.
+    picked: BTreeSet<ValueId>,
 }
 
 /// Turns elementwise f32 matrices that depend on one 16-bit tensor of their shape, and on numbers beside it, into what readers pull in.
@@ -114,8 +116,8 @@ pub(super) fn keeps_rows(e: &Entry, v: ValueId) -> bool {
 }
 
 impl Partition {
-    /// `coded` says which parameters lie in memory as codes.
-    pub(super) fn new(e: &Entry, coded: &dyn Fn(ParamId) -> bool) -> Partition {
+    /// `coded` says which parameters lie in memory as codes; `picked` are gathers that products read by themselves.
+    pub(super) fn new(e: &Entry, coded: &dyn Fn(ParamId) -> bool, picked: BTreeSet<ValueId>) -> Partition {
         let (live, users) = live_users(e);
         let mut kind: Vec<Kind> = e
             .values()
@@ -131,7 +133,7 @@ impl Partition {
         let sets = |v: &ValueId| matches!(e.node(*v).op, Op::Scatter { mode: ScatterMode::Set, .. });
         let decoded: BTreeSet<ValueId> =
             e.values().filter(|v| live[v.index()] && sets(v) && covered(e, *v).is_some_and(coded)).collect();
-        decoded.iter().for_each(|v| kind[v.index()] = Kind::View);
+        decoded.iter().chain(&picked).for_each(|v| kind[v.index()] = Kind::View);
         let n = e.nodes.len();
         let mut rooted = vec![false; n];
         e.roots.iter().for_each(|r| rooted[r.value.index()] = true);
@@ -149,6 +151,7 @@ impl Partition {
             in_place: BTreeMap::new(),
             kept_out: BTreeSet::new(),
             decoded,
+            picked,
         };
         p.materialise(e);
         p.find_readers(e);
@@ -189,7 +192,7 @@ impl Partition {
                     x = self.behind_after(e, e.node(x).inputs[0]);
                 }
                 let base = self.alias_base(e, x);
-                if !self.decoded.contains(&base) {
+                if !self.decoded.contains(&base) && !self.picked.contains(&base) {
                     mark(&mut self.kind, base);
                 }
             }
@@ -240,7 +243,7 @@ impl Partition {
                         if m.op == Op::After {
                             stack.push((m.inputs[1], false));
                         }
-                        if let Op::Scatter { .. } = m.op {
+                        if let Op::Scatter { .. } | Op::Gather { .. } = m.op {
                             stack.extend(m.inputs[1..].iter().map(|x| (*x, read)));
                         }
                         stack.push((behind(e, x), read));

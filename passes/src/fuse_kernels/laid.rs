@@ -3,7 +3,7 @@
 //! Where a `prepare` entry fills a derived parameter with a tensor of the checkpoint in which some rows or columns are set, and an entry
 //! that trains sets the same ones again, the parameter would hold all the numbers for the sake of a few. Where the checkpoint has the
 //! tensor in blocks of codes, the codes stay as they are, a derived parameter holds the few, and products read the one laid
-//! over the other: `matmul(x, scatter_set(w, i, values))`. Where weights are packed, a second product adds what the parts differ by.
+//! over the other: `matmul(x, scatter_set(w, i, values))`. Where nothing can be laid over codes, a second product adds what the parts differ by.
 //!
 //! Assumes that values over parameters were moved into `prepare` entries. Leaves alone: parameters that are read by anything but
 //! products, and parts that are set at other places than before.
@@ -52,15 +52,16 @@ pub(super) fn lay(g: &Graph, blocks: &Blocks, supported: &Supported<'_>) -> Resu
     Ok(None)
 }
 
-/// The graph with such parameters taken apart where nothing sets them again: for weights that are packed as codes, over which nothing
-/// can be laid; `None` where there are none. With columns `i` set, `x·wᵀ` is the product with the tensor as it was and one with what the columns differ by:
+/// The graph with such parameters taken apart where nothing sets them again: for weights as codes over which nothing can be laid; `None`
+/// where there are none. `in_blocks`: the tensor is read as it lies in the checkpoint, so all that reads it has to do with blocks; else it is packed
+/// for products. With columns `i` set, `x·wᵀ` is the product with the tensor as it was and one with what the columns differ by:
 /// `x·wᵀ + x[:, i]·(values − w[:, i])ᵀ`.
 ///
 /// Sums are made in another order, and a difference is rounded, so results need not be the same bits.
 ///
 /// # Errors
 /// As [`lay`].
-pub(super) fn apart(g: &Graph, blocks: &Blocks) -> Result<Option<Graph>, IrError> {
+pub(super) fn apart(g: &Graph, blocks: &Blocks, in_blocks: bool) -> Result<Option<Graph>, IrError> {
     let mut found = candidates(g, blocks);
     // More columns would rather be numbers.
     let few = |w: &Whole| {
@@ -81,17 +82,24 @@ pub(super) fn apart(g: &Graph, blocks: &Blocks) -> Result<Option<Graph>, IrError
         }
         found.retain(|p, _| !e.roots.iter().any(|r| r.kind == RootKind::Assign(*p) || param(e, r.value) == Some(*p)));
     }
-    if found.is_empty() {
-        return Ok(None);
+    while !found.is_empty() {
+        let mut out = g.clone();
+        for (p, w) in &mut found {
+            w.part = part(&mut out, g, *p, w, "change");
+        }
+        for (i, e) in g.entries.iter().enumerate() {
+            out.entries[i] = if is_prepare(e) { differences(&out, e, &found)? } else { beside(&out, e, &found)? };
+        }
+        let before = found.len();
+        if in_blocks {
+            let formats = read_as_blocks(&out, blocks, |_| true, &|_, _| false);
+            found.retain(|_, w| formats[w.base.index()].is_some());
+        }
+        if found.len() == before {
+            return Ok(Some(out));
+        }
     }
-    let mut out = g.clone();
-    for (p, w) in &mut found {
-        w.part = part(&mut out, g, *p, w, "change");
-    }
-    for (i, e) in g.entries.iter().enumerate() {
-        out.entries[i] = if is_prepare(e) { differences(&out, e, &found)? } else { beside(&out, e, &found)? };
-    }
-    Ok(Some(out))
+    Ok(None)
 }
 
 /// A product that has one laid over the other as right operand.

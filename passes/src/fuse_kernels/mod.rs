@@ -15,10 +15,12 @@ mod group;
 mod in_place;
 mod laid;
 mod pack;
+mod picks;
 mod reach;
 mod sums;
 
 use crate::PassError;
+use crate::options::Options;
 use body::{Region, Signature};
 use pack::{Coded, Packed};
 use pleach_ir::schedule::same_elements;
@@ -38,6 +40,8 @@ pub struct CutOptions<'a> {
     /// Tensors of the checkpoint, by name, that it has in blocks of codes too: where panels are made of these alone, they
     /// keep the codes; where nothing is packed, products read the blocks.
     pub blocks: BTreeMap<String, BlockFormat>,
+    /// What the choice depends on whether a product reads picked rows or columns itself; none: a kernel of its own picks them.
+    pub picks: Option<Options>,
 }
 
 fn fault(e: IrError) -> PassError {
@@ -95,7 +99,7 @@ pub fn cut(graph: &Graph, options: &CutOptions<'_>) -> Result<Schedule, PassErro
     let mut verdicts: HashMap<Signature, bool> = HashMap::new();
     let mut accepts = |k: &Kernel| *verdicts.entry(Signature::of(k)).or_insert_with(|| (options.supported)(k).is_ok());
     for e in &graph.entries {
-        let cut = EntryCut::new(e, &out.params, &mut accepts)?;
+        let cut = EntryCut::new(e, &out.params, options.picks.as_ref(), &mut accepts)?;
         let coded = if e.name == pack::BASE { &coded[..] } else { &[] };
         out.entries.push(cut.emit(&mut table, coded)?);
     }
@@ -169,9 +173,11 @@ impl<'a> EntryCut<'a> {
     fn new(
         entry: &'a Entry,
         params: &'a [(pleach_ir::Param, Layout)],
+        picks: Option<&Options>,
         accepts: &mut dyn FnMut(&Kernel) -> bool,
     ) -> Result<EntryCut<'a>, PassError> {
-        let mut groups = group::Partition::new(entry, &|p| matches!(params[p.index()].1, Layout::Blocks(_)));
+        let picked = picks.map(|o| picks::by_products(entry, params, o, accepts)).unwrap_or_default();
+        let mut groups = group::Partition::new(entry, &|p| matches!(params[p.index()].1, Layout::Blocks(_)), picked);
         groups.choose_in_place(entry, params);
         let mut regions: BTreeMap<usize, Region> = BTreeMap::new();
         let mut order = groups.order();

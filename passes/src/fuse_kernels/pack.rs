@@ -130,7 +130,7 @@ pub(super) const BASE: &str = "prepare(base)";
 /// # Errors
 /// [`IrError`] when a node cannot be rebuilt; that would be a fault of the input graph.
 pub(super) fn pack(graph: &Graph, widths: &[u64], blocks: &Blocks) -> Result<Packed, IrError> {
-    let apart = laid::apart(graph, blocks)?;
+    let apart = laid::apart(graph, blocks, false)?;
     let graph = apart.as_ref().unwrap_or(graph);
     let mut g = graph.clone();
     let mut layouts = vec![Layout::RowMajor; g.params.len()];
@@ -343,7 +343,10 @@ pub(super) fn read_as_blocks(
 /// # Errors
 /// As [`pack`].
 pub(super) fn in_blocks(graph: &Graph, blocks: &Blocks, supported: &Supported<'_>) -> Result<Packed, IrError> {
-    let laid = laid::lay(graph, blocks, supported)?;
+    let mut laid = laid::lay(graph, blocks, supported)?;
+    if laid.is_none() {
+        laid = laid::apart(graph, blocks, true)?;
+    }
     let graph = laid.as_ref().unwrap_or(graph);
     let mut g = graph.clone();
     let mut layouts = vec![Layout::RowMajor; g.params.len()];

@@ -76,7 +76,8 @@ pub fn compile_with(
 ) -> Result<Compiled, String> {
     let options = Options { target: Target::GPU, ..options.clone() };
     let graph = manager::run(graph, &Pipeline::default(), &options).map_err(|e| format!("passes: {e}"))?.graph;
-    let cut = CutOptions { supported: &supported_gpu, panels: &[], blocks: blocks.clone() };
+    let cut =
+        CutOptions { supported: &supported_gpu, panels: &[], blocks: blocks.clone(), picks: Some(options.clone()) };
     let fail = |e: pleach_passes::PassError| format!("fuse-kernels: {e}");
     let mut schedule = fuse_kernels::cut(&graph, &cut).map_err(fail)?;
     chunk::run(&mut schedule, &options).map_err(fail)?;

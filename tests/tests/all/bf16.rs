@@ -22,7 +22,7 @@ fn schedule(o: &Opened, dtype: DType) -> Result<Schedule, String> {
     let hint = ["train", "accumulate", "evaluate"].map(|e| (e.to_string(), tokens));
     let options = Options { dtype, tokens_hint: hint.into_iter().collect(), ..Options::default() };
     let graph = manager::run(&o.graph()?, &Pipeline::default(), &options).map_err(|e| e.to_string())?.graph;
-    let cut = CutOptions { supported: &|_| Ok(()), panels: &[], blocks: Default::default() };
+    let cut = CutOptions { supported: &|_| Ok(()), panels: &[], blocks: Default::default(), picks: None };
     fuse_kernels::schedule(&graph, &cut).map_err(|e| e.to_string())
 }
 

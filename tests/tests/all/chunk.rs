@@ -17,7 +17,7 @@ fn head() -> Graph {
 }
 
 fn chunked(g: &Graph, supported: &dyn Fn(&pleach_ir::Kernel) -> Result<(), String>) -> (Schedule, usize) {
-    let mut s = cut(g, &CutOptions { supported, panels: &[], blocks: Default::default() }).unwrap();
+    let mut s = cut(g, &CutOptions { supported, panels: &[], blocks: Default::default(), picks: None }).unwrap();
     let loops = chunk::run_with(&mut s, &|_| 16, 256, 4).unwrap();
     order(&mut s).unwrap();
     (s, loops)

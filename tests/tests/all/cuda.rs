@@ -66,9 +66,11 @@ fn head() -> Graph {
 fn a_graph_serves_every_count_of_its_range() {
     with_driver("cuda::a_graph_serves_every_count_of_its_range", &["sm=8.0", "sm=8.0,order=at-once"], |log| {
         let g = head();
-        let mut s =
-            fuse_kernels::cut(&g, &CutOptions { supported: &supported_gpu, panels: &[], blocks: Default::default() })
-                .unwrap();
+        let mut s = fuse_kernels::cut(
+            &g,
+            &CutOptions { supported: &supported_gpu, panels: &[], blocks: Default::default(), picks: None },
+        )
+        .unwrap();
         let loops = chunk::run_with(&mut s, &|_| 16, 256, 4).unwrap();
         assert_eq!(loops, 1, "{}", pleach_ir::text::print_schedule(&s));
         fuse_kernels::order(&mut s).unwrap();
@@ -133,7 +135,7 @@ fn an_adapter_is_exchanged_without_another_graph() {
             let after = manager::run(&graph, &Pipeline::default(), &options).unwrap().graph;
             let mut s = fuse_kernels::cut(
                 &after,
-                &CutOptions { supported: &supported_gpu, panels: &[], blocks: Default::default() },
+                &CutOptions { supported: &supported_gpu, panels: &[], blocks: Default::default(), picks: None },
             )
             .unwrap();
             fuse_kernels::order(&mut s).unwrap();

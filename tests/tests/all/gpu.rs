@@ -26,7 +26,8 @@ fn schedule_with(graph: &Graph, dtype: DType, blocks: &BTreeMap<String, BlockFor
     let clock = std::time::Instant::now();
     let graph = manager::run(graph, &Pipeline::default(), &options).unwrap().graph;
     let passes = clock.elapsed();
-    let cut = CutOptions { supported: &supported_gpu, panels: &[], blocks: blocks.clone() };
+    let cut =
+        CutOptions { supported: &supported_gpu, panels: &[], blocks: blocks.clone(), picks: Some(options.clone()) };
     let mut s = fuse_kernels::cut(&graph, &cut).unwrap();
     chunk::run(&mut s, &options).unwrap();
     fuse_kernels::order(&mut s).unwrap();

@@ -60,9 +60,11 @@ fn cut(text: &str, rewritten: bool) -> (Graph, Schedule) {
     let disable = if rewritten { vec![] } else { vec!["rewrite".to_string(), "fold-params".to_string()] };
     let passes = Pipeline { disable, ..Pipeline::default() };
     let after = manager::run(&graph, &passes, &options).unwrap().graph;
-    let mut s =
-        fuse_kernels::cut(&after, &CutOptions { supported: &supported_gpu, panels: &[], blocks: Default::default() })
-            .unwrap();
+    let mut s = fuse_kernels::cut(
+        &after,
+        &CutOptions { supported: &supported_gpu, panels: &[], blocks: Default::default(), picks: None },
+    )
+    .unwrap();
     fuse_kernels::order(&mut s).unwrap();
     (after, s)
 }

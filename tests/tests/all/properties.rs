@@ -89,7 +89,7 @@ proptest! {
         let case = r.build();
         let pipeline = if rewrite { Pipeline::default() } else { Pipeline::of(&["canonicalize"]) };
         let graph = manager::run(&case.graph, &pipeline, &Options::default()).map_err(|e| fail("pipeline", e, &case.graph))?.graph;
-        let options = CutOptions { supported: &|_| Ok(()), panels: if pack { &[48, 32, 16] } else { &[] }, blocks: Default::default() };
+        let options = CutOptions { supported: &|_| Ok(()), panels: if pack { &[48, 32, 16] } else { &[] }, blocks: Default::default(), picks: None };
         let s = fuse_kernels::schedule(&graph, &options).map_err(|e| fail("fuse-kernels", e, &graph))?;
         let start = case.start();
         let want = run_graph(&case.graph, &start).map_err(|e| fail("before", e, &case.graph))?;

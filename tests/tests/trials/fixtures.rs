@@ -39,7 +39,7 @@ fn stages(c: &Fixture, merge: bool) -> Result<(), String> {
     let after = manager::run(&graph, &Pipeline::default(), &options).map_err(|e| e.to_string())?.graph;
     check("after the passes", run_graph(&after, &start).map_err(|e| e.to_string())?)?;
     for panels in [&[] as &[u64], &[48, 32, 16], &[16]] {
-        let cut = CutOptions { supported: &|_| Ok(()), panels, blocks: Default::default() };
+        let cut = CutOptions { supported: &|_| Ok(()), panels, blocks: Default::default(), picks: None };
         let s = fuse_kernels::schedule(&after, &cut).map_err(|e| e.to_string())?;
         check("as kernels", run_schedule(&s, &start).map_err(|e| e.to_string())?)?;
     }

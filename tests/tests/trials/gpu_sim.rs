@@ -18,7 +18,7 @@ use std::sync::Arc;
 pub(crate) fn trials(trials: &mut Trials) {
     let full = std::env::var_os("PLEACH_GPU_FULL").is_some();
     for from in trials.listed("fixtures", list(full)) {
-        if ["llama-lora", "llama-tiny+lora-r4"].contains(&from.name()) {
+        if ["llama-lora", "llama-tiny+lora-r4", "llama-tiny+paca"].contains(&from.name()) {
             add_in_blocks(trials, from.clone(), full);
         }
         add(trials, from, full);
@@ -35,6 +35,9 @@ pub(crate) fn trials(trials: &mut Trials) {
         [("set-few", "set", "6"), ("add-few", "add", "6"), ("set", "set", "T"), ("add", "add", "T")]
     {
         trials.add(format!("scatter/{name}"), move || scatter(mode, count));
+    }
+    for (name, count) in [("few", 6), ("many", 70)] {
+        trials.add(format!("scatter/side-by-side-{name}"), move || side_by_side(count));
     }
     trials.add("estimate", move || estimate(full));
     for method in ["lora", "paca"] {
@@ -126,6 +129,35 @@ fn scatter(mode: &str, count: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// Columns of three parameters that are set at once are one run.
+fn side_by_side(count: usize) -> Result<(), String> {
+    let mut text = String::from("graph core\n");
+    (0..3).for_each(|i| text += &format!("param @{i} \"w{i}\" f32[9,80] state zeros\n"));
+    text += "entry \"infer\" {\n";
+    for i in 0..3 {
+        let n = 4 * i;
+        text += &format!(
+            "%{n} = param @{i} : f32[9,80]\n%{} = input \"i{i}\" : i32[{count}]\n%{} = input \"x{i}\" : f32[9,{count}]\n\
+             %{} = scatter_set(%{n}, %{}, %{}) {{axis = 1}} : f32[9,80]\n",
+            n + 1,
+            n + 2,
+            n + 3,
+            n + 1,
+            n + 2
+        );
+    }
+    (0..3).for_each(|i| text += &format!("assign @{i} %{}\n", 4 * i + 3));
+    let graph = pleach_ir::text::parse(&(text + "}\n")).map_err(|e| e.to_string())?;
+    let c = pleach_tests::gpu::compile(&graph, &Options::default(), GpuChip::Sm80, Meta::default())?;
+    let (entry, kernels) = (&c.schedule.entries[0], &c.schedule.kernels);
+    let [step] = &entry.steps[..] else { return Err(format!("{} launches in place of one", entry.steps.len())) };
+    let kernel = step.kernel.0 as usize;
+    if kernels[kernel].class != Class::Scatter || kernels[kernel].results.len() != 3 {
+        return Err("the launch is no three scatters".into());
+    }
+    alone::check(&c, kernel, [5, 1, 1], 3).map(|_| ())
+}
+
 /// Counts hang together: products take at least what they need, and every result is written.
 #[allow(clippy::print_stdout, reason = "the table is what a full sweep is asked for")]
 fn estimate(full: bool) -> Result<(), String> {
@@ -198,7 +230,7 @@ fn list(full: bool) -> Result<Vec<From>, String> {
         out.extend(training::cases_in("methods")?.into_iter().map(From::Train));
     }
     for f in fixtures::cases()? {
-        if full || ["llama-tiny+lora-r4", "bert-tiny+bert-all"].contains(&f.name.as_str()) {
+        if full || ["llama-tiny+lora-r4", "llama-tiny+paca", "bert-tiny+bert-all"].contains(&f.name.as_str()) {
             out.push(From::Infer(Box::new(f)));
         }
     }

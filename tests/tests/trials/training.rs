@@ -32,7 +32,7 @@ fn interpreted(o: &Opened, passes: &Pipeline, kernels: bool, step_at_once: bool)
     let program = match kernels {
         false => Program::Graph(graph),
         true => {
-            let cut = CutOptions { supported: &|_| Ok(()), panels: &[], blocks: Default::default() };
+            let cut = CutOptions { supported: &|_| Ok(()), panels: &[], blocks: Default::default(), picks: None };
             Program::Schedule(fuse_kernels::schedule(&graph, &cut).map_err(|e| e.to_string())?)
         }
     };

@@ -24,6 +24,16 @@ pub(crate) enum Right {
     Strided(View),
 }
 
+impl Right {
+    /// The strides, where there are any.
+    pub(crate) fn view(&self) -> Option<&View> {
+        match self {
+            Right::Rows(v) | Right::Strided(v) => Some(v),
+            Right::Panels { .. } | Right::Coded { .. } | Right::Blocks(_) => None,
+        }
+    }
+}
+
 /// A matrix in blocks of codes, and what is laid over it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Blocks {
@@ -127,6 +137,19 @@ impl Analysis {
     /// # Errors
     /// What this class has no code for.
     pub(crate) fn new(k: &Kernel) -> Result<Analysis, String> {
+        let a = Analysis::with_picks(k)?;
+        let picks = |p: &Product| [Some(&p.left), p.right.view()].into_iter().flatten().any(|v| v.picked.is_some());
+        if a.products.iter().any(picks) {
+            return Err("rows or columns are picked by a kernel of their own here".into());
+        }
+        Ok(a)
+    }
+
+    /// [`Analysis::new`] for code that reads rows or columns of operands where indices say.
+    ///
+    /// # Errors
+    /// As [`Analysis::new`].
+    pub(crate) fn with_picks(k: &Kernel) -> Result<Analysis, String> {
         if k.class != Class::Contraction {
             return Err("is no contraction".into());
         }
@@ -173,6 +196,7 @@ impl Analysis {
             return Err("no result depends on a product".into());
         }
         for over in k.aliases.iter().flatten() {
+            let indices = |v: &View| v.picked.is_some_and(|x| x.arg == *over as usize);
             let reads = |p: &Product| {
                 let right = match &p.right {
                     Right::Panels { arg, .. } | Right::Coded { arg, .. } => *arg,
@@ -182,7 +206,8 @@ impl Analysis {
                     }
                     Right::Rows(v) | Right::Strided(v) => v.arg,
                 };
-                p.left.arg == *over as usize || right == *over as usize
+                let picks = indices(&p.left) || p.right.view().is_some_and(indices);
+                picks || p.left.arg == *over as usize || right == *over as usize
             };
             if a.products.iter().any(reads) {
                 return Err("a result lies over an operand of a product".into());
@@ -338,7 +363,7 @@ impl Analysis {
         let (rows, inner) = (rank - 2, rank - 1);
         let dim = body.ty(l).shape[if ta { rows } else { inner }];
         if ta {
-            left.strides.swap(rows, inner);
+            left.swap(rows, inner);
         }
         let right = match (self.args[r.index()], self.args[r.index()].and_then(|i| k.operands.get(i))) {
             (Some(arg), Some(Layout::Panels { nr, transposed })) => {
@@ -374,11 +399,15 @@ impl Analysis {
                     return Err("packed panels are read through a movement".into());
                 }
                 if tb {
-                    w.strides.swap(rows, inner);
+                    w.swap(rows, inner);
                 }
                 if w.strides[inner].known() == Some(1) { Right::Rows(w) } else { Right::Strided(w) }
             }
         };
+        let pick = |v: &View| v.picked.is_some_and(|p| p.axis < rows);
+        if pick(&left) || right.view().is_some_and(pick) {
+            return Err("whole matrices are picked before a product".into());
+        }
         let pairs = dtype == DType::BF16;
         let step = |s: &Stride| s.known() == Some(1);
         let packs_left = pairs && !step(&left.strides[inner]);

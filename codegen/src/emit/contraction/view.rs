@@ -30,12 +30,35 @@ impl Stride {
     }
 }
 
-/// Element `(i0, i1, …)` lies at `offset + Σ i·stride` of operand `arg`.
+/// Element `(i0, i1, …)` lies at `offset + Σ i·stride` of operand `arg`; along an axis that is picked, what an index says stands for `i`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct View {
     pub(crate) arg: usize,
     pub(crate) offset: Vec<(u64, Stride)>,
     pub(crate) strides: Vec<Stride>,
+    pub(crate) picked: Option<Picked>,
+}
+
+/// Rows or columns that the indices of operand `arg` pick of `size`; what lies outside is moved to the nearest end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Picked {
+    pub(crate) axis: usize,
+    pub(crate) arg: usize,
+    pub(crate) size: Dim,
+}
+
+impl View {
+    /// The view with two axes exchanged.
+    pub(crate) fn swap(&mut self, a: usize, b: usize) {
+        self.strides.swap(a, b);
+        if let Some(p) = &mut self.picked {
+            p.axis = match p.axis {
+                x if x == a => b,
+                x if x == b => a,
+                x => x,
+            };
+        }
+    }
 }
 
 /// Strides of a dense row-major tensor.
@@ -55,18 +78,26 @@ pub(crate) fn view(body: &Entry, args: &[Option<usize>], v: ValueId) -> Result<V
     let node = body.node(v);
     let of = |i: usize| view(body, args, node.inputs[i]);
     let big = || "an address does not fit 64 bits".to_string();
+    // Movement of what is picked, where it leaves the picked axis alone.
+    let moved = |x: &View, whole: bool| match x.picked {
+        Some(_) if !whole => Err("a movement of picked rows or columns stands before a product".to_string()),
+        _ => Ok(()),
+    };
     match &node.op {
         Op::Input { .. } => {
             let arg = args[v.index()].ok_or("an operand is missing")?;
-            Ok(View { arg, offset: vec![], strides: dense(&node.ty.shape).ok_or_else(big)? })
+            Ok(View { arg, offset: vec![], strides: dense(&node.ty.shape).ok_or_else(big)?, picked: None })
         }
         Op::StopGradient => of(0),
         Op::Transpose(perm) => {
             let x = of(0)?;
-            Ok(View { strides: perm.iter().map(|p| x.strides[*p as usize].clone()).collect(), ..x })
+            let axis = |p: Picked| perm.iter().position(|a| *a as usize == p.axis).map(|axis| Picked { axis, ..p });
+            let strides = perm.iter().map(|p| x.strides[*p as usize].clone()).collect();
+            Ok(View { strides, picked: x.picked.and_then(axis), ..x })
         }
         Op::Slice { axis, start, .. } => {
             let mut x = of(0)?;
+            moved(&x, x.picked.is_none_or(|p| p.axis != usize::from(*axis)))?;
             if *start > 0 {
                 x.offset.push((*start, x.strides[*axis as usize].clone()));
             }
@@ -74,6 +105,7 @@ pub(crate) fn view(body: &Entry, args: &[Option<usize>], v: ValueId) -> Result<V
         }
         Op::Broadcast { shape, axes } => {
             let x = of(0)?;
+            moved(&x, false)?;
             let mut strides = vec![Stride { factor: 0, syms: vec![] }; shape.len()];
             for (a, s) in axes.iter().zip(x.strides) {
                 strides[*a as usize] = s;
@@ -82,9 +114,19 @@ pub(crate) fn view(body: &Entry, args: &[Option<usize>], v: ValueId) -> Result<V
         }
         Op::Reshape(shape) => {
             let x = of(0)?;
+            moved(&x, false)?;
             let strides = reshape(&body.ty(node.inputs[0]).shape, &x.strides, shape)
                 .ok_or("a reshape that needs a copy stands before a product; put it into a kernel of its own")?;
             Ok(View { strides, ..x })
+        }
+        Op::Gather { axis } => {
+            let x = of(0)?;
+            moved(&x, false)?;
+            let axis = usize::from(*axis);
+            let size = body.ty(node.inputs[0]).shape[axis];
+            let arg = args[node.inputs[1].index()].filter(|_| body.ty(node.inputs[1]).rank() == 1);
+            let arg = arg.ok_or("indices before a product are no operand")?;
+            Ok(View { picked: Some(Picked { axis, arg, size }), ..x })
         }
         other => {
             Err(format!("an operand of a product is computed by {}; it must be an operand of the kernel", other.name()))

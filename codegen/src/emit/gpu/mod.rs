@@ -102,7 +102,9 @@ pub fn emit_as(k: &Kernel, symbols: &[Sym], chip: GpuChip, form: Option<&Form>) 
 /// Nodes of one part of a kernel that is one body many times over, whose text is for the first part alone: those of the others
 /// have the same numbers modulo this one.
 pub fn period(k: &Kernel) -> Option<u32> {
-    repeat::repeated(k).filter(|_| matches!(k.class, Class::Row | Class::Scatter)).map(|(one, _)| one.body.nodes.len() as u32)
+    repeat::repeated(k)
+        .filter(|_| matches!(k.class, Class::Row | Class::Scatter))
+        .map(|(one, _)| one.body.nodes.len() as u32)
 }
 
 /// Functions, launches, scratch bytes.

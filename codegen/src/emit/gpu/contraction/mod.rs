@@ -1,7 +1,8 @@
 //! Contraction kernels on the GPU: products of matrices with everything elementwise around them.
 //!
 //! Sums of products share accumulators ([`Analysis`]); what multiplies a product of a sum by a number is applied before
-//! the next one joins. The rest of the body is pulled for every element of a tile from the accumulators. [`warpgroup`] takes large
+//! the next one joins. The rest of the body is pulled for every element of a tile from the accumulators. Rows or columns of an operand that
+//! indices pick are read where they lie ([`operand::Picked`]). [`warpgroup`] takes large
 //! products of bf16 on chips with warpgroup products, [`tensor`] those of which operands consist of whole 16-byte pieces;
 //! [`plain`] takes anything.
 
@@ -27,7 +28,7 @@ use pleach_plan::{ByLibrary, Expr, Launch, When};
 
 /// Emits a contraction kernel, in this form if one is wished.
 pub(super) fn emit(k: &Kernel, symbols: &[Sym], chip: GpuChip, wish: Option<&Form>) -> Result<Parts, CodegenError> {
-    let a = Analysis::new(k).map_err(|why| unsupported(k, why))?;
+    let a = Analysis::with_picks(k).map_err(|why| unsupported(k, why))?;
     if a.products.iter().any(|x| matches!(&x.right, Right::Blocks(b) if b.laid.is_some())) {
         return Err(unsupported(k, "nothing is laid over blocks on a GPU"));
     }
@@ -53,7 +54,7 @@ pub(super) fn by_library(
     symbols: &[Sym],
     own: &[Launch],
 ) -> Result<Option<(String, ByLibrary, Expr)>, CodegenError> {
-    let a = Analysis::new(k).map_err(|why| unsupported(k, why))?;
+    let a = Analysis::with_picks(k).map_err(|why| unsupported(k, why))?;
     library::emit(k, symbols, &a, own)
 }
 
@@ -62,7 +63,7 @@ const OFFERED: [usize; 2] = [4, 2];
 
 /// The forms of a contraction by matrix instructions, the best guess first; then a library's.
 pub(super) fn forms(k: &Kernel, symbols: &[Sym], chip: GpuChip) -> Result<Vec<Form>, CodegenError> {
-    let a = Analysis::new(k).map_err(|why| unsupported(k, why))?;
+    let a = Analysis::with_picks(k).map_err(|why| unsupported(k, why))?;
     let limits = chip.limits();
     let mut out = if limits.warpgroups { warpgroup::forms(k, symbols, &a, &limits)? } else { vec![] };
     out.truncate(OFFERED[0]);

@@ -4,7 +4,7 @@
 //! A block of 256 threads computes 64 by 64 elements, a thread 4 by 4. Sums run over the contracted dimension in order.
 
 use super::epilogue;
-use super::operand::{Operand, operand};
+use super::operand::{Matrix, Operand, operand};
 use crate::emit::contraction::analyze::Analysis;
 use crate::emit::dim_expr;
 use crate::emit::elementwise;
@@ -122,6 +122,14 @@ fn inside(f: &mut Func, index: [&Val; 2], end: [&Val; 2]) -> Val {
     f.op(format!("arith.andi {a}, {b} : i1"))
 }
 
+/// An element of an operand.
+fn element(f: &mut Func, x: &Matrix, [line, step]: [&Val; 2]) -> Val {
+    let (a, b) = (f.mul(line, &x.line), f.mul(step, &x.step));
+    let from = f.add(&a, &b);
+    let from = f.gep(&x.base, &from, elementwise::memory_elem(x.dtype));
+    elementwise::load_aligned(f, x.dtype, &from, x.dtype.size() as i64)
+}
+
 /// The thread's sums of one product, row by row, added to what is there.
 fn accumulate(f: &mut Func, at: &Place, sides: &[Operand; 2], depth: &Val, init: Vec<Val>) -> Vec<Val> {
     let zero = f.i64(0);
@@ -164,6 +172,7 @@ fn fill(f: &mut Func, at: &Place, [k0, depth]: [&Val; 2], side: usize, x: &Opera
     let along = match x {
         Operand::Numbers(x) => x.step.known() == Some(1),
         Operand::Codes(x) => x.along,
+        Operand::Picked(x) => x.matrix.step.known() == Some(1),
     };
     for i in 0..STEP * TILE / THREADS {
         let (step, line) = if along {
@@ -180,11 +189,10 @@ fn fill(f: &mut Func, at: &Place, [k0, depth]: [&Val; 2], side: usize, x: &Opera
             &ok,
             &["f32".to_string()],
             |f| match x {
-                Operand::Numbers(x) => {
-                    let (a, b) = (f.mul(&l, &x.line), f.mul(&k, &x.step));
-                    let from = f.add(&a, &b);
-                    let from = f.gep(&x.base, &from, elementwise::memory_elem(x.dtype));
-                    vec![elementwise::load_aligned(f, x.dtype, &from, x.dtype.size() as i64)]
+                Operand::Numbers(x) => vec![element(f, x, [&l, &k])],
+                Operand::Picked(x) => {
+                    let (l, k) = if x.lines { (x.place(f, &l), k) } else { (l, x.place(f, &k)) };
+                    vec![element(f, &x.matrix, [&l, &k])]
                 }
                 Operand::Codes(x) => {
                     let l = f.addc(&l, x.first);

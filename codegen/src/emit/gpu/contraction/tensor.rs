@@ -4,14 +4,15 @@
 //! of 16 bytes, with zeros past the ends. An operand may lie along the sum or across it: `ldmatrix` transposes what lies
 //! across. 16-byte pieces are permuted within rows of a tile, so that neither copies nor matrix loads collide in banks.
 //! A right operand in blocks of codes is decoded on its way: threads read codes of a later stage before they multiply, and write
-//! what they stand for after it.
+//! what they stand for after it. So is an operand of which indices pick single elements; whole pieces that they pick are copied.
 //! Products of one sum follow each other on the same accumulators; what is scaled comes first. Groups of accumulators that
 //! read the same left operand share its tiles. Long sums with few results are shared by blocks ([`split`]). [`fragment`]
 //! takes the accumulators to the results.
 
 mod decode;
+mod picked;
 
-use super::operand::{Operand, axes, operand};
+use super::operand::{Operand, axes, operand, picks, view};
 use super::passes::{Taken, passes};
 use super::{fragment, split, write};
 use crate::emit::contraction::analyze::{Analysis, Group, Product, Right};
@@ -26,6 +27,7 @@ use crate::emit::gpu::pull::Pull;
 use crate::emit::gpu::{Form, Parts, Units, barrier, special};
 use crate::error::CodegenError;
 use decode::Share;
+use picked::Pick;
 use pleach_ir::{DType, Dim, Kernel, Sym};
 use pleach_plan::Expr;
 
@@ -123,9 +125,10 @@ fn cut(a: &Analysis, passes: &[Vec<Taken>]) -> Option<Cut> {
     Some(Cut { size, warps, parts })
 }
 
-/// Some right operand is in blocks of codes.
+/// Some operand is in blocks of codes, or picked.
 fn decodes(a: &Analysis) -> bool {
-    a.products.iter().any(|x| matches!(x.right, Right::Blocks(_)))
+    let picked = |x: &Product| (0..2).any(|side| picks(x, side).is_some());
+    a.products.iter().any(|x| matches!(x.right, Right::Blocks(_)) || picked(x))
 }
 
 /// Sets of accumulators that live at once: one for every sum, and one more for a scaled product that is not the first.
@@ -134,18 +137,21 @@ fn sets(a: &Analysis) -> usize {
     a.groups.len() + usize::from(a.groups.iter().any(scaled))
 }
 
-/// Whether an operand lies along the sum (true) or across it; `None` where its pieces are not whole or not aligned.
+/// Whether an operand lies along the sum (true) or across it; `None` where its pieces are not whole or not aligned. What indices pick goes
+/// into a tile along the other axis.
 fn along(a: &Analysis, x: &Product, side: usize) -> Option<bool> {
     if let (1, Right::Blocks(b)) = (side, &x.right) {
         // Whole blocks across the sum, from the first column of every group on.
         let whole = a.groups.iter().all(|g| (g.offset as i64) % blocks::VALUES == 0);
         return (b.along || whole).then_some(b.along);
     }
-    let view = match (side, &x.right) {
-        (0, _) => &x.left,
-        (_, Right::Rows(v) | Right::Strided(v)) => v,
-        (_, Right::Panels { .. } | Right::Coded { .. } | Right::Blocks(_)) => return None,
-    };
+    picks(x, side).or_else(|| whole_pieces(a, x, side))
+}
+
+/// Whether the pieces of 16 bytes of an operand lie along the sum or across it; `None` where they are not whole or not aligned, or indices
+/// pick elements of them.
+fn whole_pieces(a: &Analysis, x: &Product, side: usize) -> Option<bool> {
+    let (view, picked) = (view(x, side)?, picks(x, side));
     let piece = PIECE as u64;
     let (line, step) = axes(view, side);
     let batch = &view.strides[..view.strides.len() - 2];
@@ -155,8 +161,10 @@ fn along(a: &Analysis, x: &Product, side: usize) -> Option<bool> {
     let lines = if side == 0 { a.m } else { a.n };
     match () {
         () if !aligned => None,
-        () if step.known() == Some(1) && line.factor % piece == 0 && whole(x.k) => Some(true),
-        () if line.known() == Some(1) && step.factor % piece == 0 && whole(lines) => Some(false),
+        () if step.known() == Some(1) && line.factor % piece == 0 && whole(x.k) && picked != Some(false) => Some(true),
+        () if line.known() == Some(1) && step.factor % piece == 0 && whole(lines) && picked != Some(true) => {
+            Some(false)
+        }
         () => None,
     }
 }
@@ -178,6 +186,8 @@ struct Place {
 struct Side {
     x: Operand,
     along: bool,
+    /// Indices pick elements, not whole pieces.
+    elements: bool,
     /// Lines of the tile, and where it starts in a stage, bytes.
     lines: i64,
     start: i64,
@@ -230,7 +240,8 @@ pub(super) fn emit(
             let side = |f: &mut Func, p: &mut Pull<'_>, i: usize, s: usize, offset: u64, start: i64| {
                 let x = &a.products[i];
                 let along = along(a, x, s) == Some(true);
-                Side { x: operand(f, p, x, s, &batch_values, offset), along, lines: cut.size[s], start }
+                let elements = picks(x, s).is_some() && whole_pieces(a, x, s).is_none();
+                Side { x: operand(f, p, x, s, &batch_values, offset), along, elements, lines: cut.size[s], start }
             };
             let left = side(f, &mut p, pass[0].1, 0, 0, 0);
             let mut rights = vec![];
@@ -327,7 +338,11 @@ impl Place {
 
     /// Starts the copies of step `k0` of an operand into a stage.
     fn fill(&self, f: &mut Func, side: usize, s: &Side, stage: &Val, k0: &Val, depth: &Val) {
-        let Operand::Numbers(x) = &s.x else { return };
+        let x = match &s.x {
+            Operand::Numbers(x) => x,
+            Operand::Picked(x) if !s.elements => &x.matrix,
+            Operand::Picked(_) | Operand::Codes(_) => return,
+        };
         let row_pieces = if s.along { STEP / PIECE } else { s.lines / PIECE };
         let total = s.lines * STEP / PIECE;
         let base = f.op(format!("llvm.addrspacecast {} : !llvm.ptr to !llvm.ptr<1>", x.base));
@@ -340,8 +355,14 @@ impl Place {
                 let (line, step) = (f.add(&self.block[side], line), f.add(k0, step));
                 let (a, b) = (f.cmp("slt", &line, &self.size[side]), f.cmp("slt", &step, depth));
                 let inside = f.op(format!("arith.andi {a}, {b} : i1"));
+                let (zero, mut line, mut step) = (f.i64(0), line, step);
+                if let Operand::Picked(x) = &s.x {
+                    let at = if x.lines { &mut line } else { &mut step };
+                    *at = f.op(format!("arith.select {inside}, {at}, {zero} : i64"));
+                    *at = x.place(f, at);
+                }
                 let (a, b) = (f.mul(&line, &x.line), f.mul(&step, &x.step));
-                let (at, zero) = (f.add(&a, &b), f.i64(0));
+                let at = f.add(&a, &b);
                 let at = f.op(format!("arith.select {inside}, {at}, {zero} : i64"));
                 let from = f.op(format!("llvm.getelementptr {base}[{at}] : (!llvm.ptr<1>, i64) -> !llvm.ptr<1>, i16"));
                 let (all, none) = (f.i32(16, 1), f.i32(0, 1));
@@ -402,12 +423,18 @@ impl Place {
             f.stmt("nvvm.cp.async.commit.group");
         };
         let coded: Vec<&Side> = rights.iter().filter(|s| matches!(s.x, Operand::Codes(_))).collect();
+        let sides = std::iter::once((0, left)).chain(rights.iter().map(|s| (1, s)));
+        let picked: Vec<(usize, &Side)> = sides.filter(|(_, s)| s.elements).collect();
         for i in 0..STAGES - 1 {
             let (at, k0) = (f.i64(i * stage), f.addc(first, i * STEP));
             fill(f, &at, &k0);
             for s in &coded {
                 let own = self.read(f, s, [&k0, end], [0, 1]);
                 self.decode(f, s, &own, &at);
+            }
+            for (side, s) in &picked {
+                let own = self.pick(f, *side, s, [&k0, end], [0, 1]);
+                self.put(f, s, &own, &at);
             }
         }
         let (zero, length) = (f.i64(0), f.sub(end, first));
@@ -429,7 +456,10 @@ impl Place {
                 // Part of the codes at a time: registers are few.
                 let part = [step / 16, STEP / 16];
                 let read: Vec<Vec<Share>> = coded.iter().map(|s| self.read(f, s, [&k0, end], part)).collect();
+                let picks: Vec<Vec<Pick>> =
+                    picked.iter().map(|(side, s)| self.pick(f, *side, s, [&k0, end], part)).collect();
                 self.multiply(f, left, rights, &now, step, &mut acc);
+                picked.iter().zip(&picks).for_each(|((_, s), own)| self.put(f, s, own, &slot));
                 coded.iter().zip(&read).for_each(|(s, own)| self.decode(f, s, own, &slot));
             }
             acc

@@ -5,7 +5,7 @@
 //! one instruction is free, so a lane takes 16 neighbours. The warps' sums are added in shared memory in a fixed order.
 
 use super::epilogue;
-use super::operand::{Matrix, Operand, axes, matrix, operand};
+use super::operand::{Matrix, Operand, Picked, axes, matrix, operand, pair, picked, picks};
 use super::passes::passes;
 use crate::emit::contraction::analyze::{Analysis, Product, Right};
 use crate::emit::contraction::view::View;
@@ -37,19 +37,21 @@ const LOADED: i64 = 96;
 /// Groups of accumulators at most.
 const GROUPS: usize = 4;
 
-/// Whether both operands lie along the sum in whole aligned pieces of 16 bytes, the right one maybe in blocks.
+/// Whether both operands lie along the sum in whole aligned pieces of 16 bytes, the right one maybe in blocks; of the left one indices may
+/// pick lines or single elements.
 fn fits(x: &Product) -> bool {
     let piece = |n: u64| n.is_multiple_of(8);
     let along = |view: &View, side: usize| {
         let (line, step) = axes(view, side);
         step.known() == Some(1) && piece(line.factor) && view.offset.iter().all(|(n, s)| piece(n * s.factor))
     };
+    let elements = picks(x, 0) == Some(false);
     let right = match &x.right {
-        Right::Rows(w) | Right::Strided(w) => along(w, 1),
+        Right::Rows(w) | Right::Strided(w) => w.picked.is_none() && along(w, 1),
         Right::Blocks(b) => b.along,
         Right::Panels { .. } | Right::Coded { .. } => false,
     };
-    x.dtype == DType::BF16 && x.k.known().is_some_and(piece) && along(&x.left, 0) && right
+    x.dtype == DType::BF16 && x.k.known().is_some_and(piece) && (elements || along(&x.left, 0)) && right
 }
 
 /// Emits the launch, if the kernel has this form; it is right for up to [`ROWS`] rows.
@@ -76,10 +78,9 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<(
         for pass in passes(a) {
             let left = &a.products[pass[0].1];
             let depth = left.k.known().unwrap_or(0) as i64;
-            let x = matrix(f, &mut p, left, 0, &[], 0);
             // What lies past the ends is computed with something that exists, and not written.
             let row = clamp(f, &line, &size[0]);
-            let x = Line::new(f, &x, &row);
+            let x = Line::left(f, &mut p, left, &row);
             let mut weights = vec![];
             for (g, product, _) in &pass {
                 let w = operand(f, &mut p, &a.products[*product], 1, &[], a.groups[*g].offset);
@@ -186,27 +187,58 @@ fn clamp(f: &mut Func, at: &Val, size: &Val) -> Val {
 /// A line of a matrix along the sum.
 struct Line {
     base: Val,
+    /// Indices that pick its elements.
+    picked: Option<Picked>,
 }
 
 impl Line {
     fn new(f: &mut Func, x: &Matrix, line: &Val) -> Line {
         let at = f.mul(line, &x.line);
-        Line { base: f.gep(&x.base, &at, "i16") }
+        Line { base: f.gep(&x.base, &at, "i16"), picked: None }
+    }
+
+    /// A line of a product's left operand.
+    fn left(f: &mut Func, p: &mut Pull<'_>, x: &Product, line: &Val) -> Line {
+        match picked(f, p, x, 0, &[], 0) {
+            Some(x) if x.lines => {
+                let line = x.place(f, line);
+                Line::new(f, &x.matrix, &line)
+            }
+            Some(x) => {
+                let whole = Line::new(f, &x.matrix, line);
+                Line { picked: Some(x), ..whole }
+            }
+            None => {
+                let x = matrix(f, p, x, 0, &[], 0);
+                Line::new(f, &x, line)
+            }
+        }
+    }
+
+    /// Eight elements as four pairs.
+    fn pairs(&self, f: &mut Func, at: &Val) -> [Val; 4] {
+        if let Some(x) = &self.picked {
+            let elements = x.places(f, at).map(|place| {
+                let at = f.mul(&place, &x.matrix.step);
+                let from = f.gep(&self.base, &at, "i16");
+                let x = f.op(format!("llvm.load {from} {{alignment = 2 : i64}} : !llvm.ptr -> i16"));
+                f.op(format!("arith.extui {x} : i16 to i32"))
+            });
+            return [0, 2, 4, 6].map(|i| pair(f, &elements[i], &elements[i + 1]));
+        }
+        let from = f.gep(&self.base, at, "i16");
+        let x = f.op(format!("llvm.load {from} {{alignment = 16 : i64}} : !llvm.ptr -> vector<4xi32>"));
+        [0, 1, 2, 3].map(|i| f.op(format!("vector.extract {x}[{i}] : i32 from vector<4xi32>")))
     }
 
     /// Eight elements as four pairs; zeros where `ok` says so.
     fn load(&self, f: &mut Func, at: &Val, ok: Option<&Val>) -> [Val; 4] {
-        let from = f.gep(&self.base, at, "i16");
-        let x = f.op(format!("llvm.load {from} {{alignment = 16 : i64}} : !llvm.ptr -> vector<4xi32>"));
-        [0, 1, 2, 3].map(|i| {
-            let x = f.op(format!("vector.extract {x}[{i}] : i32 from vector<4xi32>"));
-            match ok {
-                Some(ok) => {
-                    let zero = f.i32(0, 1);
-                    f.op(format!("arith.select {ok}, {x}, {zero} : i32"))
-                }
-                None => x,
+        self.pairs(f, at).map(|x| match ok {
+            Some(ok) => {
+                let zero = f.i32(0, 1);
+                f.op(format!("arith.select {ok}, {x}, {zero} : i32"))
             }
+            None => x,
         })
     }
 }
@@ -226,7 +258,8 @@ enum Loaded<'w> {
 impl Weights {
     fn new(f: &mut Func, x: &Operand, line: &Val) -> Weights {
         match x {
-            Operand::Numbers(x) => Weights::Numbers(Line::new(f, x, line)),
+            // No weight here is picked.
+            Operand::Numbers(x) | Operand::Picked(Picked { matrix: x, .. }) => Weights::Numbers(Line::new(f, x, line)),
             Operand::Codes(x) => Weights::Codes(x.blocks.clone(), f.addc(line, x.first)),
         }
     }

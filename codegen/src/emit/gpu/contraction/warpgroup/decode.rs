@@ -1,15 +1,18 @@
 //! Right operands in blocks of codes: the first warpgroup decodes them into the stages that copies fill with all else.
 //!
 //! Codes of a stage are read before the stage is free, so that they are there when it is; what they stand for is written as tensor
-//! copies would have left it: lines of 128 bytes whose pieces are permuted. One lane of the warpgroup starts the copies, too.
+//! copies would have left it: lines of 128 bytes whose pieces are permuted. One lane of the warpgroup starts the copies, too, and all of it reads
+//! what indices pick ([`super::picked`]).
 
 use super::form::{BLOCK, Coded, Form, Pass, ROWS, STEP, Source};
+use super::picked::Picker;
 use super::{Tiles, copies};
 use crate::emit::contraction::analyze::Analysis;
 use crate::emit::func::{Func, Val};
 use crate::emit::gpu::blocks;
 use crate::emit::gpu::contraction::operand::Codes;
 use crate::emit::gpu::launch::shared_at;
+use crate::emit::gpu::pull::Pull;
 use crate::emit::gpu::ring::Ring;
 use crate::emit::gpu::wgmma::{self, LINE};
 
@@ -39,8 +42,16 @@ struct Decoder<'a> {
     pieces: [Val; 2],
 }
 
-/// The warpgroup that copies and decodes; `leads` says which thread copies.
-pub(super) fn produce(f: &mut Func, a: &Analysis, form: &Form, ring: &Ring, tiles: &Tiles, [tid, leads]: [&Val; 2]) {
+/// The warpgroup that copies, decodes and picks; `leads` says which thread copies.
+pub(super) fn produce(
+    f: &mut Func,
+    p: &mut Pull<'_>,
+    a: &Analysis,
+    form: &Form,
+    ring: &Ring,
+    tiles: &Tiles,
+    [tid, leads]: [&Val; 2],
+) {
     let (lane, zero) = (f.remc(tid, 32), f.i64(0));
     let speaks = f.cmp("eq", &lane, &zero);
     let (line, rest) = (f.divc(tid, PAIRS), f.remc(tid, PAIRS));
@@ -56,12 +67,13 @@ pub(super) fn produce(f: &mut Func, a: &Analysis, form: &Form, ring: &Ring, tile
     let d = Decoder { form, size: &tiles.size, line, block, pair, pieces };
     let sources: Vec<Vec<Option<Codes>>> =
         form.passes.iter().map(|pass| pass.parts.iter().map(|x| source(f, a, &x.right)).collect()).collect();
+    let picks: Vec<Vec<Picker>> = form.passes.iter().map(|pass| Picker::all(f, p, a, &form.cut, pass)).collect();
+    let lengths: Vec<Val> = form.passes.iter().map(|pass| p.dim(f, pass.depth)).collect();
     let init = Ring::start(f);
     tiles.each(f, &init, |f, [m, n], carried| {
         let mut now = carried.to_vec();
-        for (pass, codes) in form.passes.iter().zip(&sources) {
-            let depth = pass.depth.known().unwrap_or(0) as i64;
-            let (zero, turns) = (f.i64(0), f.i64(depth.div_euclid(STEP) + i64::from(depth % STEP > 0)));
+        for (((pass, codes), picks), depth) in form.passes.iter().zip(&sources).zip(&picks).zip(&lengths) {
+            let (zero, turns) = (f.i64(0), f.ceil_divc(depth, STEP));
             // Hidden from LLVM, which would write out a short loop with registers for each turn.
             let turns =
                 if turns.known() == Some(1) { turns } else { wgmma::settled(f, &[turns], "i64", "l").remove(0) };
@@ -73,6 +85,7 @@ pub(super) fn produce(f: &mut Func, a: &Analysis, form: &Form, ring: &Ring, tile
                 ring.freed(f, here);
                 f.if_(leads, |f| copies(f, &form.cut, pass, ring, here[0], [m, n, &step]));
                 let base = ring.stage(f, here[0]);
+                picks.iter().for_each(|x| x.fill(f, ring, &base, [m, n], d.size, [&step, depth], tid));
                 let pieces = d.pieces.each_ref().map(|p| {
                     let at = f.add(&base, p);
                     ring.at(f, &at)
@@ -99,12 +112,12 @@ impl Decoder<'_> {
         pass: &Pass,
         codes: &'c [Option<Codes>],
         [n, step]: [&Val; 2],
-        depth: i64,
+        depth: &Val,
     ) -> Vec<Share<'c>> {
         let (cut, mut out) = (&self.form.cut, vec![]);
         let rights =
             codes.iter().enumerate().filter_map(|(i, c)| Some((cut.left() + i as i64 * cut.right(), c.as_ref()?)));
-        let (end, within) = (f.i64(depth), f.mulc(&self.block, blocks::VALUES));
+        let (end, within) = (depth.clone(), f.mulc(&self.block, blocks::VALUES));
         debug_assert_eq!(codes.len(), pass.parts.len());
         for (start, codes) in rights {
             // Lines of 64 steps of a column each; or, in blocks of 64 columns, of these columns of a step each.

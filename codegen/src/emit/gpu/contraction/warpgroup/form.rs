@@ -5,7 +5,7 @@ use crate::emit::contraction::view::{Stride, View};
 use crate::emit::dim_expr;
 use crate::emit::gpu;
 use crate::emit::gpu::chip::Limits;
-use crate::emit::gpu::contraction::operand::axes;
+use crate::emit::gpu::contraction::operand::{axes, picks, view};
 use crate::emit::gpu::contraction::passes::{Taken, passes};
 use crate::emit::gpu::ring::Ring;
 use crate::emit::gpu::wgmma;
@@ -89,12 +89,25 @@ pub(super) struct Operand {
     pub(super) first: [i64; 2],
 }
 
-/// A right operand.
+/// Where the tiles of an operand come from.
 pub(super) enum Source {
     /// Tensor copies bring it.
     Copied(Operand),
-    /// In blocks of codes: decoded by the warpgroup that copies.
+    /// In blocks of codes, on the right: decoded by the warpgroup that copies.
     Decoded(Coded),
+    /// Indices pick of it: read by the warpgroup that copies.
+    Picked(Picks),
+}
+
+/// An operand of which indices pick lines, and which lies along the sum in a stage, or steps, and lies across it.
+#[derive(Clone, Copy)]
+pub(super) struct Picks {
+    pub(super) product: usize,
+    pub(super) side: usize,
+    pub(super) column: u64,
+    pub(super) lines: bool,
+    /// Indices pick elements, not whole pieces of 16 bytes.
+    pub(super) elements: bool,
 }
 
 /// A right operand in blocks of codes: of this product, from a column on; blocks lie along the sum or across it.
@@ -106,11 +119,20 @@ pub(super) struct Coded {
 }
 
 impl Source {
+    /// What tensor copies bring.
+    pub(super) fn copied(&self) -> Option<&Operand> {
+        match self {
+            Source::Copied(x) => Some(x),
+            Source::Decoded(_) | Source::Picked(_) => None,
+        }
+    }
+
     /// Lies along the sum; else across it.
     pub(super) fn along(&self) -> bool {
         match self {
             Source::Copied(x) => x.along,
             Source::Decoded(x) => x.along,
+            Source::Picked(x) => x.lines,
         }
     }
 }
@@ -124,7 +146,7 @@ pub(super) struct Part {
 
 /// Products of one left operand, taken together.
 pub(super) struct Pass {
-    pub(super) left: Operand,
+    pub(super) left: Source,
     /// Length of the sum.
     pub(super) depth: Dim,
     pub(super) parts: Vec<Part>,
@@ -138,9 +160,10 @@ pub(super) struct Form {
 }
 
 impl Form {
-    /// Some right operand is decoded.
+    /// Some operand is decoded or picked: the warpgroup that copies works as a whole.
     pub(super) fn decodes(&self) -> bool {
-        self.passes.iter().flat_map(|p| &p.parts).any(|x| matches!(x.right, Source::Decoded(_)))
+        let works = |x: &Source| !matches!(x, Source::Copied(_));
+        self.passes.iter().any(|p| works(&p.left) || p.parts.iter().any(|x| works(&x.right)))
     }
 }
 
@@ -161,11 +184,7 @@ pub(in super::super) struct Place<'a> {
 
 /// An operand that tensor copies can read; `None` for any other.
 pub(in super::super) fn place<'a>(a: &Analysis, x: &'a Product, side: usize) -> Option<Place<'a>> {
-    let view = match (side, &x.right) {
-        (0, _) => &x.left,
-        (_, Right::Rows(v) | Right::Strided(v)) => v,
-        (_, Right::Panels { .. } | Right::Coded { .. } | Right::Blocks(_)) => return None,
-    };
+    let view = view(x, side).filter(|v| v.picked.is_none())?;
     let (line, step) = axes(view, side);
     let mut first = [0, 0];
     for (n, s) in &view.offset {
@@ -181,6 +200,19 @@ pub(in super::super) fn place<'a>(a: &Analysis, x: &'a Product, side: usize) -> 
         _ => return None,
     };
     Some(Place { view, along, first, lines: if side == 0 { a.m } else { x.n } })
+}
+
+/// An operand of which indices pick, from a column on; `None` for any other, and for a sum of unknown length.
+fn picked(x: &Product, product: usize, side: usize, column: u64) -> Option<Picks> {
+    let (lines, view) = (picks(x, side)?, view(x, side)?);
+    let depth = x.k.known()?;
+    let (line, step) = axes(view, side);
+    let (near, far) = if lines { (step, line) } else { (line, step) };
+    // Pieces along the sum end with it; those across it may go on past the last line, where there is something.
+    let ends = lines && depth % PIECE == 0 || !lines && side == 1 && x.n.known().is_some_and(|n| n % PIECE == 0);
+    let first = view.offset.iter().all(|(n, s)| (n * s.factor).is_multiple_of(PIECE)) && column.is_multiple_of(PIECE);
+    let pieces = ends && first && near.known() == Some(1) && far.factor % PIECE == 0;
+    Some(Picks { product, side, column, lines, elements: !pieces })
 }
 
 /// The forms there are, the one that seems fastest first.
@@ -206,7 +238,9 @@ fn shape(a: &Analysis) -> Option<(Shape, Vec<Vec<Taken>>)> {
     let (Some(columns), true) = (a.n.known(), a.batch.is_empty()) else { return None };
     // A sum of unknown length ends within a stage, where what is past its end is cleared: whole lines.
     let fits = |x: &Product| {
-        let side = |s: usize| place(a, x, s).is_some_and(|p| x.k.known().is_some() || !p.along);
+        let side = |s: usize| {
+            place(a, x, s).is_some_and(|p| x.k.known().is_some() || !p.along) || picked(x, 0, s, 0).is_some()
+        };
         x.dtype == DType::BF16 && x.k.known() != Some(0) && side(0) && (side(1) || coded(a, x).is_some())
     };
     if columns % 4 != 0 || rows.is_some_and(|m| m < ROWS as u64) || !a.products.iter().all(fits) {
@@ -216,9 +250,10 @@ fn shape(a: &Analysis) -> Option<(Shape, Vec<Vec<Taken>>)> {
     let scaled = a.groups.iter().any(|g| g.products.iter().filter(|p| p.1.is_some()).count() > 1);
     let sets = a.groups.len() as i64 + i64::from(scaled);
     let parts = order.iter().map(|p| p.len()).max().unwrap_or(1) as i64;
-    let lies = |x: &Product| coded(a, x).or(place(a, x, 1).map(|p| p.along));
+    let lies = |x: &Product| coded(a, x).or(picks(x, 1)).or(place(a, x, 1).map(|p| p.along));
     let across = a.products.iter().any(|x| lies(x) == Some(false));
-    let decodes = a.products.iter().any(|x| coded(a, x).is_some());
+    let picked = |x: &Product| (0..2).any(|s| picks(x, s).is_some());
+    let decodes = a.products.iter().any(|x| coded(a, x).is_some() || picked(x));
     let length = |p: &Vec<Taken>| a.products[p[0].1].k.known().unwrap_or(TYPICAL_ROWS).div_ceil(STEP as u64);
     let depth: u64 = order.iter().map(length).sum();
     Some((Shape { rows: rows.unwrap_or(TYPICAL_ROWS), columns, sets, parts, depth, across, decodes }, order))
@@ -244,7 +279,10 @@ pub(super) fn form(
     let mut maps: Vec<TensorMap> = vec![];
     let mut passes = vec![];
     for pass in order {
-        let mut operand = |i: usize, side: usize, offset: u64| -> Result<Option<Operand>, CodegenError> {
+        let mut operand = |i: usize, side: usize, offset: u64| -> Result<Option<Source>, CodegenError> {
+            if let Some(x) = picked(&a.products[i], i, side, offset) {
+                return Ok(Some(Source::Picked(x)));
+            }
             let Some(at) = place(a, &a.products[i], side) else { return Ok(None) };
             let box_lines = if side == 0 { cut.rows() } else { cut.columns };
             let map = tensor_map(k, symbols, &at, side, a.products[i].k, box_lines)?;
@@ -253,7 +291,7 @@ pub(super) fn form(
                 maps.len() - 1
             });
             let first = [(at.first[0] + offset) as i64, at.first[1] as i64];
-            Ok(Some(Operand { map, along: at.along, first }))
+            Ok(Some(Source::Copied(Operand { map, along: at.along, first })))
         };
         let Some(left) = operand(pass[0].1, 0, 0)? else { return Ok(None) };
         let mut parts = vec![];
@@ -262,7 +300,7 @@ pub(super) fn form(
             let right = match coded(a, &a.products[*product]) {
                 Some(along) => Source::Decoded(Coded { product: *product, column, along }),
                 None => match operand(*product, 1, column)? {
-                    Some(x) => Source::Copied(x),
+                    Some(x) => x,
                     None => return Ok(None),
                 },
             };
@@ -310,7 +348,7 @@ struct Shape {
     depth: u64,
     /// A right operand lies across the sum: it comes in blocks of 64 columns.
     across: bool,
-    /// A right operand is decoded.
+    /// An operand is decoded or picked.
     decodes: bool,
 }
 

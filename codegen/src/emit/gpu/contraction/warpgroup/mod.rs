@@ -7,10 +7,12 @@
 //!
 //! Groups of accumulators that read the same left operand share its copies ([`form::Pass`]). A scaled product is scaled in
 //! registers before the next one joins. What lies past the ends of an operand is zero by its tensor map.
-//! A right operand in blocks of codes is decoded by the first warpgroup ([`decode`]), all of which works then.
+//! A right operand in blocks of codes is decoded by the first warpgroup ([`decode`]), all of which works then; so it does where indices
+//! pick rows or columns of an operand ([`picked`]).
 
 mod decode;
 mod form;
+mod picked;
 
 use super::{fragment, write};
 use crate::emit::contraction::analyze::Analysis;
@@ -23,7 +25,7 @@ use crate::emit::gpu::ring::{Ring, Roles};
 use crate::emit::gpu::wgmma::{self, LINE, Left, Sums};
 use crate::emit::gpu::{Parts, special};
 use crate::error::CodegenError;
-use form::{BLOCK, Cut, Form, Operand, Pass, ROWS, STEP, Source};
+use form::{BLOCK, Cut, Form, Operand, Pass, ROWS, STEP};
 pub(super) use form::{forms, place};
 use pleach_ir::{Kernel, Sym};
 use pleach_plan::Expr;
@@ -56,8 +58,8 @@ pub(super) fn emit(
     roles.split(
         f,
         &mut p,
-        |f, _, leads| match decodes {
-            true => decode::produce(f, a, &form, &ring, &tiles, [&roles.tid, leads]),
+        |f, p, leads| match decodes {
+            true => decode::produce(f, p, a, &form, &ring, &tiles, [&roles.tid, leads]),
             false => produce(f, &form, &depths, &ring, &tiles),
         },
         |f, p, own| consume(f, p, a, &form, &depths, &ring, &tiles, [&roles.tid, own]),
@@ -136,12 +138,12 @@ fn produce(f: &mut Func, form: &Form, depths: &[Val], ring: &Ring, tiles: &Tiles
 
 /// Starts the copies of a pass into a free stage: of a tile's first row and column, and from a step of the sum on.
 fn copies(f: &mut Func, cut: &Cut, pass: &Pass, ring: &Ring, stage: &Val, [m, n, step]: [&Val; 3]) {
-    let rights = pass.parts.iter().enumerate().filter_map(|(i, x)| match &x.right {
-        Source::Copied(x) => Some((x, cut.left() + i as i64 * cut.right())),
-        Source::Decoded(_) => None,
-    });
+    let parts = pass.parts.iter().enumerate();
+    let rights = parts.filter_map(|(i, x)| Some((x.right.copied()?, cut.left() + i as i64 * cut.right())));
     let rights: Vec<(&Operand, i64)> = rights.collect();
-    let full = ring.announce(f, stage, cut.left() + rights.len() as i64 * cut.right());
+    let left = pass.left.copied();
+    let bytes = left.map_or(0, |_| cut.left()) + rights.len() as i64 * cut.right();
+    let full = ring.announce(f, stage, bytes);
     let base = ring.stage(f, stage);
     let copy = |f: &mut Func, x: &Operand, lines: i64, at: i64, line: &Val| {
         let (line, step) = (f.addc(line, x.first[0]), f.addc(step, x.first[1]));
@@ -150,7 +152,9 @@ fn copies(f: &mut Func, cut: &Cut, pass: &Pass, ring: &Ring, stage: &Val, [m, n,
             ring.copy(f, x.map, if x.along { [&step, &line] } else { [&line, &step] }, &at, &full);
         }
     };
-    copy(f, &pass.left, cut.rows(), 0, m);
+    if let Some(left) = left {
+        copy(f, left, cut.rows(), 0, m);
+    }
     for (x, at) in rights {
         copy(f, x, cut.columns, at, n);
     }
@@ -295,7 +299,8 @@ impl Worker<'_> {
             wgmma::descriptor(f, &x, (!along).then_some(BLOCK))
         };
         let left = f.mulc(&self.own, BLOCK);
-        let left = descriptor(f, &left, pass.left.along);
+        let along_left = pass.left.along();
+        let left = descriptor(f, &left, along_left);
         wgmma::fence(f);
         let mut out = sums.to_vec();
         for (i, (part, sum)) in pass.parts.iter().zip(&mut out).enumerate() {
@@ -303,9 +308,9 @@ impl Worker<'_> {
             let along = part.right.along();
             let right = descriptor(f, &right, along);
             for s in 0..steps {
-                let x = f.addc(&left, s * wgmma::step(pass.left.along));
+                let x = f.addc(&left, s * wgmma::step(along_left));
                 let y = f.addc(&right, s * wgmma::step(along));
-                *sum = self.sums.multiply(f, &Left::Shared(&x, pass.left.along), (&y, along), Some(sum));
+                *sum = self.sums.multiply(f, &Left::Shared(&x, along_left), (&y, along), Some(sum));
             }
         }
         wgmma::commit(f);
