@@ -16,6 +16,8 @@ mod contraction;
 mod contraction_types;
 #[path = "all/kit.rs"]
 mod kit;
+#[path = "all/laid_gpu.rs"]
+mod laid_gpu;
 #[path = "all/launch.rs"]
 mod launch;
 #[path = "all/picks.rs"]

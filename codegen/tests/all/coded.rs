@@ -195,7 +195,7 @@ fn products_read_blocks_whichever_way_round() {
 }
 
 /// A product over a weight `[n, k]` as it lies or turned round: in blocks with some of its rows or columns laid over it, or as it is.
-fn laid_over(
+pub(crate) fn laid_over(
     [stored, dtype]: [DType; 2],
     (n, k): (u64, u64),
     turned: bool,

@@ -343,10 +343,9 @@ pub(super) fn read_as_blocks(
 /// # Errors
 /// As [`pack`].
 pub(super) fn in_blocks(graph: &Graph, blocks: &Blocks, supported: &Supported<'_>) -> Result<Packed, IrError> {
-    let mut laid = laid::lay(graph, blocks, supported)?;
-    if laid.is_none() {
-        laid = laid::apart(graph, blocks, true)?;
-    }
+    let apart = laid::apart(graph, blocks, true)?;
+    let graph = apart.as_ref().unwrap_or(graph);
+    let laid = laid::lay(graph, blocks, supported)?;
     let graph = laid.as_ref().unwrap_or(graph);
     let mut g = graph.clone();
     let mut layouts = vec![Layout::RowMajor; g.params.len()];

@@ -18,7 +18,7 @@ use std::sync::Arc;
 pub(crate) fn trials(trials: &mut Trials) {
     let full = std::env::var_os("PLEACH_GPU_FULL").is_some();
     for from in trials.listed("fixtures", list(full)) {
-        if ["llama-lora", "llama-tiny+lora-r4", "llama-tiny+paca"].contains(&from.name()) {
+        if ["llama-lora", "llama-paca", "llama-tiny+lora-r4", "llama-tiny+paca"].contains(&from.name()) {
             add_in_blocks(trials, from.clone(), full);
         }
         add(trials, from, full);

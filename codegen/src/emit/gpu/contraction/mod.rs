@@ -9,6 +9,7 @@
 mod fragment;
 mod library;
 mod operand;
+mod over;
 mod passes;
 mod plain;
 mod split;
@@ -19,7 +20,7 @@ mod warpgroup;
 use super::at::At;
 use super::pull::Pull;
 use super::{Form, GpuChip, Parts, Units};
-use crate::emit::contraction::analyze::{Analysis, Right};
+use crate::emit::contraction::analyze::Analysis;
 use crate::emit::func::{Func, Val};
 use crate::emit::{dim_expr, unsupported};
 use crate::error::CodegenError;
@@ -29,9 +30,6 @@ use pleach_plan::{ByLibrary, Expr, Launch, When};
 /// Emits a contraction kernel, in this form if one is wished.
 pub(super) fn emit(k: &Kernel, symbols: &[Sym], chip: GpuChip, wish: Option<&Form>) -> Result<Parts, CodegenError> {
     let a = Analysis::with_picks(k).map_err(|why| unsupported(k, why))?;
-    if a.products.iter().any(|x| matches!(&x.right, Right::Blocks(b) if b.laid.is_some())) {
-        return Err(unsupported(k, "nothing is laid over blocks on a GPU"));
-    }
     let Some((text, mut launches, scratch)) = tensors(k, symbols, &a, chip, wish)? else {
         return match wish {
             None => plain::emit(k, symbols, &a),

@@ -1,5 +1,6 @@
 //! Operands of products as addresses: a base, and strides of rows, columns and batches. Along one axis indices may say what is read.
 
+use super::over::Over;
 use crate::emit::contraction::analyze::{Product, Right};
 use crate::emit::contraction::view::{Stride, View};
 use crate::emit::elementwise::memory_elem;
@@ -30,6 +31,8 @@ pub(super) struct Codes {
     pub(super) first: i64,
     /// Types of the matrix and of the product, that values are rounded to in turn.
     pub(super) dtypes: [DType; 2],
+    /// What is laid over them.
+    pub(super) over: Option<Over>,
 }
 
 impl Codes {
@@ -38,7 +41,9 @@ impl Codes {
         let Right::Blocks(b) = &x.right else { return None };
         let width = if b.along { x.k.known()? } else { x.n.known()? };
         let blocks = blocks::Matrix::new(f, b.arg, b.format, width);
-        Some(Codes { blocks, along: b.along, first: column as i64, dtypes: [b.dtype, x.dtype] })
+        let dtypes = [b.dtype, x.dtype];
+        let over = b.laid.as_ref().map(|laid| Over::new(f, laid, b.along, width as i64, dtypes));
+        Some(Codes { blocks, along: b.along, first: column as i64, dtypes, over })
     }
 }
 

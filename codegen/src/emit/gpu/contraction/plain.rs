@@ -4,7 +4,7 @@
 //! A block of 256 threads computes 64 by 64 elements, a thread 4 by 4. Sums run over the contracted dimension in order.
 
 use super::epilogue;
-use super::operand::{Matrix, Operand, operand};
+use super::operand::{Codes, Matrix, Operand, operand};
 use crate::emit::contraction::analyze::Analysis;
 use crate::emit::dim_expr;
 use crate::emit::elementwise;
@@ -122,6 +122,30 @@ fn inside(f: &mut Func, index: [&Val; 2], end: [&Val; 2]) -> Val {
     f.op(format!("arith.andi {a}, {b} : i1"))
 }
 
+/// Writes what is laid over a right operand in blocks into its tile.
+fn lay(f: &mut Func, at: &Place, [k0, depth]: [&Val; 2], x: &Operand) {
+    let Operand::Codes(Codes { over: Some(over), first, .. }) = x else { return };
+    let column = f.addc(&at.block[1], *first);
+    let (from, span) = if over.lines { (&column, TILE) } else { (k0, STEP) };
+    over.each(f, from, span, |f, place, j| {
+        barrier(f);
+        let others = f.i64(if over.lines { STEP } else { TILE });
+        let (base, end) = if over.lines { (k0, depth) } else { (&at.block[1], &at.size[1]) };
+        let other = f.add(base, &at.tid);
+        let ok = inside(f, [&at.tid, &other], [&others, end]);
+        f.if_(&ok, |f| {
+            let other = if over.lines { other } else { f.addc(&other, *first) };
+            let value = over.value(f, j, &other);
+            let (step, line) = if over.lines { (&at.tid, place) } else { (place, &at.tid) };
+            let to = f.mulc(step, PITCH);
+            let to = f.add(&to, line);
+            let to = f.addc(&to, STEP * PITCH);
+            let to = shared_at(f, &at.tiles, &to, "f32");
+            shared_store(f, &value, &to, "f32", 4);
+        });
+    });
+}
+
 /// An element of an operand.
 fn element(f: &mut Func, x: &Matrix, [line, step]: [&Val; 2]) -> Val {
     let (a, b) = (f.mul(line, &x.line), f.mul(step, &x.step));
@@ -138,6 +162,7 @@ fn accumulate(f: &mut Func, at: &Place, sides: &[Operand; 2], depth: &Val, init:
         for (side, m) in sides.iter().enumerate() {
             fill(f, at, [k0, depth], side, m);
         }
+        lay(f, at, [k0, depth], &sides[1]);
         barrier(f);
         let (zero, steps) = (f.i64(0), f.i64(STEP));
         let init: Vec<(Val, String)> = acc.iter().map(|a| (a.clone(), "f32".to_string())).collect();

@@ -431,6 +431,7 @@ impl Place {
             for s in &coded {
                 let own = self.read(f, s, [&k0, end], [0, 1]);
                 self.decode(f, s, &own, &at);
+                self.lay(f, s, [&k0, end], &at);
             }
             for (side, s) in &picked {
                 let own = self.pick(f, *side, s, [&k0, end], [0, 1]);
@@ -462,6 +463,7 @@ impl Place {
                 picked.iter().zip(&picks).for_each(|((_, s), own)| self.put(f, s, own, &slot));
                 coded.iter().zip(&read).for_each(|(s, own)| self.decode(f, s, own, &slot));
             }
+            coded.iter().for_each(|s| self.lay(f, s, [&k0, end], &slot));
             acc
         });
         // Shared memory is free for the next product.

@@ -48,7 +48,7 @@ fn fits(x: &Product) -> bool {
     let elements = picks(x, 0) == Some(false);
     let right = match &x.right {
         Right::Rows(w) | Right::Strided(w) => w.picked.is_none() && along(w, 1),
-        Right::Blocks(b) => b.along,
+        Right::Blocks(b) => b.along && b.laid.is_none(),
         Right::Panels { .. } | Right::Coded { .. } => false,
     };
     x.dtype == DType::BF16 && x.k.known().is_some_and(piece) && (elements || along(&x.left, 0)) && right

@@ -2,8 +2,8 @@
 
 use super::{PIECE, Place, STEP, Side, THREADS};
 use crate::emit::func::{Func, Val};
-use crate::emit::gpu::contraction::operand::Operand;
-use crate::emit::gpu::{blocks, wgmma};
+use crate::emit::gpu::contraction::operand::{Codes, Operand};
+use crate::emit::gpu::{barrier, blocks, wgmma};
 
 /// What a thread decodes of a tile: its codes, bytes from its first row there, and whether there is so much.
 pub(super) struct Share {
@@ -52,6 +52,34 @@ impl Place {
             out.push(Share { coded, byte: first * if s.along { STEP * 2 } else { s.lines * 2 }, some });
         }
         out
+    }
+
+    /// Writes what is laid over an operand in blocks to a stage that holds what its codes stand for.
+    pub(super) fn lay(&self, f: &mut Func, s: &Side, [k0, depth]: [&Val; 2], stage: &Val) {
+        let Operand::Codes(Codes { over: Some(over), first, .. }) = &s.x else { return };
+        let column = f.addc(&self.block[1], *first);
+        let (from, span) = if over.lines { (&column, s.lines) } else { (k0, STEP) };
+        let others = if over.lines { STEP } else { s.lines };
+        debug_assert!(others <= THREADS);
+        over.each(f, from, span, |f, place, j| {
+            barrier(f);
+            let (base, end) = if over.lines { (k0, depth) } else { (&self.block[1], &self.size[1]) };
+            let (other, most) = (f.add(base, &self.tid), f.i64(others));
+            let (a, b) = (f.cmp("slt", &self.tid, &most), f.cmp("slt", &other, end));
+            let ok = f.op(format!("arith.andi {a}, {b} : i1"));
+            f.if_(&ok, |f| {
+                let other = if over.lines { other } else { f.addc(&other, *first) };
+                let (line, step) = if over.lines { (place, &self.tid) } else { (&self.tid, place) };
+                let (row, within) = if s.along { (line, step) } else { (step, line) };
+                let (piece, element) = (f.divc(within, PIECE), f.remc(within, PIECE));
+                let (at, byte) = (self.piece(f, s, row, &piece), f.mulc(&element, 2));
+                let at = f.add(&at, &byte);
+                let at = f.add(&at, stage);
+                let at = f.addc(&at, s.start);
+                let to = self.shared(f, &at);
+                over.store(f, j, &other, &to);
+            });
+        });
     }
 
     /// Writes to a stage what was read stands for.

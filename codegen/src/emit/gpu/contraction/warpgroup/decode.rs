@@ -91,6 +91,10 @@ pub(super) fn produce(
                     ring.at(f, &at)
                 });
                 shares.iter().for_each(|s| s.write(f, &pieces));
+                for (i, codes) in codes.iter().enumerate() {
+                    let start = f.addc(&base, form.cut.left() + i as i64 * form.cut.right());
+                    codes.iter().for_each(|x| d.lay(f, ring, x, &start, [n, tid], [&step, depth]));
+                }
                 ring.written(f, &speaks, here[0]);
                 ring.advance(f, here).to_vec()
             });
@@ -153,6 +157,42 @@ impl Decoder<'_> {
             }
         }
         out
+    }
+}
+
+impl Decoder<'_> {
+    /// Writes what is laid over an operand in blocks into a stage, from byte `start` on, that holds what its codes stand for.
+    fn lay(&self, f: &mut Func, ring: &Ring, x: &Codes, start: &Val, [n, tid]: [&Val; 2], [step, depth]: [&Val; 2]) {
+        let Some(over) = &x.over else { return };
+        let columns = self.form.cut.columns;
+        let column = f.addc(n, x.first);
+        let (from, span) = if over.lines { (&column, columns) } else { (step, STEP) };
+        let others = if over.lines { STEP } else { columns };
+        over.each(f, from, span, |f, place, j| {
+            let (id, threads) = (f.i32(2, 1), f.i32(THREADS as i32, 1));
+            f.stmt(&format!("nvvm.barrier id = {id} number_of_threads = {threads}"));
+            for turn in 0..(others as u64).div_ceil(THREADS as u64) as i64 {
+                let (own, most) = (f.addc(tid, turn * THREADS), f.i64(others));
+                let (base, end) = if over.lines { (step, depth) } else { (n, &self.size[1]) };
+                let other = f.add(base, &own);
+                let (a, b) = (f.cmp("slt", &own, &most), f.cmp("slt", &other, end));
+                let ok = f.op(format!("arith.andi {a}, {b} : i1"));
+                f.if_(&ok, |f| {
+                    let other = if over.lines { other } else { f.addc(&other, x.first) };
+                    let (line, step) = if over.lines { (place, &own) } else { (&own, place) };
+                    let (row, within) = if x.along { (line, step) } else { (step, line) };
+                    // Across the sum lines lie in blocks of 64, of which each has all steps.
+                    let (block, within) = (f.divc(within, STEP), f.remc(within, STEP));
+                    let (piece, element) = (f.divc(&within, blocks::PIECE), f.remc(&within, blocks::PIECE));
+                    let turned = f.remc(row, 8);
+                    let turned = f.op(format!("arith.xori {piece}, {turned} : i64"));
+                    let parts = [f.mulc(&block, BLOCK), f.mulc(row, LINE), f.mulc(&turned, 16), f.mulc(&element, 2)];
+                    let at = parts.iter().fold(start.clone(), |at, x| f.add(&at, x));
+                    let to = ring.at(f, &at);
+                    over.store(f, j, &other, &to);
+                });
+            }
+        });
     }
 }
 
