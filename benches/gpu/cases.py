@@ -85,6 +85,50 @@ entry "main" {{
     )
 
 
+def picks(n, k, r, tokens):
+    """Products that read what indices pick: x·Wᵀ + x[:, i]·Cᵀ, and rows of a table by a matrix of few columns."""
+    few = min(n, 256)
+    text = f"""graph core
+param @0 "w" bf16[{n},{k}] frozen checkpoint("w")
+param @1 "c" bf16[{n},{r}] frozen checkpoint("c")
+param @2 "v" bf16[{few},{k}] frozen checkpoint("v")
+entry "columns" {{
+  %0 = input "x" : f32[T,{k}]
+  %1 = cast(%0) : bf16[T,{k}]
+  %2 = input "i" : i32[{r}]
+  %3 = param @0 : bf16[{n},{k}]
+  %4 = param @1 : bf16[{n},{r}]
+  %5 = matmul(%1, %3) {{tb}} : f32[T,{n}]
+  %6 = gather(%1, %2) {{axis = 1}} : bf16[T,{r}]
+  %7 = matmul(%6, %4) {{tb}} : f32[T,{n}]
+  %8 = add(%5, %7) : f32[T,{n}]
+  output "y" %8
+}}
+entry "rows" {{
+  %0 = input "ids" : i32[T]
+  %1 = param @0 : bf16[{n},{k}]
+  %2 = gather(%1, %0) {{axis = 0}} : bf16[T,{k}]
+  %3 = param @2 : bf16[{few},{k}]
+  %4 = matmul(%2, %3) {{tb}} : f32[T,{few}]
+  output "y" %4
+}}
+"""
+
+    def reference(torch, x):
+        columns = x["x"] @ x["w"].T + x["x"][:, x["i"].long()] @ x["c"].T
+        return {"columns/y": columns, "rows/y": x["w"][x["ids"].long()] @ x["v"].T}
+
+    return Case(
+        name="picks", text=text, params={"w": ("bf16", [n, k]), "c": ("bf16", [n, r]), "v": ("bf16", [few, k])},
+        inputs={"x": ["T", k]}, tokens=tokens,
+        integers={
+            "i": lambda torch, c: torch.randperm(k)[:r],
+            "ids": lambda torch, c: torch.randperm(n)[: c.tokens],
+        },
+        reference=reference,
+    )
+
+
 def rows(d, tokens):
     """RMSNorm, SwiGLU, and softmax with its sum: kernels of rows, in f32."""
     text = f"""graph core
@@ -257,13 +301,13 @@ def cases(tiny):
     if tiny:
         return [
             product("nt", 40, 48, 64), product("nn", 40, 64, 48), product("tn", 64, 48, 40), lora(48, 64, 8, 37),
-            rows(96, 11), moves(32, 40, 13), attention([5, 11], 4, 2, 16), attention([8, 8], 2, 2, 16, time=True),
+            picks(48, 64, 8, 37), rows(96, 11), moves(32, 40, 13), attention([5, 11], 4, 2, 16), attention([8, 8], 2, 2, 16, time=True),
         ]
     shapes = [(8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336)]
     return [
         *(product(form, m, n, k) for m, n, k in shapes for form in ("nt", "nn")),
         product("tn", 4096, 4096, 8192), product("tn", 16, 4096, 8192), product("nt", 8192, 16, 4096),
-        lora(4096, 4096, 16, 1000), rows(4096, 777), moves(4096, 5000, 777),
+        lora(4096, 4096, 16, 1000), picks(4096, 4096, 16, 1000), rows(4096, 777), moves(4096, 5000, 777),
         attention([300, 1, 517, 64], 32, 8, 128), attention([100, 157], 9, 3, 64),
         attention([2048] * 4, 32, 8, 128, time=True),
     ]

@@ -35,7 +35,7 @@ import json, sys
 
 out = json.load(open(sys.argv[1]))
 checks = out["checks"]
-assert len(checks) == 10 and all(c["ok"] for c in checks), checks
+assert len(checks) == 11 and all(c["ok"] for c in checks), checks
 assert out["limits"]["product_tflops"] > 0 and out["limits"]["copy_tb_per_s"] > 0, out["limits"]
 assert not [r for r in out["steps"] if "error" in r] and {r["plan"] for r in out["adapter_overhead"]} == {
     "tiny-2-lora-r4", "tiny-2-paca-r4"}, out["adapter_overhead"]
