@@ -26,7 +26,7 @@ def rates(schedule, warmup, steps, lr):
 def main():
     cases = []
     for schedule in NAMES:
-        for warmup, steps, lr in [(0, 10, 2e-4), (3, 20, 1e-3), (5, 5, 3e-4), (1, 37, 5e-5)]:
+        for warmup, steps, lr in [(0, 10, 2e-4), (3, 20, 1e-3), (5, 5, 3e-4), (1, 37, 5e-5), (25, 20, 2e-4)]:
             case = {"schedule": schedule, "warmup": warmup, "steps": steps, "lr": lr}
             cases.append({**case, "rates": rates(schedule, warmup, steps, lr)})
     path = Path(__file__).parent.parent / "runtime/tests/fixtures/schedules.json"

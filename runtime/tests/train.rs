@@ -398,10 +398,24 @@ fn another_run_is_refused_by_what_differs() {
         Settings { batch: 0, ..Settings::default() },
         Settings { lr: f64::NAN, ..Settings::default() },
         Settings { max_grad_norm: Some(0.0), ..Settings::default() },
-        Settings { warmup: Warmup::Steps(9), ..Settings::default() },
     ] {
         assert!(bad.check().is_err());
     }
+}
+
+#[test]
+fn a_checkpoint_that_cannot_be_written_leaves_nothing() {
+    let (data, dir) = (rows(0), folder("unwritten"));
+    let j = job(&data, &data, &dir, Resume::No);
+    let state = State::new(4, &j.settings, &adapter().config, data.len(), data.fingerprint());
+    let mut toy = Toy::new(0);
+    // The adapter's file is written by then.
+    toy.f32s.remove("adam.v.slot0.w");
+    let mut passed = vec![];
+    let e = checkpoint::save(&toy, &adapter(), None, &state, &dir, &mut |what| passed.push(what.to_string()));
+    assert!(e.is_err() && passed == ["begin", "adapter", "optimizer"], "{passed:?}");
+    assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
+    std::fs::remove_dir_all(&dir).unwrap();
 }
 
 #[test]
@@ -429,6 +443,7 @@ fn schedules_are_those_of_transformers() {
             lr: c["lr"].as_f64().unwrap(),
             ..Settings::default()
         };
+        s.check().unwrap();
         for (i, want) in c["rates"].as_array().unwrap().iter().enumerate() {
             let (have, want) = (s.rate(i as u64), want.as_f64().unwrap());
             assert!((have - want).abs() <= 1e-15 * s.lr, "{c}: step {i}: {have} is not {want}");

@@ -317,8 +317,19 @@ fn refusals_say_what_to_do() {
     std::fs::remove_file(&state).unwrap();
     let e = c.pleach.fails(1, &c.args(&out, &[&LORA[..6], &["--resume", "latest"]].concat()));
     assert!(e.contains("resume from another checkpoint"), "{e}");
-    fails(2, &["--method", "lora", "--warmup", "9"], "warm-up");
     fails(2, &["--method", "lora", "--warmup", "x"], "no warm-up");
+}
+
+#[test]
+fn a_warm_up_may_be_longer_than_the_run() {
+    let c = Case::new("train-warmup");
+    let out = c.out("run");
+    c.train(&out, &[&LORA[..], &["--warmup", "25"]].concat());
+    let text = std::fs::read_to_string(Path::new(&out).join("metrics.jsonl")).unwrap();
+    let rate = |l: &str| serde_json::from_str::<Value>(l).unwrap()["lr"].as_f64().unwrap();
+    let rates: Vec<f64> = text.lines().map(rate).collect();
+    assert_eq!(rates.len(), 8);
+    assert!(rates.iter().enumerate().all(|(i, r)| (r - 2e-4 * i as f64 / 25.0).abs() <= 1e-18), "{rates:?}");
 }
 
 #[test]

@@ -145,9 +145,35 @@ pub fn save(
     let (temporary, path) = (dir.join(format!(".{name}.partial")), dir.join(&name));
     watch("begin");
     remove(&temporary)?;
-    fs::create_dir_all(&temporary).map_err(RuntimeError::io(temporary.display().to_string()))?;
+    let done = fill(machine, adapter, base, state, &temporary, &mut *watch).and_then(|()| {
+        watch("rename");
+        if path.exists() {
+            discard(dir, &path)?;
+        }
+        fs::rename(&temporary, &path).map_err(RuntimeError::io(path.display().to_string()))
+    });
+    if done.is_err() {
+        // On a full disk the part that was written only stands in the way; what went wrong is said by the error.
+        let _ = remove(&temporary);
+    }
+    done?;
+    watch("renamed");
+    sync(dir)?;
+    Ok(path)
+}
+
+/// Writes the files of a checkpoint into a folder, which is made, and syncs them.
+fn fill(
+    machine: &dyn Machine,
+    adapter: &AdapterPlan,
+    base: Option<&str>,
+    state: &State,
+    folder: &Path,
+    watch: Watch<'_>,
+) -> Result<()> {
+    fs::create_dir_all(folder).map_err(RuntimeError::io(folder.display().to_string()))?;
     watch("adapter");
-    adapter.write(machine, base, &temporary)?;
+    adapter.write(machine, base, folder)?;
     watch("optimizer");
     let in_adapter: Vec<String> =
         adapter.tensors.iter().filter(|t| t.file.is_some() && t.kept.is_none()).map(|t| adapter.param(t)).collect();
@@ -163,20 +189,12 @@ pub fn save(
         };
         tensors.push((name, dtype, v.shape, v.bytes));
     }
-    write_tensors(&temporary.join(OPTIMIZER), &tensors)?;
+    write_tensors(&folder.join(OPTIMIZER), &tensors)?;
     watch("state");
     let mut text = serde_json::to_vec_pretty(state).unwrap_or_default();
     text.push(b'\n');
-    write_synced(&temporary.join(STATE), &text)?;
-    sync(&temporary)?;
-    watch("rename");
-    if path.exists() {
-        discard(dir, &path)?;
-    }
-    fs::rename(&temporary, &path).map_err(RuntimeError::io(path.display().to_string()))?;
-    watch("renamed");
-    sync(dir)?;
-    Ok(path)
+    write_synced(&folder.join(STATE), &text)?;
+    sync(folder)
 }
 
 /// What a checkpoint says of itself.

@@ -96,7 +96,6 @@ impl Settings {
             s if s.max_grad_norm.is_some_and(|n| n.is_nan() || n <= 0.0) => {
                 no("the largest gradient norm must be above 0")
             }
-            s if s.warmup.steps(s.steps) > s.steps => no("the warm-up is longer than the run"),
             _ => Ok(()),
         }
     }
