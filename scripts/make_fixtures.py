@@ -20,7 +20,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
@@ -280,6 +280,7 @@ ADAPTERS = {
     "bias": ("llama-tiny-v4", dict(r=2, lora_alpha=3, target_modules=["q_proj", "up_proj"], bias="all")),
     "save": ("llama-tiny", dict(r=2, lora_alpha=3, target_modules=["v_proj"], modules_to_save=["lm_head", "model.norm"])),
     "paca": ("llama-tiny", dict(peft_type="PACA", r=6, paca_alpha=9, target_modules="all-linear")),
+    "bert-ia3": ("bert-tiny", dict(peft_type="IA3", target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"])),
 }
 
 # model -> lists of adapters active together
@@ -287,7 +288,7 @@ CASES = {
     "llama-tiny": [[], ["lora-r4"], ["lora-all"], ["lora-pattern"], ["lora-layers"], ["lora-exclude"], ["lora-r4", "lora-all"], ["lora-pattern", "lora-layers"], ["save"], ["paca"]],
     "llama-tiny-v4": [[], ["lora-r4"], ["lora-all"], ["lora-pattern"], ["lora-r4", "lora-pattern"], ["dora"], ["bias"], ["paca"]],
     "llama-odd": [[], ["lora-odd"]],
-    "bert-tiny": [[], ["bert-qv"], ["bert-all"], ["bert-qv", "bert-all"]],
+    "bert-tiny": [[], ["bert-qv"], ["bert-all"], ["bert-qv", "bert-all"], ["bert-ia3"]],
 }
 
 
@@ -314,7 +315,8 @@ def make_paca(out, index, name, model_name, options):
 def make_adapter(out, index, name, model_name, options):
     if options.get("peft_type") == "PACA":
         return make_paca(out, index, name, model_name, options)
-    model = get_peft_model(load(out, model_name), LoraConfig(**options))
+    kind = IA3Config if options.get("peft_type") == "IA3" else LoraConfig
+    model = get_peft_model(load(out, model_name), kind(**options))
     g = torch.Generator().manual_seed(100 + index)
     with torch.no_grad():
         for key, p in sorted(model.named_parameters()):
@@ -326,8 +328,8 @@ def make_adapter(out, index, name, model_name, options):
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     config = json.loads((folder / "adapter_config.json").read_text())
-    for key in ("target_modules", "exclude_modules"):  # sets: their order is the hash seed's
-        if isinstance(config[key], list):
+    for key in ("target_modules", "exclude_modules", "feedforward_modules"):  # sets: their order is the hash seed's
+        if isinstance(config.get(key), list):
             config[key] = sorted(config[key])
     config["base_model_name_or_path"] = model_name
     write_json(folder / "adapter_config.json", config)

@@ -238,12 +238,30 @@ impl Ready {
         note_missing(ui, &session);
         #[cfg(feature = "models")]
         model::fill_slots(&mut session, &self.model)?;
+        #[cfg(feature = "models")]
+        let filled = self.model.adapters.len();
+        #[cfg(not(feature = "models"))]
+        let filled = 0;
+        note_empty(ui, &self.plan.slots(), filled);
         Ok(session)
     }
 
     /// Whether the model is an encoder.
     pub(crate) fn is_encoder(&self) -> bool {
         self.plan.meta.kind == "encoder"
+    }
+}
+
+/// Says which slots of a plan have no adapter: those were compiled for one, and compute the base model without.
+fn note_empty(ui: &Ui, slots: &[u32], filled: usize) {
+    let empty: Vec<String> = slots.iter().skip(filled).map(u32::to_string).collect();
+    let (names, give) = (empty.join(", "), "give the adapter with --adapter");
+    match (empty.len(), filled) {
+        (0, _) => {}
+        (1, 0) => ui.note(&format!("note: slot {names} of the plan is empty, so this is the base model; {give}")),
+        (1, _) => ui.note(&format!("note: slot {names} of the plan is empty; {give}")),
+        (_, 0) => ui.note(&format!("note: slots {names} of the plan are empty, so this is the base model; {give}")),
+        _ => ui.note(&format!("note: slots {names} of the plan are empty; {give}")),
     }
 }
 

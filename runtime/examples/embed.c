@@ -1,5 +1,8 @@
-/* Runs a compiled plan from C: `embed PLAN WEIGHTS ID...` prints the likeliest next id.
- * cc -I runtime/include runtime/examples/embed.c -lpleach_runtime -o embed */
+/* Runs a compiled plan from C: `embed PLAN WEIGHTS ID...` prints the likeliest next id. Made in the root of the repository by
+
+   cargo build --release -p pleach-runtime
+   cc -I runtime/include runtime/examples/embed.c target/release/libpleach_runtime.a -lgcc_s -lpthread -ldl -lm -o embed
+*/
 #include "pleach.h"
 #include <stdio.h>
 #include <stdlib.h>

@@ -27,11 +27,12 @@ fn filled(v: &Value) -> bool {
     }
 }
 
-const FEATURES: [(&str, Has); 12] = [
+const FEATURES: [(&str, Has); 13] = [
     ("LoRA", |c| c["peft_type"] == "LORA" && !filled(&c["use_rslora"]) && !filled(&c["use_dora"])),
     ("rsLoRA", |c| filled(&c["use_rslora"])),
     ("DoRA", |c| filled(&c["use_dora"])),
     ("PaCA", |c| c["peft_type"] == "PACA"),
+    ("IA³", |c| c["peft_type"] == "IA3"),
     ("`modules_to_save`", |c| filled(&c["modules_to_save"])),
     ("trained biases", |c| c["bias"].as_str().is_some_and(|b| b != "none")),
     ("`target_modules` as a list", |c| c["target_modules"].is_array()),

@@ -128,6 +128,15 @@ fn a_plan_runs_other_adapters_of_the_same_shape() {
     // A slot that is left empty is the base model.
     assert_eq!(tensors(&base)["input_ids"], tensors(&file)["input_ids"]);
     assert!(relative(&run(&[]), &tensors(&base)["logits"].1) <= 2e-5);
+    let empty = "slot 0 of the plan is empty, so this is the base model";
+    for command in ["run", "generate"] {
+        let bare = [command, &plan, "--weights", &model, "--ids", "1,2,3"];
+        let more = if command == "run" { &[][..] } else { &["--max-new-tokens", "1", "--print-ids"] };
+        let said = pleach.call(&[&bare[..], more].concat());
+        assert!(said.code == Some(0) && said.err.contains(empty), "{said:?}");
+        let said = pleach.call(&[&bare[..], more, &["--adapter", &adapter]].concat());
+        assert!(said.code == Some(0) && !said.err.contains("slot"), "{said:?}");
+    }
     let other = path(&fixture("adapters/lora-all"));
     let said = pleach.fails(1, &["run", &plan, "--weights", &model, "--adapter", &other, "--input", &input]);
     assert!(said.contains("lora-all") && said.contains("slot 0"), "{said}");
@@ -150,6 +159,27 @@ fn a_merged_folder_computes_what_peft_computes() {
     pleach.ok(&["run", &merged, "--input", &path(&file), "--out", &out, "--quiet"]);
     let got = &tensors(Path::new(&out))["logits"].1;
     assert!(relative(got, &tensors(&file)["merged_logits"].1) <= 2e-5);
+}
+
+/// IA³ scales what a layer gives, bias included: the merged folder has other biases too.
+#[test]
+fn a_merged_bias_is_what_peft_computes() {
+    let folder = Folder::new("merge-bias");
+    let pleach = Pleach::new(&folder);
+    let (model, adapter) = (path(&fixture("bert-tiny")), path(&fixture("adapters/bert-ia3")));
+    let (merged, out) = (path(&folder.join("merged")), path(&folder.join("o.safetensors")));
+    let report = pleach.ok(&["merge", &model, &adapter, "--out", &merged, "--json", "--quiet"]);
+    let report: Value = serde_json::from_str(&report).unwrap();
+    let modules: Vec<&str> =
+        report["modules"].as_array().unwrap().iter().map(|m| m["module"].as_str().unwrap()).collect();
+    // Two layers: key and value with their biases, two feedforward modules whose biases stay.
+    assert_eq!((modules.len(), modules.iter().filter(|m| m.ends_with(".bias")).count()), (12, 4), "{modules:?}");
+    let file = fixture("expected/bert-tiny/bert-ia3.safetensors");
+    pleach.ok(&["run", &merged, "--input", &path(&file), "--out", &out, "--quiet"]);
+    let got = &tensors(Path::new(&out))["last_hidden_state"].1;
+    let error = relative(got, &tensors(&file)["merged_last_hidden_state"].1);
+    assert!(error <= 2e-5, "{error:.1e}");
+    pleach.ok(&["adapter", "check", &model, &adapter]);
 }
 
 #[test]

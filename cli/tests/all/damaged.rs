@@ -93,7 +93,10 @@ fn adapters() {
     assert!(check(&a).contains("lora_magnitude_vector"));
     let a = s.fresh("adapters/lora-r4", "a");
     edit(&a.join("adapter_config.json"), |v| v["peft_type"] = "BOFT".into());
-    assert!(check(&a).contains("peft_type"));
+    let said = check(&a);
+    let types: Vec<&str> = said.trim().rsplit("supported are ").next().unwrap().split(", ").collect();
+    assert!(said.contains("`peft_type` is `BOFT`") && types.len() > 10, "{said}");
+    assert_eq!(types.iter().collect::<std::collections::BTreeSet<_>>().len(), types.len(), "{said}");
     // Another method's tensors.
     let a = s.fresh("adapters/lora-r4", "a");
     edit(&a.join("adapter_config.json"), |v| v["peft_type"] = "IA3".into());
@@ -197,4 +200,8 @@ fn gguf() {
         assert!(s.pleach.fails(1, &["import", &name, "--out", &out]).contains("m.gguf"));
         assert!(!s.folder.join("out").exists());
     }
+    let folder = fixture("llama-tiny").display().to_string();
+    assert!(s.pleach.fails(1, &["import", &folder, "--out", &out]).contains("is a model folder already"));
+    let folder = s.folder.0.display().to_string();
+    assert!(s.pleach.fails(1, &["import", &folder, "--out", &out]).contains("is a folder; give the GGUF file"));
 }

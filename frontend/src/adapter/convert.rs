@@ -54,7 +54,14 @@ pub fn to_lora(adapter: &Adapter, base: &Checkpoint, rank: Option<u64>, out: &Pa
         };
         let Some(found) = found else {
             let what = match method.peft_type() {
-                "LORA" => format!("is {} already; there is nothing to convert", method.name()),
+                "LORA" if two_factors(adapter, site) => {
+                    format!("is {} already; there is nothing to convert", method.name())
+                }
+                "LORA" => format!(
+                    "is {}, whose change of the weight is of full rank, so no LoRA adapter is equivalent; `pleach merge` writes \
+                     it into the model's weights",
+                    method.name()
+                ),
                 _ => format!("is {}, whose update has no form as LoRA", method.name()),
             };
             return refused("peft_type", what);
@@ -149,13 +156,14 @@ fn factors(adapter: &Adapter, site: &Site, base: &Checkpoint) -> Result<Option<F
 /// Whether the first ranks of an adapter are an adapter: LoRA on the base as it is, with as many ranks at every linear layer.
 fn has_leading(adapter: &Adapter) -> bool {
     let config = &adapter.config;
-    let factors = |s: &Site| {
-        let saved =
-            config.method.buffers(s).into_iter().filter(|b| b.file.is_some()).all(|b| [DOWN, UP].contains(&b.part));
-        saved && !s.embedding
-    };
     let plain = config.method.peft_type() == "LORA" && !adapter.is_prepared();
-    plain && config.rank_pattern.is_empty() && adapter.sites.iter().all(factors)
+    plain && config.rank_pattern.is_empty() && adapter.sites.iter().all(|s| two_factors(adapter, s) && !s.embedding)
+}
+
+/// Whether the file holds A and B of a site and nothing else.
+fn two_factors(adapter: &Adapter, site: &Site) -> bool {
+    let buffers = adapter.config.method.buffers(site);
+    buffers.into_iter().filter(|b| b.file.is_some()).all(|b| [DOWN, UP].contains(&b.part))
 }
 
 /// Of LoRA: the first ranks.

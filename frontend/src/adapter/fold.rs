@@ -33,11 +33,31 @@ pub fn merged(adapter: &Adapter, site: &Site, base: &Checkpoint, weight: &[f32])
     }
 }
 
+/// The bias b' [out] that goes with W' of [`merged`], for the bias b of the linear layer, where the adapter changes that as well; `None` where it
+/// stays.
+///
+/// # Errors
+/// As [`merged`].
+pub fn merged_bias(adapter: &Adapter, site: &Site, base: &Checkpoint, bias: &[f32]) -> Result<Option<Vec<f32>>> {
+    if site.embedding {
+        return Ok(None);
+    }
+    let mut b = Builder::new(base, &[], None)?;
+    b.start(Entry::new("bias"));
+    let Some(value) = b.merged_bias(&adapter.config.method, site)? else { return Ok(None) };
+    b.output("bias", value);
+    b.finish();
+    match evaluate(&b.into_graph(), "bias", site, base, Some(bias))?.remove("bias") {
+        Some((_, x)) => Ok(Some(x)),
+        None => Err(Error::Graph("the merged bias is not f32".into())),
+    }
+}
+
 /// A shape and its f32 elements.
 pub(super) type Floats = (Vec<u64>, Vec<f32>);
 
 /// Runs an entry over the buffers of a site, on the rows of the identity where it has an input; f32 outputs with their shapes.
-/// Every other parameter is the site's weight.
+/// Every other parameter is what is given of the base: the site's weight, or its bias.
 ///
 /// # Errors
 /// Values that cannot be read; [`Error::Graph`] for an entry that does not run.
@@ -46,7 +66,7 @@ pub(super) fn evaluate(
     name: &str,
     site: &Site,
     base: &Checkpoint,
-    weight: Option<&[f32]>,
+    given: Option<&[f32]>,
 ) -> Result<BTreeMap<String, Floats>> {
     let mut params = vec![];
     for p in &graph.params {
@@ -60,7 +80,10 @@ pub(super) fn evaluate(
                     SlotData::I32(x) => Tensor::i32(t.shape, x),
                 }
             }
-            _ => Tensor::f32(shape(site), weight.map_or_else(Vec::new, <[f32]>::to_vec)),
+            _ => {
+                let shape: Vec<u64> = p.ty.shape.iter().map(|d| d.known().unwrap_or(0)).collect();
+                Tensor::f32(shape, given.map_or_else(Vec::new, <[f32]>::to_vec))
+            }
         });
     }
     let entry = graph.entry(name).ok_or_else(|| Error::Graph("the entry is gone".into()))?;
@@ -149,10 +172,6 @@ fn not_linear(entry: &Entry, product: ValueId) -> Option<String> {
         depends.push(any || at == product.index() || matches!(node.op, Op::Input { .. }));
     }
     found
-}
-
-fn shape(site: &Site) -> [u64; 2] {
-    if site.embedding { [site.input, site.output] } else { [site.output, site.input] }
 }
 
 /// The input of the layer: the identity [in, in], or all indices of a table.

@@ -151,8 +151,8 @@ fn read_start(f: &mut Fields) -> Result<Start> {
                 None => Err(f.fault(
                     KEY,
                     format!(
-                        "is {}; known are true, false, gaussian, orthogonal, mica, pissa, pissa_niter_N, olora, corda, lora_ga and \
-                         eva. If its start changes the base weights, save the adapter with PEFT's \
+                        "is {}; known are true, false, gaussian, pissa, pissa_niter_N, olora, corda, lora_ga and eva, of adapters that \
+                         are made already orthogonal and mica too. If its start changes the base weights, save the adapter with PEFT's \
                          `path_initial_model_for_weight_conversion` to get one for the original base",
                         brief(value)
                     ),
@@ -249,7 +249,10 @@ impl Method for Lora {
         match &self.start {
             Start::Prepared(p) => p.check_training(),
             Start::Other(name) => {
-                let what = format!("is \"{name}\": a new adapter starts with true, false or \"gaussian\"");
+                let what = format!(
+                    "is \"{name}\": adapters that PEFT started so are read, but a new one starts with true, false, gaussian, pissa, \
+                     pissa_niter_N, olora, corda, lora_ga or eva"
+                );
                 Err(("init_lora_weights", what))
             }
             _ => Ok(()),

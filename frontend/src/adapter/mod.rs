@@ -72,7 +72,7 @@ use serde_json::Value;
 pub use combine::{Combination, combine};
 pub use convert::to_lora;
 pub(crate) use fold::all_rows;
-pub use fold::{edited, merged, obstacle};
+pub use fold::{edited, merged, merged_bias, obstacle};
 pub(crate) use full::NO_TARGET;
 pub use init::{Init, Norms, Scores, UnitWeight};
 pub use low_rank::{Change, Middle};
@@ -175,9 +175,9 @@ impl Kind {
         let fitting: Vec<_> = METHODS.iter().filter(|m| m.fits(f)).collect();
         // The first of those with most keys.
         let Some(entry) = fitting.iter().rev().max_by_key(|m| m.keys.len()) else {
-            let mut types: Vec<Value> = METHODS.iter().map(|m| m.keys[0].1.json()).collect();
-            types.dedup();
-            let types: Vec<&str> = types.iter().filter_map(Value::as_str).filter(|t| *t != "FULL").collect();
+            let types: Vec<Value> = METHODS.iter().map(|m| m.keys[0].1.json()).collect();
+            let mut seen = BTreeSet::from(["FULL"]);
+            let types: Vec<&str> = types.iter().filter_map(Value::as_str).filter(|t| seen.insert(*t)).collect();
             return Err(f.fault("peft_type", format!("is `{asked}`; supported are {}", types.join(", "))));
         };
         if let Some(unknown) = training.filter(|t| !entry.keys.iter().any(|(k, v)| *k == TRAINING && v.json() == **t)) {

@@ -291,7 +291,12 @@ fn options_are_refused_by_name() {
     let cases = [
         ("lora", json!({"lora_dropout": 0.1}), "lora_dropout"),
         ("lora", json!({"init_lora_weights": "pissa_niter"}), "init_lora_weights"),
-        ("lora", json!({"init_lora_weights": "orthogonal"}), "init_lora_weights"),
+        ("lora", json!({"init_lora_weights": "orthogonal"}), "adapters that PEFT started so are read, but a new one"),
+        (
+            "lora",
+            json!({"init_lora_weights": "x"}),
+            "lora_ga and eva, of adapters that are made already orthogonal and mica",
+        ),
         ("lora", json!({"peft_type": "PACA"}), "contradicts"),
         ("dora", json!({"use_dora": false}), "use_dora"),
         ("boft", json!({}), "known are lora"),

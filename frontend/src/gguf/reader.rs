@@ -85,7 +85,17 @@ impl Gguf {
     /// out-of-bounds tensors.
     pub fn open(path: &Path) -> Result<Gguf> {
         let file = File::open(path).map_err(Error::io("open", path))?;
-        let size = file.metadata().map_err(Error::io("read", path))?.len();
+        let data = file.metadata().map_err(Error::io("read", path))?;
+        if data.is_dir() {
+            let what = match path.join("config.json").is_file() {
+                true => {
+                    "is a model folder already, which every command takes as it is; only a GGUF file needs an import"
+                }
+                false => "is a folder; give the GGUF file",
+            };
+            return Err(Error::format(path, what));
+        }
+        let size = data.len();
         let handle = file.try_clone().map_err(Error::io("open", path))?;
         let mut cursor = Cursor { input: BufReader::with_capacity(1 << 18, handle), path, at: 0, size };
         let (metadata, tensors) = cursor.header()?;

@@ -460,13 +460,19 @@ impl<'a> Builder<'a> {
         let terms = method.output(&mut Scope::new(self, 0, &**method, site), x, weight, vec![product])?;
         let mut y = self.sum(&terms)?;
         if !site.embedding {
-            let before = y;
-            y = method.result(&mut Scope::new(self, 0, &**method, site), x, before)?;
-            if y != before && self.model.param(&format!("{}.bias", site.module)).is_some() {
-                let what = format!("`{}` has no single weight: the adapter changes its bias as well", site.module);
-                return Err(Error::Graph(what));
-            }
+            y = method.result(&mut Scope::new(self, 0, &**method, site), x, y)?;
         }
         Ok((turn(self, y)?, product))
+    }
+
+    /// The bias [1, out] of a linear site, merged: what the layer gives for nothing; `None` where the method leaves it as it is. Where there
+    /// is a single weight, everything but the bias vanishes with the input. The base's bias is the parameter "bias".
+    pub(crate) fn merged_bias(&mut self, method: &Kind, site: &Site) -> Result<Option<ValueId>> {
+        let ty = TensorType::new(DType::F32, [1, site.output]);
+        let bias = self.param("bias".into(), ty, Role::Frozen, Source::Zeros)?;
+        let nothing = Op::Const { dtype: DType::F32, shape: vec![1, site.input], bits: vec![0; site.input as usize] };
+        let nothing = self.push(nothing, &[])?;
+        let y = method.result(&mut Scope::new(self, 0, &**method, site), nothing, bias)?;
+        Ok((y != bias).then_some(y))
     }
 }

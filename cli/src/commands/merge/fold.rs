@@ -51,6 +51,8 @@ pub(super) enum New<'a> {
     Site(&'a Site),
     /// A parameter that the adapter replaces as a whole.
     Replaced(&'a Replaced),
+    /// The bias of a site that the adapter changes, and what it becomes.
+    Bias(&'a str, &'a [f32]),
 }
 
 impl New<'_> {
@@ -59,6 +61,7 @@ impl New<'_> {
         match self {
             New::Site(s) => &s.module,
             New::Replaced(r) => &r.path,
+            New::Bias(path, _) => path,
         }
     }
 }
@@ -74,16 +77,40 @@ pub(super) fn merged(base: &Checkpoint, adapter: &Adapter, tensor: &TensorRef, n
             return low_rank(tensor, &old, site);
         }
         New::Site(site) => adapter::merged(adapter, site, base, &old)?,
-        New::Replaced(r) => match r.value.read(base)?.data {
-            SlotData::F32(values) => values,
-            SlotData::I32(_) => return Err(Failure::new(format!("`{}` is no float tensor", r.path))),
-        },
+        New::Replaced(r) => replacement(base, r)?,
+        New::Bias(_, values) => values.to_vec(),
     };
     let mut sum = Sum::new(tensor);
     for (old, new) in old.iter().zip(&new) {
         sum.push(*old, new - old, *new)?;
     }
     Ok((sum.out, sum.change))
+}
+
+/// What an adapter puts in place of a parameter.
+fn replacement(base: &Checkpoint, r: &Replaced) -> Result<Vec<f32>> {
+    match r.value.read(base)?.data {
+        SlotData::F32(values) => Ok(values),
+        SlotData::I32(_) => Err(Failure::new(format!("`{}` is no float tensor", r.path))),
+    }
+}
+
+/// The biases of sites that the adapter changes, by path.
+///
+/// # Errors
+/// Values that cannot be read.
+pub(super) fn biases(base: &Checkpoint, adapter: &Adapter) -> Result<Vec<(String, Vec<f32>)>> {
+    let mut out = vec![];
+    for site in adapter.sites.iter().filter(|s| !s.embedding) {
+        let path = format!("{}.bias", site.module);
+        let Some(tensor) = base.param(&path) else { continue };
+        let old = match adapter.replaced.iter().find(|r| r.path == path) {
+            Some(r) => replacement(base, r)?,
+            None => tensor.read_f32()?,
+        };
+        out.extend(adapter::merged_bias(adapter, site, base, &old)?.map(|new| (path, new)));
+    }
+    Ok(out)
 }
 
 /// W + scale · B · A, row by row, without the whole product.

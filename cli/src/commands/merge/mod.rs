@@ -108,7 +108,9 @@ fn write_folder(ui: &Ui, model: &Model, table: &TensorTable, out: &Path) -> Resu
     // What changes, by the path of the parameter.
     let sites = adapter.sites.iter().map(|s| (format!("{}.weight", s.module), New::Site(s)));
     let replaced = adapter.replaced.iter().map(|r| (r.path.clone(), New::Replaced(r)));
-    let new: BTreeMap<String, New<'_>> = sites.chain(replaced).collect();
+    let biases = fold::biases(&model.checkpoint, adapter)?;
+    let changed = biases.iter().map(|(path, values)| (path.clone(), New::Bias(path, values)));
+    let new: BTreeMap<String, New<'_>> = sites.chain(replaced).chain(changed).collect();
     let ends = [format!("{EMBEDDING}.weight"), format!("{HEAD}.weight")];
     let mut files: BTreeMap<&Path, Vec<Write<'_>>> = BTreeMap::new();
     let mut by_tensor: BTreeMap<&str, New<'_>> = BTreeMap::new();
@@ -162,9 +164,9 @@ fn write_folder(ui: &Ui, model: &Model, table: &TensorTable, out: &Path) -> Resu
     }
     bar.finish_and_clear();
     copy_rest(model.dir(), out, shard)?;
-    let sites = adapter.sites.iter().map(|s| &s.module);
-    let order = sites.chain(adapter.replaced.iter().map(|r| &r.path));
-    Ok(order.filter_map(|name| changes.remove(name).map(|c| (name.clone(), c))).collect())
+    let sites = adapter.sites.iter().flat_map(|s| [s.module.clone(), format!("{}.bias", s.module)]);
+    let order = sites.chain(adapter.replaced.iter().map(|r| r.path.clone()));
+    Ok(order.filter_map(|name| changes.remove(&name).map(|c| (name, c))).collect())
 }
 
 fn parameter<'a>(model: &'a Model, path: &str) -> Result<&'a TensorRef> {
