@@ -8,6 +8,7 @@ mod train;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::{ffi::OsStr, ffi::OsString, os::unix::ffi::OsStrExt};
 pub(crate) use tools::*;
 #[cfg(feature = "models")]
 pub(crate) use train::*;
@@ -126,17 +127,17 @@ pub(crate) struct AdapterPath {
     pub path: PathBuf,
 }
 
-impl FromStr for AdapterPath {
-    type Err = std::convert::Infallible;
-
-    fn from_str(s: &str) -> Result<AdapterPath, Self::Err> {
-        // A path may hold `=`; a name holds no `/`, and an existing path is a path.
-        Ok(match s.split_once('=') {
-            Some((name, path)) if !name.is_empty() && !name.contains('/') && !std::path::Path::new(s).exists() => {
-                AdapterPath { name: Some(name.into()), path: path.into() }
+impl From<OsString> for AdapterPath {
+    fn from(s: OsString) -> AdapterPath {
+        // A path may hold `=` and bytes that are no text; a name holds no `/`, and an existing path is a path.
+        let bytes = s.as_bytes();
+        let parts = bytes.iter().position(|b| *b == b'=').map(|i| (std::str::from_utf8(&bytes[..i]), &bytes[i + 1..]));
+        match parts {
+            Some((Ok(name), path)) if !(name.is_empty() || name.contains('/') || PathBuf::from(&s).exists()) => {
+                AdapterPath { name: Some(name.into()), path: OsStr::from_bytes(path).into() }
             }
             _ => AdapterPath { name: None, path: s.into() },
-        })
+        }
     }
 }
 
@@ -581,9 +582,9 @@ mod tests {
 
     #[test]
     fn names_and_counts_are_read() {
-        let a: AdapterPath = "tone=demo/adapter".parse().unwrap();
+        let a = AdapterPath::from(OsString::from("tone=demo/adapter"));
         assert_eq!((a.name.as_deref(), a.path), (Some("tone"), PathBuf::from("demo/adapter")));
-        let a: AdapterPath = "demo/a=b".parse().unwrap();
+        let a = AdapterPath::from(OsString::from("demo/a=b"));
         assert_eq!((a.name, a.path), (None, PathBuf::from("demo/a=b")));
         assert_eq!("T=512".parse(), Ok(Count { symbol: "T".into(), value: 512 }));
         assert!("T".parse::<Count>().is_err() && "X=1".parse::<Count>().is_err() && "T=0".parse::<Count>().is_err());

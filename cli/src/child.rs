@@ -19,11 +19,7 @@ const TAIL: usize = 12;
 /// What the child refused, or how it ended.
 pub(crate) fn compile(request: &Request) -> Result<Vec<Row>> {
     let program = std::env::current_exe().map_err(|e| Failure::new(format!("cannot find this program: {e}")))?;
-    let text = serde_json::to_vec(request).map_err(|_| {
-        Failure::usage(
-            "a path is no UTF-8: rename the folder of the model, the adapter or the cache (PLEACH_CACHE_DIR)",
-        )
-    })?;
+    let text = serde_json::to_vec(request)?;
     let mut child = Command::new(&program)
         .args(["compile-here", "--quiet"])
         .stdin(Stdio::piped())

@@ -32,6 +32,29 @@ pub(crate) fn write(to: &Path, text: &str) -> Result<()> {
     put(to, |temporary| std::fs::write(temporary, text).map_err(Failure::io("write", to)))
 }
 
+/// A folder for results, with what was made for it: whatever of that is still empty at the end goes away again.
+pub(crate) struct Begun(Vec<PathBuf>);
+
+impl Begun {
+    /// Makes the folder and those above it.
+    ///
+    /// # Errors
+    /// What the system refuses; nothing is left of what was made.
+    pub(crate) fn new(folder: &Path) -> Result<Begun> {
+        let missing = |p: &&Path| !p.as_os_str().is_empty() && !p.exists();
+        let begun = Begun(folder.ancestors().take_while(missing).map(Path::to_owned).collect());
+        std::fs::create_dir_all(folder).map_err(Failure::io("create", folder))?;
+        Ok(begun)
+    }
+}
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        // From the inside out; a folder with something in it stays.
+        self.0.iter().for_each(|p| drop(std::fs::remove_dir(p)));
+    }
+}
+
 /// Syncs the files of a folder, and the folder.
 ///
 /// # Errors

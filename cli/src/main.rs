@@ -37,7 +37,11 @@ use clap::Parser;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    match commands::dispatch(args::Cli::parse()) {
+    let asked = match args::Cli::try_parse() {
+        Ok(asked) => asked,
+        Err(said) => return ExitCode::from(u8::try_from(report::parser(&said)).unwrap_or(2)),
+    };
+    match commands::dispatch(asked) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             report::error(&e.message);

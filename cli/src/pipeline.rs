@@ -29,14 +29,17 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 mod budget;
+mod paths;
 pub(crate) mod stages;
 
 /// What to compile, and where the plan goes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Request {
     /// Model folder.
+    #[serde(with = "paths")]
     pub model: PathBuf,
     /// Adapters by name and folder, in slot order.
+    #[serde(with = "paths::named")]
     pub adapters: Vec<(Option<String>, PathBuf)>,
     /// Entries.
     pub entries: Vec<String>,
@@ -66,6 +69,7 @@ pub(crate) struct Request {
     /// Threads that lower kernels; no influence on the plan.
     pub threads: usize,
     /// The plan file.
+    #[serde(with = "paths")]
     pub out: PathBuf,
 }
 

@@ -1,6 +1,6 @@
 //! Printing: results on stdout, remarks and progress on stderr, tables, sizes.
 //!
-//! The only module that writes to the terminal. A closed pipe ends the program quietly. `--quiet` silences stderr but
+//! The only module that writes to the terminal. A closed pipe ends the program quietly; any other failure to write is an error. `--quiet` silences stderr but
 //! for errors; `NO_COLOR` and a stderr that is no terminal switch colour off.
 
 #[cfg(feature = "models")]
@@ -16,11 +16,28 @@ pub(crate) struct Ui {
     pub threads: usize,
 }
 
-/// Writes to stdout; ends the program when nobody reads any more.
+/// Writes to stdout; ends the program when that cannot be done: quietly when nobody reads any more, else with an error.
 pub(crate) fn print(text: &str) {
     let mut out = std::io::stdout().lock();
-    if out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_err() {
-        std::process::exit(0);
+    if let Err(e) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        std::process::exit(lost(&e));
+    }
+}
+
+/// What a program ends with whose output cannot be written.
+fn lost(why: &std::io::Error) -> i32 {
+    if why.kind() == std::io::ErrorKind::BrokenPipe {
+        return 0;
+    }
+    error(&format!("cannot write to stdout: {why}; what was printed is not whole"));
+    1
+}
+
+/// What the argument parser has to say: help on stdout, errors on stderr; the code to end with.
+pub(crate) fn parser(said: &clap::Error) -> i32 {
+    match said.print().and_then(|()| std::io::stdout().flush()) {
+        Err(e) if !said.use_stderr() => lost(&e),
+        _ => said.exit_code(),
     }
 }
 

@@ -7,6 +7,9 @@
 //! | `{"messages"}`, or prompt and completion as lists of messages | what the assistant says |
 //! | `{"input_ids", "labels"}` | labels other than -100; without labels every token |
 //!
+//! A row has one of these forms; ids may have beside them the text that they were made of. `attention_mask` beside ids says which of
+//! them are padding: that is left out, at the beginning and at the end, as rows are packed without padding. A mask with a gap is refused.
+//!
 //! Conventions are those of TRL's supervised trainer: prompt and completion are encoded together, and the prompt's own
 //! encoding says where the completion begins. The assistant's words are found by rendering the conversation up to each
 //! of its turns; where a template rewrites earlier turns, only the last one counts. Errors name the line.
@@ -29,6 +32,8 @@ pub(crate) struct Read {
     pub uneven: u64,
     /// Conversations of which only the last turn is counted.
     pub last_turn_only: u64,
+    /// Tokens that an attention mask calls padding.
+    pub masked: u64,
 }
 
 impl Read {
@@ -41,6 +46,7 @@ impl Read {
         say(r.dropped, format!("{} rows without any token were dropped", r.dropped));
         say(r.uncounted, format!("{} rows have no counted target and teach nothing", r.uncounted));
         say(self.uneven, format!("{} prompts are encoded otherwise when their completion follows", self.uneven));
+        say(self.masked, format!("{} tokens that `attention_mask` leaves out were dropped", self.masked));
         let n = self.last_turn_only;
         say(n, format!("{n} conversations: the template rewrites earlier turns, only the last answer is counted"));
         out
@@ -57,7 +63,7 @@ pub(crate) fn read(path: &Path, folder: &Path, vocab: u64, max_length: u64) -> R
     let file = File::open(path).map_err(Failure::io("read", path))?;
     let mut lines = BufReader::new(file);
     let within = |what: String| move |e: Failure| e.within(&what);
-    let first = first_byte(&mut lines).map_err(Failure::io("read", path))?;
+    let (first, before) = first_byte(&mut lines).map_err(Failure::io("read", path))?;
     if first == Some(b'[') {
         let list: Vec<Value> = serde_json::from_reader(lines)
             .map_err(|e| Failure::new(format!("{}: is no JSON list of rows: {e}", path.display())))?;
@@ -66,7 +72,7 @@ pub(crate) fn read(path: &Path, folder: &Path, vocab: u64, max_length: u64) -> R
         }
     } else {
         for (i, line) in lines.lines().enumerate() {
-            let at = || format!("{}: line {}", path.display(), i + 1);
+            let at = || format!("{}: line {}", path.display(), before + i + 1);
             let line = line.map_err(|e| Failure::new(format!("{}: {e}", at())))?;
             if line.trim().is_empty() {
                 continue;
@@ -88,19 +94,23 @@ pub(crate) fn read(path: &Path, folder: &Path, vocab: u64, max_length: u64) -> R
     Ok(out)
 }
 
-/// The first byte that is no white space, which is left in place.
-fn first_byte(r: &mut impl BufRead) -> std::io::Result<Option<u8>> {
+/// The first byte that is no white space, which is left in place, and the number of lines that end before it.
+fn first_byte(r: &mut impl BufRead) -> std::io::Result<(Option<u8>, usize)> {
+    let mut lines = 0;
+    let ends = |part: &[u8]| part.iter().filter(|b| **b == b'\n').count();
     loop {
         let buffer = r.fill_buf()?;
         match buffer.iter().position(|b| !b.is_ascii_whitespace() && *b != 0xef && *b != 0xbb && *b != 0xbf) {
             Some(i) => {
                 let b = buffer[i];
+                lines += ends(&buffer[..i]);
                 r.consume(i);
-                return Ok(Some(b));
+                return Ok((Some(b), lines));
             }
-            None if buffer.is_empty() => return Ok(None),
+            None if buffer.is_empty() => return Ok((None, lines)),
             None => {
                 let n = buffer.len();
+                lines += ends(buffer);
                 r.consume(n);
             }
         }
@@ -162,15 +172,23 @@ impl Reader<'_> {
     fn row(&mut self, v: &Value, out: &mut Read) -> Result<()> {
         let map = v.as_object().ok_or_else(|| Failure::new("is no JSON object"))?;
         let max = self.max_length;
-        if let Some(ids) = map.get("input_ids") {
-            let (ids, labels) = self.ids(ids, map.get("labels"))?;
-            out.rows.push(&ids, labels.as_deref(), max);
+        // A key that tables fill with null where a row has none is not there.
+        let get = |key: &str| map.get(key).filter(|v| !v.is_null());
+        if let Some(ids) = get("input_ids") {
+            let (ids, labels) = self.ids(ids, get("labels"))?;
+            let kept = match get("attention_mask") {
+                Some(m) => attended(m, ids.len())?,
+                None => 0..ids.len(),
+            };
+            out.masked += (ids.len() - kept.len()) as u64;
+            out.rows.push(&ids[kept.clone()], labels.as_ref().map(|l| &l[kept]), max);
             return Ok(());
         }
-        let (ids, counted) = if let Some(m) = map.get("messages") {
+        one_form(|key| get(key).is_some())?;
+        let (ids, counted) = if let Some(m) = get("messages") {
             let n = messages(m, "messages")?.len();
             self.conversation(m, 0..n, out)?
-        } else if let (Some(p), Some(c)) = (map.get("prompt"), map.get("completion")) {
+        } else if let (Some(p), Some(c)) = (get("prompt"), get("completion")) {
             match (p, c) {
                 (Value::String(p), Value::String(c)) => self.completion(p, c, out)?,
                 (Value::Array(p), Value::Array(c)) => {
@@ -184,7 +202,7 @@ impl Reader<'_> {
                     ));
                 }
             }
-        } else if let Some(t) = map.get("text") {
+        } else if let Some(t) = get("text") {
             let t = t.as_str().ok_or_else(|| Failure::new("`text` is no text"))?;
             let text = self.text()?;
             out.rows.push(&text.encode(&text.ended(t), true)?, None, max);
@@ -313,6 +331,42 @@ fn integers(v: &Value, name: &str) -> Result<Vec<i32>> {
     all.ok_or_else(|| Failure::new(format!("`{name}` holds something that is no id")))
 }
 
+/// Which of `n` ids an attention mask keeps: all between padding before and behind.
+fn attended(mask: &Value, n: usize) -> Result<Range<usize>> {
+    let mask = integers(mask, "attention_mask")?;
+    if mask.len() != n {
+        let what = format!("has {n} ids and {} values of `attention_mask`; give one for each", mask.len());
+        return Err(Failure::new(what));
+    }
+    if let Some(x) = mask.iter().find(|x| !matches!(x, 0 | 1)) {
+        return Err(Failure::new(format!("holds {x} in `attention_mask`; 1 is a token, 0 is padding")));
+    }
+    let first = mask.iter().position(|x| *x == 1).unwrap_or(0);
+    let end = mask.iter().rposition(|x| *x == 1).map_or(first, |i| i + 1);
+    match mask[first..end].iter().position(|x| *x == 0) {
+        Some(i) => Err(Failure::new(format!(
+            "`attention_mask` leaves out token {} amid others; only padding at the ends can be left out (-100 in \
+             `labels` keeps a token from being counted)",
+            first + i + 1
+        ))),
+        None => Ok(first..end),
+    }
+}
+
+/// Refuses a row of two forms: which one is meant decides what is counted.
+fn one_form(has: impl Fn(&str) -> bool) -> Result<()> {
+    let pair = ["prompt", "completion"];
+    let two = if has("text") {
+        pair.into_iter().chain(["messages"]).find(|k| has(k)).map(|k| ("text", k))
+    } else {
+        (has("messages") && pair.into_iter().all(&has)).then_some(("messages", "completion"))
+    };
+    match two {
+        Some((a, b)) => Err(Failure::new(format!("has both `{a}` and `{b}`; a row has one form, leave the other out"))),
+        None => Ok(()),
+    }
+}
+
 fn unknown(map: &Map<String, Value>) -> String {
     let have: Vec<&str> = map.keys().map(String::as_str).collect();
     format!(
@@ -363,6 +417,22 @@ mod tests {
     }
 
     #[test]
+    fn padding_that_a_mask_names_is_left_out() {
+        let text = r#"{"input_ids":[5,6,7],"attention_mask":[1,1,0]}
+{"input_ids":[0,0,8,9],"labels":[0,0,-100,9],"attention_mask":[0,0,1,1]}
+{"input_ids":[1,2],"attention_mask":[1,1],"text":"ab","labels":null}
+{"input_ids":[1,2],"attention_mask":[0,0]}
+"#;
+        let r = rows(text, 3).unwrap();
+        assert_eq!(r.rows.row(0), (&[5, 6][..], &[5, 6][..]));
+        assert_eq!(r.rows.row(1), (&[8, 9][..], &[IGNORED, 9][..]));
+        assert_eq!(r.rows.row(2), (&[1, 2][..], &[1, 2][..]));
+        let report = r.rows.report();
+        assert_eq!((report.tokens, report.targets, report.cut, report.dropped), (6, 3, 0, 1));
+        assert!(r.notes().contains(&"5 tokens that `attention_mask` leaves out were dropped".to_string()));
+    }
+
+    #[test]
     fn text_ends_and_completions_are_counted_alone() {
         let r = rows("{\"text\":\"a hedge\"}\n{\"prompt\":\"a hedge is\",\"completion\":\" a fence\"}\n", 99).unwrap();
         let (ids, labels) = r.rows.row(0);
@@ -393,6 +463,15 @@ mod tests {
             ("{\"text\":\"a\"}\n{\"txt\":1}", "line 2: has the keys txt"),
             ("{\"text\":\"a\"}\n\nno", "line 3: is no JSON"),
             ("{\"input_ids\":[1,2],\"labels\":[1]}", "line 1: has 2 ids and 1 labels"),
+            ("\n\n{\"input_ids\":[1,2,3]}\n\n{\"foo\":1}\n", "line 5: has the keys foo"),
+            ("\n \u{feff}\n{", "line 3: is no JSON"),
+            ("{\"input_ids\":[1,2],\"attention_mask\":[1]}", "line 1: has 2 ids and 1 values of `attention_mask`"),
+            ("{\"input_ids\":[1,2,3],\"attention_mask\":[1,0,1]}", "line 1: `attention_mask` leaves out token 2"),
+            ("{\"input_ids\":[1,2],\"attention_mask\":[1,2]}", "line 1: holds 2 in `attention_mask`"),
+            ("\n{\"text\":\"a\",\"prompt\":\"a\",\"completion\":\"b\"}", "line 2: has both `text` and `prompt`"),
+            ("{\"text\":\"a\",\"completion\":\"b\"}", "line 1: has both `text` and `completion`"),
+            ("{\"text\":\"a\",\"messages\":[]}", "line 1: has both `text` and `messages`"),
+            ("{\"messages\":[],\"prompt\":\"a\",\"completion\":\"b\"}", "line 1: has both `messages` and `completion`"),
             ("{\"input_ids\":[1,600]}", "line 1: holds the id 600"),
             ("{\"input_ids\":[1,2],\"labels\":[1,-7]}", "holds the label -7"),
             ("{\"prompt\":\"a\",\"completion\":[]}", "must both be"),

@@ -2,6 +2,7 @@
 
 use super::{AdapterPath, ModelArgs};
 use clap::{Args, ValueEnum};
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -210,7 +211,7 @@ pub(crate) struct TrainArgs {
     pub keep: Option<u64>,
     /// Go on from a checkpoint
     #[arg(long, value_name = "DIR|latest", num_args = 0..=1, default_missing_value = "latest")]
-    pub resume: Option<String>,
+    pub resume: Option<OsString>,
     /// Replace the results that --out holds
     #[arg(long, conflicts_with = "resume")]
     pub overwrite: bool,

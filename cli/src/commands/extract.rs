@@ -7,7 +7,7 @@
 use super::plan_memory::targets;
 use crate::args::ExtractArgs;
 use crate::failure::{Failure, Result};
-use crate::files;
+use crate::files::{self, Begun};
 use crate::report;
 use pleach_passes::extraction::{Graph, Node, Solution, cost, solve};
 use serde_json::{Map, Value, json};
@@ -27,6 +27,7 @@ pub(crate) fn extract(args: &ExtractArgs) -> Result<()> {
     if !args.json {
         report::line("file,dag_cost,ms,optimal");
     }
+    let begun = args.out.as_deref().map(Begun::new).transpose()?;
     for (k, path) in args.files.iter().enumerate() {
         let here = |e: Failure| e.within(&path.display().to_string());
         let file = EGraph::read(&text(path)?).map_err(here)?;
@@ -56,6 +57,7 @@ pub(crate) fn extract(args: &ExtractArgs) -> Result<()> {
             report::line(&format!("{},{total},{ms:.1},{optimal}", report::cell(&path.display().to_string())));
         }
     }
+    drop(begun);
     if args.json {
         report::json(&json!(rows));
     }

@@ -7,7 +7,7 @@
 
 use crate::args::PlanMemoryArgs;
 use crate::failure::{Failure, Result};
-use crate::files;
+use crate::files::{self, Begun};
 use crate::report::{self, Ui};
 use pleach_plan::memory::{Placement, Request, check, lower_bound, place_with};
 use serde_json::json;
@@ -25,6 +25,7 @@ pub(crate) fn plan_memory(ui: &Ui, args: &PlanMemoryArgs) -> Result<()> {
     if !args.json {
         report::line("file,lower_bound,achieved,ms,optimal");
     }
+    let begun = args.out.as_deref().map(Begun::new).transpose()?;
     for (k, path) in args.files.iter().enumerate() {
         let text = std::fs::read_to_string(path).map_err(Failure::io("read", path))?;
         let table = Table::read(&text).map_err(|e| e.within(&path.display().to_string()))?;
@@ -65,6 +66,7 @@ pub(crate) fn plan_memory(ui: &Ui, args: &PlanMemoryArgs) -> Result<()> {
             report::line(&format!("{file},{},{achieved},{ms:.1},{optimal}", placed.lower_bound));
         }
     }
+    drop(begun);
     if args.json {
         report::json(&json!(rows));
     }
@@ -91,7 +93,6 @@ fn capacity(path: &Path) -> Option<u64> {
 
 /// Where the results go: one file each in a folder, under the same name.
 pub(super) fn targets(folder: &Path, files: &[PathBuf], overwrite: bool) -> Result<Vec<PathBuf>> {
-    std::fs::create_dir_all(folder).map_err(Failure::io("create", folder))?;
     let mut seen = BTreeSet::new();
     let mut out = vec![];
     for f in files {

@@ -95,7 +95,7 @@ fn prepare_folder(args: &TrainArgs) -> Result<Resume> {
     }
     let resume = match args.resume.as_deref() {
         None => Resume::No,
-        Some("latest") => Resume::Latest,
+        Some(latest) if latest == "latest" => Resume::Latest,
         Some(dir) => {
             let path = Path::new(dir);
             // A step's folder by its name alone lies in --out.

@@ -33,6 +33,66 @@ fn every_command_has_help_with_an_example() {
 }
 
 #[test]
+fn output_that_cannot_be_written_is_an_error_unless_nobody_reads() {
+    let (_folder, pleach, model) = setup("stdout");
+    let plan = ["plan", &model, "--method", "lora", "--r", "2", "--batch", "1", "--max-length", "8", "--json"];
+    let commands: [&[&str]; 7] = [
+        &plan,
+        &["run", &model, "--ids", "1,2"],
+        &["generate", &model, "--ids", "1,2", "--max-new-tokens", "2", "--print-ids"],
+        &["inspect", &model, "--ir"],
+        &["methods"],
+        &["doctor"],
+        &["--help"],
+    ];
+    for command in commands {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let said = pleach.call_with_stdout(full, command);
+        assert!(said.code == Some(1) && said.err.contains("error: cannot write to stdout"), "{command:?}: {said:?}");
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let said = pleach.call_with_stdout(writer, command);
+        assert!(said.code == Some(0) && !said.err.contains("error"), "{command:?}: {said:?}");
+    }
+}
+
+/// Folders may have names that are no text.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_path_is_any_bytes() {
+    use std::os::unix::ffi::OsStrExt;
+    let (folder, pleach, text) = setup("bytes");
+    let odd = folder.0.join(std::ffi::OsStr::from_bytes(b"x\xff"));
+    let (model, adapter, out, cache) = (odd.join("m"), odd.join("a"), odd.join("o"), odd.join("cache"));
+    copy(&fixture("llama-tiny"), &model);
+    copy(&fixture("adapters/lora-r4"), &adapter);
+    let rows = odd.join("rows.jsonl");
+    std::fs::write(&rows, "{\"input_ids\":[1,2,3,4]}\n").unwrap();
+    let (first, places) = (out.join("checkpoint-1"), ["MODEL", "ADAPTER", "ROWS", "OUT", "FIRST"]);
+    let paths = [&model, &adapter, &rows, &out, &first];
+    let call = |words: &str| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_pleach"));
+        for w in words.split(' ') {
+            match places.iter().position(|p| *p == w) {
+                Some(i) => command.arg(paths[i]),
+                None => command.arg(w),
+            };
+        }
+        let done = command.arg("--quiet").env("PLEACH_CACHE_DIR", &cache).output().unwrap();
+        assert!(done.status.success(), "{words}: {}", String::from_utf8_lossy(&done.stderr));
+        String::from_utf8(done.stdout).unwrap()
+    };
+    let plain = fixture("adapters/lora-r4").display().to_string();
+    let want = pleach.ok(&["run", &text, "--adapter", &plain, "--ids", "1,2,3"]);
+    assert_eq!(call("run MODEL --adapter ADAPTER --ids 1,2,3"), want);
+    let train =
+        "train MODEL --adapter ADAPTER --data ROWS --out OUT --max-length 8 --batch 1 --save-every 1 --max-steps";
+    call(&format!("{train} 1"));
+    call(&format!("{train} 2 --resume FIRST"));
+    assert!(out.join("checkpoint-2").is_dir());
+}
+
+#[test]
 fn results_come_as_text_or_json() {
     let (_folder, pleach, model) = setup("results");
     let v = json(&pleach.ok(&["run", &model, "--prompt", "hello", "--prompt", "hi", "--json", "--quiet"]));
@@ -244,6 +304,10 @@ fn paca_becomes_an_equal_lora() {
     let r = json(&pleach.ok(&["adapter", "check", &model, &paca, "--json"]));
     assert_eq!((r["method"].as_str(), r["sites"].as_array().map(Vec::len)), (Some("paca"), Some(14)));
     assert!(pleach.fails(2, &["adapter", "convert", &paca, "--to", "dora", "--out", &lora]).contains("lora"));
+    let (dora, base) = (fixture("adapters/dora").display().to_string(), fixture("llama-tiny-v4").display().to_string());
+    let refused = folder.join("refused").display().to_string();
+    let e = pleach.fails(1, &["adapter", "convert", &dora, "--model", &base, "--to", "lora", "--out", &refused]);
+    assert!(e.contains("no LoRA adapter is equivalent; `pleach merge`") && !folder.join("refused").exists(), "{e}");
 }
 
 #[test]

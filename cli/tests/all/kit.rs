@@ -3,7 +3,7 @@
 use safetensors::{Dtype, SafeTensors};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A folder of fixtures.
@@ -83,6 +83,13 @@ impl Pleach {
             .output()
             .unwrap();
         Said::new(&out)
+    }
+
+    /// The call with its stdout led elsewhere.
+    pub(crate) fn call_with_stdout(&self, stdout: impl Into<Stdio>, arguments: &[&str]) -> Said {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pleach"));
+        command.args(arguments).env("PLEACH_CACHE_DIR", &self.cache).env("NO_COLOR", "1").stderr(Stdio::piped());
+        Said::new(&command.stdout(stdout).spawn().unwrap().wait_with_output().unwrap())
     }
 
     /// The call must succeed; its stdout.

@@ -49,6 +49,9 @@ fn a_damaged_file_of_buffers_is_refused_with_its_line() {
     let folder = Folder::new("plan-memory-damaged");
     let file = folder.join("x.csv");
     std::fs::write(&file, "id,lower,upper,size\n0,1,2,3\n1,2,1,3\n").unwrap();
+    let out = folder.join("new/out");
+    let said = Pleach::new(&folder).call(&["plan-memory", text(&file), "--out", text(&out)]);
+    assert!(said.code == Some(1) && !folder.join("new").exists(), "what was begun is taken away again");
     let said = Pleach::new(&folder).call(&["plan-memory", text(&file)]);
     assert_eq!(said.code, Some(1));
     assert!(said.err.contains("x.csv: line 3: upper 1 is before lower 2"), "{}", said.err);
