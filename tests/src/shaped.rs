@@ -116,7 +116,7 @@ fn write(name: &str, config: &Value) -> Result<Shaped, String> {
 }
 
 impl Shaped {
-    /// The training graph of a new adapter of a method, of this rank, on every linear layer.
+    /// The training graph of a new adapter of a method, of this rank, on every linear layer; of the method's own rank, if it has one, for 0.
     ///
     /// # Errors
     /// What the frontend refuses.
@@ -136,7 +136,10 @@ impl Shaped {
     }
 
     fn adapter(&self, method: &str, rank: u64) -> Result<Adapter, String> {
-        let keys = json!({"target_modules": "all-linear", "r": rank});
+        let keys = match rank {
+            0 => json!({"target_modules": "all-linear"}),
+            _ => json!({"target_modules": "all-linear", "r": rank}),
+        };
         let config = MethodConfig::named(method, keys.as_object().unwrap_or(&Map::new())).map_err(|e| e.to_string())?;
         Adapter::fresh(&config, &self.checkpoint.modules).map_err(|e| e.to_string())
     }

@@ -76,6 +76,8 @@ pub struct Func {
     known: Vec<BTreeMap<String, Val>>,
     /// Values that were rounded to 16 bits and widened again, with what they were in between.
     rounded: BTreeMap<Rc<str>, Val>,
+    /// Attributes of the next loop.
+    pub note: &'static str,
 }
 
 impl Func {
@@ -98,6 +100,7 @@ impl Func {
             maps: vec![],
             known: vec![BTreeMap::new()],
             rounded: BTreeMap::new(),
+            note: "",
         }
     }
 
@@ -474,6 +477,7 @@ impl Func {
         let mut head = format!("scf.for {iv} = {lo} to {hi} step {step}");
         let types = inits.iter().map(|x| x.1.as_str()).collect::<Vec<_>>().join(", ");
         let res = self.fresh();
+        let note = std::mem::take(&mut self.note);
         if !inits.is_empty() {
             let list = args.iter().zip(inits).map(|(a, (v, _))| format!("{a} = {v}")).collect::<Vec<_>>().join(", ");
             let n = inits.len();
@@ -488,7 +492,7 @@ impl Func {
             self.stmt(&format!("scf.yield {list} : {types}"));
         }
         self.leave();
-        self.stmt("}");
+        self.stmt(&format!("}}{note}"));
         (0..inits.len()).map(|i| Val::named(&format!("{res}#{i}"))).collect()
     }
 

@@ -4,12 +4,13 @@
 
 use pleach_codegen::compile::{GpuOptions, compile_gpu, compile_gpu_with, supported_gpu};
 use pleach_codegen::emit::gpu::GpuChip;
+use pleach_frontend::adapter::method_names;
 use pleach_ir::{BlockFormat, DType, Graph, Layout, Schedule};
 use pleach_passes::fuse_kernels::{self, CutOptions};
 use pleach_passes::{Options, Pipeline, Target, chunk, join, manager};
 use pleach_plan::{LaunchParam, Meta, Plan};
 use pleach_tests::gpu::{blocks, ptxas};
-use pleach_tests::shaped;
+use pleach_tests::shaped::{self, Shape};
 use pleach_tests::training::cases;
 use std::collections::BTreeMap;
 
@@ -259,6 +260,70 @@ fn what_reads_much_keeps_little() {
             assert_eq!(plan.kernels.len(), kernels, "{name}");
         }
     }
+}
+
+/// Layers of a few sizes each, whose kernels leave a thread few registers: products of a width that is no whole tile, that meet in one
+/// gradient; rows of which a thread keeps many elements, or several values of each; adapters of fewer rows than a tile has.
+#[test]
+fn sizes_that_need_registers() {
+    let tiny = Shape { name: "tiny", hidden: 256, inner: 512, heads: 4, kv_heads: 2, vocab: 512, tied: false };
+    let ragged = Shape { name: "ragged", vocab: 512, ..shaped::SMOLLM2 };
+    let vocabulary = Shape { name: "vocabulary", vocab: 32_000, ..tiny };
+    let wide = Shape { name: "wide", inner: 14336, ..tiny };
+    let deep = Shape { name: "deep", hidden: 4096, heads: 32, ..tiny };
+    for (shape, method, rank, chip) in [
+        (&ragged, "paca", 16, GpuChip::Sm80),
+        (&vocabulary, "lora", 8, GpuChip::Sm80),
+        (&wide, "adalora", 16, GpuChip::Sm90a),
+        (&deep, "lora", 8, GpuChip::Sm90a),
+    ] {
+        let graph = shape.open(1).unwrap().training(method, rank).unwrap();
+        shaped_plan(&format!("{} {method}", shape.name), &graph, DType::BF16, chip);
+    }
+}
+
+/// Layers of models of many sizes, of every method and with adapters of few and many rows.
+#[test]
+#[ignore = "takes minutes: `make test-gpu-full`"]
+fn methods_and_sizes() {
+    let llama = shaped::LLAMA_3_8B;
+    let sizes = [
+        shaped::SMOLLM2,
+        Shape { name: "smollm2-360m", hidden: 960, inner: 2560, heads: 15, kv_heads: 5, ..shaped::SMOLLM2 },
+        Shape { name: "qwen2-0.5b", hidden: 896, inner: 4864, heads: 14, kv_heads: 2, vocab: 151_936, tied: true },
+        Shape { name: "tinyllama", hidden: 2048, inner: 5632, heads: 32, kv_heads: 4, vocab: 32_000, tied: false },
+        Shape { name: "llama-2-7b", inner: 11008, kv_heads: 32, vocab: 32_000, ..llama },
+    ];
+    let mut cases: Vec<(Shape, &str, u64)> = vec![];
+    for shape in sizes {
+        let ranks = [4, 8, 16, 64];
+        cases.extend(["lora", "dora", "paca"].iter().flat_map(|m| ranks.map(|r| (shape, *m, r))));
+        cases.push((shape, "full", 0));
+    }
+    for method in method_names() {
+        cases.extend([(llama, method, 16), (shaped::SMOLLM2, method, 16)]);
+    }
+    cases.extend([4, 8, 64].map(|r| (llama, "lora", r)));
+    let mut faults = vec![];
+    for (shape, method, rank) in cases {
+        let model = shape.open(1).unwrap();
+        // Some methods have no rank.
+        let graph = model.training(method, rank).or_else(|_| model.training(method, 0));
+        let mut graphs = vec![(format!("{} {method} {rank}", shape.name), graph)];
+        if method == "lora" {
+            let graph = model.inference(&["infer", "generate"], rank);
+            graphs.push((format!("{} infer, generate {rank}", shape.name), graph));
+        }
+        for (name, graph) in graphs {
+            let graph = graph.unwrap_or_else(|e| panic!("{name}: {e}"));
+            for chip in GpuChip::ALL {
+                let s = schedule(&graph, DType::BF16);
+                let (plan, _) = compile_gpu(&s, chip, 2, Meta::default()).unwrap();
+                faults.extend(spilling(&format!("{name} {}", chip.name()), &plan));
+            }
+        }
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
 /// Every form that a kernel of a layer's training step can have.

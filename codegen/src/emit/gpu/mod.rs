@@ -15,6 +15,7 @@ mod contraction;
 mod form;
 mod launch;
 mod mma;
+mod pressure;
 mod pull;
 mod reduce;
 mod repeat;

@@ -3,12 +3,13 @@
 //! Without reductions over long rows, every thread computes neighbouring elements of the results, 16 bytes of the widest
 //! type where shapes allow. Otherwise a warp (short rows) or a block takes a row: reductions that wait for the same number
 //! of earlier ones share a pass over the row, results are the last pass. Rows of known length that fit into registers
-//! are unrolled, so what a pass loads or computes stays there for the next; longer ones are read again.
+//! ([`Pressure`]) are unrolled, so what a pass loads or computes stays there for the next; longer ones are read again.
 //! Any other reduction is a loop of the thread that reads it.
 
 use super::at::At;
 use super::blocks;
 use super::launch::Unit;
+use super::pressure::Pressure;
 use super::pull::{Pull, combine, start};
 use super::repeat::repeated;
 use super::{Parts, reduce, special};
@@ -26,7 +27,9 @@ const THREADS: i64 = 256;
 const SHORT: u64 = 32;
 /// Rows up to here are taken by a warp each.
 const WARP_ROW: i64 = 1024;
-/// Elements of a row that a thread keeps in registers.
+/// Threads that take a row together.
+const OF_ROW: [i64; 2] = [128, 1024];
+/// Elements of a row that a thread keeps in registers at most.
 const KEPT: i64 = 32;
 /// What a row of unknown length is taken for.
 const TYPICAL: i64 = 4096;
@@ -161,9 +164,20 @@ impl Rows {
         let sizes = self.reductions.keys().map(|x| x.1).map(|d| d.known().map_or(TYPICAL, |n| n as i64));
         let longest = sizes.max().unwrap_or(TYPICAL);
         let by_warp = longest <= WARP_ROW && self.rows.is_some();
+        let pressure = Pressure::of(k, self.reductions.values(), usize::from(self.rows.is_some()));
+        let together = width(k, Some(&Dim::Known(longest as u64)));
+        let kept = |threads: i64| pressure.elements(threads, together).min(KEPT);
         let threads = match by_warp {
             true => THREADS,
-            false => ((longest / 16) as u64).next_power_of_two().clamp(128, 1024) as i64,
+            false => {
+                let usual = ((longest / 16) as u64).next_power_of_two() as i64;
+                let usual = usual.clamp(OF_ROW[0], OF_ROW[1]);
+                // Fewer threads have more registers each: half as many where those are enough to keep a row, or as few as a step needs.
+                let whole = |n: &i64| Walk::rounds(longest, *n, together) * together <= kept(*n);
+                let fewer = || std::iter::successors(Some(usual), |n| Some(n / 2)).take_while(|n| *n >= OF_ROW[0]);
+                let found = fewer().find(whole).or_else(|| fewer().find(|n| pressure.fits(*n, together)));
+                found.unwrap_or(OF_ROW[0])
+            }
         };
         let mut unit = unit(k, copies);
         let count: usize = self.reductions.values().map(Vec::len).sum();
@@ -184,7 +198,14 @@ impl Rows {
         };
         let inside = f.cmp("slt", &row, &rows);
         let own: Vec<At> = self.rows.iter().map(|_| At::of(f, &row, 1)).collect();
-        let mut walk = Walk { k, own, lane, lanes: if by_warp { 32 } else { threads }, places: BTreeMap::new() };
+        let mut walk = Walk {
+            k,
+            own,
+            lane,
+            lanes: if by_warp { 32 } else { threads },
+            kept: kept(threads),
+            places: BTreeMap::new(),
+        };
         f.if_(&inside, |f| {
             let mut first = 0;
             for ((_, columns), list) in &self.reductions {
@@ -222,6 +243,8 @@ struct Walk<'a> {
     /// Number of the thread among those of the row.
     lane: Val,
     lanes: i64,
+    /// Elements that a thread keeps at most.
+    kept: i64,
     /// Where an unrolled step stands: position, whether it is inside (`None`: always).
     places: BTreeMap<(i64, i64, i64), (Val, Option<Val>)>,
 }
@@ -229,8 +252,13 @@ struct Walk<'a> {
 impl Walk<'_> {
     /// Steps of an unrolled walk along `n` elements, `v` at a time; `None` for what is too long or unknown.
     fn steps(&self, n: Option<i64>, v: i64) -> Option<i64> {
-        let steps = (n? as u64).div_ceil((self.lanes * v) as u64) as i64;
-        (steps * v <= KEPT).then_some(steps)
+        let steps = Walk::rounds(n?, self.lanes, v);
+        (steps * v <= self.kept).then_some(steps)
+    }
+
+    /// Steps of so many lanes along `n` elements, `v` at a time.
+    fn rounds(n: i64, lanes: i64, v: i64) -> i64 {
+        (n as u64).div_ceil((lanes * v) as u64) as i64
     }
 
     fn place(&mut self, f: &mut Func, n: i64, v: i64, step: i64) -> (Val, Option<Val>) {

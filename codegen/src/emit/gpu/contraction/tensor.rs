@@ -24,7 +24,7 @@ use crate::emit::gpu::chip::Limits;
 use crate::emit::gpu::launch::Unit;
 use crate::emit::gpu::mma;
 use crate::emit::gpu::pull::Pull;
-use crate::emit::gpu::{Form, Parts, Units, barrier, special};
+use crate::emit::gpu::{Form, Parts, Units, barrier, special, wgmma};
 use crate::error::CodegenError;
 use decode::Share;
 use picked::Pick;
@@ -213,19 +213,16 @@ pub(super) fn emit(
     let mut p = Pull::new(f, k, symbols);
     let smem = f.op("llvm.mlir.addressof @smem : !llvm.ptr<3>");
     let tid = special(f, "tid.x");
-    let (warp, lane) = (f.divc(&tid, 32), f.remc(&tid, 32));
     let block = [("ctaid.y", 0), ("ctaid.x", 1)].map(|(reg, i)| {
         let x = special(f, reg);
         f.mulc(&x, cut.size[i])
     });
-    let (row, column) = (f.divc(&warp, cut.warps[1]), f.remc(&warp, cut.warps[1]));
-    let warp = [f.mulc(&row, cut.size[0] / cut.warps[0]), f.mulc(&column, cut.size[1] / cut.warps[1])];
     let size = [p.dim(f, a.m), p.dim(f, a.n)];
     let z = special(f, "ctaid.z");
     let at = if parts > 1 { At::known(f, 0) } else { At::of(f, &z, 1) };
     let batch = p.index(f, &a.batch, &at);
     let batch_values: Vec<Val> = batch.iter().map(|b| b.val(f)).collect();
-    let place = Place { cut, tid, lane, block, warp, size, smem };
+    let place = Place::new(f, cut, tid, block, size, smem);
     let (rows, columns) =
         (f.cmp("slt", &place.block[0], &place.size[0]), f.cmp("slt", &place.block[1], &place.size[1]));
     let some = f.op(format!("arith.andi {rows}, {columns} : i1"));
@@ -236,7 +233,13 @@ pub(super) fn emit(
     let at_once = super::batch(k, a, 256 / resident - 1, sums);
     f.if_(&some, |f| {
         let mut totals: Vec<Option<Vec<Val>>> = vec![None; a.groups.len()];
-        for pass in &passes {
+        let mut place = place;
+        let deep = |pass: &[Taken]| a.products[pass[0].1].k;
+        for (n, pass) in passes.iter().enumerate() {
+            // Passes over sums of one length have the same addresses, and two blocks leave no registers for them.
+            if resident > 1 && passes[..n].iter().any(|x| deep(x) == deep(pass)) {
+                place = place.anew(f);
+            }
             let side = |f: &mut Func, p: &mut Pull<'_>, i: usize, s: usize, offset: u64, start: i64| {
                 let x = &a.products[i];
                 let along = along(a, x, s) == Some(true);
@@ -311,6 +314,23 @@ fn share(f: &mut Func, depth: &Val, z: &Val, parts: u64) -> [Val; 2] {
 }
 
 impl Place {
+    /// The place of thread `tid` of the block whose first row and column these are.
+    fn new(f: &mut Func, cut: Cut, tid: Val, block: [Val; 2], size: [Val; 2], smem: Val) -> Place {
+        let (warp, lane) = (f.divc(&tid, 32), f.remc(&tid, 32));
+        let (row, column) = (f.divc(&warp, cut.warps[1]), f.remc(&warp, cut.warps[1]));
+        let warp = [f.mulc(&row, cut.size[0] / cut.warps[0]), f.mulc(&column, cut.size[1] / cut.warps[1])];
+        Place { cut, tid, lane, block, warp, size, smem }
+    }
+
+    /// The same place, computed anew: addresses of a pass that are found equal to those of the one before are kept through all of
+    /// its loop.
+    fn anew(&self, f: &mut Func) -> Place {
+        let [row, column] = &self.block;
+        let hidden = wgmma::settled(f, &[self.tid.clone(), row.clone(), column.clone()], "i64", "l");
+        let [tid, row, column] = [0, 1, 2].map(|i| hidden[i].clone());
+        Place::new(f, self.cut, tid, [row, column], self.size.clone(), self.smem.clone())
+    }
+
     /// Address of byte `at` of shared memory.
     fn shared(&self, f: &mut Func, at: &Val) -> Val {
         crate::emit::gpu::launch::shared_at(f, &self.smem, at, "i8")

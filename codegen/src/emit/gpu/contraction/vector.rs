@@ -34,6 +34,8 @@ const OWN: i64 = 16;
 const TOGETHER: i64 = 4;
 /// Registers of operands that are on their way at once: two blocks of a multiprocessor leave 128 to a thread.
 const LOADED: i64 = 96;
+/// An attribute of a loop whose turns neither LLVM nor the assembler writes out.
+const ROLLED: &str = " {loop_annotation = #llvm.loop_annotation<unroll = <disable = true>>}";
 /// Groups of accumulators at most.
 const GROUPS: usize = 4;
 
@@ -62,6 +64,10 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<(
         return Ok(None);
     }
     let groups = a.groups.len() as i64;
+    // Of a column of products' 16 lines the first 8 may be all there is.
+    let halves = if n as i64 <= COLUMNS / 2 { 1 } else { 2 };
+    // Each line of a ragged block has an address of its own.
+    let ragged = n as i64 % COLUMNS != 0;
     let mut unit = Unit::new(k, "_few", false);
     let shared = unit.shared((WARPS * groups * ROWS * COLUMNS * 4) as u64);
     let f = &mut unit.f;
@@ -84,7 +90,7 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<(
             let mut weights = vec![];
             for (g, product, _) in &pass {
                 let w = operand(f, &mut p, &a.products[*product], 1, &[], a.groups[*g].offset);
-                for half in 0..2 {
+                for half in 0..halves {
                     let column = f.addc(&line, 8 * half);
                     let column = f.add(&first, &column);
                     let column = clamp(f, &column, &size[1]);
@@ -98,7 +104,8 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<(
                     _ => [0; 4].map(|_| none.clone()),
                 })
                 .collect();
-            let sums = accumulate(f, &x, &weights, [&warp, &quarter], depth, begin);
+            let lines = Lines { all: &weights, halves: halves as usize, ragged };
+            let sums = accumulate(f, &x, &lines, [&warp, &quarter], depth, begin);
             for ((g, _, scale), sum) in pass.iter().zip(sums.chunks(4)) {
                 let mut sum = [0, 1, 2, 3].map(|i| sum[i].clone());
                 if let Some(s) = scale {
@@ -286,16 +293,25 @@ impl Loaded<'_> {
     }
 }
 
-/// The warp's sums of some products of one left operand, added to what is there: four for each. `weights` are two lines of
-/// each, 8 apart.
+/// The lines of the weights that a lane takes in a pass.
+struct Lines<'a> {
+    /// Of each product so many (`halves`), 8 apart.
+    all: &'a [Weights],
+    halves: usize,
+    /// They are at no fixed distance from each other.
+    ragged: bool,
+}
+
+/// The warp's sums of some products of one left operand, added to what is there: four for each.
 fn accumulate(
     f: &mut Func,
     x: &Line,
-    weights: &[Weights],
+    lines: &Lines<'_>,
     [warp, quarter]: [&Val; 2],
     depth: i64,
     begin: Vec<Val>,
 ) -> Vec<Val> {
+    let weights = lines.all;
     // As many steps at once as divide the warps' share, else one at a time with a look at the end.
     let round = STEP * WARPS;
     let most = (LOADED / (2 * 4 * (1 + weights.len() as i64))).max(1);
@@ -316,6 +332,10 @@ fn accumulate(
     let shift = f.mulc(warp, STEP);
     let own = f.add(&own, &shift);
     let init: Vec<(Val, String)> = begin.into_iter().map(|x| (x, "f32".to_string())).collect();
+    if lines.ragged {
+        // The assembler would write turns out all the same, and has no registers for that beside the addresses.
+        f.note = ROLLED;
+    }
     f.for_(&zero, &end, step, &init, |f, at, sums| {
         let at = f.add(&own, at);
         let mut loaded = vec![];
@@ -330,14 +350,18 @@ fn accumulate(
                 (f.min(&at, &last), Some(ok))
             });
             let rows = pieces.each_ref().map(|(at, ok)| x.load(f, at, ok.as_ref()));
-            let lines: Vec<Loaded<'_>> = weights.iter().map(|w| w.load(f, &pieces, &pair)).collect();
-            loaded.push((rows, lines));
+            let own: Vec<Loaded<'_>> = weights.iter().map(|w| w.load(f, &pieces, &pair)).collect();
+            loaded.push((rows, own));
         }
         let mut sums = sums.to_vec();
-        for (rows, lines) in &loaded {
-            for (pair, c) in lines.chunks(2).zip(sums.chunks_mut(4)) {
+        for (rows, own) in &loaded {
+            for (pair, c) in own.chunks(lines.halves).zip(sums.chunks_mut(4)) {
                 // Decoded where it is needed: registers are few.
-                let [low, high] = [0, 1].map(|i| pair[i].pairs(f));
+                let low = pair[0].pairs(f);
+                let high = match pair.get(1) {
+                    Some(x) => x.pairs(f),
+                    None => [(); 2].map(|()| [(); 4].map(|()| f.i32(0, 1))),
+                };
                 for (rows, (a, b)) in rows.iter().zip(low.iter().zip(&high)) {
                     for h in [0, 2] {
                         mma::multiply(f, [&a[h], &b[h], &a[h + 1], &b[h + 1]], [&rows[h], &rows[h + 1]], c);
