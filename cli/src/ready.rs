@@ -1,5 +1,7 @@
 //! From arguments to a plan that can be run: read from a file, found in the cache, or compiled.
 
+#[cfg(feature = "compiler")]
+use crate::args::Target;
 use crate::args::{Count, ModelArgs};
 #[cfg(feature = "compiler")]
 use crate::blocks::Compare;
@@ -127,11 +129,26 @@ fn from_model(_: &Ui, args: &ModelArgs, _: &[&str], _: &[(String, u64)]) -> Resu
 
 #[cfg(feature = "compiler")]
 fn from_model(ui: &Ui, args: &ModelArgs, entries: &[&str], tokens: &[(String, u64)]) -> Result<Ready> {
+    on_this_machine(args)?;
     let (_, ready) = compile(ui, args, entries, tokens, None)?;
     if !ready.origin.cached {
         ui.note(&format!("compiled in {:.0} ms", ready.origin.ms));
     }
     Ok(ready)
+}
+
+/// Refuses to compile for a GPU what is to run here, before any work, where this machine has no GPU that runs it.
+///
+/// # Errors
+/// No driver, no GPU, or another.
+#[cfg(feature = "compiler")]
+pub(crate) fn on_this_machine(args: &ModelArgs) -> Result<()> {
+    match args.target {
+        Target::Sm80 => Ok(pleach_runtime::cuda::runs("sm_80")?),
+        Target::Sm90a => Ok(pleach_runtime::cuda::runs("sm_90a")?),
+        // Asked for when the request is made, or no GPU's.
+        Target::Cuda | Target::Cpu | Target::Avx2 | Target::Avx512 => Ok(()),
+    }
 }
 
 /// Finds or compiles the plan of a model folder, for training if so asked. The slot holds the plan's file as long as it lives.

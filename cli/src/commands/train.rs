@@ -21,6 +21,10 @@ use std::time::Instant;
 /// Files and options that are refused, rows that are none, and whatever the run refuses.
 pub(crate) fn train(ui: &Ui, args: &TrainArgs) -> Result<()> {
     let resume = prepare_folder(args)?;
+    #[cfg(feature = "compiler")]
+    if !crate::ready::looks_like_a_plan(&args.model.model) {
+        crate::ready::on_this_machine(&args.model)?;
+    }
     let training = Training::open(ui, &args.model, &args.method, &args.shape)?;
     let vocab = training.ready.plan.meta.vocab;
     let folder = args.model.folder();

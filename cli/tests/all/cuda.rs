@@ -213,6 +213,16 @@ fn plans_for_another_gpu_old_drivers_and_little_memory_are_refused() {
     assert!(e.contains("PLEACH_CUDA_LIBRARY") && e.contains("nonexistent"), "{e}");
     let e = none.fails(1, &["run", &g.model, "--ids", "5,6,7", "--target", "cuda"]);
     assert!(e.contains("nonexistent"), "{e}");
+    // What cannot run here is not compiled first.
+    let cache = g.file("nothing-compiled");
+    let asked = [("PLEACH_CUDA_LIBRARY", "/nonexistent/libcuda.so.1"), ("PLEACH_CACHE_DIR", cache.as_str())];
+    let asked = g.cpu.with_env(&asked);
+    for target in ["cuda", "sm_80", "sm_90a"] {
+        let e = asked.fails(1, &["run", &g.model, "--ids", "5,6,7", "--target", target]);
+        assert!(e.contains("nonexistent") && !std::path::Path::new(&cache).exists(), "{target}: {e}");
+    }
+    // The assembly of a plan for a GPU is its PTX.
+    assert_eq!(g.cpu.ok(&["inspect", &portable, "--asm"]), g.cpu.ok(&["inspect", &portable, "--ptx"]));
     assert!(none.ok(&["doctor"]).contains("NVIDIA driver"));
     let page = g.with("sm=9.0,driver=12.4,memory=1073741824").ok(&["doctor"]);
     for word in ["CUDA 12.4", "Simulated GPU", "compute capability 9.0 (target sm_90a)", "1.0 GiB"] {

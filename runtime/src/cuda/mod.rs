@@ -99,6 +99,14 @@ pub fn best_target() -> Result<&'static str> {
     })
 }
 
+/// Refuses a target whose code the GPU that is used does not run.
+///
+/// # Errors
+/// [`RuntimeError::Target`] when there is no driver, no GPU, or another than the code is for.
+pub fn runs(target: &str) -> Result<()> {
+    first()?.check(target)
+}
+
 /// The GPU that is used: the driver's first, which `CUDA_VISIBLE_DEVICES` chooses.
 fn first() -> Result<Gpu> {
     let none = || RuntimeError::Target("the NVIDIA driver finds no GPU (see CUDA_VISIBLE_DEVICES)".into());

@@ -18,6 +18,10 @@ use std::time::Instant;
 /// # Errors
 /// Everything on the way from files to timings.
 pub(super) fn train(ui: &Ui, args: &BenchTrainArgs) -> Result<()> {
+    #[cfg(feature = "compiler")]
+    if !crate::ready::looks_like_a_plan(&args.model.model) {
+        crate::ready::on_this_machine(&args.model)?;
+    }
     let training = Training::open(ui, &args.model, &args.method, &args.shape)?;
     let weights =
         if args.random_weights { random_weights(&training.ready.plan, 0)? } else { training.ready.weights()? };

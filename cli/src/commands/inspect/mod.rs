@@ -20,8 +20,9 @@ use crate::report::Ui;
 /// Files that are refused, a stage that does not exist, and whatever the passes refuse.
 pub(crate) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
     if crate::ready::looks_like_a_plan(&args.model.model) {
-        if args.ir || args.mlir || args.asm || args.rules || args.dot || args.wants_explorer() {
-            let why = "a plan holds no graph: give the model folder to see --ir, --mlir, --asm, --rules, --dot or --model-explorer";
+        if args.ir || args.mlir || args.rules || args.dot || args.wants_explorer() {
+            let why =
+                "a plan holds no graph: give the model folder to see --ir, --mlir, --rules, --dot or --model-explorer";
             return Err(Failure::usage(why));
         }
         return plan::inspect(ui, args);

@@ -37,15 +37,18 @@ pub(super) fn inspect(ui: &Ui, args: &InspectArgs) -> Result<()> {
         report::json(&out);
         return Ok(());
     }
-    if args.ptx {
+    // The assembly of a GPU's plan is its PTX.
+    let code = args.ptx || args.asm;
+    if code {
         let texts = plan.blobs.iter().filter(|b| b.kind == BlobKind::Ptx);
         let all: String = texts.map(|b| format!("// {}\n{}\n", b.name, String::from_utf8_lossy(&b.bytes))).collect();
         if all.is_empty() {
-            return Err(Failure::usage("this plan is for a processor: it holds machine code, no PTX"));
+            let why = "this plan is for a processor: it holds machine code, no PTX; give the model folder to see --asm";
+            return Err(Failure::usage(why));
         }
         report::print(&all);
     }
-    if !args.kernels && !args.memory && !args.ptx && !args.wants_estimate() {
+    if !args.kernels && !args.memory && !code && !args.wants_estimate() {
         report::print(&summary(&plan));
     }
     if args.kernels {
