@@ -2,7 +2,8 @@
 //!
 //! Where a run-time node reads arithmetic over base parameters, the value becomes a derived parameter that
 //! `prepare(base)` assigns when the model is loaded; arithmetic over an adapter slot is assigned by `prepare(slotN)`,
-//! which runs when the slot is filled. A value that needs several slots is assigned by each of their entries, so filling
+//! which runs when the slot is filled, and reads what `prepare(base)` has made of base parameters where that is smaller than they are (norms).
+//! A value that needs several slots is assigned by each of their entries, so filling
 //! any of them leaves it right. Equal values of different entries share one derived parameter, and a second run of the
 //! pass changes nothing.
 //!
@@ -147,7 +148,7 @@ impl Forms {
         match &n.op {
             Op::Input { .. } => return None,
             Op::Param(p) => {
-                // what a prepare entry assigns is never read by one: it stands for its meaning
+                // what a prepare entry assigns stands for its meaning
                 if let Some(&f) = self.meaning.get(&p.0) {
                     return Some(f);
                 }
@@ -212,6 +213,13 @@ impl Forms {
     /// A view costs nothing at run time, so what it is a view of is kept instead.
     fn view(&self, f: usize) -> bool {
         matches!(self.list[f].op, Op::Reshape(_) | Op::Slice { .. } | Op::Broadcast { .. })
+    }
+
+    /// A value over base parameters with fewer elements than the largest of them.
+    fn reduced(&self, g: &Graph, f: usize) -> bool {
+        let form = &self.list[f];
+        let elements = |p: ParamId| g.params[p.index()].ty.static_elements();
+        form.slots.is_empty() && form.largest.is_some_and(|p| form.ty.static_elements() < elements(p))
     }
 
     /// A parameter in a wider type: a copy would take more memory than the reader's conversion takes time.
@@ -315,7 +323,7 @@ fn prepare_entries(g: &Graph, old: &[&Entry], forms: &Forms) -> Result<Vec<Entry
     let mut out = vec![];
     for (s, list) in by {
         let name = slot_entry(s);
-        let e = prepare_entry(g, &name, &list, forms).map_err(PassError::build(NAME, &name))?;
+        let e = prepare_entry(g, (&name, s), &list, forms).map_err(PassError::build(NAME, &name))?;
         // what was assigned stays assigned, so an entry with as many roots says the same
         let same = |o: &&&Entry| o.name == name && o.roots.len() == e.roots.len();
         out.push(old.iter().find(same).map_or(e, |o| (*o).clone()));
@@ -323,15 +331,25 @@ fn prepare_entries(g: &Graph, old: &[&Entry], forms: &Forms) -> Result<Vec<Entry
     Ok(out)
 }
 
-fn prepare_entry(g: &Graph, name: &str, list: &[(ParamId, usize)], forms: &Forms) -> Result<Entry, IrError> {
+fn prepare_entry(
+    g: &Graph,
+    (name, slot): (&str, Option<u32>),
+    list: &[(ParamId, usize)],
+    forms: &Forms,
+) -> Result<Entry, IrError> {
     let mut out = Entry::new(name);
     let mut at: BTreeMap<usize, ValueId> = BTreeMap::new();
+    // What `prepare(base)` has made smaller than it was is not made again for a slot.
+    let made = |k: usize| forms.derived.get(&k).filter(|_| slot.is_some() && forms.reduced(g, k));
     for &(p, f) in list {
         let mut stack = vec![f];
         while let Some(&k) = stack.last() {
             let form = &forms.list[k];
             let missing: Vec<usize> = form.inputs.iter().copied().filter(|i| !at.contains_key(i)).rev().collect();
             if at.contains_key(&k) {
+                stack.pop();
+            } else if let Some(p) = made(k) {
+                at.insert(k, out.push(&g.params, Op::Param(*p), &[])?);
                 stack.pop();
             } else if missing.is_empty() {
                 let inputs: Vec<ValueId> = form.inputs.iter().map(|i| at[i]).collect();

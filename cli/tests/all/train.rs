@@ -156,6 +156,63 @@ fn kills_change_no_bit_of_other_methods() {
     }
 }
 
+#[test]
+fn every_checkpoint_goes_on_with_the_same_bits() {
+    let c = Case::new("train-every-checkpoint");
+    // Methods whose forward half reads products of what is trained, made by a step or by a preparation.
+    for (method, targets) in
+        [("dora", "all-linear"), ("lokr", "q_proj"), ("lokr", "all-linear"), ("oft", "q_proj,down_proj")]
+    {
+        let whole = c.out(&format!("{method}-{targets}"));
+        let options = ["--method", method, "--target-modules", targets, "--lr", "5e-3", "--quiet", "--json"];
+        let mut args = c.args(&whole, &options);
+        let every = args.iter().position(|a| *a == "--save-every").unwrap() + 1;
+        args[every] = "1";
+        c.pleach.ok(&args);
+        let want = results(&whole);
+        for n in (1..8).rev() {
+            let from = Path::new(&whole).join(format!("checkpoint-{n}")).display().to_string();
+            c.pleach.ok(&[&args[..], &["--resume", &from]].concat());
+            assert_eq!(results(&whole), want, "{method} of {targets} from step {n}");
+        }
+    }
+}
+
+#[test]
+fn a_step_without_a_counted_target_moves_by_its_moments_alone() {
+    let c = Case::new("train-no-target");
+    let data = c.out("some.jsonl");
+    let rows = [
+        r#"{"input_ids":[1,2,3]}"#,
+        r#"{"input_ids":[4,5,6],"labels":[-100,-100,-100]}"#,
+        r#"{"input_ids":[7,8,9,10]}"#,
+    ];
+    std::fs::write(&data, rows.join("\n")).unwrap();
+    for method in ["lora", "paca"] {
+        // At once, and in halves.
+        let [at_once, halves] = [&[][..], &["--max-grad-norm", "1e9"]].map(|more| {
+            let out = c.out(&format!("{method}-{}", more.len()));
+            let base =
+                ["train", &c.model, "--data", &data, "--out", &out, "--batch", "1", "--max-steps", "3", "--no-shuffle"];
+            let said = c.pleach.ok(&[
+                &base[..],
+                &["--method", method, "--r", "4", "--target-modules", "q_proj", "--json"],
+                more,
+            ]
+            .concat());
+            assert_eq!(serde_json::from_str::<Value>(&said).unwrap()["steps"], 3);
+            results(&out)
+        });
+        assert!(at_once.0[1].starts_with("2 0.0 ") && at_once.0[1].contains(" 0.0 3"), "{:?}", at_once.0);
+        let numbers = |r: &(Vec<String>, Vec<u8>)| -> Vec<f64> {
+            r.0.iter().flat_map(|l| l.split(' ').map(|x| x.parse().unwrap()).collect::<Vec<f64>>()).collect()
+        };
+        for (a, b) in numbers(&at_once).iter().zip(numbers(&halves)) {
+            assert!((a - b).abs() <= 1e-5 * b.abs(), "{:?} {:?}", at_once.0, halves.0);
+        }
+    }
+}
+
 /// Methods that change buffers from step to step, keep statistics or step otherwise than AdamW, with options that let something happen
 /// within eight steps.
 const DYNAMIC: [(&str, &[&str]); 14] = [

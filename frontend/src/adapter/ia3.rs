@@ -19,8 +19,9 @@ use crate::peft::Pattern;
 pub(super) const ENTRY: Entry =
     Entry { name: "ia3", keys: &[("peft_type", Key::Text("IA3"))], read: |f| Ok(Arc::new(Ia3::read(f)?)) };
 
-/// What PEFT takes for feedforward where the configuration does not say.
-const FEEDFORWARD: [&str; 2] = ["down_proj", "output.dense"];
+/// What PEFT takes for feedforward where the configuration does not say: names that end in `down_proj` or `output.dense`. As a pattern,
+/// since PEFT refuses a list with names that are no targets.
+const FEEDFORWARD: &str = r".*(down_proj|output\.dense)";
 
 /// `feedforward_modules`.
 #[derive(Debug, Clone)]
@@ -39,11 +40,13 @@ struct Ia3 {
 
 impl Ia3 {
     fn read(f: &mut Fields) -> Result<Ia3> {
+        let pattern = |s: &str| Ok::<_, crate::error::Error>(Feedforward::Pattern(Pattern::full(s)?, s.to_owned()));
         let feedforward = match f.raw("feedforward_modules") {
-            Some(Value::String(s)) => Feedforward::Pattern(Pattern::full(s)?, s.clone()),
-            _ => Feedforward::Names(
-                f.strings("feedforward_modules")?.unwrap_or_else(|| FEEDFORWARD.map(String::from).to_vec()),
-            ),
+            Some(Value::String(s)) => pattern(s)?,
+            _ => match f.strings("feedforward_modules")? {
+                Some(names) => Feedforward::Names(names),
+                None => pattern(FEEDFORWARD)?,
+            },
         };
         Ok(Ia3 { feedforward, ones: f.flag("init_ia3_weights")?.unwrap_or(true) })
     }

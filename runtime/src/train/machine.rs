@@ -37,6 +37,14 @@ pub trait Machine {
     /// An unknown name.
     fn read(&self, name: &str) -> Result<ParamValues<'_>>;
 
+    /// Derives everything anew that is made of what a run changes, before the next run: as if those tensors had just been written.
+    ///
+    /// # Errors
+    /// What the machine refuses.
+    fn derive_anew(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// Overwrites a tensor.
     ///
     /// # Errors
@@ -66,6 +74,14 @@ impl Machine for Session {
     fn fixed(&self) -> Vec<String> {
         let of_adapter = |p: &&pleach_plan::Param| p.role != Role::Train && matches!(p.source, Source::Adapter { .. });
         self.plan().params.iter().filter(of_adapter).map(|p| p.name.clone()).collect()
+    }
+
+    fn derive_anew(&mut self) -> Result<()> {
+        let changing = self.changing();
+        let list = self.plan().params.iter().enumerate().filter(|(_, p)| changing.contains(&p.name));
+        let list = list.map(|(i, _)| i as u32).collect();
+        self.make_due(list, None);
+        Ok(())
     }
 
     fn read(&self, name: &str) -> Result<ParamValues<'_>> {

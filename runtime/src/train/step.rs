@@ -4,7 +4,7 @@
 //! so each micro-batch is scaled by its inverse. Sums over micro-batches are made here, in order, in f64. A machine with an
 //! entry `step` makes a step of one micro-batch, without clipping and events, in one run.
 
-use super::data::{Order, Rows};
+use super::data::{MicroBatch, Order, Rows};
 use super::events::{Events, Moment};
 use super::machine::Machine;
 use super::schedule::{Schedule, Warmup};
@@ -176,9 +176,11 @@ pub fn step_with(
                    adapter that training starts from";
         Err(RuntimeError::Values(format!("the {what} of step {number} is {x}; {why}")))
     };
-    if let ([b], None, None) = (&batches[..], settings.max_grad_norm, events)
-        && !b.labels.is_empty()
-    {
+    if let ([b], None, None) = (&batches[..], settings.max_grad_norm, events) {
+        // Without a target there is neither loss nor gradient: one of no weight stands for it.
+        let stands = b.labels.is_empty().then(|| MicroBatch { rows: vec![0], labels: vec![0], ..b.clone() });
+        let scale = if stands.is_some() { [0.0] } else { scale };
+        let b = stands.as_ref().unwrap_or(b);
         let all: Vec<(&str, Values<'_>)> = b.values(&scale).into_iter().chain(inputs.iter().copied()).collect();
         if let Some(made) = machine.step(&all) {
             let [loss, grad_norm] = made?.map(f64::from);
