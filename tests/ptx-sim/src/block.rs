@@ -31,6 +31,9 @@ pub(crate) struct Mbarrier {
     pub(crate) phase: u64,
     pub(crate) clock: Clock,
     pub(crate) done: Clock,
+    /// Warp, lane and time of its initialisation, and when this thread made that visible to copies.
+    pub(crate) made: (usize, u32, u32),
+    pub(crate) fenced: Option<u32>,
 }
 
 /// Bytes on their way into shared memory.
@@ -53,6 +56,8 @@ pub(crate) struct Block<'a> {
     pub(crate) mbars: BTreeMap<u64, Mbarrier>,
     pub(crate) arrivals: Vec<Arrival>,
     pub(crate) counts: Counts,
+    /// Registers that warps have given back.
+    pub(crate) spare: u32,
     warps: Vec<Warp>,
     steps: u64,
 }
@@ -83,15 +88,7 @@ impl<'a> Block<'a> {
         let warp = |id: u32| {
             let here = (threads - id * 32).min(32);
             let live = if here == 32 { u32::MAX } else { (1 << here) - 1 };
-            Warp {
-                id,
-                groups: vec![Group { pc: 0, mask: live, barrier: None }],
-                live,
-                regs: vec![[0; 32]; k.regs as usize],
-                preds: vec![0; k.preds as usize],
-                local: vec![0xff; 32 * k.local_bytes as usize],
-                ..Warp::default()
-            }
+            Warp::new(id, live, (k.regs, k.preds, k.local_bytes), k.registers().unwrap_or(0))
         };
         Block {
             k,
@@ -104,6 +101,7 @@ impl<'a> Block<'a> {
             mbars: BTreeMap::new(),
             arrivals: vec![],
             counts: Counts::default(),
+            spare: 0,
             warps: (0..n).map(warp).collect(),
             steps: 0,
             mem,
@@ -137,6 +135,7 @@ impl<'a> Block<'a> {
                 return Err(self.deadlock());
             }
         }
+        self.resized()?;
         [self.counts.shared_read, self.counts.shared_written] = self.sh.moved;
         counts.add(&self.counts);
         Ok(())
@@ -170,6 +169,7 @@ impl<'a> Block<'a> {
                 }
                 let on = inst.guard.map_or(mask, |p| w.pred(p) & mask);
                 let next = if on == 0 { Ok(Next::Step) } else { self.exec(w, inst, pc, on) };
+                let next = next.and_then(|n| w.early().map(|()| n));
                 let next = match next {
                     Ok(Next::Wait) => continue,
                     Ok(n) => n,
@@ -279,6 +279,26 @@ impl<'a> Block<'a> {
         true
     }
 
+    /// All warps of a warpgroup have executed the same `setmaxnreg`.
+    fn resized(&self) -> Result<(), SimError> {
+        for group in self.warps.chunks(4) {
+            let most =
+                group.iter().max_by_key(|w| w.resized.0).filter(|m| group.iter().any(|w| w.resized != m.resized));
+            let Some(w) = most else { continue };
+            let inst = &self.k.code[w.resized.1 as usize];
+            let what = "some warps of a warpgroup execute setmaxnreg, others do not";
+            return Err(SimError::Fault {
+                kernel: self.k.name.clone(),
+                line: inst.line,
+                text: self.k.opcodes[inst.name as usize].clone(),
+                block: self.at,
+                thread: w.id * 32,
+                fault: Box::new(Fault::Divergence(what.into())),
+            });
+        }
+        Ok(())
+    }
+
     fn deadlock(&self) -> SimError {
         let mut report = String::new();
         for w in &self.warps {
@@ -294,6 +314,10 @@ impl<'a> Block<'a> {
         }
         for (i, b) in self.bars.iter().enumerate().filter(|(_, b)| b.arrived > 0) {
             report += &format!("  barrier {i}: {} of {} threads\n", b.arrived, b.expected);
+        }
+        if self.k.changes_registers() {
+            let owned: Vec<String> = self.warps.iter().map(|w| w.owned.to_string()).collect();
+            report += &format!("  {} registers to give away; threads own {} by warp\n", self.spare, owned.join(" "));
         }
         for (a, b) in &self.mbars {
             let at = a - SHARED_BASE;

@@ -48,6 +48,17 @@ pub enum Fault {
     /// The asynchronous reader does not see what ordinary stores wrote without `fence.proxy.async`.
     #[error("asynchronous read of shared memory at {address:#x}, written by thread {writer} without fence.proxy.async")]
     Proxy { address: u64, writer: u32 },
+    /// A warpgroup product that `wgmma.fence` does not order behind what was done with its registers.
+    #[error("a warpgroup product without wgmma.fence: {0}")]
+    Unfenced(&'static str),
+    /// An instruction touches registers of a product before it waited for it.
+    #[error("a register that a warpgroup product under way has {0} is touched")]
+    Early(&'static str),
+    /// Somebody uses an mbarrier who need not see that it was initialised.
+    #[error(
+        "the mbarrier at {address:#x} is used by {who}, which need not see its initialisation by thread {by}: {lacks}"
+    )]
+    Barrier { address: u64, who: String, by: u32, lacks: &'static str },
     /// Lanes are missing at an instruction that all have to execute.
     #[error("barrier divergence: {0}")]
     Divergence(String),

@@ -486,6 +486,7 @@ pub(crate) enum Op {
     },
     Setmaxnreg {
         n: u32,
+        more: bool,
     },
     // Barriers of a block.
     Bar {
@@ -501,6 +502,7 @@ pub(crate) enum Op {
         a: PSrc,
     },
     FenceProxyAsync,
+    FenceMbarrierInit,
     // Asynchronous copies.
     CpAsync {
         dst: Addr,

@@ -5,9 +5,19 @@
 //! barriers; barriers for divergence and deadlock. Asynchronous work (`cp.async`, tensor copies, warpgroup products) can
 //! finish as late as the program allows or at once ([`Mode`]): a correct kernel gives the same result both ways.
 //!
-//! Results are deterministic: blocks run one after another, warps in a fixed order, which [`Order`] turns around. Not modelled: time, bank conflicts,
-//! register pressure, clusters of several blocks, communication between blocks of one launch (reported as a fault).
-//! `approx` functions are computed in f64 and rounded; matrix products add their terms one by one in f32.
+//! Registers that nothing wrote hold no number. What warpgroup products do with registers on their own is ordered by `wgmma.fence` and
+//! `wgmma.wait_group`; an mbarrier is used by those only who see its initialisation, by copies after a fence; `setmaxnreg`
+//! moves registers of one pool per block and waits where there are too few.
+//!
+//! Results are deterministic: blocks run one after another, warps in a fixed order, which [`Order`] turns around.
+//!
+//! Not modelled: time, bank conflicts; how the assembler gives physical registers to those of the text (so no spills, no check that a warp
+//! lives with what `setmaxnreg` leaves it, and products that the assembler puts one behind the other for lack of a safe place); clusters of
+//! several blocks and scopes of fences beyond the block; communication between blocks of one launch (reported as a fault); who
+//! sees stores to global memory when (`membar`, `fence.acq_rel` and the `.global` part of `fence.proxy.async` do nothing); waits that give
+//! up after a time; caches and their hints; dependent launches (`griddepcontrol` does nothing).
+//! `approx` functions are computed in f64 and rounded; matrix products add their terms one by one in f32, tensor cores in an
+//! order and width of their own.
 
 mod block;
 mod counts;
@@ -103,12 +113,28 @@ pub struct Kernel {
     local_bytes: u64,
     max_threads: Option<[u32; 3]>,
     required_threads: Option<[u32; 3]>,
+    /// Registers of a thread, where they are declared, and blocks that must fit into a processor at once (0: not declared).
+    max_registers: Option<u32>,
+    blocks_at_once: u32,
 }
 
 impl Kernel {
     /// The entry's name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Registers of a thread at the start of a kernel that changes them: those it declares, or as many as the assembler gives where
+    /// threads and blocks are declared, the whole register file of 65536. None where nothing bounds them.
+    pub fn registers(&self) -> Option<u32> {
+        let threads = self.required_threads.or(self.max_threads).map(|t| t.iter().product::<u32>().max(1));
+        let most = |t: u32| (65_536 / (t * self.blocks_at_once.max(1)) / 8 * 8).min(256);
+        self.max_registers.map(|n| n.next_multiple_of(8)).or(threads.map(most))
+    }
+
+    /// Whether the kernel changes how many registers its threads own.
+    pub fn changes_registers(&self) -> bool {
+        self.code.iter().any(|i| matches!(i.op, isa::Op::Setmaxnreg { .. }))
     }
 
     /// Sizes of the parameters in bytes, in order.

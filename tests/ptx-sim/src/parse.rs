@@ -187,7 +187,9 @@ impl<'a> Parser<'a, '_> {
                         f.k.required_threads = Some(v);
                     }
                 }
-                ".minnctapersm" | ".maxnctapersm" | ".maxnreg" => {
+                ".minnctapersm" => f.k.blocks_at_once = self.number()? as u32,
+                ".maxnreg" => f.k.max_registers = Some(self.number()? as u32),
+                ".maxnctapersm" => {
                     self.number()?;
                 }
                 ".noreturn" => {}

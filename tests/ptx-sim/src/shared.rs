@@ -34,7 +34,7 @@ pub(crate) struct Shared {
     known: HashMap<(u32, u8, u8, u32), u32>,
     pub(crate) now: u32,
     /// What warp `w` sees of the others.
-    pub(crate) sees: Vec<Clock>,
+    sees: Vec<Clock>,
     /// Time up to which the lanes of a warp see each other.
     pub(crate) warp_sync: Vec<u32>,
     pub(crate) proxy: Vec<u32>,
@@ -74,6 +74,11 @@ impl Shared {
     fn ordered(&self, warp: usize, lane: u32, other: (usize, u32, u32)) -> bool {
         let (w, l, time) = other;
         if w == warp { l == lane || time <= self.warp_sync[w] } else { time <= self.sees[warp][w] }
+    }
+
+    /// Whether a thread sees what another one did at a time.
+    pub(crate) fn sees(&self, (warp, lane): (usize, u32), other: (usize, u32, u32)) -> bool {
+        self.ordered(warp, lane, other)
     }
 
     fn race(at: usize, mine: &'static str, other: String) -> Fault {

@@ -1,6 +1,8 @@
 //! State of one warp: registers, lanes that stand at different instructions, asynchronous work under way.
 
+use crate::error::Fault;
 use crate::isa::{PSrc, Reg, Src, WgA};
+use std::cell::Cell;
 
 pub(crate) type Lanes = [u64; 32];
 
@@ -43,6 +45,23 @@ pub(crate) struct Product {
     pub(crate) keep: bool,
 }
 
+/// What a register has to do with warpgroup products, which read and write registers on their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Access {
+    /// An instruction of the warp touched it since the last `wgmma.fence`.
+    pub(crate) touched: bool,
+    /// Columns of the last product that summed into it since then.
+    pub(crate) shape: u16,
+    /// A product under way reads it, or sums into it.
+    pub(crate) read: bool,
+    pub(crate) summed: bool,
+}
+
+/// Before the first fence nothing is ordered.
+const UNFENCED: Access = Access { touched: true, shape: 0, read: false, summed: false };
+/// What registers hold that nothing wrote: no number as a float, far outside as an address.
+const NOTHING: u64 = 0xffff_dead;
+
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Warp {
     pub(crate) id: u32,
@@ -60,17 +79,117 @@ pub(crate) struct Warp {
     pub(crate) product_group: u32,
     /// A wait at an mbarrier has returned once before the phase ended.
     pub(crate) waited: bool,
+    /// Registers that a thread owns at most, and how often `setmaxnreg` changed it, last where.
+    pub(crate) owned: u32,
+    pub(crate) resized: (u32, u32),
+    access: Vec<Cell<Access>>,
+    early: Cell<Option<&'static str>>,
 }
 
 impl Warp {
-    pub(crate) fn get(&self, s: Src) -> Lanes {
+    pub(crate) fn new(id: u32, live: u32, (regs, preds, local): (u32, u32, u64), owned: u32) -> Warp {
+        Warp {
+            id,
+            groups: vec![Group { pc: 0, mask: live, barrier: None }],
+            live,
+            regs: vec![[NOTHING; 32]; regs as usize],
+            preds: vec![0; preds as usize],
+            local: vec![0xff; 32 * local as usize],
+            access: vec![Cell::new(UNFENCED); regs as usize],
+            owned,
+            ..Warp::default()
+        }
+    }
+
+    fn touch(&self, r: Reg, write: bool) {
+        let cell = &self.access[r as usize];
+        let a = cell.get();
+        if a.summed || a.read && write {
+            self.early.set(Some(if a.summed { "summed into" } else { "read" }));
+        }
+        cell.set(Access { touched: true, ..a });
+    }
+
+    /// Whether an instruction touched registers of a product under way.
+    pub(crate) fn early(&self) -> Result<(), Fault> {
+        self.early.take().map_or(Ok(()), |what| Err(Fault::Early(what)))
+    }
+
+    /// `wgmma.fence`: what was done with registers before is ordered before products from here on.
+    pub(crate) fn fence(&mut self) {
+        for a in &mut self.access {
+            *a = Cell::new(Access { touched: false, shape: 0, ..a.get() });
+        }
+    }
+
+    /// A product with `n` columns starts: sums in `d`, rows of the left operand in `a`.
+    pub(crate) fn start(&mut self, n: u16, d: &[Reg], a: &WgA) -> Result<(), Fault> {
+        let left = if let WgA::Regs(a) = a { &a[..] } else { &[] };
+        for s in left {
+            let Src::Reg(r) = s else { continue };
+            let cell = &self.access[*r as usize];
+            let x = cell.get();
+            if x.touched || x.shape > 0 {
+                return Err(Fault::Unfenced("a register of its left operand was touched before"));
+            }
+            cell.set(Access { read: true, ..x });
+        }
+        for r in d {
+            let cell = &self.access[*r as usize];
+            let x = cell.get();
+            if x.touched {
+                return Err(Fault::Unfenced("a register of its sums was touched before"));
+            }
+            if ![0, n].contains(&x.shape) {
+                return Err(Fault::Unfenced("a product of another shape sums into its registers"));
+            }
+            cell.set(Access { shape: n, summed: true, ..x });
+        }
+        Ok(())
+    }
+
+    /// Products are done: `summed` and `read` are the registers of those that are still under way.
+    pub(crate) fn settle(&mut self, summed: &[Reg], read: &[Src]) {
+        for a in &mut self.access {
+            *a = Cell::new(Access { read: false, summed: false, ..a.get() });
+        }
+        for r in summed {
+            let a = &mut self.access[*r as usize];
+            *a = Cell::new(Access { summed: true, ..a.get() });
+        }
+        for s in read {
+            let Src::Reg(r) = s else { continue };
+            let a = &mut self.access[*r as usize];
+            *a = Cell::new(Access { read: true, ..a.get() });
+        }
+    }
+
+    /// One lane of a register.
+    pub(crate) fn set(&mut self, d: Reg, lane: usize, v: u64) {
+        self.touch(d, true);
+        self.regs[d as usize][lane] = v;
+    }
+
+    /// A value that no instruction of the warp reads.
+    pub(crate) fn peek(&self, s: Src) -> Lanes {
         match s {
             Src::Reg(r) => self.regs[r as usize],
             Src::Imm(v) => [v; 32],
         }
     }
 
+    pub(crate) fn get(&self, s: Src) -> Lanes {
+        match s {
+            Src::Reg(r) => {
+                self.touch(r, false);
+                self.regs[r as usize]
+            }
+            Src::Imm(v) => [v; 32],
+        }
+    }
+
     pub(crate) fn put(&mut self, d: Reg, mask: u32, v: &Lanes) {
+        self.touch(d, true);
         let slot = &mut self.regs[d as usize];
         if mask == u32::MAX {
             *slot = *v;

@@ -1,6 +1,6 @@
 //! Attention by itself: every form of it that a model may ask for, forward and backward, on sequences of uneven lengths.
 
-use super::{alone, compile, ptxas};
+use super::{Compiled, alone, compile, ptxas};
 use pleach_codegen::emit::gpu::GpuChip;
 use pleach_codegen::ptxas::Resources;
 use pleach_ir::{AttentionAttrs, AttentionWrt, Class, DType, Dim, Entry, Graph, Op, Sym, ValueId};
@@ -83,12 +83,20 @@ const COUNTS: [[u64; 3]; 4] = [[1, 1, 1], [5, 7, 1], [70, 2, 1], [150, 3, 1]];
 /// One sequence of several blocks of 128 rows, which warpgroups take: some see tiles that others pass over.
 const LONG: [u64; 3] = [290, 1, 1];
 
+/// A form, compiled.
+///
+/// # Errors
+/// Whatever refuses.
+pub fn compiled(x: &Form, chip: GpuChip) -> Result<Compiled, String> {
+    compile(&graph(x)?, &Options::default(), chip, Meta::default())
+}
+
 /// Compiles a form, assembles it where there is an assembler, and runs its attention kernels alone. Gives what its entries take.
 ///
 /// # Errors
 /// Whatever refuses, spills of registers, and every difference.
 pub fn check(x: &Form, chip: GpuChip) -> Result<BTreeMap<String, Resources>, String> {
-    let c = compile(&graph(x)?, &Options::default(), chip, Meta::default())?;
+    let c = compiled(x, chip)?;
     let kernels: Vec<usize> =
         (0..c.schedule.kernels.len()).filter(|i| c.schedule.kernels[*i].class == Class::Attention).collect();
     if kernels.is_empty() {

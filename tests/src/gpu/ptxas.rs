@@ -25,6 +25,16 @@ pub fn program() -> Option<PathBuf> {
 pub fn assemble(name: &str, chip: &str, ptx: &[u8]) -> Result<Option<BTreeMap<String, Resources>>, String> {
     let Some(program) = program() else { return Ok(None) };
     let all = ptxas::assemble(&program, ptx, chip).map_err(|e| format!("{name}: {e}"))?;
+    // Where a kernel moves registers between its warps, the simulator must know how many there are.
+    for k in super::read(ptx)?.kernels().iter().filter(|k| k.changes_registers()) {
+        let (own, counted) = (k.registers(), all.get(k.name()).map(|r| r.registers));
+        if own != counted {
+            return Err(format!(
+                "{name}: {}: {counted:?} registers by the assembler, {own:?} by the simulator",
+                k.name()
+            ));
+        }
+    }
     match all.iter().find(|(_, r)| r.spills > 0) {
         Some((entry, r)) => Err(format!("{name}: {entry} spills: {r:?}")),
         None => Ok(Some(all)),

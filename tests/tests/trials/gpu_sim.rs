@@ -8,12 +8,12 @@ use pleach_ir::{Class, DType, Sym};
 use pleach_passes::Options;
 use pleach_plan::Meta;
 use pleach_tests::gpu::cases::{Case, From};
-use pleach_tests::gpu::mutate::{CHANGES, DECODING, survey};
-use pleach_tests::gpu::{alone, attention, estimate};
+use pleach_tests::gpu::mutate::{CHANGES, Change, DECODING, HOPPER, survey};
+use pleach_tests::gpu::{Compiled, alone, attention, estimate};
 use pleach_tests::{fixtures, training};
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 pub(crate) fn trials(trials: &mut Trials) {
     let full = std::env::var_os("PLEACH_GPU_FULL").is_some();
@@ -186,24 +186,53 @@ fn estimate(full: bool) -> Result<(), String> {
     Ok(())
 }
 
+/// Attention in which warpgroups multiply.
+const WIDE: attention::Form =
+    attention::Form { head_dim: 64, heads: (2, 1), causal: true, window: None, cached: false, gradient: true };
+
 /// Deliberate errors in the code of a training step and of an inference.
 #[allow(clippy::print_stderr, reason = "a change that nobody sees is worth knowing")]
 fn mutations(trials: &mut Trials) {
     let Ok(list) = list(false) else { return };
-    let cases: Vec<Case> =
-        list.iter().skip(1).take(2).map(|from| Case::new(from.clone(), DType::BF16, GpuChip::Sm80)).collect();
+    let of = |chip| -> Vec<Case> {
+        list.iter().skip(1).take(2).map(|from| Case::new(from.clone(), DType::BF16, chip)).collect()
+    };
+    let cases = Arc::new(of(GpuChip::Sm80));
     let in_blocks = |from: From, chip: GpuChip| Case::in_blocks(from, DType::BF16, chip);
     let coded = list.iter().filter(|f| f.name() == "llama-tiny+lora-r4");
     let coded: Vec<Case> = coded.flat_map(|f| GpuChip::ALL.map(|chip| in_blocks(f.clone(), chip))).collect();
-    let (cases, coded) = (Arc::new(cases), Arc::new(coded));
-    let all = CHANGES.map(|c| (c, cases.clone())).into_iter().chain(DECODING.map(|c| (c, coded.clone())));
-    for ((name, change), cases) in all {
+    let newer: Vec<Case> = of(GpuChip::Sm90a)
+        .into_iter()
+        .chain(list.iter().filter(|f| f.name() == "llama-tiny+lora-r4").map(|f| in_blocks(f.clone(), GpuChip::Sm90a)))
+        .collect();
+    let (coded, newer) = (Arc::new(coded), Arc::new(newer));
+    // Its warpgroups are in attention too, where no other case has heads so wide.
+    let wide: Arc<OnceLock<Result<Compiled, String>>> = Arc::new(OnceLock::new());
+    let mut all: Vec<(String, Change, &[&str], Arc<Vec<Case>>)> = vec![];
+    all.extend(CHANGES.map(|(name, c)| (name.into(), c, &[][..], cases.clone())));
+    all.extend(DECODING.map(|(name, c)| (name.into(), c, &[][..], coded.clone())));
+    all.extend(HOPPER.map(|(name, c, reasons)| (format!("sm_90a/{name}"), c, reasons, newer.clone())));
+    for (name, change, reasons, cases) in all {
+        let wide = wide.clone();
         trials.add(format!("mutation/{name}"), move || {
             let (mut places, mut unseen) = (0, vec![]);
-            for c in cases.iter() {
-                let (n, list) = survey(c.compiled()?, change)?;
+            for chip in GpuChip::ALL {
+                let before = places;
+                for c in cases.iter().filter(|c| c.chip == chip) {
+                    let (n, list) = survey(c.compiled()?, change, reasons)?;
+                    places += n;
+                    unseen.extend(list.into_iter().map(|k| format!("{}: {k}", c.name)));
+                }
+                if places == before && reasons.is_empty() && cases.iter().any(|c| c.chip == chip) {
+                    return Err(format!("no kernel for {} has a place for it", chip.name()));
+                }
+            }
+            if !reasons.is_empty() {
+                let c =
+                    wide.get_or_init(|| attention::compiled(&WIDE, GpuChip::Sm90a)).as_ref().map_err(Clone::clone)?;
+                let (n, list) = survey(c, change, reasons)?;
                 places += n;
-                unseen.extend(list.into_iter().map(|k| format!("{}: {k}", c.name)));
+                unseen.extend(list.into_iter().map(|k| format!("{WIDE:?}: {k}")));
             }
             // Some changes change nothing: a second barrier behind a first one, a bound that another one implies.
             let list = unseen.join("\n");

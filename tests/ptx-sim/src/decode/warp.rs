@@ -45,10 +45,13 @@ pub(super) fn decode(head: &str, cx: &mut Cx) -> Res<Op> {
         }
         "fence" => fence(cx),
         "setmaxnreg" => {
-            let _ = cx.take("inc") | cx.take("dec");
+            let more = cx.take("inc");
+            if more == cx.take("dec") {
+                return Err(cx.unknown());
+            }
             cx.ignore(&["sync", "aligned", "u32"]);
             cx.count(1)?;
-            Ok(Op::Setmaxnreg { n: cx.int(0)? as u32 })
+            Ok(Op::Setmaxnreg { n: cx.int(0)? as u32, more })
         }
         "shfl" => {
             let bits = cx.ty()?;
@@ -171,6 +174,10 @@ fn fence(cx: &mut Cx) -> Res<Op> {
         cx.ignore(&["async", "async::generic", "shared::cta", "shared::cluster", "global"]);
         return Ok(Op::FenceProxyAsync);
     }
-    cx.ignore(&["mbarrier_init", "sc", "acq_rel", "acquire", "release", "cta", "cluster", "gpu", "sys"]);
+    if cx.take("mbarrier_init") {
+        cx.ignore(&["release", "cluster"]);
+        return Ok(Op::FenceMbarrierInit);
+    }
+    cx.ignore(&["sc", "acq_rel", "acquire", "release", "cta", "cluster", "gpu", "sys"]);
     Ok(Op::Nop)
 }

@@ -62,6 +62,7 @@ impl Block<'_> {
                 let mut ok = 0;
                 let mut clock = [0; 33];
                 for l in lanes(on) {
+                    self.initialised(a[l], (w.id as usize, l as u32))?;
                     let b = self.mbar(a[l])?;
                     let phase = if *parity { s[l] & 1 } else { s[l] >> 32 };
                     let done = if *parity { b.phase & 1 != phase } else { b.phase != phase };
@@ -98,7 +99,7 @@ impl Block<'_> {
                     self.counts.global_read += if from.is_some() { len } else { 0 };
                     rows.push((self.sh.check_write(to, len, 1, (w.id as usize, l as u32), None)?, data));
                 }
-                self.depart(Arrival { bar, rows })?;
+                self.depart(Arrival { bar, rows }, (w.id as usize, l as u32))?;
             }
             Op::BulkLoad { dst, src, bytes, bar } => {
                 let l = self.single(on)?;
@@ -109,7 +110,7 @@ impl Block<'_> {
                 let data = self.mem.load(s, n, 16)?.to_vec();
                 self.counts.global_read += n;
                 let off = self.sh.check_write(d, n, 16, (w.id as usize, l as u32), None)?;
-                self.depart(Arrival { bar: addresses(w, bar)[l], rows: vec![(off, data)] })?;
+                self.depart(Arrival { bar: addresses(w, bar)[l], rows: vec![(off, data)] }, (w.id as usize, l as u32))?;
             }
             Op::TmaStore { map, at, src, .. } => {
                 let (l, m) = self.one(w, on, address(w, map, on))?;
@@ -221,8 +222,16 @@ impl Block<'_> {
         Ok(())
     }
 
-    fn depart(&mut self, job: Arrival) -> Result<(), Fault> {
-        self.mbar(job.bar)?;
+    fn depart(&mut self, job: Arrival, me: (usize, u32)) -> Result<(), Fault> {
+        self.initialised(job.bar, me)?;
+        let b = self.mbar(job.bar)?.clone();
+        // Copies report in the asynchronous proxy, which a barrier of the block alone does not order.
+        let seen = b.fenced.is_some_and(|t| self.sh.sees(me, (b.made.0, b.made.1, t)));
+        if self.l.checks.races && !seen {
+            let lacks =
+                "fence.mbarrier_init (or fence.proxy.async) of the thread that initialised it, before the two meet";
+            return Err(unseen(job.bar, "an asynchronous copy".into(), &b, lacks));
+        }
         if self.late() {
             self.arrivals.push(job)
         } else {
@@ -253,6 +262,16 @@ impl Block<'_> {
         self.mbars.get_mut(&a).ok_or_else(text)
     }
 
+    /// Whether a thread sees that an mbarrier was initialised.
+    fn initialised(&mut self, a: u64, me: (usize, u32)) -> Result<(), Fault> {
+        let b = self.mbar(a)?.clone();
+        if self.l.checks.races && !self.sh.sees(me, b.made) {
+            let who = format!("thread {}", me.0 as u32 * 32 + me.1);
+            return Err(unseen(a, who, &b, "nothing orders the two"));
+        }
+        Ok(())
+    }
+
     fn mbarrier(&mut self, w: &mut Warp, f: Mbar, at: &[u64; 32], d: Option<u32>, on: u32) -> Result<(), Fault> {
         for l in lanes(on) {
             let me = (w.id as usize, l as u32);
@@ -262,7 +281,17 @@ impl Block<'_> {
                     let n = w.get(n)[l] as u32;
                     let off = self.sh.check_write(a, 8, 8, me, Some(&[0; 8]))?;
                     self.sh.bytes[off..off + 8].fill(0);
-                    let b = Mbarrier { count: n, pending: n, tx: 0, phase: 0, clock: [0; 33], done: [0; 33] };
+                    let made = (w.id as usize, l as u32, self.sh.now);
+                    let b = Mbarrier {
+                        count: n,
+                        pending: n,
+                        tx: 0,
+                        phase: 0,
+                        clock: [0; 33],
+                        done: [0; 33],
+                        made,
+                        fenced: None,
+                    };
                     self.mbars.insert(a, b);
                     continue;
                 }
@@ -273,6 +302,7 @@ impl Block<'_> {
                 }
                 _ => {}
             }
+            self.initialised(a, me)?;
             let mine = self.sh.publish(w.id as usize);
             let n = match f {
                 Mbar::ExpectTx(n) => {
@@ -286,7 +316,7 @@ impl Block<'_> {
                     let b = self.mbar(a)?;
                     b.tx += i64::from(tx);
                     if let Some(d) = d {
-                        w.regs[d as usize][l] = b.phase << 32;
+                        w.set(d, l, b.phase << 32);
                     }
                     n
                 }
@@ -302,6 +332,10 @@ impl Block<'_> {
         }
         Ok(())
     }
+}
+
+fn unseen(a: u64, who: String, b: &Mbarrier, lacks: &'static str) -> Fault {
+    Fault::Barrier { address: a.wrapping_sub(SHARED_BASE), who, by: b.made.0 as u32 * 32 + b.made.1, lacks }
 }
 
 impl Mbarrier {

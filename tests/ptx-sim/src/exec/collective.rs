@@ -81,12 +81,42 @@ impl Block<'_> {
             }
             Op::FenceProxyAsync => {
                 self.sh.proxy[w.id as usize] = self.sh.now;
-                self.sh.now += 1;
+                self.fence_mbarriers(w, on);
             }
+            Op::FenceMbarrierInit => self.fence_mbarriers(w, on),
             Op::Bar { id, threads, wait } => return self.barrier(w, *id, *threads, *wait, None, on),
             Op::BarRed { id, a, .. } => return self.barrier(w, *id, None, true, Some(*a), on),
             _ => unreachable!("dispatched elsewhere"),
         }
+        Ok(Next::Step)
+    }
+
+    /// Threads make visible to asynchronous copies which mbarriers they have initialised.
+    fn fence_mbarriers(&mut self, w: &Warp, on: u32) {
+        let now = self.sh.now;
+        for b in self.mbars.values_mut().filter(|b| b.made.0 == w.id as usize && on >> b.made.1 & 1 == 1) {
+            b.fenced.get_or_insert(now);
+        }
+        self.sh.now += 1;
+    }
+
+    /// `setmaxnreg`: a warp gives registers back to its block, or takes some of those that others gave back.
+    pub(super) fn resize(&mut self, w: &mut Warp, n: u32, more: bool, pc: u32) -> Result<Next, Fault> {
+        let bad = |what: String| Err(Fault::Misuse(what));
+        if !n.is_multiple_of(8) || !(24..=256).contains(&n) {
+            return bad(format!("{n} registers are no multiple of 8 from 24 to 256"));
+        }
+        if self.k.registers().is_none() {
+            return bad("setmaxnreg in a kernel whose registers neither .maxnreg nor .maxntid bounds".into());
+        }
+        if more && n < w.owned || !more && n > w.owned {
+            return bad(format!("a thread that owns {} registers asks for {n}", w.owned));
+        }
+        if more && (n - w.owned) * 32 > self.spare {
+            return Ok(Next::Wait);
+        }
+        self.spare = self.spare + w.owned * 32 - n * 32;
+        (w.owned, w.resized) = (n, (w.resized.0 + 1, pc));
         Ok(Next::Step)
     }
 

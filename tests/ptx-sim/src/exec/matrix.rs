@@ -43,11 +43,12 @@ impl Block<'_> {
                             *x = u16::from_le_bytes([self.sh.bytes[off + 2 * c], self.sh.bytes[off + 2 * c + 1]]);
                         }
                     }
-                    w.regs[*d as usize] = std::array::from_fn(|l| {
+                    let v = std::array::from_fn(|l| {
                         let (g, t) = (l / 4, 2 * (l % 4));
                         let [a, b] = if *trans { [m[t][g], m[t + 1][g]] } else { [m[g][t], m[g][t + 1]] };
                         u64::from(a) | u64::from(b) << 16
                     });
+                    w.put(*d, u32::MAX, &v);
                 }
             }
             Op::Stmatrix { v, trans, addr } => {
@@ -81,11 +82,12 @@ impl Block<'_> {
                     (0..32).for_each(|l| scatter(*elem, &mut mb, l / 4, l % 4, i, x[l]));
                 }
                 for (i, (d, c)) in d.iter().zip(c.iter().map(|c| w.get(*c)).collect::<Vec<_>>()).enumerate() {
-                    w.regs[*d as usize] = std::array::from_fn(|l| {
+                    let v = std::array::from_fn(|l| {
                         let (r, n) = (l / 4 + 8 * (i / 2), 2 * (l % 4) + i % 2);
                         let sum: f32 = ma[r].iter().zip(&mb[n]).map(|(x, y)| x * y).sum();
                         (f32::from_bits(c[l] as u32) + sum).to_bits().into()
                     });
+                    w.put(*d, u32::MAX, &v);
                 }
                 self.counts.mma_flops += 2 * 16 * 8 * *k as u64;
             }
@@ -96,11 +98,12 @@ impl Block<'_> {
 
     pub(super) fn warpgroup(&mut self, w: &mut Warp, op: &Op, pc: u32) -> Result<(), Fault> {
         match op {
-            Op::WgFence => {}
+            Op::WgFence => w.fence(),
             Op::WgCommit => w.product_group += 1,
-            Op::WgMma { a, b, scale_d, .. } => {
+            Op::WgMma { n, d, a, b, scale_d, .. } => {
+                w.start(*n as u16, d, a)?;
                 let a_regs = match a {
-                    WgA::Regs(r) => r.map(|s| w.get(s)),
+                    WgA::Regs(r) => r.map(|s| w.peek(s)),
                     WgA::Desc(_) => [[0; 32]; 4],
                 };
                 let a_desc = if let WgA::Desc(s) = a { w.get(*s)[0] } else { 0 };
@@ -128,6 +131,15 @@ impl Block<'_> {
                 for p in &open {
                     self.operands(w, p)?;
                 }
+                let (mut summed, mut read) = (vec![], vec![]);
+                for p in &open {
+                    let Op::WgMma { d, .. } = &self.k.code[p.pc as usize].op else { continue };
+                    summed.extend_from_slice(d);
+                    if let WgA::Regs(a) = &p.a {
+                        read.extend_from_slice(a);
+                    }
+                }
+                w.settle(&summed, &read);
                 w.products = open;
             }
             _ => unreachable!("dispatched elsewhere"),

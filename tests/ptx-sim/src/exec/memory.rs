@@ -159,7 +159,7 @@ impl Block<'_> {
                             self.mem.store(a, &data[..size as usize], size, true)?;
                         }
                         if let Some(d) = d {
-                            w.regs[*d as usize][l] = old;
+                            w.set(*d, l, old);
                         }
                     }
                 }

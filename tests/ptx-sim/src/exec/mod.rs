@@ -38,11 +38,7 @@ impl Block<'_> {
             }
             Op::Ret => return Ok(Next::Exit),
             Op::Trap => return Err(Fault::Misuse("trap".into())),
-            Op::Setmaxnreg { n } => {
-                if n % 8 != 0 || !(24..=256).contains(n) {
-                    return Err(Fault::Misuse(format!("{n} registers are no multiple of 8 from 24 to 256")));
-                }
-            }
+            Op::Setmaxnreg { n, more } => return self.resize(w, *n, *more, pc),
             Op::Special { d, which } => {
                 let v = self.special(w, *which);
                 w.put(*d, on, &v);
@@ -57,6 +53,7 @@ impl Block<'_> {
             | Op::WarpSync { .. }
             | Op::Bar { .. }
             | Op::BarRed { .. }
+            | Op::FenceMbarrierInit
             | Op::FenceProxyAsync => return self.collective(w, &inst.op, on),
             Op::Ldmatrix { .. } | Op::Stmatrix { .. } | Op::Mma { .. } => {
                 if on != u32::MAX {

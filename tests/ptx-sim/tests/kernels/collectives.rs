@@ -121,9 +121,9 @@ fn named_barriers_join_some_warps() {
 #[test]
 fn registers_are_asked_for_in_steps_of_eight() {
     let body = format!(
-        "{HEAD} setmaxnreg.dec.sync.aligned.u32 40; setmaxnreg.inc.sync.aligned.u32 232; st.global.b32 [%d4], %r2;"
+        "{HEAD} setmaxnreg.dec.sync.aligned.u32 40; setmaxnreg.inc.sync.aligned.u32 56; st.global.b32 [%d4], %r2;"
     );
     assert_eq!(words(&body, &count(64), 64, 64).unwrap(), count(64));
     assert!(matches!(fault(&body.replace("40;", "44;")), Fault::Misuse(_)));
-    assert!(matches!(fault(&body.replace("232;", "264;")), Fault::Misuse(_)));
+    assert!(matches!(fault(&body.replace("56;", "264;")), Fault::Misuse(_)));
 }

@@ -104,6 +104,14 @@ fn tensor_copies_need_their_bytes_and_their_wait() {
     assert!(matches!(e.fault(), Some(Fault::Misaligned { .. })), "{e}");
     let e = run(&load(0, 0, 1024).replace("mbarrier.init.shared.b64 [%d7], 1;", ""));
     assert!(matches!(e.fault(), Some(Fault::Misuse(_))), "{e}");
+    // The copy need not see that its mbarrier was initialised; the other proxy fence does as well.
+    let e = run(&load(0, 0, 1024).replace("fence.mbarrier_init.release.cluster;", ""));
+    assert!(matches!(e.fault(), Some(Fault::Barrier { who, by: 0, .. }) if who.contains("copy")), "{e}");
+    let other = load(0, 0, 1040).replace("fence.mbarrier_init.release.cluster;", "fence.proxy.async.shared::cta;");
+    assert!(matches!(run(&other), SimError::Deadlock { .. }));
+    // Nor does another thread without a barrier of the block.
+    let e = run(&load(0, 0, 1024).replace("READY: bar.sync 0;", "READY:"));
+    assert!(matches!(e.fault(), Some(Fault::Barrier { .. } | Fault::Misuse(_))), "{e}");
 }
 
 /// Every thread writes 16 bytes of a box to shared memory; one thread sends the box away.
@@ -152,7 +160,7 @@ fn ring() -> String {
     let (full, empty) = (wait(0, "FULL"), wait(16, "EMPTY"));
     format!(
         "setp.ne.u32 %p1, %r1, 0; @%p1 bra INIT; mbarrier.init.shared.b64 [%d7], 1; mbarrier.init.shared.b64 [%d7+8], 1;\n\
-         mbarrier.init.shared.b64 [%d7+16], 4; mbarrier.init.shared.b64 [%d7+24], 4; INIT: bar.sync 0;\n\
+         mbarrier.init.shared.b64 [%d7+16], 4; mbarrier.init.shared.b64 [%d7+24], 4; fence.mbarrier_init.release.cluster; INIT: bar.sync 0;\n\
          mov.b64 %d10, %d7; mov.b32 %r3, 0; mov.b32 %r9, 0; setp.ge.u32 %p2, %r1, 32; @%p2 bra CONSUME; @%p1 bra END;\n\
          PRODUCE: and.b32 %r4, %r3, 1; mul.wide.u32 %d3, %r4, 8; add.s64 %d7, %d10, %d3; shr.u32 %r8, %r3, 1;\n\
          and.b32 %r8, %r8, 1; xor.b32 %r8, %r8, 1;\n{empty}\
@@ -213,4 +221,37 @@ fn bulk_stores_take_whole_pieces() {
         cp.async.bulk.wait_group 0; OUT:";
     assert_eq!(words(body, &[0], 64, 64).unwrap(), (0..64).collect::<Vec<u32>>());
     assert!(matches!(fault(&body.replace("256;", "264;")), Fault::Misuse(_)));
+}
+
+/// Warps 0 to 3 give registers back, warps 4 to 11 take them: a pool of 168 for each of 384 threads.
+const REGISTERS: &str = "setp.ge.u32 %p1, %r1, 128; @%p1 bra MORE; setmaxnreg.dec.sync.aligned.u32 40; bra DONE;\n\
+    MORE: setmaxnreg.inc.sync.aligned.u32 232; DONE: mul.wide.u32 %d3, %r1, 4; add.s64 %d4, %d2, %d3;\n\
+    st.global.b32 [%d4], %r1;";
+
+#[test]
+fn registers_of_a_block_are_one_pool() {
+    let run = |body: &str, directive: &str| {
+        let text = text(body).replace(".maxntid 1024, 1, 1", directive);
+        assert!(text.contains(directive));
+        let mut mem = Memory::new();
+        let (a, b) = (mem.alloc(4), mem.alloc(4 * 384));
+        launch(&text, &mut mem, &[Param::Ptr(a), Param::Ptr(b)], 384, Mode::Late)?;
+        mem.read_i32(b)
+    };
+    let most = ".maxntid 384, 1, 1";
+    assert_eq!(run(REGISTERS, most).unwrap(), (0..384).collect::<Vec<i32>>());
+    assert!(run(REGISTERS, ".maxnreg 168").is_ok());
+    let waits = |r: Result<Vec<i32>, SimError>| matches!(r, Err(SimError::Deadlock { report, .. }) if report.contains("setmaxnreg.inc"));
+    assert!(waits(run(&REGISTERS.replace("u32 232", "u32 240"), most)), "more than there are");
+    assert!(waits(run(&REGISTERS.replace("setmaxnreg.dec.sync.aligned.u32 40;", ""), most)), "nobody gives any back");
+    assert!(waits(run(REGISTERS, ".maxnreg 160")), "a smaller pool");
+    assert!(waits(run(REGISTERS, ".maxntid 384, 1, 1\n.minnctapersm 2")), "two blocks share the file");
+    let misuse =
+        |body: &str, directive: &str| run(body, directive).is_err_and(|e| matches!(e.fault(), Some(Fault::Misuse(_))));
+    assert!(misuse(REGISTERS, ""), "no bound");
+    assert!(misuse(&REGISTERS.replace("u32 232", "u32 236"), most), "no multiple of 8");
+    assert!(misuse(&REGISTERS.replace("u32 40", "u32 176"), most), "more by way of less");
+    // One warp of a warpgroup alone.
+    let e = run(&REGISTERS.replace("%r1, 128; @%p1 bra MORE", "%r1, 96; @%p1 bra DONE"), most).unwrap_err();
+    assert!(matches!(e.fault(), Some(Fault::Divergence(_))), "{e}");
 }

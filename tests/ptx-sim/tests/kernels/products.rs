@@ -84,7 +84,7 @@ struct Product {
 }
 
 const COPY: &str = "mov.b64 %d7, smem; setp.ne.u32 %p1, %r1, 0; @%p1 bra READY; mbarrier.init.shared.b64 [%d7], 1;\n\
-    mbarrier.arrive.expect_tx.shared.b64 _, [%d7], BYTES; add.s64 %d5, %d7, 1024;\n\
+    fence.mbarrier_init.release.cluster; mbarrier.arrive.expect_tx.shared.b64 _, [%d7], BYTES; add.s64 %d5, %d7, 1024;\n\
     cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%d5], [%d1], BYTES, [%d7];\n\
     READY: bar.sync 0; mov.b32 %r8, 0; W: mbarrier.try_wait.parity.shared.b64 %p3, [%d7], %r8; @!%p3 bra W;\n";
 
@@ -231,6 +231,67 @@ fn wrong_products_are_found() {
     // One lane with another descriptor.
     let e = p.run(&body.replace("wgmma.fence", "@!%p1 add.s64 %d12, %d12, 1; wgmma.fence"), Mode::Late).unwrap_err();
     assert!(matches!(e.fault(), Some(Fault::Misuse(_))), "{e}");
+}
+
+#[test]
+fn registers_of_products_are_fenced() {
+    let k_major = Lay { across: false, swizzle: 128 };
+    let fence = "wgmma.fence.sync.aligned;\n";
+    for left in [Some(k_major), None] {
+        let p = Product { n: 64, left, right: k_major };
+        let body = p.body();
+        let fault = |changed: String| {
+            assert_ne!(changed, body);
+            p.run(&changed, Mode::Late).unwrap_err()
+        };
+        let unfenced = |changed: String| {
+            let e = fault(changed);
+            matches!(e.fault(), Some(Fault::Unfenced(_))) || panic!("{e}")
+        };
+        assert!(unfenced(body.replace(fence, "")), "no fence at all");
+        // Between the two products: an accumulator is written, or only read; any other register may be.
+        let second = body.rfind("wgmma.mma_async").unwrap();
+        let touched = |what: &str| format!("{}{what}{}", &body[..second], &body[second..]);
+        assert_eq!(p.run(&touched("mov.b32 %r9, %r1; "), Mode::Late).unwrap(), p.wanted());
+        let e = fault(touched("mov.b32 %f3, %r1; "));
+        assert!(matches!(e.fault(), Some(Fault::Early("summed into"))), "{e}");
+        let e = fault(touched("mov.b32 %r9, %f3; "));
+        assert!(matches!(e.fault(), Some(Fault::Early("summed into"))), "{e}");
+        // After the wait a fence is needed again, and enough.
+        let wait = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; mov.b32 %r9, %f3; ";
+        assert!(unfenced(touched(wait)), "read since the fence");
+        let again = touched(&format!("{wait}{fence}"));
+        assert_eq!(p.run(&again, Mode::Late).unwrap(), p.wanted());
+        // A fence before the last write is none.
+        assert!(
+            unfenced(body.replace(fence, &format!("{fence}mov.b32 %f1, 0f00000000;\n"))),
+            "written since the fence"
+        );
+    }
+    // The left operand in registers: written since the fence, and before the product was waited for.
+    let p = Product { n: 64, left: None, right: k_major };
+    let body = p.body();
+    let e = p.run(&body.replace(fence, &format!("{fence}mov.b32 %r20, %r21;\n")), Mode::Late).unwrap_err();
+    assert!(matches!(e.fault(), Some(Fault::Unfenced(_))), "{e}");
+    let late = |what: &str| body.replace("wgmma.commit_group", &format!("{what} wgmma.commit_group"));
+    let e = p.run(&late("mov.b32 %r20, %r21;"), Mode::Late).unwrap_err();
+    assert!(matches!(e.fault(), Some(Fault::Early("read"))), "{e}");
+    assert_eq!(p.run(&late("mov.b32 %r9, %r20;"), Mode::Late).unwrap(), p.wanted());
+    // Sums of one shape go on in order; those of another do not.
+    let p = Product { n: 64, left: Some(k_major), right: k_major };
+    let list = |n: u32| (0..n).map(|i| format!("%f{i}")).collect::<Vec<_>>().join(", ");
+    let second = p.body().rfind("wgmma.mma_async").unwrap();
+    let (first, rest) = (p.body()[..second].to_string(), p.body()[second..].to_string());
+    let other = rest.replace("m64n64k16", "m64n32k16").replace(&list(32), &list(16));
+    let e = p.run(&format!("{first}{other}"), Mode::Late).unwrap_err();
+    assert!(matches!(e.fault(), Some(Fault::Unfenced(_))), "{e}");
+    // What nobody wrote is no number.
+    let scaled = p
+        .body()
+        .replace("%f3, 0f00000000", "%f99, 0f00000000")
+        .replace("%f<32>", "%f<100>")
+        .replace("%p4, 1, 1", "1, 1, 1");
+    assert!(p.run(&scaled, Mode::Late).unwrap().iter().any(|x| x.is_nan()));
 }
 
 #[test]
