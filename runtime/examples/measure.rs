@@ -1,11 +1,14 @@
 //! Runs entries of a plan on tensors of a file, checks nothing, measures everything: the tool of `benches/gpu`.
 //!
-//! `measure PLAN --entry A[,B…] [--weights FOLDER|FILE | --shared-weights] [--slot N=FILE]… [--inputs FILE] [--capacity T=8,S=2…]
-//! [--out FILE] [--params PREFIX] [--poison] [--repeat N] [--profile] [--forms]`
+//! `measure PLAN --entry A[,B…] [--weights FOLDER|FILE | --shared-weights] [--slot N=FILE]… [--inputs FILE]… [--capacity T=8,S=2…]
+//! [--out FILE] [--params PREFIX[,PREFIX…]] [--poison] [--same N] [--warm MS] [--repeat N] [--profile] [--forms]`
 //!
-//! The entries run in turn on the inputs they take. A profile has as many runs as `--repeat` says. `--out` gets their outputs as
+//! The entries run in turn on the inputs they take: the first one on those of the first file, and so on, all others on the last one's;
+//! what an entry gives that runs again takes the place of what it gave before. A profile has as many runs as `--repeat` says. `--out` gets their outputs as
 //! `entry/name`, and every parameter whose name begins with the prefix. With `--repeat` they run once more for warming up and then N
-//! times. `--forms` times every form of every kernel of a plan that has them all (`pleach tune --forms-only`), in as many rounds; what
+//! times, or for longer, until `--warm` milliseconds have passed. `--same` runs them N times more and says whether all outputs have the
+//! same bits. With a profile, runs are timed by the device as a whole too (`replay_ms`), and every launch several times in a row
+//! (`in_a_row_ms`): what a run takes more are its gaps. `--forms` times every form of every kernel of a plan that has them all (`pleach tune --forms-only`), in as many rounds; what
 //! it prints is what `pleach tune --times` reads. Prints one JSON object.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
@@ -30,11 +33,13 @@ struct Args {
     weights: Option<PathBuf>,
     shared: bool,
     slots: Vec<(u32, PathBuf)>,
-    inputs: Option<PathBuf>,
+    inputs: Vec<PathBuf>,
     capacities: BTreeMap<String, u64>,
     out: Option<PathBuf>,
     params: Option<String>,
     poison: bool,
+    same: usize,
+    warm: u64,
     repeat: usize,
     profile: bool,
     forms: bool,
@@ -49,12 +54,14 @@ fn parse(mut words: impl Iterator<Item = String>) -> std::result::Result<Args, S
             "--entry" => a.entries = value()?.split(',').map(String::from).collect(),
             "--weights" => a.weights = Some(value()?.into()),
             "--shared-weights" => a.shared = true,
-            "--inputs" => a.inputs = Some(value()?.into()),
+            "--inputs" => a.inputs.push(value()?.into()),
             "--out" => a.out = Some(value()?.into()),
             "--params" => a.params = Some(value()?),
             "--poison" => a.poison = true,
             "--profile" => a.profile = true,
             "--forms" => a.forms = true,
+            "--same" => a.same = number(&value()?)? as usize,
+            "--warm" => a.warm = number(&value()?)?,
             "--repeat" => a.repeat = number(&value()?)? as usize,
             "--slot" => {
                 let v = value()?;
@@ -77,15 +84,16 @@ fn parse(mut words: impl Iterator<Item = String>) -> std::result::Result<Args, S
     Ok(a)
 }
 
+type Inputs = BTreeMap<String, Input>;
+
 /// A tensor of the inputs' file.
 enum Input {
     I32(Vec<i32>),
     F32(Vec<f32>),
 }
 
-fn read_inputs(path: Option<&Path>) -> Result<BTreeMap<String, Input>> {
+fn read_inputs(path: &Path) -> Result<Inputs> {
     let mut out = BTreeMap::new();
-    let Some(path) = path else { return Ok(out) };
     let file = Files::open(path)?;
     for name in file.names() {
         let Some(t) = file.tensor(name) else { continue };
@@ -113,7 +121,7 @@ fn file_type(d: DType) -> Dtype {
 }
 
 /// Runs an entry on those inputs that it takes; what it gives, where that is wanted.
-fn run(s: &mut Session, entry: &str, inputs: &BTreeMap<String, Input>, kept: Option<&mut Kept>) -> Result<()> {
+fn run(s: &mut Session, entry: &str, inputs: &Inputs, kept: Option<&mut Kept>) -> Result<()> {
     let takes: Vec<String> = s.plan().entry(entry)?.inputs.iter().map(|x| x.name.clone()).collect();
     let given: Vec<(&str, Values<'_>)> = inputs
         .iter()
@@ -140,8 +148,23 @@ fn norms(kept: &Kept) -> Vec<f64> {
         .collect()
 }
 
+/// Runs all entries, each on its inputs.
+fn run_all(
+    s: &mut Session,
+    a: &Args,
+    inputs: &[Inputs],
+    mut kept: Option<&mut Kept>,
+    mut done: impl FnMut(&Session) -> Result<()>,
+) -> Result<()> {
+    for (i, e) in a.entries.iter().enumerate() {
+        run(s, e, &inputs[i.min(inputs.len() - 1)], kept.as_deref_mut())?;
+        done(s)?;
+    }
+    Ok(())
+}
+
 /// Times every form of every kernel within runs of everything. A form that gives other results has no time.
-fn forms(s: &mut Session, a: &Args, inputs: &BTreeMap<String, Input>) -> Result<Vec<Value>> {
+fn forms(s: &mut Session, a: &Args, inputs: &[Inputs]) -> Result<Vec<Value>> {
     let mut kernels = Forms::of(s.plan())?;
     if kernels.is_empty() {
         return Err(RuntimeError::Values(
@@ -150,9 +173,7 @@ fn forms(s: &mut Session, a: &Args, inputs: &BTreeMap<String, Input>) -> Result<
     }
     let everything = |s: &mut Session| -> Result<Vec<f64>> {
         let mut kept = Kept::new();
-        for e in &a.entries {
-            run(s, e, inputs, Some(&mut kept))?;
-        }
+        run_all(s, a, inputs, Some(&mut kept), |_| Ok(()))?;
         Ok(norms(&kept))
     };
     measure_forms(s, &mut kernels, a.repeat.max(1), everything, || ())?;
@@ -166,6 +187,9 @@ fn forms(s: &mut Session, a: &Args, inputs: &BTreeMap<String, Input>) -> Result<
     }
     Ok(out)
 }
+
+/// Launches of a step in a row, of which the mean counts.
+const IN_A_ROW: u32 = 5;
 
 fn gpu_memory() -> Option<(u64, u64)> {
     #[cfg(feature = "cuda")]
@@ -181,7 +205,10 @@ fn measure(a: &Args) -> Result<Value> {
         None if a.shared => shared_weights(&plan, 0)?,
         None => Arc::new(InMemory::new()),
     };
-    let inputs = read_inputs(a.inputs.as_deref())?;
+    let mut inputs = a.inputs.iter().map(|p| read_inputs(p)).collect::<Result<Vec<_>>>()?;
+    if inputs.is_empty() {
+        inputs.push(Inputs::new());
+    }
     let options = Options { capacities: a.capacities.clone(), ..Options::default() };
     let before = gpu_memory().filter(|_| plan.is_gpu());
     let clock = Instant::now();
@@ -196,13 +223,11 @@ fn measure(a: &Args) -> Result<Value> {
     }
     let ready_ms = clock.elapsed().as_secs_f64() * 1e3;
     let mut kept = Kept::new();
-    for e in &a.entries {
-        run(&mut s, e, &inputs, Some(&mut kept))?;
-    }
+    run_all(&mut s, a, &inputs, Some(&mut kept), |_| Ok(()))?;
     let first_ms = clock.elapsed().as_secs_f64() * 1e3 - ready_ms;
     if let Some(out) = &a.out {
         let names: Vec<String> = s.plan().params.iter().map(|p| p.name.clone()).collect();
-        for n in names.iter().filter(|n| a.params.as_ref().is_some_and(|p| n.starts_with(p))) {
+        for n in names.iter().filter(|n| a.params.as_ref().is_some_and(|p| p.split(',').any(|p| n.starts_with(p)))) {
             let v = s.read_param(n)?;
             kept.insert(n.clone(), (file_type(v.dtype), v.shape, v.bytes.into_owned()));
         }
@@ -214,22 +239,44 @@ fn measure(a: &Args) -> Result<Value> {
         }
         safetensors::serialize_to_file(views, None, out).map_err(|e| bad(&e))?;
     }
+    let outputs = |kept: &Kept| -> Kept {
+        kept.iter().filter(|(n, _)| n.contains('/')).map(|(n, v)| (n.clone(), v.clone())).collect()
+    };
+    let mut same = None;
+    for _ in 0..a.same {
+        let mut again = Kept::new();
+        run_all(&mut s, a, &inputs, Some(&mut again), |_| Ok(()))?;
+        same = Some(same.unwrap_or(true) && outputs(&kept) == again);
+    }
     let mut times = vec![];
-    for i in 0..if a.repeat > 0 { a.repeat + 1 } else { 0 } {
+    let (warm, mut warmed) = (Instant::now(), 0);
+    while a.repeat > 0 && times.len() < a.repeat {
         let clock = Instant::now();
-        for e in &a.entries {
-            run(&mut s, e, &inputs, None)?;
-        }
-        if i > 0 {
+        run_all(&mut s, a, &inputs, None, |_| Ok(()))?;
+        if warmed > 0 && warm.elapsed().as_millis() as u64 >= a.warm {
             times.push(clock.elapsed().as_secs_f64() * 1e3);
         }
+        warmed += 1;
     }
     let used = before.zip(gpu_memory()).map(|(b, now)| b.0.saturating_sub(now.0));
-    let mut profile = vec![];
+    let (mut profile, mut replay, mut in_a_row) = (vec![], vec![], None);
     if a.profile {
+        s.set_timed(true);
+        for _ in 0..a.repeat.max(1) {
+            let mut ms = 0.0;
+            run_all(&mut s, a, &inputs, None, |s| {
+                ms += s.run_time()?.map_or(f64::NAN, |t| t.as_secs_f64() * 1e3);
+                Ok(())
+            })?;
+            replay.push(ms);
+        }
+        s.set_timed(false);
+        s.set_profile_in_a_row(IN_A_ROW);
+        run_all(&mut s, a, &inputs, None, |_| Ok(()))?;
+        in_a_row = Some(s.profile().iter().map(|k| k.ns as f64 * 1e-6).sum::<f64>());
         s.set_profile(true);
-        for e in (0..a.repeat.max(1)).flat_map(|_| &a.entries) {
-            run(&mut s, e, &inputs, None)?;
+        for _ in 0..a.repeat.max(1) {
+            run_all(&mut s, a, &inputs, None, |_| Ok(()))?;
         }
         profile = s.profile();
     }
@@ -244,7 +291,7 @@ fn measure(a: &Args) -> Result<Value> {
         .collect();
     Ok(json!({
         "device": format!("{s:?}"), "entries": a.entries, "open_ms": open_ms, "ready_ms": ready_ms,
-        "first_ms": first_ms, "times_ms": times, "planned_bytes": m.total(), "arena_bytes": m.arena,
+        "first_ms": first_ms, "times_ms": times, "same_bits": same, "replay_ms": replay, "in_a_row_ms": in_a_row, "planned_bytes": m.total(), "arena_bytes": m.arena,
         "weights_bytes": m.weights, "adapter_bytes": m.adapter, "optimizer_bytes": m.optimizer,
         "driver_bytes": used, "missing": s.missing(), "profile": kernels, "profile_runs": a.repeat.max(1), "forms": forms,
     }))

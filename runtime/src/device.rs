@@ -128,18 +128,41 @@ pub trait Device: Send {
         })
     }
 
-    /// Runs a wave and waits for it; gives the time it took.
+    /// Runs a wave and waits for it; gives the time it took. More than once: one launch after another, the first one not timed;
+    /// gives the time of one.
     ///
     /// # Errors
     /// What the device refuses.
     ///
     /// # Safety
     /// As [`Device::launch`].
-    unsafe fn time(&mut self, wave: &[Work<'_>], dims: &[i64]) -> Result<Duration> {
+    unsafe fn time(&mut self, wave: &[Work<'_>], dims: &[i64], times: u32) -> Result<Duration> {
+        if times > 1 {
+            // SAFETY: promised by the caller.
+            unsafe { self.launch(wave, dims)? };
+        }
         let start = Instant::now();
-        // SAFETY: promised by the caller.
-        unsafe { self.launch(wave, dims)? };
-        Ok(start.elapsed())
+        for _ in 0..times.max(1) {
+            // SAFETY: promised by the caller.
+            unsafe { self.launch(wave, dims)? };
+        }
+        Ok(start.elapsed() / times.max(1))
+    }
+
+    /// From now on runs of entries are timed by the device, or no longer.
+    fn time_runs(&mut self, _: bool) {}
+
+    /// Waits for the last run of an entry; gives the device's time for its launches, if those are timed.
+    ///
+    /// # Errors
+    /// What went wrong since.
+    fn run_time(&self) -> Result<Option<Duration>> {
+        Ok(None)
+    }
+
+    /// Memory that kernels use while they run, and its bytes.
+    fn scratch(&self) -> Option<(Address, u64)> {
+        None
     }
 
     /// Waits until everything is done.

@@ -10,6 +10,7 @@ use pleach_plan::random::Philox;
 use pleach_plan::{DType, Plan, Source};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Weights of any size in little memory: every matrix is the beginning of one block of random numbers.
 struct Shared {
@@ -66,7 +67,7 @@ pub fn shared_weights(plan: &Plan, seed: u64) -> Result<Weights> {
 }
 
 impl Session {
-    /// Fills the arena with bytes that are no numbers. A kernel that leaves a part of its result unwritten, or reads what nobody
+    /// Fills the arena, and what kernels use beside it while they run, with bytes that are no numbers. A kernel that leaves a part of its result unwritten, or reads what nobody
     /// wrote, then gives no number either.
     ///
     /// # Errors
@@ -74,6 +75,25 @@ impl Session {
     pub fn poison(&mut self) -> Result<()> {
         let (at, bytes): (Address, u64) = self.arena;
         // SAFETY: the arena is the session's, has this size, and holds nothing between runs that is still needed.
-        unsafe { self.device.fill(at, bytes, &mut |_, part| part.fill(0xff)) }
+        unsafe { self.device.fill(at, bytes, &mut |_, part| part.fill(0xff))? };
+        match self.device.scratch() {
+            // SAFETY: the device has it for its kernels, and none of them runs.
+            Some((at, bytes)) => unsafe { self.device.fill(at, bytes, &mut |_, part| part.fill(0xff)) },
+            None => Ok(()),
+        }
+    }
+
+    /// From now on runs are timed by the device, or no longer.
+    pub fn set_timed(&mut self, on: bool) {
+        self.device.time_runs(on);
+    }
+
+    /// The device's time for the launches of the last run, without copies of inputs and results; none where runs are not timed,
+    /// or by a device that has no clock.
+    ///
+    /// # Errors
+    /// What went wrong in that run.
+    pub fn run_time(&self) -> Result<Option<Duration>> {
+        self.device.run_time()
     }
 }

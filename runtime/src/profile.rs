@@ -60,13 +60,15 @@ pub const TIMELINE: usize = 1 << 17;
 #[derive(Debug)]
 pub(crate) struct Profile {
     began: Instant,
+    /// Launches in a row of every step.
+    pub(crate) times: u32,
     steps: BTreeMap<(u32, u32), StepTime>,
     timeline: Vec<Launched>,
 }
 
 impl Default for Profile {
     fn default() -> Profile {
-        Profile { began: Instant::now(), steps: BTreeMap::new(), timeline: vec![] }
+        Profile { began: Instant::now(), times: 1, steps: BTreeMap::new(), timeline: vec![] }
     }
 }
 
@@ -94,6 +96,12 @@ impl Session {
     /// Starts measuring anew, or stops.
     pub fn set_profile(&mut self, on: bool) {
         self.profile = on.then(Profile::default);
+    }
+
+    /// The same with every step launched so many times in a row, of which the mean counts. Steps that change what they read
+    /// change it as often: for timing alone.
+    pub fn set_profile_in_a_row(&mut self, times: u32) {
+        self.profile = Some(Profile { times, ..Profile::default() });
     }
 
     /// What was measured since, by kernel, the longest first.

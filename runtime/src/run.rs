@@ -234,10 +234,11 @@ impl Session {
             // session is borrowed mutably.
             return unsafe { self.device.run(&all) };
         };
+        let times = profile.times;
         all.waves(env, &mut |wave| {
             for (i, w) in wave.works.iter().enumerate() {
                 // SAFETY: as above.
-                let time = unsafe { self.device.time(std::slice::from_ref(w), wave.dims)? };
+                let time = unsafe { self.device.time(std::slice::from_ref(w), wave.dims, times)? };
                 profile.add(&plan, (index, wave.first + i), time, wave.env);
             }
             Ok(())

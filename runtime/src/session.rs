@@ -275,7 +275,7 @@ impl Session {
             // arena at capacity, of parameters, or of what `here` holds; the session is borrowed mutably.
             match &mut self.profile {
                 None => unsafe { self.device.launch(&work, &dims)? },
-                Some(p) => p.add(&plan, (index, i), unsafe { self.device.time(&work, &dims)? }, &env),
+                Some(p) => p.add(&plan, (index, i), unsafe { self.device.time(&work, &dims, 1)? }, &env),
             }
             let done: Vec<u32> = here.keys().copied().filter(|p| last.get(p) == Some(&i)).collect();
             for p in done {

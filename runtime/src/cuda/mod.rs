@@ -45,6 +45,9 @@ pub struct Cuda {
     /// Values of the symbols at capacity.
     capacity: Vec<u64>,
     scratch: u64,
+    scratch_bytes: u64,
+    /// Runs are timed.
+    timed: bool,
     /// Counts that single launches read, and what is there.
     dims: u64,
     dims_now: Vec<i64>,
@@ -160,6 +163,8 @@ impl Cuda {
             kernels: plan.kernels.clone(),
             capacity: env.to_vec(),
             scratch: 0,
+            scratch_bytes: scratch,
+            timed: false,
             dims: 0,
             dims_now: vec![],
             args: Args::default(),
@@ -253,6 +258,32 @@ impl Cuda {
             }
         }
         Ok(())
+    }
+
+    /// Marks the start (0) or the end (1) of something that is timed.
+    fn record(&self, which: usize) -> Result<()> {
+        self.context.enter()?;
+        let event = self.stream.events[which] as CUevent;
+        // SAFETY: event and stream are of this context.
+        check(unsafe { sys::cuEventRecord(event, self.stream.raw()) }, "an event")
+    }
+
+    /// The same where runs are timed.
+    fn mark(&self, which: usize) -> Result<()> {
+        if self.timed { self.record(which) } else { Ok(()) }
+    }
+
+    /// The time between the two marks, once the second one is reached.
+    fn between(&self) -> Result<Duration> {
+        self.context.enter()?;
+        let [start, end] = self.stream.events.map(|e| e as CUevent);
+        let mut ms = 0f32;
+        // SAFETY: the events are of this context, the number lives through the call.
+        unsafe {
+            check(sys::cuEventSynchronize(end), "running a kernel")?;
+            check(sys::cuEventElapsedTime(&mut ms, start, end), "the time of a kernel")?;
+        }
+        Ok(Duration::from_secs_f64(f64::from(ms.max(0.0)) / 1e3))
     }
 
     /// # Safety
@@ -361,8 +392,10 @@ impl Device for Cuda {
         self.context.enter()?;
         steps.check(steps.env)?;
         if !self.use_graphs {
+            self.mark(0)?;
             // SAFETY: promised by the caller.
-            return steps.waves(steps.env, &mut |w| unsafe { self.enqueue(w.works, w.dims) });
+            steps.waves(steps.env, &mut |w| unsafe { self.enqueue(w.works, w.dims) })?;
+            return self.mark(1);
         }
         let env = bucket(steps, &self.capacity)?;
         if self.graphs.find(steps.index, &env).is_none() {
@@ -384,23 +417,38 @@ impl Device for Cuda {
         // SAFETY: the table was reserved with room for all rows; the graph's addresses are those of the session.
         unsafe {
             self.copy_counts(dims, &counts)?;
-            check(sys::cuGraphLaunch(exec, self.stream.raw()), "launching a graph")
+            self.mark(0)?;
+            check(sys::cuGraphLaunch(exec, self.stream.raw()), "launching a graph")?;
         }
+        self.mark(1)
     }
 
-    unsafe fn time(&mut self, wave: &[Work<'_>], dims: &[i64]) -> Result<Duration> {
+    unsafe fn time(&mut self, wave: &[Work<'_>], dims: &[i64], times: u32) -> Result<Duration> {
         self.context.enter()?;
-        let [start, end] = self.stream.events.map(|e| e as CUevent);
-        let mut ms = 0f32;
-        // SAFETY: events and stream are of this context; the rest is promised by the caller.
-        unsafe {
-            check(sys::cuEventRecord(start, self.stream.raw()), "an event")?;
-            self.enqueue(wave, dims)?;
-            check(sys::cuEventRecord(end, self.stream.raw()), "an event")?;
-            check(sys::cuEventSynchronize(end), "running a kernel")?;
-            check(sys::cuEventElapsedTime(&mut ms, start, end), "the time of a kernel")?;
+        if times > 1 {
+            // While it runs, the others are asked for.
+            // SAFETY: promised by the caller.
+            unsafe { self.enqueue(wave, dims)? };
         }
-        Ok(Duration::from_secs_f64(f64::from(ms.max(0.0)) / 1e3))
+        self.record(0)?;
+        for _ in 0..times.max(1) {
+            // SAFETY: promised by the caller.
+            unsafe { self.enqueue(wave, dims)? };
+        }
+        self.record(1)?;
+        Ok(self.between()? / times.max(1))
+    }
+
+    fn time_runs(&mut self, on: bool) {
+        self.timed = on;
+    }
+
+    fn run_time(&self) -> Result<Option<Duration>> {
+        if self.timed { self.between().map(Some) } else { Ok(None) }
+    }
+
+    fn scratch(&self) -> Option<(Address, u64)> {
+        Some((self.scratch as Address, self.scratch_bytes))
     }
 
     fn missing(&self) -> Option<&str> {

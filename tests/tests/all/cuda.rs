@@ -102,6 +102,41 @@ fn a_graph_serves_every_count_of_its_range() {
     });
 }
 
+#[test]
+fn runs_are_timed_as_a_whole_and_launches_in_a_row() {
+    with_driver("cuda::runs_are_timed_as_a_whole_and_launches_in_a_row", &["sm=8.0,time=k:100"], |_| {
+        let g = head();
+        let cut = CutOptions { supported: &supported_gpu, panels: &[], blocks: Default::default(), picks: None };
+        let mut s = fuse_kernels::cut(&g, &cut).unwrap();
+        fuse_kernels::order(&mut s).unwrap();
+        let (plan, _) = compile_gpu(&s, GpuChip::Sm80, 2, Meta { vocab: 3, ..Meta::default() }).unwrap();
+        let plan = Arc::new(Plan::from_bytes(&plan.to_bytes().unwrap()).unwrap());
+        let mut counts = symbols();
+        counts.insert(Sym::T, 9);
+        let start = Start::seeded(&g, counts, 7);
+        let options = pleach_runtime::Options::default().capacity("T", 9);
+        let mut s = session(plan, &g, &start, &options).unwrap();
+        run(&mut s, "accumulate", &start).unwrap();
+        assert_eq!(s.run_time().unwrap(), None);
+        s.set_timed(true);
+        run(&mut s, "accumulate", &start).unwrap();
+        // Every launch takes 100 microseconds, by a graph and alone, and nothing is between them.
+        let whole = s.run_time().unwrap().unwrap();
+        s.set_timed(false);
+        let mut sum = |times: u32| {
+            s.set_profile_in_a_row(times);
+            run(&mut s, "accumulate", &start).unwrap();
+            std::time::Duration::from_nanos(s.profile().iter().map(|k| k.ns).sum())
+        };
+        let near = |a: std::time::Duration, b: std::time::Duration| a.abs_diff(b).as_micros() < 5;
+        assert!(whole.as_micros() >= 200, "{whole:?}");
+        for times in [1, 3] {
+            let launches = sum(times);
+            assert!(near(launches, whole), "{times} in a row: {launches:?}, {whole:?} as a whole");
+        }
+    });
+}
+
 pub(crate) fn bits(r: &Results) -> Vec<(String, Vec<u8>)> {
     r.iter().map(|(n, t)| (n.clone(), t.to_bytes())).collect()
 }
