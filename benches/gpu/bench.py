@@ -32,10 +32,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import cases
 import reference
+from checks import Checks
 
 # Rivals that replace parts of the library when they are loaded: package -> name.
 PATCHING = {"liger_kernel": "liger", "unsloth": "unsloth"}
@@ -45,17 +46,29 @@ APART = ("compile", *PATCHING.values())
 FORMS_OF = ("llama3-8b-1-lora-r16", "tiny-2-lora-r4")
 # Seconds at most of such a one.
 LONGEST = 150
-DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+# Seconds at most of one call of `measure`, and of one with many layers: a kernel that hangs must not take the time of all others.
+CALL, LONG_CALL = 45, 120
+# Milliseconds of work before anything is timed: clocks rise under load.
+WARM = 200
+# What the library's models and PEFT's adapters need; without them pleach is timed all the same, only not beside them.
+NEEDED = ("transformers", "peft")
+# How numbers of the file are to be read.
+NOTES = {
+    "gap_share": "part of a replay's time, by events around it, beyond the sum of its launches' times, each the mean of several in a row",
+    "kernels_ms": "launches one by one with events around each, which take time themselves: more than a replay takes",
+    "compile": "torch.compile takes seconds a layer: it is timed at up to 4 layers, and at 32 in the time that is left at the end",
+}
 
 
-class Bench:
+class Bench(Checks):
     def __init__(self, a):
         self.a, self.device, self.start = a, a.device, START
         self.bundle = a.bundle
         self.index = json.loads((a.bundle / "plans/index.json").read_text())
         self.scratch = tempfile.TemporaryDirectory(prefix="pleach-gpu-")
-        self.results = {"limits": {}, "checks": [], "products": [], "attention": [], "steps": [], "skipped": []}
+        self.results = {"limits": {}, "checks": [], "products": [], "attention": [], "steps": [], "skipped": [], "notes": NOTES}
         self.machine = None
+        self.lacks = [n for n in NEEDED if not importlib.util.find_spec(n)]
 
     # Running pleach
 
@@ -80,9 +93,17 @@ class Bench:
             path.write_bytes(gzip.decompress((self.bundle / "plans" / f"{name}.gz").read_bytes()))
         return path
 
-    def measure(self, plan, *arguments):
+    def call(self, plan):
+        """Seconds that one call may take with a plan."""
+        return LONG_CALL if plan["config"]["num_hidden_layers"] > 4 else CALL
+
+    def measure(self, plan, *arguments, limit=CALL, **environment):
         command = [str(self.bundle / "measure"), str(self.plan(plan)), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(self.left(), 5))
+        limit, environment = max(min(self.left(), limit), 5), os.environ | environment
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{' '.join(command)}: took longer than {limit:.0f} s and was ended") from None
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
         return json.loads(done.stdout)
@@ -94,6 +115,18 @@ class Bench:
         if self.device == "cpu":
             return "sm_80"
         return "sm_90a" if torch.cuda.get_device_capability() == (9, 0) else "sm_80"
+
+    def left_out(self, what, why):
+        note = {"what": what, "why": why}
+        if note not in self.results["skipped"]:
+            self.results["skipped"].append(note)
+
+    def packages(self, what, *names):
+        """Whether packages are there that a part needs; if not, it is left out."""
+        missing = [n for n in names if n in self.lacks]
+        if missing:
+            self.left_out(what, f"there is no package {' and '.join(missing)}")
+        return not missing
 
     def attempt(self, what, least, run, where="skipped"):
         """Runs a part if there is time for it; a part that fails is recorded and does not end the others."""
@@ -131,55 +164,17 @@ class Bench:
         self.results["limits"] |= {"copy_bytes": x.numel(), "copy_tb_per_s": 2 * x.numel() / ms * 1e-9}
         self.say(f"       this machine: {self.results['limits']}")
 
-    # Checks
-
-    def values(self, c):
-        """Random parameters and inputs of a case, on the device in f32, holding values of their own types."""
-        g = torch.Generator().manual_seed(len(c.name))
-        out = {}
-        for name, (dtype, shape) in c.params.items():
-            spread = 1.0 if len(shape) < 2 or name in ("a", "x", "q", "k", "v", "dy") else shape[1] ** -0.5
-            out[name] = (torch.randn(shape, generator=g) * spread).to(DTYPES[dtype]).float()
-        for name, shape in c.inputs.items():
-            x = torch.randn([c.tokens if n == "T" else n for n in shape], generator=g)
-            # Kernels that take bf16 round their inputs; so do these values, so that both see the same.
-            out[name] = x.bfloat16().float() if any(d == "bf16" for d, _ in c.params.values()) else x
-        for name, make in c.integers.items():
-            out[name] = make(torch, c).to(torch.int32)
-        out = {k: v.to(self.device) for k, v in out.items()}
-        if c.derive:
-            out |= {k: v.bfloat16().float() for k, v in c.derive(torch, out).items()}
-        return out
-
-    def check_kernel(self, c):
-        x = self.values(c)
-        want = c.reference(torch, x)
-        entries = list(dict.fromkeys(k.split("/")[0] for k in want if "/" in k))
-        entries += [e for e in ("store",) if f'entry "{e}"' in c.text]
-        weights = self.save("w.safetensors", {n: x[n].to(DTYPES[d]) for n, (d, _) in c.params.items()})
-        given = {n: x[n] for n in [*c.inputs, *c.integers]}
-        inputs = ["--inputs", self.save("x.safetensors", given)] if given else []
-        capacity = {k: v for k, v in {"T": c.tokens}.items() if v} | c.capacity
-        places = ["--capacity", ",".join(f"{k}={v}" for k, v in capacity.items())] if capacity else []
-        out = self.file("y.safetensors")
-        base = [f"kernels/{c.name}.{self.target()}.pleach", "--entry", ",".join(entries), "--weights", weights, *inputs, *places]
-        said = self.measure(*base, "--poison", "--out", out, "--params", "cache")
-        got = load_file(out)
-        worst = 0.0
-        for name, w in want.items():
-            y, w = got[name].float(), w.float().cpu()
-            if y.shape != w.shape or not torch.isfinite(y).all():
-                raise RuntimeError(f"{name}: {tuple(y.shape)} instead of {tuple(w.shape)}, or no numbers")
-            worst = max(worst, ((y - w).abs().max() / w.abs().max().clamp_min(1e-30)).item())
-        ok = worst <= c.tolerance
-        self.results["checks"].append({"what": c.name, "error": worst, "tolerance": c.tolerance, "ok": ok, "device": said["device"]})
-        self.say(f"{'ok    ' if ok else 'WRONG '} {c.name}: {worst:.1e} (allowed {c.tolerance:.0e})")
-        return x, base, ok
+    # Times
 
     def event_ms(self, run, repeat=10):
         """Median milliseconds of a call on the device."""
-        for _ in range(3):
+        clock = time.perf_counter()
+        for i in range(10000):
             run()
+            if i >= 2:
+                self.sync()
+                if self.device != "cuda" or (time.perf_counter() - clock) * 1e3 >= WARM:
+                    break
         times = []
         for _ in range(repeat):
             if self.device == "cuda":
@@ -194,7 +189,7 @@ class Bench:
         return statistics.median(times)
 
     def kernel(self, c):
-        x, base, ok = self.check_kernel(c)
+        x, base, ok = self.check_kernel(c, self.target())
         if not (ok and c.time) or "kernels" not in self.a.only:
             return
         half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in x.items()}
@@ -204,88 +199,33 @@ class Bench:
         at = rest.index("--entry") + 1
         for entry, run in rivals.items():
             words = [*rest[:at], entry, *rest[at + 1:]]
-            said = self.measure(plan, *words, "--repeat", 5, "--profile")
-            profile, ours = said["profile"], sum(k["ms"] for k in said["profile"]) / said["profile_runs"]
+            said = self.measure(plan, *words, "--warm", WARM if self.device == "cuda" else 0, "--repeat", 5, "--profile")
+            # Both with events around the whole of it.
+            profile, ours = said["profile"], statistics.median(said["replay_ms"])
             rival = self.event_ms(run)
             flops = c.flops * (2.5 if entry == "backward" else 1.0)
             row = {
                 "what": c.name, "entry": entry, "pleach_ms": ours, "torch_ms": rival, "ratio": rival / ours,
                 "pleach_tflops": flops / ours * 1e-9, "torch_tflops": flops / rival * 1e-9, "kernels": profile,
+                "in_a_row_ms": said["in_a_row_ms"],
             }
             self.results[where].append(row)
             self.say(f"       {c.name} {entry}: {ours:.3f} ms, PyTorch {rival:.3f} ms ({row['ratio']:.2f} of its speed)")
 
-    def check_step(self, plan):
-        """Loss and gradients of one step, against f32 and against PyTorch's own bf16."""
-        config, method, rank = plan["config"], plan["method"], plan["rank"]
-        length = min(plan["length"], 256)
-        ids = reference.batch(config, 2, length)
-        # The f32 model first: what is right.
-        m = reference.model(config, torch.float32, self.device)
-        values = reference.adapter(m, method, rank)
-        tensors = {n: w.bfloat16() for n, w in m.state_dict().items()}
-        if config.get("tie_word_embeddings"):
-            tensors.pop("lm_head.weight", None)
-        weights = self.save("weights.safetensors", tensors)
-        del tensors
-
-        def gradients(m, adapter_dtype):
-            m = reference.with_lora(m, values, rank, adapter_dtype) if method == "lora" else reference.with_paca(m, values)
-            value = reference.loss(m, ids.to(self.device))
-            value.backward()
-            return value.item(), reference.gradients(m, method)
-
-        torch.backends.cuda.matmul.allow_tf32 = False
-        exact, want = gradients(m, None)
-        del m
-        self.free()
-        half, rough = gradients(reference.model(config, torch.bfloat16, self.device), None)
-        self.free()
-        slot = self.save("slot.safetensors", reference.flat(values))
-        inputs = self.save("inputs.safetensors", reference.inputs(ids))
-        out = self.file("grads.safetensors")
-        tokens = ids.numel()
-        said = self.measure(
-            plan["file"], "--entry", "accumulate", "--weights", weights, "--slot", f"0={slot}", "--inputs", inputs,
-            "--capacity", f"T={tokens},L={tokens},S=2,P={length},C=1", "--poison", "--out", out, "--params", "grad.",
-        )
-        got = load_file(out)
-        loss = got["accumulate/loss"].float().item()
-
-        def distance(a):
-            up = sum((a[n].float() - w).pow(2).sum().item() for n, w in want.items())
-            return (up / sum(w.pow(2).sum().item() for w in want.values())) ** 0.5
-
-        missing = [n for n in want if n not in got]
-        if missing:
-            raise RuntimeError(f"no gradient {missing[0]} among {sorted(got)[:3]}")
-        ours, theirs = distance(got), distance(rough)
-        off, rival = abs(loss - exact) / abs(exact), abs(half - exact) / abs(exact)
-        # In f32 both are as good as exact; in bf16 at most a quarter worse than PyTorch's own.
-        ok = ours <= max(1.25 * theirs, 1e-4) and off <= max(1.25 * rival, 2e-3)
-        row = {
-            "what": f"step {plan['name']}", "ok": ok, "loss": loss, "loss_f32": exact, "loss_torch_bf16": half,
-            "gradient_error": ours, "gradient_error_torch_bf16": theirs, "device": said["device"], "tokens": tokens,
-        }
-        self.results["checks"].append(row)
-        word = "ok    " if ok else "WRONG "
-        self.say(f"{word} {row['what']}: loss {loss:.5f} ({exact:.5f} in f32), gradients off by {ours:.1e} (PyTorch's bf16: {theirs:.1e})")
-        return ok
-
-    # Times
-
-    def time_ours(self, plan):
+    def time_ours(self, plan, checked):
         rows, length, config = plan["batch"], plan["length"], plan["config"]
         inputs = self.save("inputs.safetensors", reference.inputs(reference.batch(config, rows, length)))
-        values = reference.adapter(reference.shapes(config)[0], plan["method"], plan["rank"])
+        values = reference.adapter(config, plan["method"], plan["rank"])
         if plan["frozen"]:
             values = {site: v for site, v in values.items() if re.fullmatch(plan["modules"], site)}
         slot = self.save("slot.safetensors", reference.flat(values))
         t = rows * length
         said = self.measure(
             plan["file"], "--entry", "accumulate,update", "--shared-weights", "--slot", f"0={slot}", "--inputs", inputs,
-            "--capacity", f"T={t},L={t},S={rows},P={length},C=1", "--repeat", self.a.repeat, "--profile",
+            "--capacity", f"T={t},L={t},S={rows},P={length},C=1", "--warm", WARM if self.device == "cuda" else 0,
+            "--repeat", self.a.repeat, "--profile", limit=self.call(plan),
         )
+        replay = statistics.median(said["replay_ms"])
         row = {
             "plan": plan["name"], "who": "pleach", "step_ms": statistics.median(said["times_ms"]), "min_ms": min(said["times_ms"]),
             "tokens_per_s": t / statistics.median(said["times_ms"]) * 1e3, "planned_bytes": said["planned_bytes"],
@@ -293,8 +233,8 @@ class Bench:
             "profile": said["profile"],
             "kernels_ms": sum(k["ms"] for k in said["profile"]) / said["profile_runs"], "profile_runs": said["profile_runs"],
         }
-        # Kernels were timed one by one, with events around each: what is left over is an upper bound of the gaps in a replay.
-        row["gap_share"] = 1 - row["kernels_ms"] / row["step_ms"]
+        row |= {"replay_ms": replay, "in_a_row_ms": said["in_a_row_ms"], "gap_share": 1 - said["in_a_row_ms"] / replay}
+        row["checked"] = checked
         self.results["steps"].append(row)
         self.say(f"       {plan['name']} pleach: {row['step_ms']:.2f} ms, {(said['driver_bytes'] or 0) / 2**30:.2f} GiB")
 
@@ -304,11 +244,12 @@ class Bench:
         # At rate 0 the adapter stays as it is, so every run must give the same.
         given = reference.inputs(reference.batch(config, rows, length)) | {"lr": torch.zeros(1)}
         inputs = self.save("inputs.safetensors", given)
-        slot = self.save("slot.safetensors", reference.flat(reference.adapter(reference.shapes(config)[0], "lora", plan["rank"])))
+        slot = self.save("slot.safetensors", reference.flat(reference.adapter(config, "lora", plan["rank"])))
         t = rows * length
         said = self.measure(
             f"forms.{self.target()}.pleach", "--entry", "accumulate,update", "--shared-weights", "--slot", f"0={slot}", "--inputs",
-            inputs, "--capacity", f"T={t},L={t},S={rows},P={length},C=1", "--repeat", 3, "--forms",
+            inputs, "--capacity", f"T={t},L={t},S={rows},P={length},C=1", "--warm", WARM if self.device == "cuda" else 0,
+            "--repeat", 3, "--forms", limit=LONG_CALL,
         )
         self.results["forms"] = said["forms"]
         wrong = [f for f in said["forms"] if f["wrong"]]
@@ -331,7 +272,7 @@ class Bench:
             m = self.unsloth(config, rank)
         else:
             m = reference.model(config, torch.bfloat16, self.device)
-            values = reference.adapter(m, "paca" if who == "paca" else "lora", rank)
+            values = reference.adapter(config, "paca" if who == "paca" else "lora", rank)
             if who == "paca":
                 m = reference.with_paca(m, values)
             else:
@@ -340,9 +281,10 @@ class Bench:
         run = torch.compile(m) if who == "compile" else m
         trained = [w for w in m.parameters() if w.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=self.device == "cuda")
-        times, first = [], None
-        for i in range(self.a.repeat + 3):
+        times, first, begun, i = [], None, time.perf_counter(), 0
+        while len(times) < self.a.repeat:
             clock = time.perf_counter()
+            warm = i >= 3 and (self.device != "cuda" or (clock - begun) * 1e3 - first >= WARM)
             value = reference.loss(run, ids)
             value.backward()
             optimizer.step()
@@ -351,8 +293,9 @@ class Bench:
             ms = (time.perf_counter() - clock) * 1e3
             if i == 0:
                 first = ms
-            if i >= 3:
+            if warm:
                 times.append(ms)
+            i += 1
         row = {
             "plan": plan["name"], "who": who, "step_ms": statistics.median(times), "min_ms": min(times), "first_ms": first,
             "tokens_per_s": rows * length / statistics.median(times) * 1e3, "loss": value.item(),
@@ -367,18 +310,17 @@ class Bench:
         if plan["frozen"]:
             return []
         if plan["method"] == "paca":
-            return ["paca"]
-        # Compiling takes seconds a layer: what a layer takes follows from one and from four.
+            return ["paca"] if self.packages("paca", "transformers") else []
+        if not self.packages("peft, peft-bf16, compile", *NEEDED):
+            return []
         out = ["peft", "peft-bf16"]
-        if plan["config"]["num_hidden_layers"] <= 4 and self.device == "cuda":
+        if self.device == "cuda" and not plan["family"].startswith("smollm2"):
             out.append("compile")
         for package, who in PATCHING.items():
             if importlib.util.find_spec(package):
                 out.append(who)
             else:
-                note = {"what": who, "why": f"there is no package {package}"}
-                if note not in self.results["skipped"]:
-                    self.results["skipped"].append(note)
+                self.left_out(who, f"there is no package {package}")
         return out
 
     def apart(self, plan, who):
@@ -414,25 +356,33 @@ class Bench:
         if "checks" in only or "kernels" in only:
             for c in cases.cases(self.index.get("tiny", False)):
                 self.attempt(c.name, 20, lambda: self.kernel(c), "checks")
-        for p in [p for p in plans if p.get("check")] if "checks" in only else []:
-            if self.attempt(f"step {p['name']}", 30, lambda: self.check_step(p), "checks"):
-                right.add(p["family"])
+        unchecked = set()
+        if "checks" in only:
+            self.check_plans(self.target(), right, unchecked)
         later = []
         for p in sorted((p for p in plans if p.get("time")), key=lambda p: p["order"]) if "steps" in only else []:
-            if "checks" in only and p["family"] not in right:
-                self.results["skipped"].append({"what": p["name"], "why": "a step of this model and method is not right, or not checked"})
+            if "checks" in only and p["family"] not in right | unchecked:
+                self.left_out(p["name"], "a step of this model and method is not right, or not checked")
                 continue
-            self.attempt(p["name"], p["seconds"], lambda: self.time_ours(p), "steps")
+            self.attempt(p["name"], p["seconds"], lambda: self.time_ours(p, p["family"] in right), "steps")
             for who in self.rivals(p):
                 if who in APART:
                     later.append((p, who))
                 else:
                     self.attempt(f"{p['name']} {who}", p["seconds"], lambda: self.time_rival(p, who), "steps")
+        # A newer GPU runs the older target's code too: it is checked, and not timed.
+        for older in self.targets()[:-1] if "checks" in only else []:
+            for c in cases.cases(self.index.get("tiny", False)):
+                self.attempt(f"{c.name} {older}", 20, lambda: self.check_kernel(c, older), "checks")
+            self.check_plans(older, set(), set())
         first = next((p for p in plans if p["name"] in FORMS_OF), None)
         if "forms" in only and first and (self.bundle / "plans" / f"forms.{self.target()}.pleach.gz").is_file():
             self.attempt("forms", 30, lambda: self.forms(first), "steps")
-        for p, who in later:
-            self.attempt(f"{p['name']} {who}", p["seconds"], lambda: self.apart(p, who), "steps")
+        # What takes longest comes last.
+        long = lambda p, who: who == "compile" and p["config"]["num_hidden_layers"] > 4
+        for p, who in sorted(later, key=lambda x: long(*x)):
+            least = LONGEST if long(p, who) else p["seconds"]
+            self.attempt(f"{p['name']} {who}", least, lambda: self.apart(p, who), "steps")
         good = self.write()
         bad = [c for c in self.results["checks"] if not c.get("ok")]
         failed = [r for k in ("products", "attention", "steps") for r in self.results[k] if "error" in r]

@@ -13,10 +13,9 @@ rm -rf "$out"
 mkdir -p "$out/plans/kernels"
 cp "$measure" "$out/measure"
 strip "$out/measure" 2>/dev/null || true
-cp benches/gpu/{run.sh,bench.py,cases.py,reference.py} "$out/"
+cp benches/gpu/{run.sh,bench.py,cases.py,checks.py,reference.py} "$out/"
 
 targets="sm_80 sm_90a"
-[ -n "$tiny" ] && targets=sm_80
 for name in $("$python" benches/gpu/cases.py "$work/kernels" $tiny); do
     for target in $targets; do
         "$pleach" compile "$work/kernels/$name.ir" --target "$target" -o "$out/plans/kernels/$name.$target.pleach" --quiet
@@ -48,10 +47,28 @@ print(json.dumps({
 END
 }
 
+inferring=$work/inferring
+: >"$inferring"
+# The model without adapters: prompts, and tokens one by one.
+infer() {
+    local family=$1 config=$2 layers=$3 length=$4 target=$5
+    local name=$family-$layers-infer file=$family-$layers-infer.$target.pleach model=$work/$family-$layers
+    "$pleach" compile "$model" --entry infer,generate --dtype bf16 --target "$target" -o "$out/plans/$file" --quiet --no-cache
+    "$python" - "$model/config.json" >>"$inferring" <<END
+import json, sys
+print(json.dumps({
+    "name": "$name", "file": "$file", "target": "$target", "length": $length, "dtype": "bf16", "config": json.load(open(sys.argv[1])),
+}))
+END
+}
+
 if [ -n "$tiny" ]; then
-    plan tiny tiny 2 lora 4 2 12 sm_80 True True 5 1
-    plan tiny tiny 2 paca 4 2 12 sm_80 True True 5 2
-    plan tiny tiny 2 frozen 4 2 12 sm_80 False True 5 3
+    for target in $targets; do
+        plan tiny tiny 2 lora 4 2 12 $target True True 5 1
+        plan tiny tiny 2 paca 4 2 12 $target True True 5 2
+        plan tiny tiny 2 frozen 4 2 12 $target False True 5 3
+        infer tiny tiny 2 12 $target
+    done
 else
     for target in $targets; do
         order=1
@@ -69,6 +86,7 @@ else
         for kind in lora paca; do
             plan smollm2 smollm2-135m 30 $kind 16 4 512 $target False True 30 $((order++))
         done
+        infer smollm2 smollm2-135m 2 512 $target
     done
 fi
 
@@ -80,16 +98,16 @@ forms() {
     "$pleach" tune "$model" --method lora --r "$rank" --alpha $((2 * rank)) --target-modules all-linear --entry train --batch "$batch" \
         --max-length "$length" --dtype bf16 --target "$target" --forms-only -o "$out/plans/forms.$target.pleach" --quiet
 }
-if [ -n "$tiny" ]; then forms tiny tiny 2 4 2 12 sm_80; else forms llama3-8b llama-3-8b 1 16 4 2048 sm_90a; fi
+if [ -n "$tiny" ]; then for target in $targets; do forms tiny tiny 2 4 2 12 $target; done; else forms llama3-8b llama-3-8b 1 16 4 2048 sm_90a; fi
 
 # Plans are text for the most part.
 find "$out/plans" -name '*.pleach' -exec gzip -9 -n {} +
 
 commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)
-"$python" - "$index" "$out/plans/index.json" "$commit" "$tiny" <<'END'
+"$python" - "$index" "$inferring" "$out/plans/index.json" "$commit" "$tiny" <<'END'
 import json, sys
-plans = [json.loads(line) for line in open(sys.argv[1])]
-json.dump({"commit": sys.argv[3], "tiny": bool(sys.argv[4]), "plans": plans}, open(sys.argv[2], "w"), indent=1)
+plans, infer = ([json.loads(line) for line in open(p)] for p in sys.argv[1:3])
+json.dump({"commit": sys.argv[4], "tiny": bool(sys.argv[5]), "plans": plans, "infer": infer}, open(sys.argv[3], "w"), indent=1)
 END
 bytes=$(du -sb "$out" | cut -f1)
 echo "$out: $bytes bytes, $(ls "$out"/plans/*.pleach.gz | wc -l) plans, $(ls "$out"/plans/kernels | wc -l) kernel plans"

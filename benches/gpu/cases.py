@@ -31,33 +31,34 @@ class Case:
     rival: Callable[..., Any] = None  # (torch, tensors in bf16) -> {"entry": function to time}
 
 
-def product(form, m, n, k):
-    """x·Wᵀ (nt), dy·W (nn) and xᵀ·dy (tn) of bf16 values; the result is rounded to bf16 but for tn, which is summed in f32."""
+def product(form, m, n, k, dtype="bf16"):
+    """x·Wᵀ (nt), dy·W (nn) and xᵀ·dy (tn) of bf16 values; the result is rounded to bf16 but for tn, which is summed in f32. Of f32 values
+    everything is f32, and only checked."""
     a, b = {"nt": ([m, k], [n, k]), "nn": ([m, k], [k, n]), "tn": ([k, m], [k, n])}[form]
     flags = {"nt": " {tb}", "nn": "", "tn": " {ta}"}[form]
     text = f"""graph core
-param @0 "a" bf16[{a[0]},{a[1]}] frozen checkpoint("a")
-param @1 "b" bf16[{b[0]},{b[1]}] frozen checkpoint("b")
+param @0 "a" {dtype}[{a[0]},{a[1]}] frozen checkpoint("a")
+param @1 "b" {dtype}[{b[0]},{b[1]}] frozen checkpoint("b")
 entry "main" {{
-  %0 = param @0 : bf16[{a[0]},{a[1]}]
-  %1 = param @1 : bf16[{b[0]},{b[1]}]
+  %0 = param @0 : {dtype}[{a[0]},{a[1]}]
+  %1 = param @1 : {dtype}[{b[0]},{b[1]}]
   %2 = matmul(%0, %1){flags} : f32[{m},{n}]
 """
-    text += "  output \"y\" %2\n}\n" if form == "tn" else f"  %3 = cast(%2) : bf16[{m},{n}]\n  output \"y\" %3\n}}\n"
+    text += "  output \"y\" %2\n}\n" if form == "tn" or dtype == "f32" else f"  %3 = cast(%2) : bf16[{m},{n}]\n  output \"y\" %3\n}}\n"
 
     def multiply(x):
         a, b = x["a"], x["b"]
         return {"nt": lambda: a @ b.T, "nn": lambda: a @ b, "tn": lambda: a.T @ b}[form]()
 
     return Case(
-        name=f"matmul-{form}-{m}x{n}x{k}", text=text, params={"a": ("bf16", a), "b": ("bf16", b)},
-        reference=lambda torch, x: {"main/y": multiply(x)}, time=True, flops=2.0 * m * n * k,
+        name=f"matmul-{form}-{m}x{n}x{k}" + ("-f32" if dtype == "f32" else ""), text=text, params={"a": (dtype, a), "b": (dtype, b)},
+        reference=lambda torch, x: {"main/y": multiply(x)}, time=dtype == "bf16", tolerance=1e-2 if dtype == "bf16" else 1e-5, flops=2.0 * m * n * k,
         rival=lambda torch, x: {"main": lambda: multiply(x)},
     )
 
 
 def lora(n, k, r, tokens):
-    """y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ for any number of tokens."""
+    """y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ for any number of tokens: for a few of them by another kernel."""
     text = f"""graph core
 param @0 "w" bf16[{n},{k}] frozen checkpoint("w")
 param @1 "a" bf16[{r},{k}] frozen checkpoint("a")
@@ -79,7 +80,7 @@ entry "main" {{
 }}
 """
     return Case(
-        name="lora", text=text, params={"w": ("bf16", [n, k]), "a": ("bf16", [r, k]), "b": ("bf16", [n, r])},
+        name="lora" if tokens > 16 else f"lora-{tokens}", text=text, params={"w": ("bf16", [n, k]), "a": ("bf16", [r, k]), "b": ("bf16", [n, r])},
         inputs={"x": ["T", k]}, tokens=tokens,
         reference=lambda torch, x: {"main/y": x["x"] @ x["w"].T + 2.0 * (x["x"] @ x["a"].T) @ x["b"].T},
     )
@@ -218,11 +219,12 @@ entry "store" {{
 
 
 def attention(lengths, heads, kv_heads, d, time=False):
-    """Causal attention of packed sequences with grouped heads: forward, and the three gradients from given values."""
+    """Causal attention of packed sequences with grouped heads: forward, sums of exponentials, and the three gradients from given values."""
     t, s, q, kv = sum(lengths), len(lengths), heads * d, kv_heads * d
     a = f"{{heads = {heads}, kv_heads = {kv_heads}, head_dim = {d}, scale = {d ** -0.5!r}, causal}}"
     names = [("q", q), ("k", kv), ("v", kv), ("dy", q), ("o", q)]
     params = "".join(f'param @{i} "{n}" bf16[{t},{w}] frozen checkpoint("{n}")\n' for i, (n, w) in enumerate(names))
+    params += f'param @5 "lse" f32[{t},{heads}] frozen checkpoint("lse")\n'
     head = f"""  %0 = input "segments" : i32[S1]
   %1 = input "start" : i32[S]
   %2 = input "length" : i32[S]
@@ -235,10 +237,15 @@ def attention(lengths, heads, kv_heads, d, time=False):
 {head}  %6 = attention(%3, %4, %5, %0, %1, %2) {a} : bf16[{t},{q}]
   output "o" %6
 }}
+entry "sums" {{
+{head.replace(f"  %5 = param @2 : bf16[{t},{kv}]", "").rstrip()}
+  %5 = attention_lse(%3, %4, %0, %1, %2) {a} : f32[{t},{heads}]
+  output "lse" %5
+}}
 entry "backward" {{
 {head}  %6 = param @3 : bf16[{t},{q}]
   %7 = param @4 : bf16[{t},{q}]
-  %8 = attention_lse(%3, %4, %0, %1, %2) {a} : f32[{t},{heads}]
+  %8 = param @5 : f32[{t},{heads}]
   %9 = attention_grad_q(%3, %4, %5, %7, %8, %6, %0, %1, %2) {a} : bf16[{t},{q}]
   %10 = attention_grad_k(%3, %4, %5, %7, %8, %6, %0, %1, %2) {a} : bf16[{t},{kv}]
   %11 = attention_grad_v(%3, %4, %5, %7, %8, %6, %0, %1, %2) {a} : bf16[{t},{kv}]
@@ -264,6 +271,16 @@ entry "backward" {{
     def flat(torch, parts):
         return torch.cat([p.transpose(1, 2).reshape(p.shape[2], -1) for p in parts])
 
+    def sums(torch, x):
+        def one(q, k, v, span):
+            n = q.shape[2]
+            hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+            # One head after another: scores of all are large.
+            head = lambda h: (q[0, h] @ k[0, h * kv_heads // heads].T * d**-0.5).masked_fill(hidden, -torch.inf).logsumexp(1)
+            return torch.stack([head(h) for h in range(heads)], 1)
+
+        return torch.cat(each(torch, x, one))
+
     def reference(torch, x):
         def one(q, k, v, span):
             q, k, v = (z.detach().clone().requires_grad_() for z in (q, k, v))
@@ -273,7 +290,7 @@ entry "backward" {{
 
         o, dq, dk, dv = zip(*each(torch, x, one))
         names = {"forward/o": o, "backward/dq": dq, "backward/dk": dk, "backward/dv": dv}
-        return {n: flat(torch, p) for n, p in names.items()}
+        return {n: flat(torch, p) for n, p in names.items()} | {"sums/lse": sums(torch, x)}
 
     def rival(torch, x):
         if len(set(lengths)) > 1:
@@ -288,12 +305,50 @@ entry "backward" {{
 
     ints = lambda v: lambda torch, c: torch.tensor(v)
     return Case(
-        name=f"attention-{s}x{t // s}" if len(set(lengths)) == 1 else f"attention-ragged-{t}", text=text,
-        params={n: ("bf16", [t, w]) for n, w in names},
+        name=(f"attention-{s}x{t // s}" if len(set(lengths)) == 1 else f"attention-ragged-{t}") + f"-d{d}", text=text,
+        params={n: ("bf16", [t, w]) for n, w in names} | {"lse": ("f32", [t, heads])},
         integers={"segments": ints(starts), "start": ints(starts[:-1]), "length": ints(list(lengths))},
         reference=reference, capacity={"S": s}, tolerance=3e-2, time=time,
         flops=sum(4.0 * heads * d * n * n / 2 for n in lengths), rival=rival,
-        derive=lambda torch, x: {"o": reference(torch, x)["forward/o"]},
+        derive=lambda torch, x: {"o": reference(torch, x)["forward/o"], "lse": sums(torch, x)},
+    )
+
+
+def cached(lengths, heads, kv_heads, d):
+    """Attention of one token behind each sequence, whose keys and values lie in a cache with room between them: what generation runs."""
+    s, q, kv, room = len(lengths), heads * d, kv_heads * d, max(lengths) + 3
+    a = f"{{heads = {heads}, kv_heads = {kv_heads}, head_dim = {d}, scale = {d ** -0.5!r}, causal}}"
+    params = "".join(
+        f'param @{i} "{n}" bf16[{rows},{w}] frozen checkpoint("{n}")\n' for i, (n, rows, w) in
+        enumerate([("q", s, q), ("k", s * room, kv), ("v", s * room, kv)])
+    )
+    text = f"""graph core
+{params}entry "main" {{
+  %0 = input "segments" : i32[S1]
+  %1 = input "start" : i32[S]
+  %2 = input "length" : i32[S]
+  %3 = param @0 : bf16[{s},{q}]
+  %4 = param @1 : bf16[{s * room},{kv}]
+  %5 = param @2 : bf16[{s * room},{kv}]
+  %6 = attention(%3, %4, %5, %0, %1, %2) {a} : bf16[{s},{q}]
+  output "o" %6
+}}
+"""
+
+    def reference(torch, x):
+        out = []
+        for i, n in enumerate(lengths):
+            cut = lambda name: x[name][i * room : i * room + n].view(1, n, kv_heads, d).transpose(1, 2)
+            y = x["q"][i].view(1, heads, 1, d)
+            out.append(torch.nn.functional.scaled_dot_product_attention(y, cut("k"), cut("v"), enable_gqa=True).reshape(1, q))
+        return {"main/o": torch.cat(out)}
+
+    ints = lambda v: lambda torch, c: torch.tensor(v)
+    return Case(
+        name=f"decode-{d}", text=text,
+        params={"q": ("bf16", [s, q]), "k": ("bf16", [s * room, kv]), "v": ("bf16", [s * room, kv])},
+        integers={"segments": ints(list(range(s + 1))), "start": ints([i * room for i in range(s)]), "length": ints(list(lengths))},
+        reference=reference, capacity={"S": s}, tolerance=3e-2,
     )
 
 
@@ -302,6 +357,7 @@ def cases(tiny):
         return [
             product("nt", 40, 48, 64), product("nn", 40, 64, 48), product("tn", 64, 48, 40), lora(48, 64, 8, 37),
             picks(48, 64, 8, 37), rows(96, 11), moves(32, 40, 13), attention([5, 11], 4, 2, 16), attention([8, 8], 2, 2, 16, time=True),
+            lora(48, 64, 8, 3), product("nt", 40, 48, 64, "f32"), cached([5, 1, 9], 4, 2, 16), attention([70, 63], 2, 1, 80),
         ]
     shapes = [(8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336)]
     return [
@@ -309,6 +365,10 @@ def cases(tiny):
         product("tn", 4096, 4096, 8192), product("tn", 16, 4096, 8192), product("nt", 8192, 16, 4096),
         lora(4096, 4096, 16, 1000), picks(4096, 4096, 16, 1000), rows(4096, 777), moves(4096, 5000, 777),
         attention([300, 1, 517, 64], 32, 8, 128), attention([100, 157], 9, 3, 64),
+        # Heads whose rows are no whole number of swizzled pieces.
+        attention([300, 1, 517], 8, 2, 80), attention([300, 1, 517], 8, 8, 96), attention([130, 259], 4, 2, 256),
+        lora(4096, 4096, 16, 1), lora(4096, 14336, 16, 4), cached([2048, 1, 700, 33], 32, 8, 128), cached([300, 5], 9, 3, 64),
+        product("nt", 777, 1024, 512, "f32"), product("nn", 1000, 512, 777, "f32"), product("tn", 512, 640, 1000, "f32"),
         attention([2048] * 4, 32, 8, 128, time=True),
     ]
 

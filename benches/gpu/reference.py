@@ -59,12 +59,23 @@ def linears(m):
     return [(n, x) for n, x in m.named_modules() if n.split(".")[-1] in LINEARS and isinstance(x, nn.Linear)]
 
 
-def adapter(m, method, rank, seed=1):
+def sites(config):
+    """The same sites with their outputs and inputs, by the configuration alone: needs no library."""
+    d, ff = config["hidden_size"], config["intermediate_size"]
+    head = config.get("head_dim") or d // config["num_attention_heads"]
+    q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    shapes = {
+        "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, q),
+        "mlp.gate_proj": (ff, d), "mlp.up_proj": (ff, d), "mlp.down_proj": (d, ff),
+    }
+    return [(f"model.layers.{i}.{n}", s) for i in range(config["num_hidden_layers"]) for n, s in shapes.items()]
+
+
+def adapter(config, method, rank, seed=1):
     """Values of an adapter: {site: {part: tensor}}, f32 and i32. LoRA's B is not zero, so that every gradient counts."""
     g = torch.Generator().manual_seed(seed)
     out = {}
-    for name, x in linears(m):
-        o, i = x.weight.shape
+    for name, (o, i) in sites(config):
         normal = lambda shape, std: torch.randn(shape, generator=g) * std
         scale = torch.tensor(2.0)
         if method == "lora":
@@ -179,6 +190,43 @@ def inputs(ids):
         "max_grad_norm": math.inf,
     }
     return out | {k: f32(v) for k, v in numbers.items()}
+
+
+def generation(ids):
+    """The rows without their last token as a prompt, then these tokens: what `infer` and `generate` take for each of the two, and counts."""
+    rows, length = ids.shape
+    n = length - 1
+    i32 = lambda v: torch.as_tensor(v, dtype=torch.int32)
+    base = [r * length for r in range(rows)]
+    places = [b + i for b in base for i in range(n)]
+    prompt = {
+        "input_ids": ids[:, :n].reshape(-1).to(torch.int32), "positions": i32(list(range(n)) * rows), "slots": i32(places),
+        "q_segments": i32([r * n for r in range(rows + 1)]), "last": i32([r * n + n - 1 for r in range(rows)]),
+    }
+    step = {
+        "input_ids": ids[:, n].to(torch.int32), "positions": i32([n] * rows), "slots": i32([b + n for b in base]),
+        "q_segments": i32(list(range(rows + 1))), "kv_start": i32(base), "kv_len": i32([length] * rows), "last": i32(list(range(rows))),
+    }
+    # `infer` has keys where the tokens are, `generate` in the cache.
+    packed = prompt | {"kv_start": i32([r * n for r in range(rows)]), "kv_len": i32([n] * rows)}
+    cached = prompt | {"kv_start": i32(base), "kv_len": i32([n] * rows)}
+    return packed, cached, step
+
+
+def updated(values, grads, numbers):
+    """AdamW's first step with the norm clipped, by PyTorch: values, and both averages."""
+    params = {}
+    for n, v in values.items():
+        params[n] = nn.Parameter(v.clone())
+        params[n].grad = grads[n].clone()
+    norm = nn.utils.clip_grad_norm_(params.values(), numbers["max_grad_norm"])
+    betas = (numbers["beta1"], numbers["beta2"])
+    o = torch.optim.AdamW(params.values(), lr=numbers["lr"], betas=betas, eps=numbers["eps"], weight_decay=numbers["weight_decay"])
+    o.step()
+    out = {"update/grad_norm": norm.detach()}
+    for n, p in params.items():
+        out |= {n: p.detach(), f"adam.m.{n}": o.state[p]["exp_avg"], f"adam.v.{n}": o.state[p]["exp_avg_sq"]}
+    return out
 
 
 def loss(m, ids):

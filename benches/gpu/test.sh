@@ -30,12 +30,19 @@ for bad in "--only speed" "--bundle /nonexistent" "--device tpu" "--seconds soon
 done
 
 run --device cpu --repeat 2 --out "$work/out.json"
-"$python" - "$work/out.json" <<'END'
+# A newer GPU, which has code of its own and runs the older one's too.
+PLEACH_FAKE_CUDA=sm=9.0 run --device cpu --target sm_90a --repeat 2 --out "$work/newer.json"
+"$python" - "$work/out.json" "$work/newer.json" <<'END'
 import json, sys
 
-out = json.load(open(sys.argv[1]))
+out, newer = (json.load(open(p)) for p in sys.argv[1:])
+assert newer["target"] == "sm_90a" and all(c["ok"] for c in newer["checks"]), newer["checks"]
+assert [sum(c["target"] == t for c in newer["checks"]) for t in ("sm_90a", "sm_80")] == [16, 16], newer["checks"]
+assert not [r for r in newer["steps"] if "error" in r] and len(newer["adapter_overhead"]) == 2 and newer["attention"], newer["steps"]
 checks = out["checks"]
-assert len(checks) == 11 and all(c["ok"] for c in checks), checks
+assert len(checks) == 16 and all(c["ok"] for c in checks), checks
+assert all(c["same_bits"] in (True, {"graph": True, "launches": True}) for c in checks if "infer" not in c["what"]), checks
+assert all(r["replay_ms"] > 0 and r["in_a_row_ms"] > 0 and r["checked"] for r in out["steps"] if r["who"] == "pleach"), out["steps"]
 assert out["limits"]["product_tflops"] > 0 and out["limits"]["copy_tb_per_s"] > 0, out["limits"]
 assert not [r for r in out["steps"] if "error" in r] and {r["plan"] for r in out["adapter_overhead"]} == {
     "tiny-2-lora-r4", "tiny-2-paca-r4"}, out["adapter_overhead"]
@@ -63,6 +70,35 @@ import json, sys
 short, stopped = (json.load(open(p)) for p in sys.argv[1:])
 assert short["skipped"] and all("are left" in s["why"] or "no package" in s["why"] or "not checked" in s["why"] for s in short["skipped"]), short["skipped"]
 assert stopped["checks"] and stopped["versions"]["torch"] and not stopped["attention"], stopped
+END
+
+# A call that hangs is ended and recorded, and what comes after it runs. Without the rivals' packages pleach is timed all the same.
+mv "$work/bundle/measure" "$work/bundle/measure.real"
+cat >"$work/bundle/measure" <<END
+#!/usr/bin/env bash
+case "\$*" in *matmul-nt-40x48x64.sm*) exec sleep 600 ;; esac
+exec "$work/bundle/measure.real" "\$@"
+END
+chmod +x "$work/bundle/measure"
+"$python" - "$work/bundle/bench.py" <<'END'
+import pathlib, sys
+p = pathlib.Path(sys.argv[1])
+text = p.read_text().replace("CALL, LONG_CALL = 45, 120", "CALL, LONG_CALL = 6, 60")
+lacks = "[n for n in NEEDED if not importlib.util.find_spec(n)]"
+assert lacks in text and "6, 60" in text
+p.with_name("limited.py").write_text(text.replace(lacks, "list(NEEDED)"))
+END
+PLEACH_CUDA_LIBRARY=$fake PLEACH_CUBLASLT_LIBRARY=$fake "$python" "$work/bundle/limited.py" --device cpu --repeat 1 --only checks,steps \
+    --out "$work/hangs.json" >"$work/said" && { echo "a run with a call that hangs says it went well" >&2; exit 1; }
+mv "$work/bundle/measure.real" "$work/bundle/measure"
+"$python" - "$work/hangs.json" <<'END'
+import json, sys
+
+out = json.load(open(sys.argv[1]))
+bad = [c for c in out["checks"] if not c.get("ok")]
+assert len(bad) == 1 and "took longer than 6 s" in bad[0]["error"] and len(out["checks"]) == 12, out["checks"]
+assert [r["who"] for r in out["steps"]] == ["pleach"] * 3 and not any(r["checked"] for r in out["steps"]), out["steps"]
+assert any("no package transformers" in s["why"] for s in out["skipped"]), out["skipped"]
 END
 
 # A wrong kernel is noticed.
