@@ -95,11 +95,11 @@ class Bench(Checks):
 
     def call(self, plan):
         """Seconds that one call may take with a plan."""
-        return LONG_CALL if plan["config"]["num_hidden_layers"] > 4 else CALL
+        return max(LONG_CALL, self.a.limit) if plan["config"]["num_hidden_layers"] > 4 else self.a.limit
 
-    def measure(self, plan, *arguments, limit=CALL, **environment):
+    def measure(self, plan, *arguments, limit=None, **environment):
         command = [str(self.bundle / "measure"), str(self.plan(plan)), *map(str, arguments)]
-        limit, environment = max(min(self.left(), limit), 5), os.environ | environment
+        limit, environment = max(min(self.left(), limit or self.a.limit), 5), os.environ | environment
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
         except subprocess.TimeoutExpired:
@@ -249,7 +249,7 @@ class Bench(Checks):
         said = self.measure(
             f"forms.{self.target()}.pleach", "--entry", "accumulate,update", "--shared-weights", "--slot", f"0={slot}", "--inputs",
             inputs, "--capacity", f"T={t},L={t},S={rows},P={length},C=1", "--warm", WARM if self.device == "cuda" else 0,
-            "--repeat", 3, "--forms", limit=LONG_CALL,
+            "--repeat", 3, "--forms", limit=max(LONG_CALL, self.a.limit),
         )
         self.results["forms"] = said["forms"]
         wrong = [f for f in said["forms"] if f["wrong"]]
@@ -454,6 +454,7 @@ def main():
     p.add_argument("--out", type=Path, default=Path("gpu-bench.json"))
     p.add_argument("--seconds", type=float, default=520.0, help="time for everything")
     p.add_argument("--repeat", type=int, default=5, help="timed steps")
+    p.add_argument("--limit", type=float, default=CALL, help="seconds at most of one call of `measure`; many layers may take longer")
     p.add_argument("--only", default="checks,kernels,steps,forms", type=lambda s: s.split(","))
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="where PyTorch computes; cpu tests this script")
     p.add_argument("--target", help="which plans; asked of the GPU when not given")

@@ -29,9 +29,9 @@ for bad in "--only speed" "--bundle /nonexistent" "--device tpu" "--seconds soon
     echo "refused: $bad: $(echo "$said" | tail -1)"
 done
 
-run --device cpu --repeat 2 --out "$work/out.json"
+run --device cpu --seconds 3000 --limit 600 --repeat 2 --out "$work/out.json"
 # A newer GPU, which has code of its own and runs the older one's too.
-PLEACH_FAKE_CUDA=sm=9.0 run --device cpu --target sm_90a --repeat 2 --out "$work/newer.json"
+PLEACH_FAKE_CUDA=sm=9.0 run --device cpu --seconds 3000 --limit 600 --target sm_90a --repeat 2 --out "$work/newer.json"
 "$python" - "$work/out.json" "$work/newer.json" <<'END'
 import json, sys
 
@@ -83,12 +83,12 @@ chmod +x "$work/bundle/measure"
 "$python" - "$work/bundle/bench.py" <<'END'
 import pathlib, sys
 p = pathlib.Path(sys.argv[1])
-text = p.read_text().replace("CALL, LONG_CALL = 45, 120", "CALL, LONG_CALL = 6, 60")
+text = p.read_text()
 lacks = "[n for n in NEEDED if not importlib.util.find_spec(n)]"
-assert lacks in text and "6, 60" in text
+assert lacks in text
 p.with_name("limited.py").write_text(text.replace(lacks, "list(NEEDED)"))
 END
-PLEACH_CUDA_LIBRARY=$fake PLEACH_CUBLASLT_LIBRARY=$fake "$python" "$work/bundle/limited.py" --device cpu --repeat 1 --only checks,steps \
+PLEACH_CUDA_LIBRARY=$fake PLEACH_CUBLASLT_LIBRARY=$fake "$python" "$work/bundle/limited.py" --device cpu --seconds 3000 --limit 120 --repeat 1 --only checks,steps \
     --out "$work/hangs.json" >"$work/said" && { echo "a run with a call that hangs says it went well" >&2; exit 1; }
 mv "$work/bundle/measure.real" "$work/bundle/measure"
 "$python" - "$work/hangs.json" <<'END'
@@ -96,7 +96,7 @@ import json, sys
 
 out = json.load(open(sys.argv[1]))
 bad = [c for c in out["checks"] if not c.get("ok")]
-assert len(bad) == 1 and "took longer than 6 s" in bad[0]["error"] and len(out["checks"]) == 12, out["checks"]
+assert len(bad) == 1 and "took longer than 120 s" in bad[0]["error"] and len(out["checks"]) == 12, out["checks"]
 assert [r["who"] for r in out["steps"]] == ["pleach"] * 3 and not any(r["checked"] for r in out["steps"]), out["steps"]
 assert any("no package transformers" in s["why"] for s in out["skipped"]), out["skipped"]
 END
