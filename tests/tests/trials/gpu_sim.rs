@@ -190,6 +190,9 @@ fn estimate(full: bool) -> Result<(), String> {
 const WIDE: attention::Form =
     attention::Form { head_dim: 64, heads: (2, 1), causal: true, window: None, cached: false, gradient: true };
 
+/// A deliberate error: its name, the change, what a report of it must say (anything where that is empty), and where it is planted.
+type Planted = (String, Change, &'static [&'static str], Arc<Vec<Case>>);
+
 /// Deliberate errors in the code of a training step and of an inference.
 #[allow(clippy::print_stderr, reason = "a change that nobody sees is worth knowing")]
 fn mutations(trials: &mut Trials) {
@@ -208,7 +211,7 @@ fn mutations(trials: &mut Trials) {
     let (coded, newer) = (Arc::new(coded), Arc::new(newer));
     // Its warpgroups are in attention too, where no other case has heads so wide.
     let wide: Arc<OnceLock<Result<Compiled, String>>> = Arc::new(OnceLock::new());
-    let mut all: Vec<(String, Change, &[&str], Arc<Vec<Case>>)> = vec![];
+    let mut all: Vec<Planted> = vec![];
     all.extend(CHANGES.map(|(name, c)| (name.into(), c, &[][..], cases.clone())));
     all.extend(DECODING.map(|(name, c)| (name.into(), c, &[][..], coded.clone())));
     all.extend(HOPPER.map(|(name, c, reasons)| (format!("sm_90a/{name}"), c, reasons, newer.clone())));
