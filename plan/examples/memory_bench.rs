@@ -1,16 +1,16 @@
 //! The memory planner on other files of the kind that it is held to: public sets in another order, turned round and thinned out,
 //! rectangles cut without a gap, and many lives of several lengths. Seeds are fixed, so two runs differ in time only.
 //!
-//! `cargo run --release -p pleach-plan --example memory_bench [FILTER]` prints for each family how many meet their target, the
-//! worst and the mean distance from it, and the longest and the mean time.
+//! `cargo run --release -p pleach-plan --example memory_bench [FILTER [each] [unlimited]]` prints for each family how many meet their
+//! target, the worst and the mean distance from it, and the longest and the mean time; each case too, and without a time limit.
 #![allow(clippy::print_stdout, reason = "reports how far each family is from its target")]
 
 #[path = "../tests/sets/mod.rs"]
 mod sets;
 
-use pleach_plan::memory::{Request, check, lower_bound, place_with};
+use pleach_plan::memory::{Request, check, lower_bound, place_with, place_within};
 use sets::{Draw, Random, clocked, cut, layers, lives, read, woven};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 struct Case {
     family: String,
@@ -267,11 +267,17 @@ struct Family {
 
 fn main() {
     let filter = std::env::args().nth(1).unwrap_or_default();
-    let verbose = std::env::args().nth(2).is_some();
+    let more: Vec<String> = std::env::args().skip(2).collect();
+    let (verbose, unlimited) = (more.iter().any(|a| a == "each"), more.iter().any(|a| a == "unlimited"));
     let mut families: Vec<Family> = vec![];
     for c in cases().into_iter().filter(|c| c.family.contains(&filter)) {
         let start = Instant::now();
-        let p = place_with(&c.list, 1, c.goal, 1);
+        // As the command does it, or whatever time it takes.
+        let p = if unlimited {
+            place_with(&c.list, 1, c.goal, 1)
+        } else {
+            place_within(&c.list, 1, c.goal, Duration::from_millis(160))
+        };
         let ms = start.elapsed().as_secs_f64() * 1e3;
         let total = check(&c.list, &p.offsets).unwrap_or_else(|x| panic!("{} {}: {x:?} collide", c.family, c.name));
         assert_eq!(total, p.total);

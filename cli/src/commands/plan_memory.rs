@@ -9,11 +9,14 @@ use crate::args::PlanMemoryArgs;
 use crate::failure::{Failure, Result};
 use crate::files::{self, Begun};
 use crate::report::{self, Ui};
-use pleach_plan::memory::{Placement, Request, check, lower_bound, place_with};
+use pleach_plan::memory::{Placement, Request, check, lower_bound, place_within};
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// A first placement of thousands of buffers is improved no longer than this, on a machine that is busy.
+const TIME: Duration = Duration::from_millis(160);
 
 /// Plans every file, prints one line each.
 ///
@@ -31,7 +34,7 @@ pub(crate) fn plan_memory(ui: &Ui, args: &PlanMemoryArgs) -> Result<()> {
         let table = Table::read(&text).map_err(|e| e.within(&path.display().to_string()))?;
         let capacity = capacity(path);
         let start = Instant::now();
-        let mut placed = place_with(&table.requests, table.align, capacity, 1);
+        let mut placed = place_within(&table.requests, table.align, capacity, TIME);
         let ms = start.elapsed().as_secs_f64() * 1e3;
         let achieved = verified(&table, &placed).map_err(|e| e.within(&path.display().to_string()))?;
         if table.align > 1 {
@@ -217,7 +220,7 @@ mod tests {
     fn alignments_are_kept_to() {
         let t = Table::read("id,lower,upper,size,alignment\n0,0,3,5,4\n1,1,2,6,8\n2,0,2,7,0\n").unwrap();
         assert_eq!(t.align, 8);
-        let placed = place_with(&t.requests, t.align, None, 1);
+        let placed = place_within(&t.requests, t.align, None, TIME);
         assert!(placed.offsets.iter().all(|o| o % 8 == 0) && verified(&t, &placed).is_ok());
         let e = Table::read("id,lower,upper,size,alignment\n0,0,3,5,x\n").err().unwrap().message;
         assert!(e.starts_with("line 2: alignment `x` is no whole number"), "{e}");

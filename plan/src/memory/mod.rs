@@ -4,8 +4,8 @@
 //! [`stack`] and [`fill`]). Where that is above the lower bound and there are not too many requests, searches follow in turn and with
 //! growing effort (see [`solve`]): greedy orders, beams along time that fill what ends with what begins (see [`sweep`]), and a
 //! depth-first search (see [`branch`]) in many orders, at the lower bound and then between what is proven and what is reached. It
-//! stops as soon as the two meet. Effort is bounded by counts, so the result is the same on every machine. [`check`] is independent
-//! of how a placement was found. Nothing here knows what a buffer holds.
+//! stops as soon as the two meet. Effort is bounded by counts, so the result is the same on every machine, unless a time limit is
+//! asked for (see [`place_within`]). [`check`] is independent of how a placement was found. Nothing here knows what a buffer holds.
 
 mod branch;
 mod fill;
@@ -22,6 +22,7 @@ mod sweep;
 mod ways;
 
 use solve::Best;
+use std::time::{Duration, Instant};
 
 /// A buffer: alive at the times `first..last`, `size` bytes long.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -72,19 +73,18 @@ pub fn check(requests: &[Request], offsets: &[u64]) -> Result<u64, (usize, usize
     let mut order: Vec<u32> = (0..requests.len() as u32).collect();
     order.retain(|i| requests[*i as usize].first < requests[*i as usize].last);
     sort::by_key(&mut order, &|i| (u128::from(requests[i as usize].first), 0));
-    let mut live: Vec<usize> = vec![];
+    // What is alive: its last time, where it lies, its index. Side by side, as all of them are looked at each time.
+    let mut live: Vec<(u64, u64, u64, usize)> = vec![];
     let mut total = 0;
     for i in order.into_iter().map(|i| i as usize) {
         let (r, a) = (requests[i], offsets.get(i).copied().ok_or((i, i))?);
         let end = a.checked_add(r.size).ok_or((i, i))?;
         total = total.max(end);
-        live.retain(|j| requests[*j].last > r.first);
-        for &j in &live {
-            if a < offsets[j] + requests[j].size && offsets[j] < end {
-                return Err((j, i));
-            }
+        live.retain(|l| l.0 > r.first);
+        if let Some(l) = live.iter().find(|l| a < l.2 && l.1 < end) {
+            return Err((l.3, i));
         }
-        live.push(i);
+        live.push((r.last, a, end, i));
     }
     Ok(total)
 }
@@ -102,7 +102,7 @@ pub fn total_within(requests: &[Request], align: u64, enough: u64) -> u64 {
     if bound > enough {
         return bound;
     }
-    match stack::stack(&rounded, bound).0 {
+    match stack::stack(&rounded, bound, None).0 {
         total if total <= enough => total,
         _ => place(requests, align).total,
     }
@@ -120,6 +120,17 @@ fn rounded(requests: &[Request], align: u64) -> Vec<Request> {
 ///
 /// Sizes are assumed to sum to less than `u64::MAX`; otherwise offsets saturate and [`check`] finds it.
 pub fn place_with(requests: &[Request], align: u64, goal: Option<u64>, effort: u64) -> Placement {
+    place_until(requests, align, goal, effort, None)
+}
+
+/// As [`place_with`] at effort 1. Where there are thousands of requests, what improves a first placement is given up after some
+/// time: only there what is found can depend on the machine and its load.
+pub fn place_within(requests: &[Request], align: u64, goal: Option<u64>, time: Duration) -> Placement {
+    place_until(requests, align, goal, 1, Instant::now().checked_add(time))
+}
+
+/// As [`place_with`]; many requests are not improved any more after a time, if there is one.
+fn place_until(requests: &[Request], align: u64, goal: Option<u64>, effort: u64, until: Option<Instant>) -> Placement {
     // The same in whatever order the requests are given.
     let mut sorted: Vec<u32> = (0..requests.len() as u32).collect();
     sort::by_key(&mut sorted, &|i| {
@@ -127,16 +138,16 @@ pub fn place_with(requests: &[Request], align: u64, goal: Option<u64>, effort: u
         (u128::from(r.last.saturating_sub(r.first)), u128::from(r.first) << 64 | u128::from(r.size))
     });
     let list: Vec<Request> = sorted.iter().map(|i| requests[*i as usize]).collect();
-    let found = place_sorted(&rounded(&list, align.max(1)), goal, effort);
+    let found = place_sorted(&rounded(&list, align.max(1)), goal, effort, until);
     let mut offsets = vec![0; requests.len()];
     sorted.iter().zip(&found.offsets).for_each(|(i, o)| offsets[*i as usize] = *o);
     Placement { offsets, ..found }
 }
 
-/// As [`place_with`], with sizes rounded, and in the order given.
-fn place_sorted(rounded: &[Request], goal: Option<u64>, effort: u64) -> Placement {
+/// As [`place_until`], with sizes rounded, and in the order given.
+fn place_sorted(rounded: &[Request], goal: Option<u64>, effort: u64, until: Option<Instant>) -> Placement {
     let bound = lower_bound(rounded);
-    let (total, offsets) = stack::stack(rounded, bound);
+    let (total, offsets) = stack::stack(rounded, bound, until);
     let mut best = Best { total, offsets, proven: bound };
     if total > bound && rounded.len() <= stack::MANY && !greedy::crowded(rounded) {
         solve::solve(rounded, goal, effort, rounded.len() >= solve::WIDE, &mut best);

@@ -9,10 +9,10 @@
 use super::Request;
 use super::branch::sections;
 use super::greedy::Draw;
+use super::stack::Stop;
 use super::steps::{loads, prices, sums};
 use std::collections::BinaryHeap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Sections between two lists of what is alive, at least, and about how long all of these are at most.
 const EACH: usize = 64;
@@ -28,12 +28,13 @@ const UNIT: f64 = 65536.0;
 
 /// Requests by the sections in which they are alive.
 struct Alive {
-    by_start: Vec<u32>,
+    /// Each with its end.
+    by_start: Vec<(u32, u32)>,
     /// Number of requests that begin before each section.
     before: Vec<u32>,
     /// What is alive in some sections, so far apart, and where the list of each begins.
     each: usize,
-    lists: Vec<u32>,
+    lists: Vec<(u32, u32)>,
     at: Vec<usize>,
 }
 
@@ -41,14 +42,15 @@ impl Alive {
     fn new(span: &[Range<usize>], count: usize) -> Alive {
         let mut by_start: Vec<u32> = (0..span.len() as u32).collect();
         super::sort::by_key(&mut by_start, &|i| (span[i as usize].start as u128, 0));
+        let by_start: Vec<(u32, u32)> = by_start.into_iter().map(|i| (i, span[i as usize].end as u32)).collect();
         let mut before = vec![0u32; count + 1];
         span.iter().for_each(|s| before[s.start + 1] += 1);
         (0..count).for_each(|t| before[t + 1] += before[t]);
         let each = EACH.max(span.iter().map(Range::len).sum::<usize>() / LISTED);
         let (mut lists, mut at) = (vec![], vec![0]);
-        let mut live: Vec<u32> = vec![];
+        let mut live: Vec<(u32, u32)> = vec![];
         for t in (0..count).step_by(each) {
-            live.retain(|i| span[*i as usize].end > t);
+            live.retain(|x| x.1 as usize > t);
             lists.extend(&live);
             at.push(lists.len());
             live.extend(&by_start[before[t] as usize..before[count.min(t + each)] as usize]);
@@ -62,14 +64,15 @@ impl Alive {
     }
 
     /// What shares a section with some.
-    fn near(&self, span: &[Range<usize>], s: &Range<usize>, out: &mut Vec<u32>) {
+    fn near(&self, s: &Range<usize>, out: &mut Vec<u32>) {
         let block = s.start / self.each;
         let until = self.before[s.start] as usize;
-        let lives = |i: &&u32| span[**i as usize].end > s.start;
+        let lives = |x: &&(u32, u32)| x.1 as usize > s.start;
         out.clear();
-        out.extend(self.lists[self.at[block]..self.at[block + 1]].iter().filter(lives));
-        out.extend(self.by_start[self.before[block * self.each] as usize..until].iter().filter(lives));
-        out.extend(&self.by_start[until..self.before[s.end] as usize]);
+        out.extend(self.lists[self.at[block]..self.at[block + 1]].iter().filter(lives).map(|x| x.0));
+        let later = &self.by_start[self.before[block * self.each] as usize..until];
+        out.extend(later.iter().filter(lives).map(|x| x.0));
+        out.extend(self.by_start[until..self.before[s.end] as usize].iter().map(|x| x.0));
     }
 }
 
@@ -127,14 +130,14 @@ impl Bins {
 }
 
 /// Offsets with which all lies within `capacity`, found by changing others; `None` when that takes more than the work that is left, or
-/// when told to stop. A section is crowded where so much of its share is left.
+/// when told to stop or late. A section is crowded where so much of its share is left.
 pub(super) fn repair(
     list: &[Request],
     offsets: &[u64],
     capacity: u64,
     crowded: f64,
     work: &mut u64,
-    stop: &AtomicBool,
+    stop: Stop<'_>,
 ) -> Option<Vec<u64>> {
     let (span, count) = sections(list);
     let alive = Alive::new(&span, count);
@@ -161,10 +164,10 @@ pub(super) fn repair(
     let mut draw = Draw::new();
     while let Some((_, i)) = waiting.pop() {
         let (i, size) = (i as usize, list[i as usize].size);
-        alive.near(&span, &span[i], &mut near);
+        alive.near(&span[i], &mut near);
         let looks = near.len() + near.len() * near.len() / CACHED;
         *work = work.saturating_sub(STEP + looks as u64);
-        if *work == 0 || stop.load(Ordering::Relaxed) {
+        if *work == 0 || stop.told() || stop.late() {
             return None;
         }
         changes.clear();
@@ -222,8 +225,6 @@ mod tests {
     use super::super::{check, lower_bound};
     use super::*;
 
-    static NEVER: AtomicBool = AtomicBool::new(false);
-
     #[test]
     fn the_cheapest_place_is_found() {
         let mut draw = Draw::new();
@@ -240,9 +241,9 @@ mod tests {
         // The largest lies on top of a gap that is too small for it.
         let list = [r(0, 4, 2), r(0, 2, 3), r(2, 4, 3), r(0, 4, 5)];
         let bound = lower_bound(&list);
-        let found = repair(&list, &[0, 5, 2, 8], bound, 0.01, &mut 100_000, &NEVER).expect("enough work");
+        let found = repair(&list, &[0, 5, 2, 8], bound, 0.01, &mut 100_000, Stop::never()).expect("enough work");
         assert_eq!(check(&list, &found), Ok(bound));
-        assert_eq!(repair(&list, &[0, 5, 2, 8], 4, 0.01, &mut 100_000, &NEVER), None, "larger than all");
-        assert_eq!(repair(&list, &[0, 5, 2, 8], bound - 1, 0.01, &mut 100_000, &NEVER), None, "no room");
+        assert_eq!(repair(&list, &[0, 5, 2, 8], 4, 0.01, &mut 100_000, Stop::never()), None, "larger than all");
+        assert_eq!(repair(&list, &[0, 5, 2, 8], bound - 1, 0.01, &mut 100_000, Stop::never()), None, "no room");
     }
 }

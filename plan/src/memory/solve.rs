@@ -209,7 +209,7 @@ mod tests {
             }
             list.truncate(list.len() - case % 3);
             let bound = lower_bound(&list);
-            let (total, offsets) = stack::stack(&list, bound);
+            let (total, offsets) = stack::stack(&list, bound, None);
             searched += usize::from(total > bound);
             let goal = [None, Some(bound + 3)][case % 2];
             let found = [false, true].map(|threads| {

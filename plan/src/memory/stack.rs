@@ -3,31 +3,65 @@
 //! What is alive within another's time is stacked without loss when the longer one goes first, which is what training
 //! makes of a model. A tree over the sections of time keeps the heights, so an order costs `n log n`, however many
 //! requests are alive at once. Where that does not reach the bound they are filled from below (see [`super::steps`]); many are in
-//! two ways on two threads, and what is still not near the bound is repaired (see [`super::repair`]).
+//! two ways on two threads, and what is still not near the bound is repaired (see [`super::repair`]). What comes near it is filled
+//! once more without lifts, which suits layers. Where there is a time limit, what would exceed it is left out.
 
 use super::Request;
 use super::branch::sections;
 use super::greedy::lg;
 use super::repair::repair;
 use super::solve::beside;
-use super::steps::fill;
+use super::steps::{Way, fill};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 /// Looks at waiting requests of all skylines at most.
 const LOOKS: u64 = 5_000_000;
 /// So many requests are not tried further once they are within a thousandth of the bound.
 pub(super) const MANY: usize = 5000;
-/// Work of filling from below, and of a repair.
+/// Work of filling from below.
 const WORK: u64 = 60_000_000;
-const REPAIRED: u64 = 8_000_000;
 /// Over the bound (one in so many) many requests are near it: they are repaired where they are not.
 const NEAR: u64 = 334;
-/// Room spared by each of two ways to fill many, and what is crowded for the repair after it. Few are lifted only when they must be.
-const WAYS: [(u64, f64); 2] = [(32, 0.01), (64, 0.1)];
-const ALL: u64 = 1;
+/// Two ways to fill many, what is crowded for the repair after each, and its work.
+const WAYS: [(Way, f64, u64); 2] = [
+    (Way { spared: 64, steep: true, tries: 6 }, 0.01, 3_000_000),
+    (Way { spared: 64, steep: false, tries: 6 }, 0.1, 8_000_000),
+];
+/// Without lifts at once: for few, and for many that are near the bound.
+const FEW: Way = Way { spared: 1, steep: false, tries: 12 };
+const FLAT: Way = Way { tries: 6, ..FEW };
+/// What is over the bound (one in so many) and need not be filled without lifts too.
+const LITTLE: u64 = 4000;
+
+/// When to stop.
+#[derive(Clone, Copy)]
+pub(super) struct Stop<'a> {
+    pub(super) told: &'a AtomicBool,
+    /// When it is late.
+    pub(super) at: Option<Instant>,
+}
+
+impl Stop<'_> {
+    /// Not at all.
+    pub(super) fn never() -> Stop<'static> {
+        static NEVER: AtomicBool = AtomicBool::new(false);
+        Stop { told: &NEVER, at: None }
+    }
+
+    /// Whether what is found does not count any more.
+    pub(super) fn told(&self) -> bool {
+        self.told.load(Ordering::Relaxed)
+    }
+
+    /// Whether the time is over: what is there should be made complete.
+    pub(super) fn late(&self) -> bool {
+        self.at.is_some_and(|at| Instant::now() >= at)
+    }
+}
 
 /// Heights over sections: the largest of a range, and one height for a range.
 struct Heights {
@@ -78,8 +112,9 @@ impl Heights {
     }
 }
 
-/// The best of several stackings and skylines: total and offsets. Stops at `bound`.
-pub(super) fn stack(requests: &[Request], bound: u64) -> (u64, Vec<u64>) {
+/// The best of several stackings and skylines: total and offsets. Stops at `bound`. Many are not improved any more from a time on,
+/// if there is one.
+pub(super) fn stack(requests: &[Request], bound: u64, until: Option<Instant>) -> (u64, Vec<u64>) {
     let live: Vec<u32> = (0..requests.len() as u32)
         .filter(|i| {
             let r = &requests[*i as usize];
@@ -112,10 +147,11 @@ pub(super) fn stack(requests: &[Request], bound: u64) -> (u64, Vec<u64>) {
         order
     };
     let mut looks = 0;
+    let stop = Stop { at: until, ..Stop::never() };
     let _ = take(pile(&list, &span, count, &order(keys[0])))
         // Lives that cross at random leave gaps in every stack.
-        || filled(&list, bound).into_iter().flatten().any(&mut take)
-        || keys[1..].iter().any(|key| take(pile(&list, &span, count, &order(key))))
+        || filled(&list, bound, stop).into_iter().flatten().any(&mut take)
+        || keys[1..].iter().any(|key| !stop.late() && take(pile(&list, &span, count, &order(key))))
         || list.len() <= MANY
             && keys.iter().any(|key| take(lowest(&list, &span, count, &order(key), &mut looks)));
     let mut offsets = vec![0; requests.len()];
@@ -125,31 +161,37 @@ pub(super) fn stack(requests: &[Request], bound: u64) -> (u64, Vec<u64>) {
     (best.0, offsets)
 }
 
-/// Offsets filled from below: of few in one way, of many in two unless the first comes near the bound.
-fn filled(list: &[Request], bound: u64) -> [Option<Vec<u64>>; 2] {
+/// Offsets filled from below: of few in one way, of many in two unless the first comes near the bound, and once more where one does.
+fn filled(list: &[Request], bound: u64, stop: Stop<'_>) -> Vec<Option<Vec<u64>>> {
     let near = bound.saturating_add(bound / NEAR);
-    let never = AtomicBool::new(false);
     if list.len() <= MANY {
-        return [fill(list, bound, ALL, &mut { WORK }, &never), None];
+        return vec![fill(list, bound, FEW, &mut { WORK }, Stop { at: None, ..stop })];
     }
-    let way = |(spared, crowded): (u64, f64), stop: &AtomicBool| {
-        let offsets = fill(list, bound, spared, &mut { WORK }, stop)?;
+    let way = |(way, crowded, work): (Way, f64, u64), stop: Stop<'_>| {
+        let offsets = fill(list, bound, way, &mut { WORK }, stop)?;
         if top(list, &offsets) <= near {
             return Some(offsets);
         }
-        repair(list, &offsets, near, crowded, &mut { REPAIRED }, stop).or(Some(offsets))
+        repair(list, &offsets, near, crowded, &mut { work }, stop).or(Some(offsets))
     };
     let mut far = None;
     let first = || {
-        let offsets = way(WAYS[0], &never)?;
+        let offsets = way(WAYS[0], stop)?;
         if top(list, &offsets) > near {
             far = Some(offsets);
             return None;
         }
         Some(offsets)
     };
-    let (a, b) = beside(true, first, |stop| way(WAYS[1], stop));
-    [a.or(far), b]
+    let (a, b) = beside(true, first, |told| way(WAYS[1], Stop { told, ..stop }));
+    let mut found = vec![a.or(far), b];
+    let best = found.iter().flatten().map(|offsets| top(list, offsets)).min();
+    if !stop.late() && best.is_some_and(|t| t <= near && t > bound.saturating_add(bound / LITTLE)) {
+        found.push(fill(list, bound, FLAT, &mut { WORK }, stop));
+    }
+    // Many are not tried further as soon as one will do.
+    found.sort_by_key(|f| f.as_ref().map(|offsets| top(list, offsets)));
+    found
 }
 
 /// One past the last byte.

@@ -4,22 +4,25 @@
 //! again, from where it began or from before, with other prices of the sections that became too high and of those near them. The
 //! best try counts.
 //!
+//! Prices come from what is alive, or each step's from the heights that sections have reached, rising steeply toward the highest:
+//! then all become full at about the same time. Either does better on some sets.
+//!
 //! Suits many requests whose lives cross at random, of which stacking makes gaps.
 
 use super::Request;
 use super::branch::sections;
 use super::fill::{Filled, Given};
 use super::greedy::Draw;
+use super::stack::Stop;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Steps of the height.
 const STEPS: u64 = 25;
-/// How often a step is done again, and from how many steps before at most.
-const TRIES: usize = 12;
+/// From how many steps before a step is done again at most.
 const BACK: usize = 2;
-/// How far from its share of the height a section is crowded: prices are high below it.
+/// How far from its share of the height a section is crowded: prices are high below it; and where they rise steeply.
 const CROWDED: f64 = 0.01;
+const STEEP: f64 = 0.02;
 /// How far prices of other tries are above the first ones at most, as a part of these, and how far from a section that became too
 /// high, in lengths of a life.
 const NOISE: f64 = 3.0;
@@ -32,9 +35,20 @@ const COPIED: u64 = 4;
 const AGAIN: u64 = 500;
 const LEAST: u64 = 3_000_000;
 
+/// A way to fill.
+#[derive(Clone, Copy)]
+pub(super) struct Way {
+    /// How much room is spared (see [`Given`]).
+    pub(super) spared: u64,
+    /// Whether prices follow the heights that are reached.
+    pub(super) steep: bool,
+    /// How often a step is done again.
+    pub(super) tries: usize,
+}
+
 /// Offsets of requests of positive size and length, of which `bound` is the least total; `None` when that takes more than the work
-/// that is left, or when told to stop. `spared` is how much room is spared (see [`Given`]).
-pub(super) fn fill(list: &[Request], bound: u64, spared: u64, work: &mut u64, stop: &AtomicBool) -> Option<Vec<u64>> {
+/// that is left, or when told to stop. When it is late no step is done again.
+pub(super) fn fill(list: &[Request], bound: u64, way: Way, work: &mut u64, stop: Stop<'_>) -> Option<Vec<u64>> {
     let (span, count) = sections(list);
     let load = loads(list, &span, count);
     let sum: u128 = list.iter().map(|r| u128::from(r.size)).sum();
@@ -42,11 +56,10 @@ pub(super) fn fill(list: &[Request], bound: u64, spared: u64, work: &mut u64, st
         size: list.iter().map(|r| r.size).collect(),
         target: bound.saturating_add(bound / SPARE),
         mean: (sum / list.len().max(1) as u128) as u64,
-        spared,
+        spared: way.spared,
         span,
     };
-    let price: Vec<f64> = prices(&load, given.target, CROWDED);
-    let first = sums(&price);
+    let even = prices(&load, given.target, CROWDED);
     let near = (NEAR * life(&given.span)) as usize;
     let mut draw = Draw::new();
     // States between steps, and up to where they are filled.
@@ -56,15 +69,16 @@ pub(super) fn fill(list: &[Request], bound: u64, spared: u64, work: &mut u64, st
         let until = if step < STEPS { given.target / STEPS * step } else { u64::MAX };
         let mut best = before.last()?.0.clone();
         let reached = best.peaks.most().max(given.target);
-        if !best.advance(&given, &first, until, work) {
+        let price = if way.steep { steep(&best.peaks.all(count), reached) } else { even.clone() };
+        if !best.advance(&given, &sums(&price), until, work) {
             return None;
         }
         let mut paid = price.clone();
-        for k in 0..TRIES {
-            if best.peaks.most() <= reached {
+        for k in 0..way.tries {
+            if best.peaks.most() <= reached || stop.late() {
                 break;
             }
-            if stop.load(Ordering::Relaxed) {
+            if stop.told() {
                 return None;
             }
             again = again.saturating_sub(COPIED * list.len() as u64);
@@ -118,6 +132,13 @@ pub(super) fn prices(load: &[u64], target: u64, near: f64) -> Vec<f64> {
     load.iter().map(|l| 1.0 / (target.saturating_sub(*l) as f64 / target.max(1) as f64 + near)).collect()
 }
 
+/// As [`prices`], of heights, and far more for those nearest to the highest.
+fn steep(heights: &[u64], most: u64) -> Vec<f64> {
+    let mut list = prices(heights, most, STEEP);
+    list.iter_mut().for_each(|p| *p = (*p * *p) * (*p * *p));
+    list
+}
+
 /// Sums of all before each, and of all.
 pub(super) fn sums(list: &[f64]) -> Vec<f64> {
     let mut sum = 0.0;
@@ -152,7 +173,7 @@ mod tests {
     use super::super::{check, lower_bound};
     use super::*;
 
-    static NEVER: AtomicBool = AtomicBool::new(false);
+    const WAY: Way = Way { spared: 32, steep: false, tries: 12 };
 
     fn random(n: usize, seed: u64) -> Vec<Request> {
         let mut x = seed | 1;
@@ -174,14 +195,17 @@ mod tests {
     fn crossing_lives_fill_to_the_bound() {
         let list = random(3000, 7);
         let bound = lower_bound(&list);
-        let offsets = fill(&list, bound, 32, &mut 50_000_000, &NEVER).expect("enough work");
-        let total = check(&list, &offsets).expect("no two share a byte");
-        assert!(total - bound <= bound / 200, "{total} over {bound}");
+        for steep in [false, true] {
+            let way = Way { steep, ..WAY };
+            let offsets = fill(&list, bound, way, &mut 50_000_000, Stop::never()).expect("enough work");
+            let total = check(&list, &offsets).expect("no two share a byte");
+            assert!(total - bound <= bound / 200, "{total} over {bound}, steep {steep}");
+        }
     }
 
     #[test]
     fn few_requests_and_none() {
-        let fill = |list: &[Request]| fill(list, lower_bound(list), 32, &mut 10_000, &NEVER);
+        let fill = |list: &[Request]| fill(list, lower_bound(list), WAY, &mut 10_000, Stop::never());
         assert_eq!(fill(&[]), Some(vec![]));
         let r = |first, last, size| Request { first, last, size };
         // Two in turn below one that lives through both.
@@ -193,17 +217,28 @@ mod tests {
     }
 
     #[test]
+    fn what_is_late_is_filled_once() {
+        let list = random(3000, 7);
+        let bound = lower_bound(&list);
+        let late = Stop { at: Some(std::time::Instant::now()), ..Stop::never() };
+        let offsets = fill(&list, bound, WAY, &mut 50_000_000, late).expect("enough work");
+        let once = fill(&list, bound, Way { tries: 0, ..WAY }, &mut 50_000_000, Stop::never());
+        assert!(check(&list, &offsets).is_ok());
+        assert_eq!(Some(offsets), once);
+    }
+
+    #[test]
     fn work_runs_out() {
         let mut work = 50;
         let list = random(3000, 7);
-        assert_eq!(fill(&list, lower_bound(&list), 32, &mut work, &NEVER), None);
+        assert_eq!(fill(&list, lower_bound(&list), WAY, &mut work, Stop::never()), None);
         assert_eq!(work, 0);
     }
 
     #[test]
     fn sizes_beyond_the_range_saturate() {
         let r = Request { first: 0, last: 3, size: u64::MAX / 2 + 1 };
-        let offsets = fill(&[r, r, r], u64::MAX, 32, &mut 10_000, &NEVER).unwrap_or_default();
+        let offsets = fill(&[r, r, r], u64::MAX, WAY, &mut 10_000, Stop::never()).unwrap_or_default();
         assert!(check(&[r, r, r], &offsets).is_err());
     }
 }
