@@ -37,6 +37,7 @@ use clap::Parser;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    pleach_runtime::map_large_blocks();
     let asked = match args::Cli::try_parse() {
         Ok(asked) => asked,
         Err(said) => return ExitCode::from(u8::try_from(report::parser(&said)).unwrap_or(2)),

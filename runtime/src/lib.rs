@@ -42,7 +42,7 @@ pub use forms::{ALTERNATIVES, Alternative, Forms, Timed, measure_forms};
 pub use generate::{GenerateParams, Generated, Stats, generate};
 pub use launch::{Steps, Wave};
 pub use measure::shared_weights;
-pub use memory::{Memory, arena_and_scratch, give_back, peak_rss, plan_memory};
+pub use memory::{Memory, arena_and_scratch, give_back, map_large_blocks, peak_rss, plan_memory};
 pub use params::ParamValues;
 pub use pleach_plan::random::Philox;
 pub use pool::{KernelFn, Launch, Pool};

@@ -189,6 +189,17 @@ pub fn peak_rss() -> u64 {
     kib.map_or(0, |k: u64| k * 1024)
 }
 
+/// Lets every large block be a mapping of its own, which leaves no hole when it is freed. Otherwise the allocator keeps larger and
+/// larger ones in its heap after each that it has seen freed, and what lives on lies scattered between them. For the beginning of a program.
+#[allow(unsafe_code)]
+pub fn map_large_blocks() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: takes no pointer and may be called at any time.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
+    }
+}
+
 /// Gives memory of this process back to the system that was needed for a while: what was freed (a tokenizer), and pages of
 /// files that are only read (code that has run once). They come back when touched again. So they do not count beside a
 /// session that is opened afterwards.

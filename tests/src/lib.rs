@@ -15,6 +15,8 @@ pub mod matrix;
 pub mod methods;
 pub mod random;
 pub mod readers;
+#[cfg(feature = "llvm")]
+pub mod renewed;
 pub mod shaped;
 pub mod training;
 pub mod values;

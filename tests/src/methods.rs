@@ -493,43 +493,9 @@ pub fn compiled(case: &TrainCase, classes: usize, step_at_once: bool) -> Result<
             capacities.iter().fold(pleach_runtime::Options::default().threads(2), |all, (s, n)| all.capacity(s, *n));
         let mut session = session(plan, &graph, &start, &all)?;
         o.train(&mut session, LOSS, CHANGE).map_err(|e| format!("{target:?}: {e}"))?;
-        renewed_as_prepared(&mut session).map_err(|e| format!("{target:?}: {e}"))?;
+        crate::renewed::as_prepared(&mut session).map_err(|e| format!("{target:?}: {e}"))?;
     }
     Ok(())
-}
-
-/// What a step makes of the trained values must be what a preparation makes of them, bit by bit: a run that goes on from a checkpoint
-/// prepares where the other one has stepped.
-#[cfg(feature = "llvm")]
-fn renewed_as_prepared(session: &mut pleach_runtime::Session) -> Result<(), String> {
-    use pleach_plan::{Role as PlanRole, Source as PlanSource};
-    let plan = session.plan().clone();
-    let of = |keep: &dyn Fn(&&pleach_plan::Param) -> bool| -> Vec<String> {
-        plan.params.iter().filter(keep).map(|p| p.name.clone()).collect()
-    };
-    let derived = of(&|p| p.source == PlanSource::Derived);
-    // Some live only while preparations run.
-    let read = |s: &pleach_runtime::Session| -> BTreeMap<String, Vec<u8>> {
-        derived.iter().filter_map(|n| Some((n.clone(), s.read_param(n).ok()?.bytes.to_vec()))).collect()
-    };
-    let stepped = read(session);
-    for name in of(&|p| p.role == PlanRole::Train) {
-        let v = session.read_param(&name).map_err(text)?;
-        let (dtype, bytes) = (v.dtype, v.bytes.to_vec());
-        session.write_param(&name, dtype, &bytes).map_err(text)?;
-    }
-    session.prepare_all().map_err(text)?;
-    let prepared = read(session);
-    let other: Vec<&str> = stepped.iter().filter(|(n, x)| prepared[*n] != **x).map(|(n, _)| n.as_str()).collect();
-    match other.is_empty() {
-        true => Ok(()),
-        false => Err(format!(
-            "{} of {} derived values differ when prepared: {}",
-            other.len(),
-            stepped.len(),
-            other.join(", ")
-        )),
-    }
 }
 
 /// Options for the sizes of a fixture.

@@ -190,7 +190,10 @@ fn filled(list: &[Request], bound: u64, stop: Stop<'_>) -> Vec<Option<Vec<u64>>>
         found.push(fill(list, bound, FLAT, &mut { WORK }, stop));
     }
     // Many are not tried further as soon as one will do.
-    found.sort_by_key(|f| f.as_ref().map(|offsets| top(list, offsets)));
+    let total = |f: &Option<Vec<u64>>| f.as_ref().map_or(u64::MAX, |offsets| top(list, offsets));
+    if let Some(best) = (0..found.len()).min_by_key(|k| total(&found[*k])) {
+        found.swap(0, best);
+    }
     found
 }
 

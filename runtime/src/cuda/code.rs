@@ -44,16 +44,16 @@ impl Code {
                 });
             }
         });
-        let mut fault = None;
-        let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
-        done.sort_by_key(|d| d.0);
-        for (i, m) in done {
+        // The fault of the first text, whichever thread was done first.
+        let mut fault: Option<(usize, RuntimeError)> = None;
+        for (i, m) in done.into_inner().unwrap_or_else(PoisonError::into_inner) {
             match m {
                 Ok(m) => out.modules[i] = m as CUmodule,
-                Err(e) => fault = fault.or(Some(e)),
+                Err(e) if fault.as_ref().is_none_or(|f| i < f.0) => fault = Some((i, e)),
+                Err(_) => {}
             }
         }
-        if let Some(e) = fault {
+        if let Some((_, e)) = fault {
             return Err(e);
         }
         for k in &plan.kernels {
