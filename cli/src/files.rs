@@ -59,6 +59,7 @@ impl Drop for Begun {
 ///
 /// # Errors
 /// What the system refuses.
+#[cfg(feature = "models")]
 pub(crate) fn sync_all(folder: &Path) -> Result<()> {
     for e in std::fs::read_dir(folder).map_err(Failure::io("read", folder))? {
         let path = e.map_err(Failure::io("read", folder))?.path();
