@@ -55,6 +55,18 @@ impl Drop for Begun {
     }
 }
 
+/// Syncs a finished folder and renames it to its place, where nothing is or an empty folder.
+///
+/// # Errors
+/// What the system refuses.
+#[cfg(feature = "models")]
+pub(crate) fn put_folder(temporary: &Path, to: &Path) -> Result<()> {
+    sync_all(temporary)?;
+    let _ = std::fs::remove_dir(to);
+    std::fs::rename(temporary, to).map_err(Failure::io("write", to))?;
+    Ok(sync(above(to))?)
+}
+
 /// Syncs the files of a folder, and the folder.
 ///
 /// # Errors

@@ -2,7 +2,7 @@
 
 use crate::args::{AdapterCommand, AdapterPath};
 use crate::failure::{Failure, Result};
-use crate::files::{above, sync_all};
+use crate::files::{put_folder, sync_all};
 use crate::model::{Model, temporary_beside};
 use crate::report::{self, Table, Ui, count};
 use pleach_frontend::adapter::{Combination, combine, to_lora};
@@ -175,16 +175,14 @@ fn write_folder(out: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<(
     let temporary = temporary_beside(out)?;
     fs::create_dir_all(&temporary).map_err(Failure::io("create", &temporary))?;
     let done = write(&temporary).and_then(|()| {
-        sync_all(&temporary)?;
-        if occupied {
-            for file in ["adapter_model.safetensors", "adapter_config.json"] {
-                fs::rename(temporary.join(file), out.join(file)).map_err(Failure::io("write", out))?;
-            }
-            return Ok(sync(out)?);
+        if !occupied {
+            return put_folder(&temporary, out);
         }
-        let _ = fs::remove_dir(out);
-        fs::rename(&temporary, out).map_err(Failure::io("write", out))?;
-        Ok(sync(above(out))?)
+        sync_all(&temporary)?;
+        for file in ["adapter_model.safetensors", "adapter_config.json"] {
+            fs::rename(temporary.join(file), out.join(file)).map_err(Failure::io("write", out))?;
+        }
+        Ok(sync(out)?)
     });
     let _ = fs::remove_dir_all(&temporary);
     done

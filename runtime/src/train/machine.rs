@@ -38,12 +38,7 @@ pub trait Machine {
     fn read(&self, name: &str) -> Result<ParamValues<'_>>;
 
     /// Derives everything anew that is made of what a run changes, before the next run: as if those tensors had just been written.
-    ///
-    /// # Errors
-    /// What the machine refuses.
-    fn derive_anew(&mut self) -> Result<()> {
-        Ok(())
-    }
+    fn derive_anew(&mut self) {}
 
     /// Overwrites a tensor.
     ///
@@ -63,12 +58,7 @@ impl Machine for Session {
     }
 
     fn changing(&self) -> Vec<String> {
-        let kept = |p: &&pleach_plan::Param| {
-            // Gradients are zero between steps, and caches are not of training.
-            let statistic = p.role == Role::Stat && p.source == Source::Zeros;
-            p.role == Role::Train || statistic || (p.role == Role::State && p.name.starts_with("adam."))
-        };
-        self.plan().params.iter().filter(kept).map(|p| p.name.clone()).collect()
+        self.plan().params.iter().filter(|p| changes(p)).map(|p| p.name.clone()).collect()
     }
 
     fn fixed(&self) -> Vec<String> {
@@ -76,12 +66,9 @@ impl Machine for Session {
         self.plan().params.iter().filter(of_adapter).map(|p| p.name.clone()).collect()
     }
 
-    fn derive_anew(&mut self) -> Result<()> {
-        let changing = self.changing();
-        let list = self.plan().params.iter().enumerate().filter(|(_, p)| changing.contains(&p.name));
-        let list = list.map(|(i, _)| i as u32).collect();
+    fn derive_anew(&mut self) {
+        let list = self.plan().params.iter().enumerate().filter(|(_, p)| changes(p)).map(|(i, _)| i as u32).collect();
         self.make_due(list, None);
-        Ok(())
     }
 
     fn read(&self, name: &str) -> Result<ParamValues<'_>> {
@@ -91,6 +78,13 @@ impl Machine for Session {
     fn write(&mut self, name: &str, dtype: DType, bytes: &[u8]) -> Result<()> {
         self.write_param(name, dtype, bytes)
     }
+}
+
+/// Whether a run changes a parameter that a checkpoint must hold.
+fn changes(p: &pleach_plan::Param) -> bool {
+    // Gradients are zero between steps, and caches are not of training.
+    let statistic = p.role == Role::Stat && p.source == Source::Zeros;
+    p.role == Role::Train || statistic || (p.role == Role::State && p.name.starts_with("adam."))
 }
 
 /// Runs an entry with those of these inputs that it takes, and gives outputs that are single numbers.

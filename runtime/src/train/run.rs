@@ -173,7 +173,7 @@ pub fn train(
             };
             let path = checkpoint::save(machine, &job.adapter, job.base.as_deref(), &state, job.dir, &mut files)?;
             // Whoever goes on from this checkpoint prepares what this run has stepped: so does this run.
-            machine.derive_anew()?;
+            machine.derive_anew();
             let _ = watch(Event::Saved(&path));
             if let Some(n) = job.keep {
                 let _ = watch(Event::Files("prune"));

@@ -9,7 +9,7 @@ mod verify;
 
 use crate::args::MergeArgs;
 use crate::failure::{Failure, Result};
-use crate::files::{self, above, sync_all};
+use crate::files::{self, sync_all};
 use crate::model::{Model, temporary_beside};
 use crate::report::{self, Table, Ui, bytes};
 use fold::{Change, New};
@@ -218,12 +218,10 @@ fn edit(from: &Path, to: &Path, change: impl FnOnce(&mut Value)) -> Result<()> {
 
 /// Renames the finished folder to its place; into an occupied one file by file, weights of before taken away.
 fn publish(temporary: &Path, out: &Path, occupied: bool) -> Result<()> {
-    sync_all(temporary)?;
     if !occupied {
-        let _ = fs::remove_dir(out);
-        fs::rename(temporary, out).map_err(Failure::io("write", out))?;
-        return Ok(sync(above(out))?);
+        return files::put_folder(temporary, out);
     }
+    sync_all(temporary)?;
     let names = |dir: &Path| -> Result<BTreeSet<std::ffi::OsString>> {
         let list = fs::read_dir(dir).map_err(Failure::io("read", dir))?;
         Ok(list.flatten().map(|e| e.file_name()).collect())
