@@ -1,7 +1,7 @@
 //! Row kernels against the interpreter.
 
 use crate::bodies::{B, T, k, layer_norm, rms_norm, rope, softmax};
-use crate::kit::{Loaded, check, noise, targets};
+use crate::kit::{Loaded, check, noise, run_host, targets};
 use pleach_codegen::emit::{Emitted, row};
 use pleach_codegen::{CodegenError, HostTarget};
 use pleach_ir::interp::{Tensor, run_kernel};
@@ -367,6 +367,42 @@ fn panels_of_bf16_are_packed_in_pairs() {
                 let floats: Vec<f32> = got.iter().map(|h| f32::from_bits(u32::from(*h) << 16)).collect();
                 assert!(floats[..want.len()] == want[..], "{r}x{c} nr {nr} transposed {transposed}");
                 assert!(got[want.len()..].iter().all(|x| *x == 0xffff));
+            }
+        }
+    }
+}
+
+/// What is stored and what goes on in the same kernel, row by row or beside vectors, alone or with a product of its sum stored as well.
+#[test]
+fn a_value_has_the_same_bits_wherever_it_is_used() {
+    let (r, c, d) = (5u64, 23u64, 70u64);
+    let build = |stored: bool| {
+        let mut b = B::new();
+        let (old, new) = (b.arg(DType::F32, &[k(r), k(c)]), b.arg(DType::F32, &[k(r), k(c)]));
+        let wide = b.arg(DType::F32, &[k(r), k(c), k(d)]);
+        let (keep, take) = (b.arg(DType::F32, &[]), b.arg(DType::F32, &[]));
+        let (keep, take) = (b.spread(keep, old, &[]), b.spread(take, old, &[]));
+        let (first, second) = (b.bin(BinaryOp::Mul, keep, old), b.bin(BinaryOp::Mul, take, new));
+        let sum = b.add(first, second);
+        let spread = b.spread(sum, wide, &[0, 1]);
+        let out = b.bin(BinaryOp::Mul, spread, wide);
+        b.kernel("average", &[sum, out, second][..if stored { 3 } else { 2 }])
+    };
+    let ones = Tensor::from_floats(DType::F32, vec![r, c, d], vec![1.0; (r * c * d) as usize]);
+    let scalar = |x: f32| Tensor::from_floats(DType::F32, vec![], vec![x]);
+    let x = [noise(&[r, c], 1), noise(&[r, c], 2), ones, scalar(0.9), scalar(0.1)];
+    for target in targets() {
+        let run = |stored: bool| {
+            let kernel = build(stored);
+            let e = emit(&kernel, &[], &target).unwrap();
+            run_host(&Loaded::new(&e.text, &target), &kernel, &e, &x, &[], u64::MAX >> 1)
+        };
+        let (alone, beside) = (run(false), run(true));
+        let sum = alone[0].floats();
+        assert_eq!(sum, beside[0].floats());
+        for all in [&alone[1], &beside[1]] {
+            for (row, s) in all.floats().chunks(d as usize).zip(sum.iter()) {
+                assert!(row.iter().all(|v| v.to_bits() == s.to_bits()), "{} stored, {} used", s, row[0]);
             }
         }
     }

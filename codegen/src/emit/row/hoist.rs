@@ -31,7 +31,7 @@ impl Text<'_> {
                 self.hoist_pointer(f, buf, &addr, depth);
             }
             if self.p.b.exprs.info(*e).lane {
-                for i in self.p.b.exprs.info(*e).ex.inputs() {
+                for i in self.operands(*e) {
                     let x = self.p.b.exprs.info(i);
                     if x.level <= depth && !x.lane && self.find(|s| s.exprs.get(&i).cloned()).is_some() {
                         self.vector(f, i);

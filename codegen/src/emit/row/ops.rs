@@ -232,7 +232,7 @@ impl Text<'_> {
         }
     }
 
-    /// A sum; products that nothing else reads are fused into it.
+    /// A sum; products are fused into it.
     fn sum(&mut self, f: &mut Func, parts: &[ExId], kind: Kind, lanes: usize) -> Val {
         let t = vty(lanes, kind.name());
         let get = |s: &mut Self, f: &mut Func, x: ExId| if lanes > 1 { s.vector(f, x) } else { s.scalar(f, x) };
@@ -244,15 +244,13 @@ impl Text<'_> {
             }
             return v;
         }
-        // The sum begins with a part that is no product, if there is one.
-        let level = |s: &Self, x: ExId| s.p.b.exprs.info(x).lane == (lanes > 1);
-        let first = parts.iter().position(|x| self.product(*x).is_none()).unwrap_or(0);
+        let first = self.first(parts);
         let mut v = get(self, f, parts[first]);
         for (i, x) in parts.iter().enumerate() {
             if i == first {
                 continue;
             }
-            v = match self.product(*x).filter(|_| level(self, *x)) {
+            v = match self.product(*x) {
                 Some((a, b)) => {
                     let (a, b) = (get(self, f, a), get(self, f, b));
                     f.op(format!("math.fma {a}, {b}, {v} : {t}"))

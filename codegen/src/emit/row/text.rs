@@ -27,8 +27,6 @@ pub(super) struct Text<'p> {
     accs: HashMap<u32, Val>,
     /// The expressions that accumulators end as.
     reduced: HashMap<u32, ExId>,
-    /// How often each expression is read.
-    uses: Vec<u32>,
     /// Whether a reduction is below an expression.
     pub(super) waits: Vec<bool>,
 }
@@ -64,22 +62,13 @@ fn row_of_pairs(f: &mut Func, d: DType, parts: [&Val; 2], lanes: usize) -> Val {
 impl<'p> Text<'p> {
     /// A writer for this plan.
     pub(super) fn new(p: &'p mut Planned) -> Text<'p> {
-        let mut uses = vec![0u32; p.b.exprs.len()];
-        let (mut roots, mut reduced) = (vec![], HashMap::new());
+        let mut reduced = HashMap::new();
         for s in &p.body {
             s.walk(&mut |s| {
-                roots.extend(s.reads().0);
                 if let Stmt::Finish { accs, into, .. } = s {
                     reduced.extend(accs.iter().map(|a| (*a, *into)));
                 }
             });
-        }
-        let mut reads = vec![];
-        for e in p.b.exprs.reach(&p.b.space, roots.iter().copied(), &[]) {
-            reads.extend(p.b.exprs.info(e).ex.inputs());
-        }
-        for e in roots.into_iter().chain(reads) {
-            uses[e as usize] += 1;
         }
         let mut waits = vec![false; p.b.exprs.len()];
         for e in 0..p.b.exprs.len() as ExId {
@@ -89,7 +78,7 @@ impl<'p> Text<'p> {
                 || ex.index().is_some_and(|q| p.b.exprs.reach(&p.b.space, [], &[q]).iter().any(|i| waits[*i as usize]));
         }
         let lanes = p.lanes;
-        Text { p, lanes, scopes: vec![Scope::default()], accs: HashMap::new(), reduced, uses, waits }
+        Text { p, lanes, scopes: vec![Scope::default()], accs: HashMap::new(), reduced, waits }
     }
 
     /// Writes the whole body; `bases` are the pointers of buffers.
@@ -331,19 +320,30 @@ impl<'p> Text<'p> {
         }
     }
 
-    /// The operands of a product that is read once, not yet computed and of full precision.
+    /// The operands of a product of full precision. A sum fuses all of them into it, also those that something else reads or that a loop
+    /// around it has computed: the bits of a value do not depend on what else its kernel does.
     pub(super) fn product(&self, e: ExId) -> Option<(ExId, ExId)> {
         let info = self.p.b.exprs.info(e);
         match info.ex {
-            Ex::Binary(pleach_ir::BinaryOp::Mul, a, b)
-                if info.kind == Kind::Float
-                    && self.uses[e as usize] == 1
-                    && self.find(|s| s.exprs.get(&e).cloned()).is_none() =>
-            {
-                Some((a, b))
-            }
+            Ex::Binary(pleach_ir::BinaryOp::Mul, a, b) if info.kind == Kind::Float => Some((a, b)),
             _ => None,
         }
+    }
+
+    /// What is read to compute an expression: its operands, those of a product in place of one that is fused into it.
+    pub(super) fn operands(&self, e: ExId) -> Vec<ExId> {
+        let Ex::Add(parts) = &self.p.b.exprs.info(e).ex else { return self.p.b.exprs.info(e).ex.inputs() };
+        let first = self.first(parts);
+        let read = |(i, x): (usize, &ExId)| match self.product(*x) {
+            Some((a, b)) if i != first => vec![a, b],
+            _ => vec![*x],
+        };
+        parts.iter().enumerate().flat_map(read).collect()
+    }
+
+    /// Where a sum begins: with a part that is no product, if there is one.
+    pub(super) fn first(&self, parts: &[ExId]) -> usize {
+        parts.iter().position(|x| self.product(*x).is_none()).unwrap_or(0)
     }
 
     /// The value of the body that an expression was made for.
