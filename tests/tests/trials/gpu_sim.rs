@@ -39,6 +39,9 @@ pub(crate) fn trials(trials: &mut Trials) {
     for (name, count) in [("few", 6), ("many", 70)] {
         trials.add(format!("scatter/side-by-side-{name}"), move || side_by_side(count));
     }
+    for dtype in [DType::F32, DType::BF16, DType::I32] {
+        trials.add(format!("long-sum/{dtype}"), move || long_sum(dtype));
+    }
     trials.add("estimate", move || estimate(full));
     for method in ["lora", "paca"] {
         for chip in GpuChip::ALL {
@@ -156,6 +159,17 @@ fn side_by_side(count: usize) -> Result<(), String> {
         return Err("the launch is no three scatters".into());
     }
     alone::check(&c, kernel, [5, 1, 1], 3).map(|_| ())
+}
+
+/// A sum of many terms is rounded once, however it is taken up.
+fn long_sum(dtype: DType) -> Result<(), String> {
+    let terms: Vec<String> = (0..70).map(|i| format!("%{i}")).collect();
+    let mut text = String::from("graph core\nentry \"infer\" {\n");
+    terms.iter().for_each(|t| text += &format!("{t} = input \"x{}\" : {dtype}[T,24]\n", &t[1..]));
+    text += &format!("%70 = add({}) : {dtype}[T,24]\noutput \"sum\" %70\n}}\n", terms.join(", "));
+    let graph = pleach_ir::text::parse(&text).map_err(|e| e.to_string())?;
+    let c = pleach_tests::gpu::compile(&graph, &Options::default(), GpuChip::Sm80, Meta::default())?;
+    alone::check(&c, 0, [5, 1, 1], 7).map(|_| ())
 }
 
 /// Counts hang together: products take at least what they need, and every result is written.

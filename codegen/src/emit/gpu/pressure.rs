@@ -9,8 +9,11 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Registers of a multiprocessor, and of a thread at most.
 const REGISTERS: i64 = 65_536;
 const MOST: i64 = 255;
-/// Registers that positions, conditions and the computation of an element take, roughly.
+/// Registers that positions, conditions and the computation of an element take, roughly, and a few values that are the same for a
+/// whole row.
 const OTHERS: i64 = 24;
+/// How many those are.
+const FEW: i64 = 4;
 
 /// What a row takes, in registers.
 pub(super) struct Pressure {
@@ -21,6 +24,8 @@ pub(super) struct Pressure {
     all: i64,
     /// Buffers that lie along the row: an address each.
     buffers: i64,
+    /// Operands that are read once for a whole row: a register each.
+    uniform: i64,
 }
 
 impl Pressure {
@@ -53,12 +58,13 @@ impl Pressure {
         buffers += results.clone().filter(|(_, over)| over.is_none()).count() as i64;
         // Results over operands are written after all of them are computed.
         all = all.max(results.filter(|(_, over)| over.is_some()).count() as i64);
-        Pressure { kept: kept.len() as i64, fresh, all, buffers }
+        let uniform = body.inputs().iter().filter(|(v, _)| !known.contains(v)).count() as i64;
+        Pressure { kept: kept.len() as i64, fresh, all, buffers, uniform }
     }
 
     /// Registers for elements, where a block has so many threads.
     fn left(&self, threads: i64) -> i64 {
-        (REGISTERS / threads).min(MOST) - OTHERS - 2 * self.buffers
+        (REGISTERS / threads).min(MOST) - OTHERS - 2 * self.buffers - (self.uniform - FEW).max(0)
     }
 
     /// Elements of a row that a thread can keep, of which it takes so many at once.

@@ -23,6 +23,8 @@ type Key = (ValueId, String);
 
 /// Elements of a constant that is looked up by comparing.
 const MAX_TABLE: usize = 256;
+/// Terms of a sum that are computed before they are added: of hundreds, a thread would have no registers for all.
+const TERMS: usize = 16;
 
 pub(super) struct Pull<'a> {
     pub(super) k: &'a Kernel,
@@ -326,15 +328,18 @@ impl<'a> Pull<'a> {
                 f.op(format!("arith.trunci {x} : i64 to i32"))
             }
             Op::Reduce { .. } => self.reduce_here(f, n, index),
+            Op::Add if n.inputs.len() > TERMS => {
+                let d = if n.ty.dtype == DType::I32 { DType::I32 } else { DType::F32 };
+                let mut sum = vec![];
+                for some in n.inputs.chunks(TERMS) {
+                    sum.extend(self.args(f, some, index));
+                    let x = elementwise::apply(f, &n.op, &sum, d, 1).unwrap_or_else(|why| self.fail(why));
+                    sum = vec![(x, d)];
+                }
+                elementwise::round_to(f, n.ty.dtype, &sum[0].0, 1)
+            }
             op if op.is_elementwise() => {
-                let args: Vec<_> = n
-                    .inputs
-                    .iter()
-                    .map(|i| {
-                        let ty = k.body.ty(*i);
-                        (self.eval(f, *i, if ty.rank() == 0 { &[] } else { index }), ty.dtype)
-                    })
-                    .collect();
+                let args = self.args(f, &n.inputs, index);
                 if *op == Op::Binary(BinaryOp::Div) && n.ty.dtype == DType::I32 {
                     return divide(f, &args[0].0, &args[1].0);
                 }
@@ -360,6 +365,15 @@ impl<'a> Pull<'a> {
                 None => self.fail(format!("{} has no place here on the GPU", n.op.name())),
             },
         }
+    }
+
+    /// Operands of an elementwise operator at an index.
+    fn args(&mut self, f: &mut Func, inputs: &[ValueId], index: &[At]) -> Vec<(Val, DType)> {
+        let one = |i: &ValueId| {
+            let (rank, dtype) = (self.k.body.ty(*i).rank(), self.k.body.ty(*i).dtype);
+            (self.eval(f, *i, if rank == 0 { &[] } else { index }), dtype)
+        };
+        inputs.iter().map(one).collect()
     }
 
     /// `0 <= at < n`, decided once for neighbours that go together.

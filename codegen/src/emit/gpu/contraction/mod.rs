@@ -95,6 +95,9 @@ fn tensors(
     tensor::emit(k, symbols, a, &chip.limits(), wish)
 }
 
+/// An attribute of a loop whose turns neither LLVM nor the assembler writes out.
+const ROLLED: &str = " {loop_annotation = #llvm.loop_annotation<unroll = <disable = true>>}";
+
 /// Registers that addresses of tiles, places in them and loops take, roughly.
 const OTHERS: i64 = 24;
 

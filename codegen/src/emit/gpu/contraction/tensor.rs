@@ -180,6 +180,8 @@ struct Place {
     /// Rows and columns of the results.
     size: [Val; 2],
     smem: Val,
+    /// Loops over a sum stay loops.
+    rolled: bool,
 }
 
 /// An operand of a product with its place in a stage.
@@ -240,6 +242,10 @@ pub(super) fn emit(
             if resident > 1 && passes[..n].iter().any(|x| deep(x) == deep(pass)) {
                 place = place.anew(f);
             }
+            // Nor do two sets of accumulators for turns of their loops that the assembler writes out.
+            let others = passes.iter().filter(|x| deep(x) == deep(pass)).count() > 1;
+            let long = deep(pass).known().is_none_or(|n| n as i64 > STAGES * STEP);
+            place.rolled = sets(a) > 1 && others && long;
             let side = |f: &mut Func, p: &mut Pull<'_>, i: usize, s: usize, offset: u64, start: i64| {
                 let x = &a.products[i];
                 let along = along(a, x, s) == Some(true);
@@ -319,7 +325,7 @@ impl Place {
         let (warp, lane) = (f.divc(&tid, 32), f.remc(&tid, 32));
         let (row, column) = (f.divc(&warp, cut.warps[1]), f.remc(&warp, cut.warps[1]));
         let warp = [f.mulc(&row, cut.size[0] / cut.warps[0]), f.mulc(&column, cut.size[1] / cut.warps[1])];
-        Place { cut, tid, lane, block, warp, size, smem }
+        Place { cut, tid, lane, block, warp, size, smem, rolled: false }
     }
 
     /// The same place, computed anew: addresses of a pass that are found equal to those of the one before are kept through all of
@@ -462,6 +468,9 @@ impl Place {
         let length = f.max(&length, &zero);
         let steps = f.ceil_divc(&length, STEP);
         let init: Vec<(Val, String)> = init.into_iter().map(|x| (x, "f32".to_string())).collect();
+        if self.rolled {
+            f.note = super::ROLLED;
+        }
         let out = f.for_(&zero, &steps, 1, &init, |f, t, acc| {
             f.stmt(&format!("nvvm.cp.async.wait.group {}", STAGES - 2));
             barrier(f);

@@ -34,8 +34,6 @@ const OWN: i64 = 16;
 const TOGETHER: i64 = 4;
 /// Registers of operands that are on their way at once: two blocks of a multiprocessor leave 128 to a thread.
 const LOADED: i64 = 96;
-/// An attribute of a loop whose turns neither LLVM nor the assembler writes out.
-const ROLLED: &str = " {loop_annotation = #llvm.loop_annotation<unroll = <disable = true>>}";
 /// Groups of accumulators at most.
 const GROUPS: usize = 4;
 
@@ -81,14 +79,16 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<(
     f.if_(&inside, |f| {
         let none = f.f32(0.0, 1);
         let mut totals: Vec<Option<[Val; 4]>> = vec![None; a.groups.len()];
-        for pass in passes(a) {
+        let passes = passes(a);
+        for pass in &passes {
             let left = &a.products[pass[0].1];
+            let alike = passes.iter().filter(|x| a.products[x[0].1].left == left.left).count();
             let depth = left.k.known().unwrap_or(0) as i64;
             // What lies past the ends is computed with something that exists, and not written.
             let row = clamp(f, &line, &size[0]);
             let x = Line::left(f, &mut p, left, &row);
             let mut weights = vec![];
-            for (g, product, _) in &pass {
+            for (g, product, _) in pass {
                 let w = operand(f, &mut p, &a.products[*product], 1, &[], a.groups[*g].offset);
                 for half in 0..halves {
                     let column = f.addc(&line, 8 * half);
@@ -104,7 +104,7 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<(
                     _ => [0; 4].map(|_| none.clone()),
                 })
                 .collect();
-            let lines = Lines { all: &weights, halves: halves as usize, ragged };
+            let lines = Lines { all: &weights, halves: halves as usize, rolled: ragged || alike > 1 };
             let sums = accumulate(f, &x, &lines, [&warp, &quarter], depth, begin);
             for ((g, _, scale), sum) in pass.iter().zip(sums.chunks(4)) {
                 let mut sum = [0, 1, 2, 3].map(|i| sum[i].clone());
@@ -298,8 +298,8 @@ struct Lines<'a> {
     /// Of each product so many (`halves`), 8 apart.
     all: &'a [Weights],
     halves: usize,
-    /// They are at no fixed distance from each other.
-    ragged: bool,
+    /// Addresses take many registers: lines are at no fixed distance from each other, or another pass goes along the same left operand.
+    rolled: bool,
 }
 
 /// The warp's sums of some products of one left operand, added to what is there: four for each.
@@ -332,9 +332,9 @@ fn accumulate(
     let shift = f.mulc(warp, STEP);
     let own = f.add(&own, &shift);
     let init: Vec<(Val, String)> = begin.into_iter().map(|x| (x, "f32".to_string())).collect();
-    if lines.ragged {
+    if lines.rolled && depth > step {
         // The assembler would write turns out all the same, and has no registers for that beside the addresses.
-        f.note = ROLLED;
+        f.note = super::ROLLED;
     }
     f.for_(&zero, &end, step, &init, |f, at, sums| {
         let at = f.add(&own, at);
