@@ -3,7 +3,7 @@
 # models   fetches the two models of the demo into models/
 # demo     compiles a model with an adapter, generates with and without, embeds three sentences
 # test     formatting, lints and all tests
-# test-gpu-full  every fixture's GPU code in the simulator, on both chips
+# test-gpu-full  every fixture's GPU code in the simulator, and code for models of many sizes through ptxas, on both chips
 # gpu-bundle  builds target/gpu-bundle, the folder that is carried to a GPU machine; its run.sh checks and measures there
 # test-gpu-bundle  runs a small bundle without a GPU; PYTHON names a python with torch, peft and transformers
 # bench    measures against PyTorch + transformers + PEFT in the same run
@@ -41,7 +41,7 @@ test: setup
 	set -x; cargo test --workspace --features pleach-tests/llvm
 
 test-gpu-full: setup
-	PLEACH_GPU_FULL=1 cargo test -p pleach-tests --features llvm --test trials -- gpu_sim/ --nocapture
+	PLEACH_GPU_FULL=1 cargo test -p pleach-tests --features llvm --test trials -- gpu_ --nocapture
 	cargo test -p pleach-tests --features llvm --test all -- gpu:: --ignored --nocapture
 
 bench: build models

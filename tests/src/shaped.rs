@@ -126,12 +126,20 @@ impl Shaped {
         import.graph().map_err(|e| e.to_string())
     }
 
-    /// The graph of some entries with a new adapter that is not merged; no adapter for rank 0.
+    /// The graph of some entries with a new LoRA that is not merged; no adapter for rank 0.
     ///
     /// # Errors
     /// What the frontend refuses.
     pub fn inference(&self, entries: &[&str], rank: u64) -> Result<Graph, String> {
-        let adapters = if rank > 0 { vec![self.adapter("lora", rank)?] } else { vec![] };
+        self.inference_with(entries, if rank > 0 { Some("lora") } else { None }, rank)
+    }
+
+    /// The graph of some entries with a new adapter of a method, not merged, if it is to have one; rank as in [`Shaped::training`].
+    ///
+    /// # Errors
+    /// What the frontend refuses.
+    pub fn inference_with(&self, entries: &[&str], method: Option<&str>, rank: u64) -> Result<Graph, String> {
+        let adapters = method.into_iter().map(|m| self.adapter(m, rank)).collect::<Result<Vec<_>, _>>()?;
         pleach_frontend::import(&self.checkpoint, &adapters, entries).map_err(|e| e.to_string())
     }
 

@@ -4,7 +4,8 @@
 //! values; [`session::Simulated`] runs entries as a session would, in an arena laid out for capacities, and trains;
 //! [`reference::Reference`] is the interpreter in its place.
 //! [`attention`] takes attention in every form. [`blocks`] are weights as codes. [`mutate`] puts errors into code, which must be
-//! seen. [`estimate`] counts what kernels execute. [`cases`] lists what a test run and a full sweep take.
+//! seen. [`estimate`] counts what kernels execute. [`cases`] lists what a test run and a full sweep take. [`sweep`] assembles the code of many
+//! graphs.
 //!
 //! Nothing that a kernel computes into holds anything before: bytes that were not written are errors when read, and NaN.
 
@@ -17,6 +18,7 @@ pub mod mutate;
 pub mod ptxas;
 pub mod reference;
 pub mod session;
+pub mod sweep;
 
 use pleach_codegen::compile::{compile_gpu, supported_gpu};
 use pleach_codegen::emit::gpu::GpuChip;
@@ -74,6 +76,15 @@ pub fn compile_with(
     meta: Meta,
     blocks: &BTreeMap<String, BlockFormat>,
 ) -> Result<Compiled, String> {
+    let schedule = schedule(graph, options, blocks)?;
+    Compiled::new(schedule, chip, meta)
+}
+
+/// A graph cut into the kernels of a plan for a GPU, where the checkpoint has these tensors in blocks too.
+///
+/// # Errors
+/// Whatever refuses, with its stage.
+pub fn schedule(graph: &Graph, options: &Options, blocks: &BTreeMap<String, BlockFormat>) -> Result<Schedule, String> {
     let options = Options { target: Target::GPU, ..options.clone() };
     let graph = manager::run(graph, &Pipeline::default(), &options).map_err(|e| format!("passes: {e}"))?.graph;
     let cut =
@@ -83,7 +94,7 @@ pub fn compile_with(
     chunk::run(&mut schedule, &options).map_err(fail)?;
     fuse_kernels::order(&mut schedule).map_err(fail)?;
     join::run(&mut schedule, &options).map_err(fail)?;
-    Compiled::new(schedule, chip, meta)
+    Ok(schedule)
 }
 
 impl Compiled {

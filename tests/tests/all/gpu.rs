@@ -2,14 +2,12 @@
 //! assembles all of it without spills. Needs LLVM, and no GPU.
 #![allow(clippy::print_stderr, reason = "a test that is skipped says so")]
 
-use pleach_codegen::compile::{GpuOptions, compile_gpu, compile_gpu_with, supported_gpu};
+use pleach_codegen::compile::{GpuOptions, compile_gpu, compile_gpu_with};
 use pleach_codegen::emit::gpu::GpuChip;
-use pleach_frontend::adapter::method_names;
 use pleach_ir::{BlockFormat, DType, Graph, Layout, Schedule};
-use pleach_passes::fuse_kernels::{self, CutOptions};
-use pleach_passes::{Options, Pipeline, Target, chunk, join, manager};
+use pleach_passes::Options;
 use pleach_plan::{LaunchParam, Meta, Plan};
-use pleach_tests::gpu::{blocks, ptxas};
+use pleach_tests::gpu::{self, blocks, ptxas};
 use pleach_tests::shaped::{self, Shape};
 use pleach_tests::training::cases;
 use std::collections::BTreeMap;
@@ -23,18 +21,10 @@ fn schedule(graph: &Graph, dtype: DType) -> Schedule {
 fn schedule_with(graph: &Graph, dtype: DType, blocks: &BTreeMap<String, BlockFormat>) -> Schedule {
     // As a plan for four rows of 2048 tokens is made: large heads run window by window.
     let hints = ["train", "accumulate", "step", "evaluate"].map(|n| (n.to_string(), 8192)).to_vec();
-    let options = Options { target: Target::GPU, dtype, tokens_hint: hints, length_hint: 2048, ..Options::default() };
+    let options = Options { dtype, tokens_hint: hints, length_hint: 2048, ..Options::default() };
     let clock = std::time::Instant::now();
-    let graph = manager::run(graph, &Pipeline::default(), &options).unwrap().graph;
-    let passes = clock.elapsed();
-    let cut =
-        CutOptions { supported: &supported_gpu, panels: &[], blocks: blocks.clone(), picks: Some(options.clone()) };
-    let mut s = fuse_kernels::cut(&graph, &cut).unwrap();
-    chunk::run(&mut s, &options).unwrap();
-    fuse_kernels::order(&mut s).unwrap();
-    let joined = join::run(&mut s, &options).unwrap();
-    eprintln!("{joined} launches joined");
-    eprintln!("passes {passes:.1?}, kernels {:.1?}", clock.elapsed() - passes);
+    let s = gpu::schedule(graph, &options, blocks).unwrap();
+    eprintln!("passes and kernels {:.1?}", clock.elapsed());
     s
 }
 
@@ -254,8 +244,21 @@ fn what_reads_much_keeps_little() {
         t.outputs.push(part);
     }
     let thin = t.graph();
+    // Hundreds of terms of one sum.
+    let mut t = Text::default();
+    let terms: Vec<String> = (0..420)
+        .map(|i| {
+            let x = t.input(&format!("x{i}"), "f32[]");
+            format!("%{}", t.value(&format!("sqrt(%{x}) : f32[]")))
+        })
+        .collect();
+    let sum = t.value(&format!("add({}) : f32[]", terms.join(", ")));
+    t.outputs.push(sum);
+    let sum = t.graph();
     for chip in GpuChip::ALL {
-        for (name, graph, kernels) in [("stream", &stream, 2), ("product", &product, 1), ("thin", &thin, 1)] {
+        for (name, graph, kernels) in
+            [("stream", &stream, 2), ("product", &product, 1), ("thin", &thin, 1), ("sum", &sum, 1)]
+        {
             let plan = shaped_plan(name, graph, DType::F32, chip);
             assert_eq!(plan.kernels.len(), kernels, "{name}");
         }
@@ -280,50 +283,6 @@ fn sizes_that_need_registers() {
         let graph = shape.open(1).unwrap().training(method, rank).unwrap();
         shaped_plan(&format!("{} {method}", shape.name), &graph, DType::BF16, chip);
     }
-}
-
-/// Layers of models of many sizes, of every method and with adapters of few and many rows.
-#[test]
-#[ignore = "takes minutes: `make test-gpu-full`"]
-fn methods_and_sizes() {
-    let llama = shaped::LLAMA_3_8B;
-    let sizes = [
-        shaped::SMOLLM2,
-        Shape { name: "smollm2-360m", hidden: 960, inner: 2560, heads: 15, kv_heads: 5, ..shaped::SMOLLM2 },
-        Shape { name: "qwen2-0.5b", hidden: 896, inner: 4864, heads: 14, kv_heads: 2, vocab: 151_936, tied: true },
-        Shape { name: "tinyllama", hidden: 2048, inner: 5632, heads: 32, kv_heads: 4, vocab: 32_000, tied: false },
-        Shape { name: "llama-2-7b", inner: 11008, kv_heads: 32, vocab: 32_000, ..llama },
-    ];
-    let mut cases: Vec<(Shape, &str, u64)> = vec![];
-    for shape in sizes {
-        let ranks = [4, 8, 16, 64];
-        cases.extend(["lora", "dora", "paca"].iter().flat_map(|m| ranks.map(|r| (shape, *m, r))));
-        cases.push((shape, "full", 0));
-    }
-    for method in method_names() {
-        cases.extend([(llama, method, 16), (shaped::SMOLLM2, method, 16)]);
-    }
-    cases.extend([4, 8, 64].map(|r| (llama, "lora", r)));
-    let mut faults = vec![];
-    for (shape, method, rank) in cases {
-        let model = shape.open(1).unwrap();
-        // Some methods have no rank.
-        let graph = model.training(method, rank).or_else(|_| model.training(method, 0));
-        let mut graphs = vec![(format!("{} {method} {rank}", shape.name), graph)];
-        if method == "lora" {
-            let graph = model.inference(&["infer", "generate"], rank);
-            graphs.push((format!("{} infer, generate {rank}", shape.name), graph));
-        }
-        for (name, graph) in graphs {
-            let graph = graph.unwrap_or_else(|e| panic!("{name}: {e}"));
-            for chip in GpuChip::ALL {
-                let s = schedule(&graph, DType::BF16);
-                let (plan, _) = compile_gpu(&s, chip, 2, Meta::default()).unwrap();
-                faults.extend(spilling(&format!("{name} {}", chip.name()), &plan));
-            }
-        }
-    }
-    assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
 /// Every form that a kernel of a layer's training step can have.

@@ -6,6 +6,8 @@ mod fixtures;
 mod golden;
 #[cfg(feature = "llvm")]
 mod gpu_sim;
+#[cfg(feature = "llvm")]
+mod gpu_sizes;
 mod methods;
 #[cfg(feature = "llvm")]
 mod models;
@@ -53,6 +55,8 @@ fn main() -> ExitCode {
         ("golden", golden::trials),
         #[cfg(feature = "llvm")]
         ("gpu_sim", gpu_sim::trials),
+        #[cfg(feature = "llvm")]
+        ("gpu_sizes", gpu_sizes::trials),
         ("methods", methods::trials),
         #[cfg(feature = "llvm")]
         ("models", models::trials),
