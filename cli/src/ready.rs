@@ -55,7 +55,7 @@ pub(crate) struct Origin {
 /// Files that are refused, a plan without an entry, and whatever compiling refuses.
 pub(crate) fn ready(ui: &Ui, args: &ModelArgs, entries: &[&str], tokens: &[(String, u64)]) -> Result<Ready> {
     if looks_like_a_plan(&args.model) {
-        return from_plan(ui, args, entries);
+        return from_plan(ui, args, entries, &[]);
     }
     no_weights(args)?;
     from_model(ui, args, entries, tokens)
@@ -76,17 +76,21 @@ pub(crate) fn looks_like_a_plan(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "pleach") || (path.is_file() && read().is_ok() && &head == pleach_plan::MAGIC)
 }
 
-pub(crate) fn from_plan(ui: &Ui, args: &ModelArgs, entries: &[&str]) -> Result<Ready> {
+/// Reads a plan that has these entries. It is left with them, with those of `more` that it has, and with its preparations: what a command
+/// does not run takes no memory.
+pub(crate) fn from_plan(ui: &Ui, args: &ModelArgs, entries: &[&str], more: &[&str]) -> Result<Ready> {
     #[cfg(feature = "compiler")]
     let clock = Instant::now();
     let within = |e: pleach_plan::PlanError| Failure::from(e).within(&args.model.display().to_string());
-    let plan = match Plan::read(&args.model) {
+    let mut plan = match Plan::read(&args.model) {
         Err(e @ pleach_plan::PlanError::Io { .. }) => return Err(e.into()),
         other => other.map_err(within)?,
     };
     for e in entries {
         plan.entry(e).map_err(|e| Failure::from(e).within("compile it with --entry"))?;
     }
+    let runs = |name: &str| entries.contains(&name) || more.contains(&name);
+    plan.entries.retain(|e| e.prepares().is_some() || runs(&e.name));
     let folder = args.weights.clone().ok_or_else(|| {
         Failure::usage("a compiled plan holds no weights: give the model folder with --weights MODEL")
     })?;
@@ -261,6 +265,18 @@ impl Ready {
         let filled = 0;
         note_empty(ui, &self.plan.slots(), filled);
         Ok(session)
+    }
+
+    /// Refuses sequences that are longer than an encoder's table of positions.
+    ///
+    /// # Errors
+    /// How long they are, and may be.
+    pub(crate) fn takes(&self, longest: u64) -> Result<()> {
+        let limit = self.plan.meta.max_positions;
+        match self.is_encoder() && longest > limit {
+            true => Err(Failure::usage(format!("a sequence has {longest} tokens; the model takes at most {limit}"))),
+            false => Ok(()),
+        }
     }
 
     /// Whether the model is an encoder.

@@ -26,8 +26,9 @@ pub(crate) struct Training {
 /// Tokens of a row when nothing is said.
 const LENGTH: u64 = 512;
 
-/// Entries that a training plan must have, but for those of a step.
+/// Entries that a training plan must have, but for those of a step; and those.
 const ENTRIES: [&str; 1] = ["evaluate"];
+const OF_A_STEP: [&str; 3] = ["accumulate", "update", "step"];
 
 impl Training {
     /// Finds, reads or compiles the plan.
@@ -43,7 +44,7 @@ impl Training {
             if method.any() {
                 return Err(Failure::usage("a compiled plan has its method; leave out --method and its options"));
             }
-            let ready = ready::from_plan(ui, model, &ENTRIES)?;
+            let ready = ready::from_plan(ui, model, &ENTRIES, &OF_A_STEP)?;
             let has = |names: &[&str]| names.iter().all(|n| ready.plan.entry(n).is_ok());
             if !(has(&["accumulate", "update"]) || has(&["step"]) && shape.one_run_a_step()) {
                 return Err(Failure::usage(if has(&["step"]) {

@@ -26,7 +26,7 @@ pub struct Options {
     /// Workers, the caller among them; 0 means one per core.
     pub threads: usize,
     /// Largest values of the plan's symbols: `T` tokens of a run, `S` sequences of a run, `C` slots of the cache, `P`
-    /// positions. `P` defaults to what the model was made for.
+    /// positions, `L` counted targets. `P` defaults to what the model was made for, `L` to `T`: there are no more.
     pub capacities: BTreeMap<String, u64>,
     /// The blocks of the weights have been compared with the weights (see [`first_difference`](crate::first_difference)) by
     /// whoever opens the session, and stand for them. Otherwise opening does that, where a plan reads blocks.
@@ -306,9 +306,13 @@ pub(crate) fn capacities(plan: &Plan, options: &Options) -> Result<Vec<u64>> {
             return Err(RuntimeError::Capacity(format!("the capacity of {name} is {v}; give 1 to {}", i32::MAX)));
         }
     }
+    let given = |name: &str| options.capacities.get(name).copied();
     let value = |name: &str| {
-        let given = options.capacities.get(name).copied();
-        given.or_else(|| (name == "P" && plan.meta.max_positions > 0).then_some(plan.meta.max_positions))
+        given(name).or_else(|| match name {
+            "P" => Some(plan.meta.max_positions).filter(|n| *n > 0),
+            "L" => given("T"),
+            _ => None,
+        })
     };
     let missing: Vec<&str> = free().filter(|s| value(&s.name).is_none()).map(|s| s.name.as_str()).collect();
     if !missing.is_empty() {

@@ -49,6 +49,7 @@ pub(crate) fn run(ui: &Ui, args: &RunArgs) -> Result<()> {
         not_among_inputs(out, args)?;
     }
     let ready = ready(ui, &args.model, &["infer"], &[])?;
+    ready.takes(sequences.longest())?;
     let encoder = ready.is_encoder();
     if args.similarity && !encoder {
         return Err(Failure::usage("--similarity is for encoders; this model is a decoder"));

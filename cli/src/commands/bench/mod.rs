@@ -58,6 +58,7 @@ fn random_ids(ready: &Ready, n: u64) -> Vec<i32> {
 fn run(ui: &Ui, args: &BenchArgs) -> Result<()> {
     check(args)?;
     let ready = ready(ui, &args.model, &["infer"], &[])?;
+    ready.takes(args.tokens)?;
     let opened = Instant::now();
     let n = args.tokens;
     let mut session = open(ui, args, &ready, &[("T", n), ("S", 1), ("C", 1), ("P", n)])?;
