@@ -4,23 +4,45 @@ use crate::failure::{Failure, Result};
 use pleach_runtime::files::sync;
 use std::path::{Path, PathBuf};
 
-/// Makes a file under a temporary name, syncs and renames it.
+/// Makes a file under a temporary name, syncs and renames it. Where the name is a link, what it leads to is replaced; where it is a
+/// device or a pipe, that gets the bytes.
 ///
 /// # Errors
 /// Those of `make`, and what the system refuses; what was there before stays.
 pub(crate) fn put<T>(to: &Path, make: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
-    let mut temporary = to.as_os_str().to_owned();
+    if to.metadata().is_ok_and(|m| !m.is_file() && !m.is_dir()) {
+        return pour(to, make);
+    }
+    let place = to.canonicalize().unwrap_or_else(|_| to.to_owned());
+    let mut temporary = place.as_os_str().to_owned();
     temporary.push(format!(".{}.tmp", std::process::id()));
     let temporary = PathBuf::from(temporary);
     let done = make(&temporary).and_then(|made| {
         sync(&temporary)?;
-        std::fs::rename(&temporary, to).map_err(Failure::io("write", to))?;
-        sync(above(to))?;
+        std::fs::rename(&temporary, &place).map_err(Failure::io("write", to))?;
+        sync(above(&place))?;
         Ok(made)
     });
     if done.is_err() {
         let _ = std::fs::remove_file(&temporary);
     }
+    done
+}
+
+/// Makes a file elsewhere and writes its bytes into what is no file.
+fn pour<T>(to: &Path, make: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    let folder = std::env::temp_dir().join(format!("pleach-{}.out", std::process::id()));
+    std::fs::create_dir(&folder).map_err(Failure::io("create", &folder))?;
+    let file = folder.join("out");
+    let done = make(&file).and_then(|made| {
+        let copied = std::fs::File::open(&file).and_then(|mut from| {
+            let mut into = std::fs::OpenOptions::new().write(true).open(to)?;
+            std::io::copy(&mut from, &mut into)
+        });
+        copied.map_err(Failure::io("write", to))?;
+        Ok(made)
+    });
+    let _ = std::fs::remove_dir_all(&folder);
     done
 }
 
