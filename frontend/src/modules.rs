@@ -73,6 +73,8 @@ pub struct ModuleTable {
     wrapper: &'static str,
     /// Whether the paths of this table carry the wrapper's name.
     wrapped: bool,
+    /// Whether the embedding's table is the output head's weight.
+    tied: bool,
     default_targets: &'static [&'static str],
     scaled_targets: &'static [&'static str],
 }
@@ -145,6 +147,11 @@ impl ModuleTable {
         self.wrapped
     }
 
+    /// Whether the module's weight is shared: by the embedding and the output head, where the model ties them.
+    pub(crate) fn is_tied(&self, module: &Module) -> bool {
+        self.tied && (module.output_head || matches!(module.kind, ModuleKind::Embedding { .. }))
+    }
+
     /// The same modules as the other transformers class names them (`LlamaModel` for `LlamaForCausalLM`, a class with a
     /// head for `BertModel`), each with its path in `self`.
     pub fn renamed(&self) -> (ModuleTable, Vec<String>) {
@@ -165,8 +172,7 @@ impl ModuleTable {
             let member = module.member.clone().and_then(|m| Some(Member { consumer: rename(&m.consumer)?, ..m }));
             modules.push(Module { path, member, ..module.clone() });
         }
-        let (wrapped, wrapper, default_targets) = (!self.wrapped, self.wrapper, self.default_targets);
-        (ModuleTable { modules, wrapper, wrapped, default_targets, scaled_targets: self.scaled_targets }, origins)
+        (ModuleTable { modules, wrapped: !self.wrapped, ..self.clone() }, origins)
     }
 }
 
@@ -228,7 +234,7 @@ fn llama(c: &LlamaConfig) -> ModuleTable {
         LlamaFamily::Llama | LlamaFamily::Mistral => &["k_proj", "v_proj", "down_proj"],
         LlamaFamily::Qwen2 => &["q_proj", "v_proj", "down_proj"],
     };
-    ModuleTable { modules: b.0, wrapper: "model", wrapped: true, default_targets, scaled_targets }
+    ModuleTable { modules: b.0, wrapper: "model", wrapped: true, tied: c.tied_head, default_targets, scaled_targets }
 }
 
 fn bert(c: &BertConfig) -> ModuleTable {
@@ -265,5 +271,12 @@ fn bert(c: &BertConfig) -> ModuleTable {
     b.linear("pooler.dense".into(), d, d, true);
     b.other(&["pooler.activation".into()]);
     let scaled_targets = &["key", "value", "output.dense"];
-    ModuleTable { modules: b.0, wrapper: "bert", wrapped: false, default_targets: &["query", "value"], scaled_targets }
+    ModuleTable {
+        modules: b.0,
+        wrapper: "bert",
+        wrapped: false,
+        tied: false,
+        default_targets: &["query", "value"],
+        scaled_targets,
+    }
 }

@@ -16,7 +16,7 @@ use crate::adapter::{
 };
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::modules::{ModuleKind, ModuleTable};
+use crate::modules::{Module, ModuleKind, ModuleTable};
 use crate::nearest::nearest_hint;
 use crate::tensors::{Dtype, TensorRef, TensorTable};
 
@@ -118,6 +118,7 @@ impl Adapter {
         }
         let targets = match_modules(&config, modules)?;
         let replaced = replaced(&config, modules, &targets)?;
+        refuse_tying(Path::new("the method's options"), &config, modules, &targets, &replaced)?;
         if targets.is_empty() && replaced.is_empty() {
             return Err(Error::Pattern {
                 pattern: "target_modules".into(),
@@ -278,14 +279,10 @@ struct Bound {
 
 fn bind(dir: &Path, config: &MethodConfig, tensors: &TensorTable, modules: &ModuleTable) -> Result<Bound> {
     let targets = match_modules(config, modules)?;
-    if config.ensure_weight_tying && targets.iter().any(|t| t.embedding || t.module.ends_with("lm_head")) {
-        let path = dir.join("adapter_config.json");
-        let what = "is true for a targeted embedding or head, which is not supported";
-        return Err(Error::key(&path, "ensure_weight_tying", what));
-    }
     let mut sites = sites(&targets);
     let mut orders = ordered(config, modules, &mut sites);
     let mut replaced = replaced(config, modules, &targets)?;
+    refuse_tying(&dir.join("adapter_config.json"), config, modules, &targets, &replaced)?;
     let name = |module: &str, end: &str| format!("{PREFIX}{module}.{end}");
     for r in &mut replaced {
         // Older files keep the bias of a targeted layer under its own name.
@@ -308,7 +305,8 @@ fn bind(dir: &Path, config: &MethodConfig, tensors: &TensorTable, modules: &Modu
     let of_order = |o: &Ordered| Some(name(&o.coupling.consumer, o.buffer.file?));
     expected.extend(orders.iter().filter_map(of_order));
     let copies = find_copies(tensors, modules, &targets, &expected);
-    let repeated = find_repeated(tensors, &sites, &common)?;
+    let mut repeated = find_repeated(tensors, &sites, &common)?;
+    repeated.extend(find_wrapped(dir, tensors, &replaced)?);
     refuse_unexpected(dir, tensors, &expected, &copies, &repeated)?;
     let file = File { dir, tensors, expected: &expected };
     let mut values = BTreeMap::new();
@@ -351,6 +349,29 @@ fn bind(dir: &Path, config: &MethodConfig, tensors: &TensorTable, modules: &Modu
         r.value = SlotValue::Tensor(file.find(&format!("{PREFIX}{}", r.file), &r.shape, why)?);
     }
     Ok(Bound { sites, orders, replaced, copies, note: first.note })
+}
+
+/// Refuses what PEFT makes one of two: an adapter, or a replacement, of a weight that the embedding and the output head share.
+fn refuse_tying(
+    path: &Path,
+    config: &MethodConfig,
+    modules: &ModuleTable,
+    targets: &[Target],
+    replaced: &[Replaced],
+) -> Result<()> {
+    let changed = |m: &&Module| {
+        let weight = format!("{}.weight", m.path);
+        targets.iter().any(|t| t.module == m.path) || replaced.iter().any(|r| r.path == weight)
+    };
+    let shared = modules.iter().filter(|m| config.ensure_weight_tying && modules.is_tied(m)).find(changed);
+    shared.map_or(Ok(()), |m| {
+        let what = format!(
+            "is true and `{}` shares its weight: one change of embedding and output head is not supported; set it to false to change \
+             the one that is named alone",
+            m.path
+        );
+        Err(Error::key(path, "ensure_weight_tying", what))
+    })
 }
 
 /// The value of a buffer that no file holds: from its recipe where that gives the same at any time.
@@ -495,6 +516,25 @@ fn find_repeated(tensors: &TensorTable, sites: &[Site], shared: &[Shared]) -> Re
             }
             found.insert(name);
         }
+    }
+    Ok(found)
+}
+
+/// What the file holds again, or still, of replaced modules under the names of PEFT's wrapper: it saves all biases beside them.
+///
+/// # Errors
+/// A repetition with other values.
+fn find_wrapped(dir: &Path, tensors: &TensorTable, replaced: &[Replaced]) -> Result<BTreeSet<String>> {
+    let mut found = BTreeSet::new();
+    for (module, end) in replaced.iter().filter(|r| r.file == r.path).filter_map(|r| r.path.rsplit_once('.')) {
+        let [one, again, before] =
+            ["", "modules_to_save.", "original_module."].map(|part| format!("{PREFIX}{module}.{part}{end}"));
+        if let (Some(a), Some(b)) = (tensors.get(&one), tensors.get(&again))
+            && (a.shape != b.shape || a.read_bytes()? != b.read_bytes()?)
+        {
+            return Err(Error::tensor(dir, again, format!("differs from `{one}`, which it should repeat")));
+        }
+        found.extend([again, before].into_iter().filter(|name| tensors.get(&one).and(tensors.get(name)).is_some()));
     }
     Ok(found)
 }

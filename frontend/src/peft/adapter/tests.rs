@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::config::ModelConfig;
-use crate::testing::{folder, tiny_llama, write_tensors};
+use crate::safetensors::Writer;
+use crate::testing::{folder, tiny_bert, tiny_llama, values, write_tensors};
 use serde_json::{Value, json};
 
 type Tensors = Vec<(String, Vec<u64>)>;
@@ -107,4 +108,73 @@ fn rank_patterns_decide_shapes() {
         }
     });
     assert_eq!(adapter.unwrap().sites[1].rank, 6);
+}
+
+#[test]
+fn a_weight_of_two_modules_is_not_changed_for_both() {
+    let fresh = |tied: bool, keys: Value| {
+        let mut base = tiny_llama();
+        base["tie_word_embeddings"] = tied.into();
+        let base = ModelConfig::parse(Path::new("c"), base.as_object().unwrap()).unwrap();
+        let mut all = json!({"target_modules": ["q_proj"], "ensure_weight_tying": true});
+        all.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        let config = MethodConfig::named("lora", all.as_object().unwrap()).unwrap();
+        Adapter::fresh(&config, &ModuleTable::new(&base)).map(|a| a.parameters()).map_err(|e| e.to_string())
+    };
+    let changes = [
+        json!({"modules_to_save": ["embed_tokens"]}),
+        json!({"modules_to_save": ["lm_head"]}),
+        json!({"target_modules": ["q_proj", "embed_tokens"]}),
+        json!({"target_modules": ["q_proj", "lm_head"]}),
+    ];
+    for keys in changes {
+        let refused = fresh(true, keys.clone()).unwrap_err();
+        assert!(refused.contains("`ensure_weight_tying` is true and") && refused.contains("shares its"), "{refused}");
+        assert!(fresh(false, keys).is_ok());
+    }
+    assert!(fresh(true, json!({})).is_ok());
+    let mut base = tiny_llama();
+    base["tie_word_embeddings"] = true.into();
+    let base = ModelConfig::parse(Path::new("c"), base.as_object().unwrap()).unwrap();
+    let dir = folder("adapter-tied");
+    let config = json!({"peft_type": "LORA", "modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"], "ensure_weight_tying": true});
+    std::fs::write(dir.join("adapter_config.json"), config.to_string()).unwrap();
+    write_tensors(&dir.join("adapter_model.safetensors"), &[], 0);
+    let refused = Adapter::open(&dir, None, &ModuleTable::new(&base)).unwrap_err().to_string();
+    assert!(refused.contains("shares its weight"), "{refused}");
+}
+
+#[test]
+fn biases_are_saved_again_under_the_names_of_wrappers() {
+    let base = ModelConfig::parse(Path::new("c"), tiny_bert().as_object().unwrap()).unwrap();
+    let modules = ModuleTable::new(&base);
+    let keys = json!({"modules_to_save": ["LayerNorm"], "bias": "all", "target_modules": ["query"], "r": 2});
+    let config = MethodConfig::named("lora", keys.as_object().unwrap()).unwrap();
+    let fresh = Adapter::fresh(&config, &modules).unwrap();
+    let mut list: Tensors = fresh.replaced.iter().map(|r| (format!("{PREFIX}{}", r.file), r.shape.clone())).collect();
+    for s in &fresh.sites {
+        list.push((format!("{PREFIX}{}.lora_A.weight", s.module), vec![2, 16]));
+        list.push((format!("{PREFIX}{}.lora_B.weight", s.module), vec![16, 2]));
+    }
+    let dir = folder("adapter-wrapped");
+    let saved = Value::Object(config.saved());
+    std::fs::write(dir.join("adapter_config.json"), saved.to_string()).unwrap();
+    let open = |more: &[(&str, u32)]| {
+        let bias = list.iter().position(|t| t.0.ends_with("embeddings.LayerNorm.bias")).unwrap() as u32;
+        let mut all: Vec<(String, Vec<u64>, u32)> =
+            list.iter().enumerate().map(|(i, (name, shape))| (name.clone(), shape.clone(), i as u32)).collect();
+        all.extend(
+            more.iter()
+                .map(|(part, other)| (format!("{PREFIX}embeddings.LayerNorm.{part}.bias"), vec![16], bias + other)),
+        );
+        let declared: Vec<_> = all.iter().map(|(name, shape, _)| (name.clone(), Dtype::F32, shape.clone())).collect();
+        let mut writer = Writer::create(&dir.join("adapter_model.safetensors"), &declared).unwrap();
+        all.iter().for_each(|(_, shape, i)| writer.write_f32(&values(*i, shape.iter().product())).unwrap());
+        writer.finish().unwrap();
+        Adapter::open(&dir, None, &modules).map(|a| a.tensors).map_err(|e| e.to_string())
+    };
+    assert_eq!(open(&[]), Ok(list.len()));
+    assert_eq!(open(&[("modules_to_save", 0), ("original_module", 7)]), Ok(list.len() + 2));
+    assert!(open(&[("modules_to_save", 1)]).unwrap_err().contains("differs from"));
+    assert!(open(&[("modules_to_keep", 0)]).unwrap_err().contains("belongs to no module"));
 }
