@@ -29,6 +29,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 mod budget;
+pub(crate) mod kept;
 mod paths;
 pub(crate) mod stages;
 

@@ -68,6 +68,20 @@ impl Checkpoint {
         Ok(Checkpoint { dir: dir.to_owned(), config, modules, params, ignored })
     }
 
+    /// The same model with its first layers alone; the whole one where it has no more.
+    pub fn with_layers(&self, layers: u64) -> Checkpoint {
+        let mut config = self.config.clone();
+        match &mut config {
+            ModelConfig::Llama(c) => c.layers = c.layers.min(layers),
+            ModelConfig::Bert(c) => c.layers = c.layers.min(layers),
+        }
+        let modules = ModuleTable::new(&config);
+        let paths: BTreeSet<String> = modules.iter().flat_map(|m| m.parameters()).map(|p| p.path).collect();
+        let params = self.params.iter().filter(|(path, _)| paths.contains(*path));
+        let params = params.map(|(path, tensor)| (path.clone(), tensor.clone())).collect();
+        Checkpoint { dir: self.dir.clone(), config, modules, params, ignored: self.ignored.clone() }
+    }
+
     /// The tensor that holds a parameter, by the parameter's path ("model.layers.0.mlp.up_proj.weight"). A tied output
     /// head answers with the embedding's tensor.
     pub fn param(&self, path: &str) -> Option<&TensorRef> {

@@ -60,7 +60,7 @@ pub(crate) fn dispatch(cli: Cli) -> Result<()> {
         #[cfg(feature = "models")]
         Command::Adapter(a) => adapter::adapter(&ui, &a),
         #[cfg(feature = "models")]
-        Command::Methods(a) => methods::methods(&a),
+        Command::Methods(a) => methods::methods(&ui, &a),
         #[cfg(feature = "models")]
         Command::Import(a) => import::import(&ui, &a),
         #[cfg(feature = "compiler")]

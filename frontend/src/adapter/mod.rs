@@ -82,7 +82,7 @@ pub use method::{Buffer, LowRank, Method, Request, Scope};
 pub(crate) use paca::{ABSOLUTE, DELTA, INDICES};
 pub use plan::{AdapterPlan, TensorPlan};
 pub(crate) use prepare::Lazy;
-pub use prepare::{Given, Measured, collect, prepare};
+pub use prepare::{Given, Measured, collect, prepare, side_by_side};
 pub use saved::{Kept, RankPattern, SavedRanks, SiteRanks};
 pub use schedule::{Buffers, Event, Events, EventsPlan, Moment};
 pub use update::Update;

@@ -165,7 +165,7 @@ pub fn prepare(
 }
 
 /// Calls `work` for every number below `count` on this many threads.
-fn side_by_side(count: usize, threads: usize, work: impl Fn(usize) + Sync) {
+pub fn side_by_side(count: usize, threads: usize, work: impl Fn(usize) + Sync) {
     let next = std::sync::atomic::AtomicUsize::new(0);
     let run = || {
         loop {

@@ -74,6 +74,14 @@ impl ModelConfig {
         }
     }
 
+    /// The number of layers.
+    pub fn layers(&self) -> u64 {
+        match self {
+            ModelConfig::Llama(c) => c.layers,
+            ModelConfig::Bert(c) => c.layers,
+        }
+    }
+
     /// The longest sequence that the model was made for.
     pub fn max_positions(&self) -> u64 {
         match self {
