@@ -436,7 +436,7 @@ pub(crate) enum AdapterCommand {
     Targets {
         /// Hugging Face folder
         model: PathBuf,
-        /// Regular expression for whole module paths, or all-linear
+        /// Regular expression for whole module paths, comma list of names, or all-linear
         #[arg(long = "match", value_name = "REGEX|all-linear")]
         spec: String,
         /// Rank to count parameters for

@@ -86,7 +86,7 @@ fn targets(model: &Path, spec: &str, rank: u64, as_json: bool) -> Result<()> {
         Ok(c) => c.modules,
         Err(_) => ModuleTable::new(&ModelConfig::read(model)?),
     };
-    let list = preview_targets(spec, &modules)?;
+    let list = preview_targets(crate::method::names(spec), &modules)?;
     let parameters = |t: &pleach_frontend::peft::Target| rank * (t.input + t.output);
     let total: u64 = list.iter().map(parameters).sum();
     if as_json {

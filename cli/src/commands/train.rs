@@ -97,6 +97,10 @@ fn prepare_folder(args: &TrainArgs) -> Result<Resume> {
     if out.exists() && !out.is_dir() {
         return Err(Failure::usage(format!("{}: is a file; --out names a folder", out.display())));
     }
+    if let Some(a) = args.model.adapter.iter().find(|a| args.overwrite && is_result(&a.path, out)) {
+        let why = "is where training starts, and --overwrite would remove it; --out names another folder";
+        return Err(Failure::usage(format!("{}: {why}", a.path.display())));
+    }
     let resume = match args.resume.as_deref() {
         None => Resume::No,
         Some(latest) if latest == "latest" => Resume::Latest,
@@ -117,6 +121,13 @@ fn prepare_folder(args: &TrainArgs) -> Result<Resume> {
         )));
     }
     Ok(resume)
+}
+
+/// Whether a folder is that of a run, or one of its checkpoints.
+fn is_result(path: &Path, out: &Path) -> bool {
+    let (Ok(path), Ok(out)) = (path.canonicalize(), out.canonicalize()) else { return false };
+    let inside = path.strip_prefix(&out).ok().map(|rest| rest.to_string_lossy().into_owned());
+    inside.is_some_and(|rest| rest.is_empty() || rest.starts_with("checkpoint-"))
 }
 
 /// What decides the numbers.

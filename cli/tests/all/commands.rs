@@ -59,6 +59,31 @@ fn output_that_cannot_be_written_is_an_error_unless_nobody_reads() {
 /// Folders may have names that are no text.
 #[cfg(target_os = "linux")]
 #[test]
+fn results_go_where_their_name_leads() {
+    use std::os::unix::fs::FileTypeExt;
+    let (folder, pleach, model) = setup("leads");
+    let (file, link, pipe) = (folder.join("file"), folder.join("link"), folder.join("pipe"));
+    std::fs::write(&file, "before").unwrap();
+    std::os::unix::fs::symlink("file", &link).unwrap();
+    let out = |path: &std::path::Path| pleach.ok(&["run", &model, "--ids", "1,2,3", "--out", path.to_str().unwrap()]);
+    out(&link);
+    assert!(link.is_symlink());
+    let want = std::fs::read(&file).unwrap();
+    assert_eq!(tensors(&file)["logits"].0[0], 3);
+    // A device or a pipe is not replaced by a file.
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let reader = std::thread::spawn({
+        let pipe = pipe.clone();
+        move || std::fs::read(pipe).unwrap()
+    });
+    out(&pipe);
+    assert!(pipe.metadata().unwrap().file_type().is_fifo());
+    assert_eq!(reader.join().unwrap(), want);
+    let left = std::fs::read_dir(&folder.0).unwrap().flatten().filter(|e| e.path().extension().is_some()).count();
+    assert_eq!(left, 0);
+}
+
+#[test]
 fn a_path_is_any_bytes() {
     use std::os::unix::ffi::OsStrExt;
     let (folder, pleach, text) = setup("bytes");
@@ -196,6 +221,7 @@ fn adapters_are_described() {
     assert_eq!((v["tensors"].as_u64(), v["all_zero"].as_bool()), (Some(14), Some(false)));
     let v = json(&pleach.ok(&["adapter", "targets", &model, "--match", r".*\.(q|v)_proj", "--json"]));
     assert_eq!(v["modules"].as_array().unwrap().len(), 4);
+    assert_eq!(json(&pleach.ok(&["adapter", "targets", &model, "--match", "q_proj,v_proj", "--json"])), v);
     let odd = fixture("adapters/lora-odd").display().to_string();
     assert!(pleach.fails(1, &["adapter", "check", &model, &odd]).contains("tensor"));
 }
@@ -213,6 +239,21 @@ fn methods_are_listed_with_what_they_train() {
     assert_eq!(of(&list, "lora")["trained"], json(&targets)["parameters"]);
     assert!(of(&list, "paca")["trained"].as_u64() < of(&list, "lora")["trained"].as_u64());
     assert_eq!(of(&list, "dora")["merges"], true);
+    // What a step keeps is what `plan` foretells.
+    let planned = |name: &str| {
+        let shape = ["--accum", "2", "--batch", "8", "--max-length", "64", "--json", "--quiet"];
+        let what = ["plan", &model, "--method", name, "--r", r, "--target-modules", spec];
+        json(&pleach.ok(&[&what[..], &shape].concat()))["saved_bytes"].as_f64().unwrap() / 512.0
+    };
+    let saved = ["lora", "paca", "vera"].map(|name| {
+        let (saved, planned) = (of(&list, name)["saved_bytes_per_token"].as_f64().unwrap(), planned(name));
+        assert!((saved / planned - 1.0).abs() < 0.01, "{name}: {saved}, {planned}");
+        saved
+    });
+    assert!(saved[0] != saved[1] && saved[1] != saved[2], "{saved:?}");
+    let encoder = fixture("bert-tiny").display().to_string();
+    let list = json(&pleach.ok(&["methods", &encoder, "--json"]));
+    assert!(of(&list, "lora")["trained"].as_u64() > Some(0) && of(&list, "lora")["saved_bytes_per_token"].is_null());
 }
 
 #[test]
@@ -230,6 +271,11 @@ fn benchmarks_report_one_object() {
     assert!(v["bandwidth_share"].as_f64().is_some_and(|x| x > 0.0), "{v}");
     let v = json(&pleach.ok(&["bench", "kernels", &model, "--tokens", "5", "--json", "--quiet"]));
     assert!(v.as_array().unwrap().iter().all(|r| r["ms"].as_f64().unwrap() > 0.0 && r["shape"][0] == 5));
+    let encoder = fixture("bert-tiny").display().to_string();
+    for call in [&["bench", "run", &encoder, "--tokens", "999"][..], &["run", &encoder, "--ids", &["5"; 999].join(",")]]
+    {
+        assert!(pleach.fails(2, call).contains("a sequence has 999 tokens; the model takes at most "));
+    }
 }
 
 #[test]

@@ -138,6 +138,41 @@ fn threads_kills_and_plan_files_change_no_bit() {
 }
 
 #[test]
+fn a_plan_of_everything_does_each_thing() {
+    let c = Case::new("train-all");
+    let plan = |entries: &str, name: &str| {
+        let out = c.out(name);
+        let shape = ["--entry", entries, "--batch", "2", "--max-length", "16", "-o", &out];
+        c.pleach.ok(&[&["compile", &c.model], &LORA[..6], &shape[..]].concat());
+        out
+    };
+    let (all, train) = (plan("infer,generate,train", "all.pleach"), plan("train", "train.pleach"));
+    let trained = |plan: &str, out: &str| {
+        let mut args = c.args(out, &["--no-shuffle"]);
+        args[1] = plan;
+        args.extend(["--weights", &c.model]);
+        c.pleach.ok(&args);
+        let metrics = std::fs::read_to_string(Path::new(out).join("metrics.jsonl")).unwrap();
+        let first: Value = serde_json::from_str(metrics.lines().next().unwrap()).unwrap();
+        (results(out), first["planned_peak_bytes"].as_u64().unwrap())
+    };
+    let (of_all, of_train) = (c.out("of-all"), c.out("of-train"));
+    let ((bits, bytes), (same, fewer)) = (trained(&all, &of_all), trained(&train, &of_train));
+    assert_eq!(bits, same);
+    // One slot of a cache, and what a new adapter is made for entries that do not run.
+    assert!(bytes < fewer + fewer / 2, "{bytes} bytes where {fewer} are enough");
+    let said = |from: &[&str], name: &str| {
+        let (file, ids) = (c.out(name), ["--ids", "5,6,7,8", "--adapter", &of_all]);
+        c.pleach.ok(&[&["run"], from, &ids, &["--out", &file]].concat());
+        let new = c.pleach.ok(&[&["generate"], from, &ids, &["--print-ids", "--max-new-tokens", "5"]].concat());
+        (tensors(Path::new(&file))["logits"].1.clone(), new)
+    };
+    let (x, new) = said(&[&all, "--weights", &c.model], "x.safetensors");
+    let (y, same) = said(&[&c.model], "y.safetensors");
+    assert!(relative(&x, &y) <= 2e-5 && new == same);
+}
+
+#[test]
 fn kills_change_no_bit_of_other_methods() {
     let c = Case::new("train-kills");
     for (method, more) in [("dora", &[][..]), ("paca", &[]), ("rslora", &["--modules-to-save", "lm_head"])] {
@@ -352,6 +387,10 @@ fn refusals_say_what_to_do() {
     c.train(&out, &[&LORA[..], &["--log", "jsonl,tensorboard", "--eval", &c.data, "--resume", "latest"]].concat());
     assert_eq!(std::fs::read_dir(Path::new(&out).join("tensorboard")).unwrap().flatten().count(), 1);
     fails(1, &["--overwrite", "--budget", "1000B"], "are needed");
+    for start in [out.clone(), format!("{out}/checkpoint-3")] {
+        let e = c.pleach.fails(2, &c.args(&out, &["--adapter", &start, "--overwrite"]));
+        assert!(e.contains("is where training starts, and --overwrite would remove it"), "{e}");
+    }
     let nothing = ["train", &c.model, "--data", "/nonexistent.jsonl", "--out", &c.out("none")];
     let e = c.pleach.fails(1, &[&nothing[..], &LORA[..6]].concat());
     assert!(e.contains("nonexistent"), "{e}");

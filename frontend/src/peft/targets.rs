@@ -135,12 +135,15 @@ pub(super) fn matched<'a>(config: &MethodConfig, modules: &'a ModuleTable) -> Re
     Ok(list)
 }
 
-/// What `target_modules` given as a string on the command line would attach to: "all-linear", or a regular expression
-/// for whole paths. Rank 1 and alpha 1 stand in for the values of a configuration.
-pub fn preview_targets(spec: &str, modules: &ModuleTable) -> Result<Vec<Target>> {
+/// What a value of `target_modules` would attach to: "all-linear", a regular expression for whole paths, or a list of names.
+/// Rank 1 and alpha 1 stand in for the values of a configuration.
+///
+/// # Errors
+/// What is no such value, and what matches nothing.
+pub fn preview_targets(spec: serde_json::Value, modules: &ModuleTable) -> Result<Vec<Target>> {
     let mut raw = serde_json::Map::new();
     raw.insert("peft_type".into(), "LORA".into());
-    raw.insert("target_modules".into(), spec.into());
+    raw.insert("target_modules".into(), spec);
     raw.insert("r".into(), 1.into());
     raw.insert("lora_alpha".into(), 1.into());
     match_modules(&MethodConfig::parse(std::path::Path::new("--match"), raw)?, modules)
@@ -301,7 +304,7 @@ mod tests {
         assert!(matched(&m, json!({"target_modules": ["q_porj"]})).unwrap_err().contains("nearest name is `q_proj`"));
         assert!(matched(&m, json!({"target_modules": ".*mlp.*"})).unwrap_err().contains("neither a linear layer"));
         assert!(matched(&m, json!({"target_modules": "("})).unwrap_err().contains("not a valid"));
-        assert!(preview_targets("all-linear", &m).unwrap().iter().all(|t| t.rank == 1));
+        assert!(preview_targets("all-linear".into(), &m).unwrap().iter().all(|t| t.rank == 1));
     }
 
     #[test]

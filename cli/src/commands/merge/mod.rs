@@ -57,7 +57,7 @@ pub(crate) fn merge(ui: &Ui, args: &MergeArgs) -> Result<()> {
     }
     let table = TensorTable::open_folder(model.dir())?;
     let largest = table.iter().map(TensorRef::elements).max().unwrap_or(0) * 4;
-    ui.note(&format!("merging {} tensor by tensor, at most {} at once", table.len(), bytes(largest)));
+    ui.note(&format!("merging {} tensors one by one, at most {} at once", table.len(), bytes(largest)));
     let temporary = temporary_beside(out)?;
     fs::create_dir_all(&temporary).map_err(Failure::io("create", &temporary))?;
     let done = write_folder(ui, &model, &table, &temporary).and_then(|changes| {
