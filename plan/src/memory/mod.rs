@@ -13,6 +13,7 @@ mod greedy;
 mod order;
 mod portfolio;
 mod repair;
+mod rows;
 mod skyline;
 mod solve;
 mod sort;

@@ -3,13 +3,15 @@
 //! What is alive within another's time is stacked without loss when the longer one goes first, which is what training
 //! makes of a model. A tree over the sections of time keeps the heights, so an order costs `n log n`, however many
 //! requests are alive at once. Where that does not reach the bound they are filled from below (see [`super::steps`]); many are in
-//! two ways on two threads, and what is still not near the bound is repaired (see [`super::repair`]). What comes near it is filled
-//! once more without lifts, which suits layers. Where there is a time limit, what would exceed it is left out.
+//! two ways on two threads, where those of few sizes are laid in rows in the second (see [`super::rows`]), and what is still not near
+//! the bound is repaired (see [`super::repair`]). What comes near it is filled once more without lifts, which suits layers. Where there
+//! is a time limit, what would exceed it is left out.
 
 use super::Request;
 use super::branch::sections;
 use super::greedy::lg;
 use super::repair::repair;
+use super::rows;
 use super::solve::beside;
 use super::steps::{Way, fill};
 use std::cmp::Reverse;
@@ -24,6 +26,8 @@ const LOOKS: u64 = 5_000_000;
 pub(super) const MANY: usize = 5000;
 /// Work of filling from below.
 const WORK: u64 = 60_000_000;
+/// Work of rows before that.
+const ROWS: u64 = 100_000_000;
 /// Over the bound (one in so many) many requests are near it: they are repaired where they are not.
 const NEAR: u64 = 334;
 /// Two ways to fill many, what is crowded for the repair after each, and its work.
@@ -167,8 +171,12 @@ fn filled(list: &[Request], bound: u64, stop: Stop<'_>) -> Vec<Option<Vec<u64>>>
     if list.len() <= MANY {
         return vec![fill(list, bound, FEW, &mut { WORK }, Stop { at: None, ..stop })];
     }
-    let way = |(way, crowded, work): (Way, f64, u64), stop: Stop<'_>| {
-        let offsets = fill(list, bound, way, &mut { WORK }, stop)?;
+    let suit = rows::suit(list);
+    let way = |(way, crowded, work): (Way, f64, u64), rows: bool, stop: Stop<'_>| {
+        let offsets = match rows {
+            true => rows::rows(list, bound, way, (ROWS, &mut { WORK }), stop)?,
+            false => fill(list, bound, way, &mut { WORK }, stop)?,
+        };
         if top(list, &offsets) <= near {
             return Some(offsets);
         }
@@ -176,14 +184,14 @@ fn filled(list: &[Request], bound: u64, stop: Stop<'_>) -> Vec<Option<Vec<u64>>>
     };
     let mut far = None;
     let first = || {
-        let offsets = way(WAYS[0], stop)?;
+        let offsets = way(WAYS[0], false, stop)?;
         if top(list, &offsets) > near {
             far = Some(offsets);
             return None;
         }
         Some(offsets)
     };
-    let (a, b) = beside(true, first, |told| way(WAYS[1], Stop { told, ..stop }));
+    let (a, b) = beside(true, first, |told| way(WAYS[1], suit, Stop { told, ..stop }));
     let mut found = vec![a.or(far), b];
     let best = found.iter().flatten().map(|offsets| top(list, offsets)).min();
     if !stop.late() && best.is_some_and(|t| t <= near && t > bound.saturating_add(bound / LITTLE)) {
