@@ -332,8 +332,8 @@ fn accumulate(
     let shift = f.mulc(warp, STEP);
     let own = f.add(&own, &shift);
     let init: Vec<(Val, String)> = begin.into_iter().map(|x| (x, "f32".to_string())).collect();
-    if lines.rolled && depth > step {
-        // The assembler would write turns out all the same, and has no registers for that beside the addresses.
+    if (lines.rolled || most == 1) && depth > step {
+        // The assembler would write turns out all the same, and has no registers for that beside the addresses, or for a second turn.
         f.note = super::ROLLED;
     }
     f.for_(&zero, &end, step, &init, |f, at, sums| {
