@@ -10,6 +10,7 @@
 #![deny(missing_docs)]
 
 pub mod error;
+pub mod flat;
 pub mod graph;
 pub mod infer;
 pub mod interp;
@@ -22,6 +23,7 @@ pub mod view;
 pub mod window;
 
 pub use error::IrError;
+pub use flat::{FlatPart, flat_parts};
 pub use graph::{Entry, Graph, Node, Param, ParamId, Phase, Role, Root, RootKind, Source, ValueId};
 pub use op::{AttentionAttrs, AttentionWrt, BinaryOp, Op, ReduceOp, ScatterMode, UnaryOp};
 pub use schedule::{

@@ -267,8 +267,8 @@ fn is_zero(n: &u32) -> bool {
 pub enum LaunchParam {
     /// Pointer to the buffer of that number: operands, then results.
     Buffer(u32),
-    /// Pointers to many buffers, side by side, as one parameter by value.
-    Buffers(Vec<u32>),
+    /// Pointer to a table of pointers, one to each of these buffers, in memory of the device.
+    Table(Vec<u32>),
     /// Pointer to the kernel's scratch memory, whose contents last from launch to launch of one run.
     Scratch,
     /// Pointer to the i64 values of all the plan's symbols.

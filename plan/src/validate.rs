@@ -185,7 +185,6 @@ fn launches(plan: &Plan, k: &Kernel, envs: &[Vec<u64>], f: &mut Faults) {
         // A pointer takes 8 bytes, a tensor map 128 at a multiple of 64.
         let bytes = |p: &LaunchParam| match p {
             LaunchParam::TensorMap(_) => 192,
-            LaunchParam::Buffers(list) => 8 * list.len(),
             _ => 8,
         };
         let bytes: usize = l.params.iter().map(bytes).sum();
@@ -193,7 +192,7 @@ fn launches(plan: &Plan, k: &Kernel, envs: &[Vec<u64>], f: &mut Faults) {
         for p in &l.params {
             let ok = match p {
                 LaunchParam::Buffer(b) => *b < buffers,
-                LaunchParam::Buffers(list) => list.iter().all(|b| *b < buffers),
+                LaunchParam::Table(list) => !list.is_empty() && list.iter().all(|b| *b < buffers),
                 LaunchParam::Scratch | LaunchParam::Dims => true,
                 LaunchParam::TensorMap(m) => {
                     let rank = m.sizes.len();

@@ -67,6 +67,7 @@ pub struct Func {
     /// The values that lines are written for, and how lines end that say so.
     values: Rc<[ValueId]>,
     end: Rc<str>,
+    place_of: Rc<[ValueId]>,
     /// Of each buffer of the kernel: the operand, or the result and what it lies over.
     buffers: Vec<Vec<ValueId>>,
     /// The buffer of each tensor map (GPU).
@@ -96,6 +97,7 @@ impl Func {
             depth: 1,
             values: [].into(),
             end: "".into(),
+            place_of: [].into(),
             buffers: vec![],
             maps: vec![],
             known: vec![BTreeMap::new()],

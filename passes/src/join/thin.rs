@@ -47,7 +47,11 @@ pub(super) fn run(s: &mut Schedule) -> Result<usize, IrError> {
         for b in blocks {
             let parts: Vec<Step> = b.iter().map(|n| s.entries[i].steps[*n].clone()).collect();
             let Some(t) = thin[parts[0].kernel.0 as usize].as_ref() else { continue };
-            s.entries[i].steps[b[0]] = as_one(s, &mut made, &parts, Some(t.shared))?;
+            // Operands of one launch after the other; that which is shared is the first one's.
+            let n = parts[0].reads.len();
+            let same: Vec<Option<usize>> =
+                (0..n * parts.len()).map(|i| Some(t.shared).filter(|s| i >= n && i % n == *s)).collect();
+            s.entries[i].steps[b[0]] = as_one(s, &mut made, &parts, &same)?;
             gone.extend(&b[1..]);
         }
         let e = &mut s.entries[i];

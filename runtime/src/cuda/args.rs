@@ -15,11 +15,13 @@ pub(crate) struct Given<'a> {
     pub(crate) scratch: u64,
     /// Where the values of the symbols lie on the device.
     pub(crate) dims: u64,
+    /// Where the launch's table of pointers lies on the device, if it has one.
+    pub(crate) table: u64,
     /// The same values, or for a grid that is to serve several, larger ones.
     pub(crate) env: &'a [u64],
 }
 
-/// An argument: a pointer in the first 8 bytes, a tensor map, or a part of a list of pointers.
+/// An argument: a pointer in the first 8 bytes, or a tensor map.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 struct Slot([u64; 16]);
@@ -35,21 +37,11 @@ impl Args {
     /// Makes the arguments of a launch anew.
     pub(crate) fn set(&mut self, l: &Launch, g: &Given<'_>) -> Result<()> {
         self.slots.clear();
-        let mut starts = vec![];
         for p in &l.params {
-            starts.push(self.slots.len());
             let mut slot = Slot([0; 16]);
             match p {
-                LaunchParam::Buffers(list) => {
-                    // Side by side over as many slots as they fill, which follow each other in memory.
-                    for part in list.chunks(slot.0.len()) {
-                        let mut slot = Slot([0; 16]);
-                        part.iter().zip(&mut slot.0).for_each(|(b, to)| *to = g.buffers[*b as usize] as u64);
-                        self.slots.push(slot);
-                    }
-                    continue;
-                }
                 LaunchParam::Buffer(b) => slot.0[0] = g.buffers[*b as usize] as u64,
+                LaunchParam::Table(_) => slot.0[0] = g.table,
                 LaunchParam::Scratch => slot.0[0] = g.scratch,
                 LaunchParam::Dims => slot.0[0] = g.dims,
                 LaunchParam::TensorMap(m) => slot.0 = encode(m, g)?.opaque,
@@ -57,9 +49,7 @@ impl Args {
             self.slots.push(slot);
         }
         self.pointers.clear();
-        // Taken from the whole list, so that a parameter may be longer than a slot.
-        let first = self.slots.as_mut_ptr();
-        self.pointers.extend(starts.into_iter().map(|i| first.wrapping_add(i).cast::<c_void>()));
+        self.pointers.extend(self.slots.iter_mut().map(|s| std::ptr::from_mut(s).cast::<c_void>()));
         Ok(())
     }
 
@@ -67,6 +57,15 @@ impl Args {
     pub(crate) fn pointers(&mut self) -> *mut *mut c_void {
         self.pointers.as_mut_ptr()
     }
+}
+
+/// The buffers of a launch's table; none for most launches.
+pub(crate) fn table(l: &Launch) -> &[u32] {
+    let list = l.params.iter().find_map(|p| match p {
+        LaunchParam::Table(list) => Some(list.as_slice()),
+        _ => None,
+    });
+    list.unwrap_or_default()
 }
 
 /// Blocks in x, y and z.

@@ -2,10 +2,11 @@
 //!
 //! A graph is made at the upper end of its range: its grids are as large as any count of the range needs, and blocks past the
 //! end leave early. Kernels read the actual counts from a table in memory of the device, a row for the entry and a row for every
-//! window of its loops; a window past the end has no rows. So a replay is one copy of the table and one launch. Only tensor
+//! window of its loops; a window past the end has no rows. Behind it lie tables of pointers, for launches over many buffers, which
+//! are written once. So a replay is one copy of the table and one launch. Only tensor
 //! maps hold counts themselves: where they depend on them, their nodes are set anew when counts change.
 
-use super::args::{Args, Given, depends_on_counts, grid};
+use super::args::{Args, Given, depends_on_counts, grid, table as pointers_of};
 use super::code::{Code, launch, way};
 use super::cublaslt::{Products, captured};
 use super::driver::check;
@@ -29,6 +30,8 @@ pub(crate) struct Graph {
     exec: CUgraphExec,
     /// The table of counts.
     pub(crate) dims: u64,
+    /// What lies behind it: the tables of pointers of all launches that have one.
+    pub(crate) pointers: Vec<u64>,
     /// First row of every loop's windows, and their number.
     windows: Vec<(usize, u64)>,
     /// Launches whose arguments depend on counts.
@@ -56,6 +59,8 @@ struct Moving {
     buffers: Vec<Address>,
     /// Row of the table.
     row: usize,
+    /// Its table of pointers.
+    table: u64,
 }
 
 /// The graphs of a session.
@@ -139,12 +144,26 @@ impl Graph {
         (rows, windows)
     }
 
-    /// Makes the graph of an entry at these counts. `dims` is memory for its table.
+    /// Pointers in the tables of all launches at most.
+    pub(crate) fn pointers_at_most(steps: &Steps<'_>, env: &[u64]) -> Result<usize> {
+        let mut n = 0;
+        steps.waves(env, &mut |wave| {
+            let kernels = wave.works.iter().map(|w| &steps.plan.kernels[w.kernel as usize]);
+            let launches = kernels.flat_map(|k| k.launches.iter().chain(k.library.iter().flat_map(|y| &y.launches)));
+            n += launches.map(|l| pointers_of(l).len()).sum::<usize>();
+            Ok(())
+        })?;
+        Ok(n)
+    }
+
+    /// Makes the graph of an entry at these counts. `dims` is memory for its table, and for `pointers` behind it, which the caller
+    /// writes before the graph runs.
     ///
     /// # Safety
     /// As [`crate::device::Device::run`].
     pub(crate) unsafe fn new(steps: &Steps<'_>, env: Vec<u64>, dims: u64, means: &mut Means<'_>) -> Result<Graph> {
-        let (_, windows) = Graph::layout(steps, &env);
+        let (rows, windows) = Graph::layout(steps, &env);
+        let behind = dims + (rows * env.len() * size_of::<i64>()) as u64;
         let none = std::ptr::null_mut();
         let mut out = Graph {
             entry: steps.index,
@@ -152,6 +171,7 @@ impl Graph {
             graph: none,
             exec: none.cast(),
             dims,
+            pointers: vec![],
             windows,
             moving: vec![],
             set_for: vec![],
@@ -166,7 +186,7 @@ impl Graph {
             for w in wave.works {
                 let k = &steps.plan.kernels[w.kernel as usize];
                 let at = dims + (row * env.len() * size_of::<i64>()) as u64;
-                let given = Given { buffers: w.buffers, scratch: means.scratch, dims: at, env: wave.env };
+                let mut given = Given { buffers: w.buffers, scratch: means.scratch, dims: at, table: 0, env: wave.env };
                 let library = match &mut means.library {
                     Some(l) => l.takes(w.kernel, k, wave.env)?.then_some(&**l),
                     None => None,
@@ -186,6 +206,8 @@ impl Graph {
                         continue;
                     }
                     let number = way.first + i;
+                    given.table = behind + size_of_val(out.pointers.as_slice()) as u64;
+                    out.pointers.extend(pointers_of(l).iter().map(|b| w.buffers[*b as usize] as u64));
                     means.args.set(l, &given)?;
                     let params = node(means.code.function(w.kernel, number), l, grid(l, wave.env)?, means.args);
                     let (before, n) = (last, usize::from(!last.is_null()));
@@ -194,7 +216,8 @@ impl Graph {
                     check(r, "a node of a graph")?;
                     if depends_on_counts(l) {
                         let buffers = w.buffers.to_vec();
-                        out.moving.push(Moving { node: last, kernel: w.kernel, launch: number, buffers, row });
+                        let table = given.table;
+                        out.moving.push(Moving { node: last, kernel: w.kernel, launch: number, buffers, row, table });
                     }
                 }
             }
@@ -229,7 +252,7 @@ impl Graph {
             let l = launch(&steps.plan.kernels[m.kernel as usize], m.launch);
             let dims = self.dims + (m.row * symbols * size_of::<i64>()) as u64;
             let env = values(&counts, m.row);
-            args.set(l, &Given { buffers: &m.buffers, scratch, dims, env: &env })?;
+            args.set(l, &Given { buffers: &m.buffers, scratch, dims, table: m.table, env: &env })?;
             let blocks = grid(l, &values(&upper, m.row))?;
             let params = node(code.function(m.kernel, m.launch), l, blocks, args);
             // SAFETY: the node is of this graph; its arguments are copied.

@@ -18,7 +18,7 @@ use crate::device::{Address, Device, Make, Work};
 use crate::error::{Result, RuntimeError};
 use crate::launch::Steps;
 use crate::memory::Memory;
-use args::{Args, Given, grid};
+use args::{Args, Given, grid, table};
 use code::{Code, way};
 use cublaslt::{Products, WORKSPACE};
 use cudarc::driver::sys::{self, CUevent, CUstream, CUstream_flags};
@@ -51,6 +51,9 @@ pub struct Cuda {
     /// Counts that single launches read, and what is there.
     dims: u64,
     dims_now: Vec<i64>,
+    /// The table of pointers that single launches read, and what is there.
+    table: u64,
+    table_now: Vec<u64>,
     args: Args,
     use_graphs: bool,
 }
@@ -167,11 +170,17 @@ impl Cuda {
             timed: false,
             dims: 0,
             dims_now: vec![],
+            table: 0,
+            table_now: vec![],
             args: Args::default(),
             use_graphs: std::env::var_os("PLEACH_CUDA_GRAPHS").is_none_or(|v| v != "0"),
         };
         out.scratch = out.allocate(scratch, "scratch", false)? as u64;
         out.dims = out.allocate(size_of_val(env) as u64, "counts", false)? as u64;
+        let launches =
+            plan.kernels.iter().flat_map(|k| k.launches.iter().chain(k.library.iter().flat_map(|y| &y.launches)));
+        let pointers = launches.map(|l| table(l).len()).max().unwrap_or(0);
+        out.table = out.allocate((pointers * size_of::<u64>()) as u64, "addresses", false)? as u64;
         if plan.kernels.iter().any(|k| k.library.is_some()) {
             out.open_library()?;
         }
@@ -218,7 +227,8 @@ impl Cuda {
         let stream = self.stream.raw();
         for w in wave {
             let k = &self.kernels[w.kernel as usize];
-            let given = Given { buffers: w.buffers, scratch: self.scratch, dims: self.dims, env: &env };
+            let given =
+                Given { buffers: w.buffers, scratch: self.scratch, dims: self.dims, table: self.table, env: &env };
             let library = match &mut self.library {
                 Some(l) => l.takes(w.kernel, k, &env)?.then_some(&*l),
                 None => None,
@@ -233,6 +243,12 @@ impl Cuda {
             for (i, l) in way.launches.iter().enumerate() {
                 if !l.runs(&env)? {
                     continue;
+                }
+                let pointers: Vec<u64> = table(l).iter().map(|b| w.buffers[*b as usize] as u64).collect();
+                if !pointers.is_empty() && self.table_now != pointers {
+                    // SAFETY: there is room for the longest table; launches before this one have read theirs.
+                    unsafe { copy(&mut self.stage, stream, self.table, pointers.iter().map(|p| p.to_le_bytes()))? };
+                    self.table_now = pointers;
                 }
                 self.args.set(l, &given)?;
                 let [x, y, z] = grid(l, &env)?;
@@ -289,11 +305,8 @@ impl Cuda {
     /// # Safety
     /// There must be room for the counts.
     unsafe fn copy_counts(&mut self, to: u64, counts: &[i64]) -> Result<()> {
-        let bytes: Vec<u8> = counts.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let stream = self.stream.raw();
-        let mut make = |at: u64, part: &mut [u8]| part.copy_from_slice(&bytes[at as usize..][..part.len()]);
         // SAFETY: promised by the caller.
-        unsafe { self.stage.write(stream, to, bytes.len() as u64, &mut make) }
+        unsafe { copy(&mut self.stage, self.stream.raw(), to, counts.iter().map(|v| v.to_le_bytes())) }
     }
 
     /// Frees memory once everything that was asked for is done.
@@ -303,6 +316,17 @@ impl Cuda {
         // SAFETY: reserved once, and nothing that is asked for later uses it.
         check(unsafe { sys::cuMemFree_v2(at) }, "giving memory back")
     }
+}
+
+/// Writes words to the device, in the order of the stream.
+///
+/// # Safety
+/// There must be room for them.
+unsafe fn copy(stage: &mut Stage, stream: CUstream, to: u64, words: impl Iterator<Item = [u8; 8]>) -> Result<()> {
+    let bytes: Vec<u8> = words.flatten().collect();
+    let mut make = |at: u64, part: &mut [u8]| part.copy_from_slice(&bytes[at as usize..][..part.len()]);
+    // SAFETY: promised by the caller.
+    unsafe { stage.write(stream, to, bytes.len() as u64, &mut make) }
 }
 
 impl Device for Cuda {
@@ -400,11 +424,17 @@ impl Device for Cuda {
         let env = bucket(steps, &self.capacity)?;
         if self.graphs.find(steps.index, &env).is_none() {
             let (rows, _) = Graph::layout(steps, &env);
-            let dims = self.allocate((rows * env.len() * size_of::<i64>()) as u64, "counts", false)? as u64;
+            let counts = rows * env.len() * size_of::<i64>();
+            let pointers = Graph::pointers_at_most(steps, &env)? * size_of::<u64>();
+            let dims = self.allocate((counts + pointers) as u64, "counts", false)? as u64;
             let (code, scratch, stream) = (&self.code, self.scratch, self.stream.raw());
             let mut means = Means { code, scratch, stream, library: self.library.as_mut(), args: &mut self.args };
             // SAFETY: promised by the caller.
             let made = unsafe { Graph::new(steps, env.clone(), dims, &mut means)? };
+            // SAFETY: there is room for both.
+            unsafe {
+                copy(&mut self.stage, stream, dims + counts as u64, made.pointers.iter().map(|p| p.to_le_bytes()))?
+            };
             if let Some(old) = self.graphs.keep(made) {
                 self.free(old.dims)?;
             }

@@ -86,10 +86,6 @@ impl State {
                     128 if (at as usize).is_multiple_of(64) && unpack(&at.cast::<[u64; 16]>().read()).is_some() => {
                         Param::TensorMap(unpack(&at.cast::<[u64; 16]>().read()).ok_or(INVALID_VALUE)?)
                     }
-                    // Pointers side by side.
-                    n if n > 8 && n % 8 == 0 => Param::Ptrs(
-                        (0..n as usize / 8).map(|i| Ptr(at.cast::<u64>().add(i).read_unaligned())).collect(),
-                    ),
                     _ => return Err(NOT_SUPPORTED),
                 }
             });

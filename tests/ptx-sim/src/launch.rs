@@ -62,8 +62,6 @@ pub enum Param {
     I32(i32),
     I64(i64),
     F32(f32),
-    /// Pointers side by side, as one parameter by value.
-    Ptrs(Vec<Ptr>),
     /// A tensor map by value.
     TensorMap(TensorMap),
 }
@@ -121,7 +119,6 @@ impl Kernel {
                 Param::I32(x) => x.to_le_bytes().to_vec(),
                 Param::I64(x) => x.to_le_bytes().to_vec(),
                 Param::F32(x) => x.to_le_bytes().to_vec(),
-                Param::Ptrs(list) => list.iter().flat_map(|p| p.0.to_le_bytes()).collect(),
                 Param::TensorMap(m) => {
                     self.check_map(i, m)?;
                     maps.push(m.clone());

@@ -106,6 +106,11 @@ impl Memory {
         self.alloc_from(&v.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>())
     }
 
+    /// Memory with these pointers.
+    pub fn alloc_pointers(&mut self, v: &[Ptr]) -> Ptr {
+        self.alloc_from(&v.iter().flat_map(|p| p.0.to_le_bytes()).collect::<Vec<u8>>())
+    }
+
     fn find(&self, p: u64) -> Option<(usize, usize)> {
         let i = (p.checked_sub(GLOBAL_BASE)? >> SHIFT) as usize;
         let off = (p & MASK) as usize;

@@ -173,7 +173,10 @@ impl Compiled {
         for p in &l.params {
             params.push(match p {
                 LaunchParam::Buffer(b) => Param::Ptr(buffers[*b as usize]),
-                LaunchParam::Buffers(list) => Param::Ptrs(list.iter().map(|b| buffers[*b as usize]).collect()),
+                LaunchParam::Table(list) => {
+                    let list: Vec<Ptr> = list.iter().map(|b| buffers[*b as usize]).collect();
+                    Param::Ptr(mem.alloc_pointers(&list))
+                }
                 LaunchParam::Scratch => Param::Ptr(at.scratch.ok_or("no scratch memory was asked for")?.0),
                 LaunchParam::Dims => Param::Ptr(at.dims),
                 LaunchParam::TensorMap(m) => {

@@ -6,7 +6,7 @@ use crate::Trials;
 use pleach_codegen::emit::gpu::GpuChip;
 use pleach_ir::{Class, DType, Sym};
 use pleach_passes::Options;
-use pleach_plan::Meta;
+use pleach_plan::{LaunchParam, Meta};
 use pleach_tests::gpu::cases::{Case, From};
 use pleach_tests::gpu::mutate::{CHANGES, Change, DECODING, HOPPER, survey};
 use pleach_tests::gpu::{Compiled, alone, attention, estimate};
@@ -42,6 +42,11 @@ pub(crate) fn trials(trials: &mut Trials) {
     for dtype in [DType::F32, DType::BF16, DType::I32] {
         trials.add(format!("long-sum/{dtype}"), move || long_sum(dtype));
     }
+    for chip in GpuChip::ALL {
+        trials.add(format!("many/small/{}", chip.name()), move || many(chip, &SMALL, true));
+    }
+    trials.add("many/large", || many(GpuChip::Sm80, &[1_100_000, 3], false));
+    trials.add("many/differ", many_differ);
     trials.add("estimate", move || estimate(full));
     for method in ["lora", "paca"] {
         for chip in GpuChip::ALL {
@@ -170,6 +175,86 @@ fn long_sum(dtype: DType) -> Result<(), String> {
     let graph = pleach_ir::text::parse(&text).map_err(|e| e.to_string())?;
     let c = pleach_tests::gpu::compile(&graph, &Options::default(), GpuChip::Sm80, Meta::default())?;
     alone::check(&c, 0, [5, 1, 1], 7).map(|_| ())
+}
+
+/// Elements of parameters that are stepped together: less than 16 bytes, whole multiples of them, and what is left past them.
+const SMALL: [u64; 9] = [1, 3, 8, 1024, 1031, 35, 2048, 1024, 4105];
+
+/// Steps of parameters of these sizes are one launch, whatever numbers they take: `lr` or numbers of their own. `copies`: every other one has a
+/// copy in bf16.
+fn many(chip: GpuChip, sizes: &[u64], copies: bool) -> Result<(), String> {
+    let copied = |i: usize| copies && i % 2 == 1;
+    let (mut params, mut body, mut assigns) = (String::new(), String::new(), String::new());
+    let (mut param, mut next) = (0, 2);
+    for (i, n) in sizes.iter().enumerate() {
+        // Seen as matrices where that is possible.
+        let shape = if n % 7 == 0 { format!("{},7", n / 7) } else { n.to_string() };
+        let rate = if i % 3 == 0 {
+            body += &format!("%{next} = input \"lr{i}\" : f32[]\n");
+            next += 1;
+            next - 1
+        } else {
+            1
+        };
+        let (p, v) = (param, param + 1);
+        params +=
+            &format!("param @{p} \"p{i}\" f32[{shape}] state zeros\nparam @{v} \"v{i}\" f32[{shape}] state zeros\n");
+        let lines = [
+            format!("input \"g{i}\" : f32[{shape}]"),
+            format!("param @{v} : f32[{shape}]"),
+            format!("mul(%0, %{}) : f32[{shape}]", next + 1),
+            format!("mul(%{next}, %{next}) : f32[{shape}]"),
+            format!("add(%{}, %{}) : f32[{shape}]", next + 2, next + 3),
+            format!("exp(%{}) : f32[{shape}]", next + 4),
+            format!("div(%{next}, %{}) : f32[{shape}]", next + 5),
+            format!("mul(%{rate}, %{}) : f32[{shape}]", next + 6),
+            format!("param @{p} : f32[{shape}]"),
+            format!("sub(%{}, %{}) : f32[{shape}]", next + 8, next + 7),
+            format!("cast(%{}) : bf16[{shape}]", next + 9),
+        ];
+        let taken = lines.len() - usize::from(!copied(i));
+        lines[..taken].iter().enumerate().for_each(|(j, l)| body += &format!("%{} = {l}\n", next + j));
+        // Results in another order are the same results.
+        let mut own = vec![(p, next + 9), (v, next + 4)];
+        param += 2;
+        if copied(i) {
+            params += &format!("param @{param} \"c{i}\" bf16[{shape}] state zeros\n");
+            own.insert(i % 3, (param, next + 10));
+            param += 1;
+        }
+        own.iter().for_each(|(p, x)| assigns += &format!("assign @{p} %{x}\n"));
+        next += taken;
+    }
+    let text = format!(
+        "graph core\n{params}entry \"infer\" {{\n%0 = input \"beta\" : f32[]\n%1 = input \"lr\" : f32[]\n{body}{assigns}}}\n"
+    );
+    let graph = pleach_ir::text::parse(&text).map_err(|e| format!("{e}\n{text}"))?;
+    let c = pleach_tests::gpu::compile(&graph, &Options::default(), chip, Meta::default())?;
+    let [step] = &c.schedule.entries[0].steps[..] else {
+        return Err(format!("{} launches in place of one", c.schedule.entries[0].steps.len()));
+    };
+    let kernel = step.kernel.0 as usize;
+    let [launch] = &c.plan.kernels[kernel].launches[..] else { return Err("not one launch".into()) };
+    let table =
+        launch.params.iter().find_map(|p| if let LaunchParam::Table(list) = p { Some(list.len()) } else { None });
+    // Gradients, values and second moments of all, copies, and rates that are not in common to a pattern.
+    let few = 3 * sizes.len() + sizes.iter().enumerate().filter(|(i, _)| copied(*i)).count();
+    if table.is_none_or(|n| n < few || n > few + sizes.len()) {
+        return Err(format!("a table of {table:?} pointers for {} parameters", sizes.len()));
+    }
+    alone::check(&c, kernel, [5, 1, 1], 3).map(|_| ())
+}
+
+/// Launches of other forms are one launch, each with code of its own, while what only looks alike is told apart.
+fn many_differ() -> Result<(), String> {
+    let text = "graph core\nparam @0 \"a\" f32[37] state zeros\nparam @1 \"b\" f32[300] state zeros\nparam @2 \"c\" f32[37] state zeros\n\
+                entry \"infer\" {\n%0 = input \"s\" : f32[]\n%1 = input \"t\" : f32[]\n%2 = param @0 : f32[37]\n%3 = param @1 : f32[300]\n\
+                %4 = param @2 : f32[37]\n%5 = sub(%0, %2) : f32[37]\n%6 = sub(%3, %0) : f32[300]\n%7 = sub(%1, %4) : f32[37]\n\
+                assign @0 %5\nassign @1 %6\nassign @2 %7\n}\n";
+    let graph = pleach_ir::text::parse(text).map_err(|e| e.to_string())?;
+    let c = pleach_tests::gpu::compile(&graph, &Options::default(), GpuChip::Sm80, Meta::default())?;
+    let [step] = &c.schedule.entries[0].steps[..] else { return Err("not one launch".into()) };
+    alone::check(&c, step.kernel.0 as usize, [5, 1, 1], 7).map(|_| ())
 }
 
 /// Counts hang together: products take at least what they need, and every result is written.

@@ -18,9 +18,20 @@ impl Func {
     }
 
     fn set_values(&mut self, values: &[ValueId]) {
-        let list: String = values.iter().map(|v| format!(" {v}")).collect();
+        let list: String = values.iter().map(|v| format!(" {}", self.shown(*v))).collect();
         self.end = if list.is_empty() { "".into() } else { format!(" //{list}").into() };
         self.values = values.into();
+    }
+
+    /// Names values by these, in whose place the kernel's body has its own; nothing for its own names.
+    pub fn instead_of(&mut self, values: &[ValueId]) {
+        self.place_of = values.into();
+        let now = self.values.clone();
+        self.set_values(&now);
+    }
+
+    fn shown(&self, v: ValueId) -> ValueId {
+        self.place_of.get(v.index()).copied().unwrap_or(v)
     }
 
     /// What `body` writes is for these values of the kernel's body.
@@ -48,7 +59,7 @@ impl Func {
         more.dedup();
         for v in more.iter().filter(|v| !self.values.contains(v)) {
             let sign = if end.is_empty() { " //" } else { "" };
-            let _ = write!(end, "{sign} {v}");
+            let _ = write!(end, "{sign} {}", self.shown(*v));
         }
         end
     }

@@ -6,6 +6,9 @@ use crate::emit::func::{Func, Val};
 use pleach_ir::Kernel;
 use pleach_plan::{Expr, Launch, LaunchParam, TensorMap};
 
+/// A pointer to what a launch only reads.
+const CONSTANT: &str = "!llvm.ptr {llvm.noalias, llvm.readonly}";
+
 /// An entry under construction.
 pub(super) struct Unit {
     pub(super) f: Func,
@@ -60,17 +63,13 @@ impl Unit {
     }
 
     /// An entry for `copies` launches of a kernel as one: the second axis of its grid says which one a block belongs to, and a
-    /// table among the parameters has the buffers of all, operands of one after the other, then results. `scratch`: bytes of
+    /// table in memory has the buffers of all, operands of one after the other, then results. `scratch`: bytes of
     /// scratch memory of each, where it needs any.
     pub(super) fn repeated(k: &Kernel, copies: usize, suffix: &str, scratch: Option<u64>) -> Unit {
         let (n, r) = (k.operands.len(), k.results.len());
         let all = (n + r) * copies;
-        let table = format!(
-            "!llvm.ptr {{llvm.byval = !llvm.array<{all} x i64>, llvm.align = 8 : i64, nvvm.grid_constant, llvm.noalias, \
-             llvm.readonly}}"
-        );
-        let mut args = vec![("table", table.as_str())];
-        let mut params = vec![LaunchParam::Buffers((0..all as u32).collect())];
+        let mut args = vec![("table", CONSTANT)];
+        let mut params = vec![LaunchParam::Table((0..all as u32).collect())];
         if scratch.is_some() {
             args.push(("scratch_of_all", "!llvm.ptr {llvm.noalias}"));
             params.push(LaunchParam::Scratch);
@@ -97,6 +96,29 @@ impl Unit {
             let (all, first) = (f.arg("scratch_of_all"), f.mulc(&copy, bytes as i64));
             f.name("scratch", &format!("llvm.getelementptr {all}[{first}] : (!llvm.ptr, i64) -> !llvm.ptr, i8"));
         }
+        Unit { f, params, statics: 0 }
+    }
+
+    /// An entry for several kernels side by side: arguments `s…` for the operands that they share, by their numbers in the kernel, which
+    /// nothing writes over, and `table` with the buffers that they do not.
+    pub(super) fn of_many(k: &Kernel, shared: &[u32], table: Vec<u32>) -> Unit {
+        let names: Vec<String> = shared.iter().map(|n| format!("s{n}")).collect();
+        let mut args: Vec<(&str, &str)> = vec![];
+        let mut params = vec![];
+        for (n, name) in shared.iter().zip(&names) {
+            let over = k.aliases.contains(&Some(*n));
+            args.push((name, if over { "!llvm.ptr" } else { CONSTANT }));
+            params.push(LaunchParam::Buffer(*n));
+        }
+        if !table.is_empty() {
+            args.push(("table", CONSTANT));
+            params.push(LaunchParam::Table(table));
+        }
+        args.push(("dims", CONSTANT));
+        params.push(LaunchParam::Dims);
+        let mut f = Func::new(&k.name, &args);
+        f.gpu = true;
+        f.round_bf16 = true;
         Unit { f, params, statics: 0 }
     }
 

@@ -14,6 +14,7 @@ mod chip;
 mod contraction;
 mod form;
 mod launch;
+mod many;
 mod mma;
 mod pressure;
 mod pull;
@@ -100,12 +101,15 @@ pub fn emit_as(k: &Kernel, symbols: &[Sym], chip: GpuChip, form: Option<&Form>) 
     Ok(GpuEmitted { text, launches, library, scratch_bytes, flops: flops(k, symbols)?, bytes: bytes(k, symbols)? })
 }
 
-/// Nodes of one part of a kernel that is one body many times over, whose text is for the first part alone: those of the others
-/// have the same numbers modulo this one.
-pub fn period(k: &Kernel) -> Option<u32> {
-    repeat::repeated(k)
-        .filter(|_| matches!(k.class, Class::Row | Class::Scatter))
-        .map(|(one, _)| one.body.nodes.len() as u32)
+/// Of every value of a kernel's body, the one that its code is written for, where parts of it compute the same and the code is there once.
+pub fn written_for(k: &Kernel) -> Option<Vec<u32>> {
+    if !matches!(k.class, Class::Row | Class::Scatter) {
+        return None;
+    }
+    many::written(k).or_else(|| {
+        let (one, _) = repeat::repeated(k)?;
+        Some((0..k.body.nodes.len()).map(|v| (v % one.body.nodes.len()) as u32).collect())
+    })
 }
 
 /// Functions, launches, scratch bytes.
@@ -128,7 +132,8 @@ fn check(k: &Kernel) -> Result<(), CodegenError> {
     if k.operands.iter().chain(&k.results).any(|l| !matches!(l, Layout::RowMajor | Layout::Blocks(_))) {
         return Err(unsupported(k, "panels have no place on a GPU"));
     }
-    if k.operands.len() + k.results.len() > MAX_BUFFERS {
+    // The addresses of parts that compute the same are in a table.
+    if k.operands.len() + k.results.len() > MAX_BUFFERS && written_for(k).is_none() {
         return Err(unsupported(k, format!("more than {MAX_BUFFERS} buffers")));
     }
     if k.operands.len() != k.body.inputs().len() || k.results.len() != k.body.roots.len() {

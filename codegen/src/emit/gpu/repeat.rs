@@ -1,7 +1,7 @@
 //! Bodies that are one body many times over: its code is needed once.
 //!
 //! What `join` puts side by side is seen here again. A block takes its share from the second axis of the grid and its buffers
-//! from a table among the parameters.
+//! from a table in memory.
 
 use pleach_ir::{Entry, Kernel, Op, ValueId};
 

@@ -12,7 +12,7 @@ use super::launch::Unit;
 use super::pressure::Pressure;
 use super::pull::{Pull, combine, start};
 use super::repeat::repeated;
-use super::{Parts, reduce, special};
+use super::{Parts, many, reduce, special};
 use crate::emit::elementwise::register_type;
 use crate::emit::func::{Func, Val};
 use crate::emit::{dim_expr, unsupported};
@@ -50,6 +50,9 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym]) -> Result<Parts, CodegenError> {
     }
     if let Some((n, _)) = body.nodes.iter().zip(&live).find(|(n, l)| **l && !fits(&n.op)) {
         return Err(unsupported(k, format!("a row kernel cannot hold {}", n.op.name())));
+    }
+    if let Some(parts) = many::emit(k, symbols)? {
+        return Ok(parts);
     }
     let (one, copies) = repeated(k).unwrap_or_else(|| (k.clone(), 1));
     let live = one.body.live();

@@ -71,7 +71,7 @@ class KernelsView {
       return;
     }
     const panes = [['IR', k.ir], ['MLIR', k.mlir], [k.language, k.code]].map(([title, text]) => this.pane(title, text));
-    this.linked = new Linked(panes, k.lines, k.period);
+    this.linked = new Linked(panes, k.lines, k.same);
     this.code.append(el('div', { class: 'panes' }, panes));
     for (const p of panes) p.list.set(p.lines.length);
     // begin where there is something to see
@@ -97,13 +97,13 @@ class KernelsView {
 const hue = (v) => Math.round((v * 137.5 + 25) % 360);
 
 /** The lines of IR, MLIR and machine code that belong together. `from`: the line of MLIR of each line of code, from 1; 0 for none.
-    `period`: a GPU's kernel may be one body many times over, with code for the first; values repeat after so many. */
+    `same`: a GPU's kernel may have parts that compute the same, with code for one of them; for each value the one of that part. */
 class Linked {
-  constructor([ir, mlir, code], from, period) {
+  constructor([ir, mlir, code], from, same) {
     Object.assign(this, { ir, mlir, code, from, pinned: null });
     const numbers = (l) => Array.from(l.matchAll(/%(\d+)/g), (m) => Number(m[1]));
     // a line of IR defines a value, or returns one
-    ir.values = ir.lines.map((l) => (/^\s*(%\d+ =|output )/.test(l) ? numbers(l).slice(0, 1).map((v) => (period ? v % period : v)) : []));
+    ir.values = ir.lines.map((l) => (/^\s*(%\d+ =|output )/.test(l) ? numbers(l).slice(0, 1).map((v) => (same ? same[v] : v)) : []));
     mlir.values = mlir.text.split('\n').slice(0, mlir.lines.length).map((l) => { const at = l.lastIndexOf(' // %'); return at < 0 ? [] : numbers(l.slice(at)); });
     code.values = code.lines.map((_, i) => (from[i] ? mlir.values[from[i] - 1] : []));
     const written = new Set(mlir.values.flat());

@@ -58,8 +58,8 @@ pub(super) fn code(list: &mut [Map<String, Value>], schedule: &Schedule, request
         m.insert("out".into(), shown(k.result_types(), &k.results).into());
         m.insert("alias".into(), k.aliases.clone().into());
         m.insert("ir".into(), text::print_kernel(k).into());
-        if let Some(n) = request.gpu().and_then(|_| gpu::period(k)) {
-            m.insert("period".into(), n.into());
+        if let Some(list) = request.gpu().and_then(|_| gpu::written_for(k)) {
+            m.insert("same".into(), list.into());
         }
         let (mlir, name, code, lines) = lowered(k, &symbols, request)?;
         m.insert("mlir".into(), mlir.into());
