@@ -24,6 +24,8 @@ mod launch;
 mod picks;
 #[path = "all/ptx.rs"]
 mod ptx;
+#[path = "all/ranks.rs"]
+mod ranks;
 #[path = "all/resources.rs"]
 mod resources;
 #[path = "all/row.rs"]

@@ -1,25 +1,27 @@
-//! Bodies that make every element of a result from the elements of the same place of operands, and from numbers.
+//! Kernels that make every element of a result from the elements of the same place of operands, and from numbers.
 //!
-//! Where the elements lie does not matter to such a body: it may be seen as one over flat memory, and bodies of different sizes
+//! Where the elements lie does not matter to such a kernel: it may be seen as one over flat memory, and kernels of different sizes
 //! may stand side by side.
 
-use crate::graph::{Entry, ValueId};
+use crate::graph::ValueId;
 use crate::op::Op;
+use crate::schedule::Kernel;
 use crate::types::Dim;
 
-/// A part of a body that has nothing but numbers in common with the others.
+/// A part of a kernel that has nothing but numbers in common with the others: it writes over no operand that another one reads.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct FlatPart {
     /// Its values in order, with the numbers that it reads.
     pub values: Vec<ValueId>,
-    /// Its results, as positions among those of the body.
+    /// Its results, as positions among those of the kernel.
     pub roots: Vec<usize>,
     /// Elements of each of its results, at least 1.
     pub elements: u64,
 }
 
-/// The parts of a body, each of which is element-wise over static shapes that are one; `None` for any other body.
-pub fn flat_parts(body: &Entry) -> Option<Vec<FlatPart>> {
+/// The parts of a kernel, each of which is element-wise over static shapes that are one; `None` for any other kernel.
+pub fn flat_parts(k: &Kernel) -> Option<Vec<FlatPart>> {
+    let body = &k.body;
     let live = body.live();
     let mut of: Vec<usize> = (0..body.nodes.len()).collect();
     let mut shapes: Vec<Option<&[Dim]>> = vec![None; body.nodes.len()];
@@ -45,6 +47,16 @@ pub fn flat_parts(body: &Entry) -> Option<Vec<FlatPart>> {
                 (x, y) => shapes[a] = x.or(y),
             }
             of[b] = a;
+        }
+    }
+    // A result over an operand is written where others that read the operand are computed.
+    let operands: Vec<ValueId> = body.inputs().iter().map(|x| x.0).collect();
+    for (r, over) in body.roots.iter().zip(&k.aliases) {
+        let Some(o) = over.and_then(|a| operands.get(a as usize)).filter(|o| live[o.index()]) else { continue };
+        let (a, b) = (top(&mut of, o.index()), top(&mut of, r.value.index()));
+        match (shapes[a], shapes[b]) {
+            (Some(x), Some(y)) if x == y => of[b] = a,
+            _ => return None,
         }
     }
     let mut parts: Vec<(usize, FlatPart)> = vec![];
@@ -90,7 +102,15 @@ fn top(of: &mut [usize], mut v: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::graph::Entry;
+    use crate::schedule::{Class, Layout};
     use crate::types::DType;
+
+    fn kernel(body: &Entry) -> Kernel {
+        let (n, r) = (body.inputs().len(), body.roots.len());
+        let (operands, results) = (vec![Layout::RowMajor; n], vec![Layout::RowMajor; r]);
+        Kernel { name: "k".into(), class: Class::Row, body: body.clone(), operands, results, aliases: vec![None; r] }
+    }
 
     fn input(e: &mut Entry, n: usize, shape: &[u64]) -> ValueId {
         let shape = shape.iter().map(|d| Dim::Known(*d)).collect();
@@ -108,7 +128,7 @@ mod tests {
         let b = e.push(&[], Op::Binary(crate::BinaryOp::Mul), &[t, y]).unwrap();
         e.output("r0", b);
         e.output("r1", a);
-        let parts = flat_parts(&e).unwrap();
+        let parts = flat_parts(&kernel(&e)).unwrap();
         assert_eq!(parts.len(), 2);
         assert_eq!(
             (parts[0].elements, parts[0].roots.clone(), parts[0].values.clone()),
@@ -118,7 +138,22 @@ mod tests {
         // What is computed from numbers is not in common.
         let c = e.push(&[], Op::Binary(crate::BinaryOp::Mul), &[t, x]).unwrap();
         e.output("r2", c);
-        assert!(flat_parts(&e).is_none());
+        assert!(flat_parts(&kernel(&e)).is_none());
+    }
+
+    #[test]
+    fn what_is_written_over_belongs_to_its_readers() {
+        let mut e = Entry::new("kernel");
+        let (x, y) = (input(&mut e, 0, &[4]), input(&mut e, 1, &[4]));
+        let a = e.push(&[], Op::Binary(crate::BinaryOp::Mul), &[x, y]).unwrap();
+        let zero = e.push(&[], Op::f32(0.0), &[]).unwrap();
+        let zeros = e.push(&[], Op::Broadcast { shape: vec![Dim::Known(4)], axes: vec![] }, &[zero]).unwrap();
+        e.output("r0", a);
+        e.output("r1", zeros);
+        let mut k = kernel(&e);
+        assert_eq!(flat_parts(&k).unwrap().len(), 2);
+        k.aliases[1] = Some(1);
+        assert_eq!(flat_parts(&k).unwrap().len(), 1);
     }
 
     #[test]
@@ -127,16 +162,16 @@ mod tests {
         let x = input(&mut e, 0, &[4, 4]);
         let y = e.push(&[], Op::Transpose(vec![1, 0]), &[x]).unwrap();
         e.output("r0", y);
-        assert!(flat_parts(&e).is_none());
+        assert!(flat_parts(&kernel(&e)).is_none());
         let mut e = Entry::new("kernel");
         let x = input(&mut e, 0, &[4]);
         let y = e.push(&[], Op::Broadcast { shape: vec![Dim::Known(2), Dim::Known(4)], axes: vec![1] }, &[x]).unwrap();
         e.output("r0", y);
-        assert!(flat_parts(&e).is_none());
+        assert!(flat_parts(&kernel(&e)).is_none());
         // A number is no element.
         let mut e = Entry::new("kernel");
         let s = input(&mut e, 0, &[]);
         e.output("r0", s);
-        assert!(flat_parts(&e).is_none());
+        assert!(flat_parts(&kernel(&e)).is_none());
     }
 }

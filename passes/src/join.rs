@@ -95,7 +95,7 @@ impl Kind {
         let plain = k.class == Class::Row && k.operands.iter().chain(&k.results).all(|l| *l == Layout::RowMajor);
         let number = |n: &pleach_ir::Node| n.ty.rank() == 0 && (n.op.is_leaf() || n.op.is_elementwise());
         Some(match () {
-            () if plain && flat_parts(body).is_some() => Kind::Flat,
+            () if plain && flat_parts(k).is_some() => Kind::Flat,
             () if plain && body.nodes.iter().all(number) => Kind::Numbers,
             () => Kind::Equal(KernelId(id as u32)),
         })

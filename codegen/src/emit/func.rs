@@ -10,6 +10,7 @@
 #[cfg(test)]
 mod tests;
 mod transpose;
+mod types;
 mod values;
 
 use pleach_ir::ValueId;
@@ -17,6 +18,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::rc::Rc;
 pub(crate) use transpose::transpose;
+use types::align_of;
+pub use types::vty;
 pub use values::values_of;
 
 /// An SSA value, with its number when it is an i64 constant.
@@ -42,11 +45,6 @@ impl std::fmt::Display for Val {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.name)
     }
-}
-
-/// Type of a vector of `lanes` elements; one lane is the scalar type itself.
-pub fn vty(lanes: usize, elem: &str) -> String {
-    if lanes == 1 { elem.to_string() } else { format!("vector<{lanes}x{elem}>") }
 }
 
 /// A function under construction.
@@ -587,16 +585,5 @@ impl Func {
         s.push_str(&self.body);
         s.push_str("  return\n}\n");
         s
-    }
-}
-
-/// Alignment of one element of a scalar or vector type, in bytes.
-fn align_of(ty: &str) -> u32 {
-    let elem = ty.strip_prefix("vector<").and_then(|t| t.split('x').nth(1)).map_or(ty, |t| t.trim_end_matches('>'));
-    match elem {
-        "f32" | "i32" => 4,
-        "bf16" | "f16" | "i16" => 2,
-        "i64" | "!llvm.ptr" => 8,
-        _ => 1,
     }
 }

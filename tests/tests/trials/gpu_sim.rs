@@ -196,11 +196,12 @@ fn many(chip: GpuChip, sizes: &[u64], copies: bool) -> Result<(), String> {
         } else {
             1
         };
-        let (p, v) = (param, param + 1);
-        params +=
-            &format!("param @{p} \"p{i}\" f32[{shape}] state zeros\nparam @{v} \"v{i}\" f32[{shape}] state zeros\n");
+        let (p, v, g) = (param, param + 1, param + 2);
+        for (at, name) in [(p, "p"), (v, "v"), (g, "g")] {
+            params += &format!("param @{at} \"{name}{i}\" f32[{shape}] state zeros\n");
+        }
         let lines = [
-            format!("input \"g{i}\" : f32[{shape}]"),
+            format!("param @{g} : f32[{shape}]"),
             format!("param @{v} : f32[{shape}]"),
             format!("mul(%0, %{}) : f32[{shape}]", next + 1),
             format!("mul(%{next}, %{next}) : f32[{shape}]"),
@@ -210,16 +211,18 @@ fn many(chip: GpuChip, sizes: &[u64], copies: bool) -> Result<(), String> {
             format!("mul(%{rate}, %{}) : f32[{shape}]", next + 6),
             format!("param @{p} : f32[{shape}]"),
             format!("sub(%{}, %{}) : f32[{shape}]", next + 8, next + 7),
+            "const 0.0 : f32[]".to_string(),
+            format!("broadcast(%{}) {{axes = []}} : f32[{shape}]", next + 10),
             format!("cast(%{}) : bf16[{shape}]", next + 9),
         ];
         let taken = lines.len() - usize::from(!copied(i));
         lines[..taken].iter().enumerate().for_each(|(j, l)| body += &format!("%{} = {l}\n", next + j));
-        // Results in another order are the same results.
-        let mut own = vec![(p, next + 9), (v, next + 4)];
-        param += 2;
+        // Results in another order are the same results; a gradient is set to zero where it is read.
+        let mut own = vec![(p, next + 9), (v, next + 4), (g, next + 11)];
+        param += 3;
         if copied(i) {
             params += &format!("param @{param} \"c{i}\" bf16[{shape}] state zeros\n");
-            own.insert(i % 3, (param, next + 10));
+            own.insert(i % 4, (param, next + 12));
             param += 1;
         }
         own.iter().for_each(|(p, x)| assigns += &format!("assign @{p} %{x}\n"));

@@ -12,13 +12,21 @@ pub(super) const TOGETHER: i64 = 4;
 /// Columns of one batch of a warp, the widest first.
 pub(super) const BATCHES: [i64; 3] = [64, 32, 16];
 
+/// Columns of results with those that fill up the last four, which are computed and not written.
+pub(super) fn whole(f: &mut Func, columns: &Val) -> Val {
+    match columns.known() {
+        Some(n) => f.i64((n as u64).next_multiple_of(TOGETHER as u64) as i64),
+        None => columns.clone(),
+    }
+}
+
 /// A part of the results: 16 rows.
 pub(super) struct Tile<'a> {
     /// Number of the thread in its warp.
     pub(super) lane: &'a Val,
     /// First row and column.
     pub(super) at: [&'a Val; 2],
-    /// Rows and columns of the results.
+    /// Rows and columns of the results, columns as [`whole`] fours.
     pub(super) size: [&'a Val; 2],
     /// Columns of this part, which its first column is a multiple of.
     pub(super) columns: i64,

@@ -133,8 +133,23 @@ fn write(f: &mut Func, p: &mut Pull<'_>, a: &Analysis, batch: &[At], tile: &frag
         let mut index = batch.to_vec();
         index.push(At::of(f, m, 1));
         index.push(At::of(f, n, fragment::TOGETHER));
-        epilogue(f, p, a, &index, places, sums);
+        existing(f, p, a, &index, places, sums);
     });
+}
+
+/// [`epilogue`] of those columns that the results have: they may end within four neighbours.
+fn existing(f: &mut Func, p: &mut Pull<'_>, a: &Analysis, index: &[At], places: &[i64], sums: &[Vec<Val>]) {
+    if a.n.known().is_none_or(|n| n.is_multiple_of(fragment::TOGETHER as u64)) {
+        return epilogue(f, p, a, index, places, sums);
+    }
+    let (end, first) = (p.dim(f, a.n), index[index.len() - 1].val(f));
+    p.together = 1;
+    for (i, place) in places.iter().enumerate() {
+        let at = f.addc(&first, *place);
+        let ok = f.cmp("slt", &at, &end);
+        let own: Vec<Vec<Val>> = sums.iter().map(|s| vec![s[i].clone()]).collect();
+        f.if_(&ok, |f| epilogue(f, p, a, index, &[*place], &own));
+    }
 }
 
 /// Writes elements of all results from the accumulators of each group: those at `places` columns from the index.

@@ -47,12 +47,13 @@ impl Codes {
     }
 }
 
-/// Rows or columns that indices pick of a matrix in global memory.
+/// Rows or columns that indices pick of a matrix in global memory; or all of one whose pieces of 16 bytes are not whole or not aligned.
 pub(super) struct Picked {
     pub(super) matrix: Matrix,
     /// Lines of the result are picked; else steps of the sum.
     pub(super) lines: bool,
-    indices: Val,
+    /// None where all are taken in order.
+    indices: Option<Val>,
     /// The first line of the operand.
     first: i64,
     /// How many there are to pick of.
@@ -63,7 +64,8 @@ impl Picked {
     /// Where the picked line or step `at` lies in the matrix.
     pub(super) fn place(&self, f: &mut Func, at: &Val) -> Val {
         let at = f.addc(at, self.first);
-        let at = f.gep(&self.indices, &at, "i32");
+        let Some(indices) = &self.indices else { return at };
+        let at = f.gep(indices, &at, "i32");
         let i = f.op(format!("llvm.load {at} {{alignment = 4 : i64}} : !llvm.ptr -> i32"));
         self.within(f, &i)
     }
@@ -78,7 +80,8 @@ impl Picked {
 
     /// Where eight neighbouring lines or steps from `at` on, a multiple of 8, lie in the matrix.
     pub(super) fn places(&self, f: &mut Func, at: &Val) -> [Val; PIECE as usize] {
-        let from = f.gep(&self.indices, at, "i32");
+        let Some(indices) = &self.indices else { return [0, 1, 2, 3, 4, 5, 6, 7].map(|i| f.addc(at, i)) };
+        let from = f.gep(indices, at, "i32");
         let four = |f: &mut Func, i: i64| {
             let at = f.i64(i);
             let at = f.gep(&from, &at, "i32");
@@ -177,6 +180,31 @@ pub(super) fn operand(f: &mut Func, p: &mut Pull<'_>, x: &Product, side: usize, 
     }
 }
 
+/// An operand of a product as [`operand`] that is read element by element; none where it is in blocks of codes.
+pub(super) fn by_element(
+    f: &mut Func,
+    p: &mut Pull<'_>,
+    x: &Product,
+    side: usize,
+    batch: &[Val],
+    column: u64,
+) -> Option<Picked> {
+    if picks(x, side).is_some() {
+        return picked(f, p, x, side, batch, column);
+    }
+    let lines = near(x, side)?;
+    let first = if lines { column } else { 0 };
+    let matrix = matrix(f, p, x, side, batch, column - first);
+    let size = p.dim(f, x.k);
+    Some(Picked { matrix, lines, indices: None, first: first as i64, size })
+}
+
+/// Whether neighbours in memory lie along the sum (true) or across it, where one must be said: what is as near either way counts as along.
+pub(super) fn near(x: &Product, side: usize) -> Option<bool> {
+    let (line, step) = axes(view(x, side)?, side);
+    Some(step.known() == Some(1) || line.known() != Some(1))
+}
+
 /// An operand of a product as [`operand`], if indices pick of it.
 pub(super) fn picked(
     f: &mut Func,
@@ -187,7 +215,7 @@ pub(super) fn picked(
     column: u64,
 ) -> Option<Picked> {
     let (lines, of) = (picks(x, side)?, view(x, side)?.picked?);
-    let (indices, size) = (f.arg(&format!("p{}", of.arg)), p.dim(f, of.size));
+    let (indices, size) = (Some(f.arg(&format!("p{}", of.arg))), p.dim(f, of.size));
     let first = if lines { column } else { 0 };
     let matrix = matrix(f, p, x, side, batch, column - first);
     Some(Picked { matrix, lines, indices, first: first as i64, size })

@@ -3,8 +3,8 @@
 //! For products with few results and long sums, such as gradients of thin matrices over all tokens. Which part a block takes
 //! depends on shapes and counts only, so a result is the same bits in every run.
 
-use super::epilogue;
-use super::fragment::TOGETHER;
+use super::existing;
+use super::fragment::{self, TOGETHER};
 use crate::emit::contraction::analyze::Analysis;
 use crate::emit::dim_expr;
 use crate::emit::func::{Func, Val};
@@ -34,8 +34,14 @@ pub(super) fn parts(a: &Analysis, tile: [i64; 2], limits: &Limits) -> u64 {
 
 /// Bytes of all parts.
 pub(super) fn scratch(k: &Kernel, symbols: &[Sym], a: &Analysis, parts: u64) -> Result<Expr, CodegenError> {
-    let elements = dim_expr(k, a.m, symbols)?.mul(dim_expr(k, a.n, symbols)?);
+    let elements = padded(k, symbols, a)?;
     Ok(elements.mul(parts * a.groups.len() as u64 * 4))
+}
+
+/// Elements of a part, rows filled up to whole fours.
+fn padded(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Expr, CodegenError> {
+    let four = TOGETHER as u64;
+    Ok(dim_expr(k, a.m, symbols)?.mul(dim_expr(k, a.n, symbols)?.ceil_div(four).mul(four)))
 }
 
 /// Address of element (row, column) of a group in a part: rows of all groups lie side by side.
@@ -88,7 +94,8 @@ pub(super) fn finish(
     let (block, tid) = (special(f, "ctaid.x"), special(f, "tid.x"));
     let first = f.mulc(&block, THREADS);
     let thread = f.add(&first, &tid);
-    let size = [p.dim(f, a.m), p.dim(f, a.n)];
+    let (rows, columns) = (p.dim(f, a.m), p.dim(f, a.n));
+    let size = [rows, fragment::whole(f, &columns)];
     let at = f.mulc(&thread, TOGETHER);
     let (row, column) = (f.div(&at, &size[1]), f.rem(&at, &size[1]));
     let inside = f.cmp("slt", &row, &size[0]);
@@ -114,10 +121,9 @@ pub(super) fn finish(
         let sums: Vec<Vec<Val>> = sums.chunks(TOGETHER as usize).map(<[Val]>::to_vec).collect();
         p.together = TOGETHER;
         let index = [At::of(f, &row, 1), At::of(f, &column, TOGETHER)];
-        epilogue(f, &mut p, a, &index, &[0, 1, 2, 3], &sums);
+        existing(f, &mut p, a, &index, &[0, 1, 2, 3], &sums);
     });
     p.finish()?;
-    let elements = dim_expr(k, a.m, symbols)?.mul(dim_expr(k, a.n, symbols)?);
-    let grid = [elements.ceil_div((THREADS * TOGETHER) as u64), Expr::Const(1), Expr::Const(1)];
+    let grid = [padded(k, symbols, a)?.ceil_div((THREADS * TOGETHER) as u64), Expr::Const(1), Expr::Const(1)];
     Ok(unit.finish(grid, THREADS as u32, 0, 1))
 }

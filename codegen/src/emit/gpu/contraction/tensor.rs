@@ -4,7 +4,8 @@
 //! of 16 bytes, with zeros past the ends. An operand may lie along the sum or across it: `ldmatrix` transposes what lies
 //! across. 16-byte pieces are permuted within rows of a tile, so that neither copies nor matrix loads collide in banks.
 //! A right operand in blocks of codes is decoded on its way: threads read codes of a later stage before they multiply, and write
-//! what they stand for after it. So is an operand of which indices pick single elements; whole pieces that they pick are copied.
+//! what they stand for after it. So is an operand of which indices pick single elements, and one whose rows are no whole pieces, such as matrices of
+//! a rank that 8 does not divide; whole pieces that indices pick are copied.
 //! Products of one sum follow each other on the same accumulators; what is scaled comes first. Groups of accumulators that
 //! read the same left operand share its tiles. Long sums with few results are shared by blocks ([`split`]). [`fragment`]
 //! takes the accumulators to the results.
@@ -12,7 +13,7 @@
 mod decode;
 mod picked;
 
-use super::operand::{Operand, axes, operand, picks, view};
+use super::operand::{Operand, axes, by_element, near, operand, picks, view};
 use super::passes::{Taken, passes};
 use super::{fragment, split, write};
 use crate::emit::contraction::analyze::{Analysis, Group, Product, Right};
@@ -37,6 +38,8 @@ const STEP: i64 = 32;
 const STAGES: i64 = 4;
 /// Elements of 16 bytes.
 const PIECE: i64 = 8;
+/// Columns of results up to which they need not be a multiple of four.
+const RAGGED: u64 = 64;
 
 /// How the work is cut: rows, and columns of a set of accumulators, of a block and of its warps.
 #[derive(Clone, Copy)]
@@ -105,8 +108,8 @@ pub(super) fn forms(a: &Analysis, limits: &Limits) -> Vec<Form> {
 fn cut(a: &Analysis, passes: &[Vec<Taken>]) -> Option<Cut> {
     let fits = |x: &Product| x.dtype == DType::BF16 && (0..2).all(|side| along(a, x, side).is_some());
     let offsets = a.groups.iter().all(|g| (g.offset as i64) % PIECE == 0);
-    let four_columns = a.n.known().is_some_and(|n| n as i64 % fragment::TOGETHER == 0);
-    if !a.products.iter().all(fits) || !offsets || !four_columns {
+    let columns = a.n.known().is_some_and(|n| n as i64 % fragment::TOGETHER == 0 || n <= RAGGED);
+    if !a.products.iter().all(fits) || !offsets || !columns {
         return None;
     }
     let short = |d: Dim, n: u64| d.known().is_some_and(|d| d <= n);
@@ -125,9 +128,9 @@ fn cut(a: &Analysis, passes: &[Vec<Taken>]) -> Option<Cut> {
     Some(Cut { size, warps, parts })
 }
 
-/// Some operand is in blocks of codes, or picked.
+/// Some operand is in blocks of codes, picked, or read by elements.
 fn decodes(a: &Analysis) -> bool {
-    let picked = |x: &Product| (0..2).any(|side| picks(x, side).is_some());
+    let picked = |x: &Product| (0..2).any(|side| picks(x, side).is_some() || elements(a, x, side));
     a.products.iter().any(|x| matches!(x.right, Right::Blocks(_)) || picked(x))
 }
 
@@ -137,15 +140,20 @@ fn sets(a: &Analysis) -> usize {
     a.groups.len() + usize::from(a.groups.iter().any(scaled))
 }
 
-/// Whether an operand lies along the sum (true) or across it; `None` where its pieces are not whole or not aligned. What indices pick goes
-/// into a tile along the other axis.
+/// Whether an operand lies along the sum (true) or across it. What indices pick goes into a tile along the other axis, what is read by elements
+/// as it lies.
 fn along(a: &Analysis, x: &Product, side: usize) -> Option<bool> {
     if let (1, Right::Blocks(b)) = (side, &x.right) {
         // Whole blocks across the sum, from the first column of every group on.
         let whole = a.groups.iter().all(|g| (g.offset as i64) % blocks::VALUES == 0);
         return (b.along || whole).then_some(b.along);
     }
-    picks(x, side).or_else(|| whole_pieces(a, x, side))
+    picks(x, side).or_else(|| whole_pieces(a, x, side)).or_else(|| near(x, side))
+}
+
+/// Whether an operand is read element by element.
+fn elements(a: &Analysis, x: &Product, side: usize) -> bool {
+    view(x, side).is_some() && whole_pieces(a, x, side).is_none()
 }
 
 /// Whether the pieces of 16 bytes of an operand lie along the sum or across it; `None` where they are not whole or not aligned, or indices
@@ -188,7 +196,7 @@ struct Place {
 struct Side {
     x: Operand,
     along: bool,
-    /// Indices pick elements, not whole pieces.
+    /// Read by elements, not by whole pieces.
     elements: bool,
     /// Lines of the tile, and where it starts in a stage, bytes.
     lines: i64,
@@ -249,8 +257,10 @@ pub(super) fn emit(
             let side = |f: &mut Func, p: &mut Pull<'_>, i: usize, s: usize, offset: u64, start: i64| {
                 let x = &a.products[i];
                 let along = along(a, x, s) == Some(true);
-                let elements = picks(x, s).is_some() && whole_pieces(a, x, s).is_none();
-                Side { x: operand(f, p, x, s, &batch_values, offset), along, elements, lines: cut.size[s], start }
+                let elements = elements(a, x, s);
+                let single = if elements { by_element(f, p, x, s, &batch_values, offset) } else { None };
+                let x = single.map_or_else(|| operand(f, p, x, s, &batch_values, offset), Operand::Picked);
+                Side { x, along, elements, lines: cut.size[s], start }
             };
             let left = side(f, &mut p, pass[0].1, 0, 0, 0);
             let mut rights = vec![];
@@ -287,7 +297,10 @@ pub(super) fn emit(
         let sums: Vec<Vec<Val>> = totals.into_iter().flatten().collect();
         place.each(f, at_once, &sums, |f, tile, sums| match parts {
             1 => write(f, &mut p, a, &batch, tile, sums),
-            _ => fragment::each(f, tile, sums, |f, at, places, x| split::keep(f, &place.size, &z, at, places, x)),
+            _ => {
+                let size = [place.size[0].clone(), tile.size[1].clone()];
+                fragment::each(f, tile, sums, |f, at, places, x| split::keep(f, &size, &z, at, places, x));
+            }
         });
     });
     p.finish()?;
@@ -526,12 +539,13 @@ impl Place {
     ) {
         let [rows, columns] = self.cut.own();
         let (m0, n0) = (f.add(&self.block[0], &self.warp[0]), f.add(&self.block[1], &self.warp[1]));
+        let columns_of_four = fragment::whole(f, &self.size[1]);
         for i in 0..rows {
             let m = f.addc(&m0, 16 * i);
             let tile = fragment::Tile {
                 lane: &self.lane,
                 at: [&m, &n0],
-                size: [&self.size[0], &self.size[1]],
+                size: [&self.size[0], &columns_of_four],
                 columns: 8 * columns,
                 tile: self.cut.size[1],
                 batch,

@@ -33,7 +33,7 @@ pub(super) fn patterns(k: &Kernel) -> Option<Vec<Pattern>> {
     if k.class != Class::Row || !plain || k.body.roots.len() < 2 {
         return None;
     }
-    let list = flat_parts(&k.body)?;
+    let list = flat_parts(k)?;
     if list.len() < 2 {
         return None;
     }

@@ -5,7 +5,7 @@ use crate::emit::contraction::view::{Stride, View};
 use crate::emit::dim_expr;
 use crate::emit::gpu;
 use crate::emit::gpu::chip::Limits;
-use crate::emit::gpu::contraction::operand::{axes, picks, view};
+use crate::emit::gpu::contraction::operand::{axes, near, picks, view};
 use crate::emit::gpu::contraction::passes::{Taken, passes};
 use crate::emit::gpu::ring::Ring;
 use crate::emit::gpu::wgmma;
@@ -95,18 +95,18 @@ pub(super) enum Source {
     Copied(Operand),
     /// In blocks of codes, on the right: decoded by the warpgroup that copies.
     Decoded(Coded),
-    /// Indices pick of it: read by the warpgroup that copies.
+    /// Indices pick of it, or it has no whole pieces: read by the warpgroup that copies.
     Picked(Picks),
 }
 
-/// An operand of which indices pick lines, and which lies along the sum in a stage, or steps, and lies across it.
+/// An operand of which indices pick lines, and which lies along the sum in a stage, or steps, and lies across it; or one read by elements, all of it.
 #[derive(Clone, Copy)]
 pub(super) struct Picks {
     pub(super) product: usize,
     pub(super) side: usize,
     pub(super) column: u64,
     pub(super) lines: bool,
-    /// Indices pick elements, not whole pieces of 16 bytes.
+    /// Read by elements, not by whole pieces of 16 bytes.
     pub(super) elements: bool,
 }
 
@@ -202,16 +202,22 @@ pub(in super::super) fn place<'a>(a: &Analysis, x: &'a Product, side: usize) -> 
     Some(Place { view, along, first, lines: if side == 0 { a.m } else { x.n } })
 }
 
-/// An operand of which indices pick, from a column on; `None` for any other, and for a sum of unknown length.
-fn picked(x: &Product, product: usize, side: usize, column: u64) -> Option<Picks> {
-    let (lines, view) = (picks(x, side)?, view(x, side)?);
+/// An operand that no tensor copy reads, from a column on: indices pick of it, or its lines are no whole pieces of 16 bytes. `None` for any other,
+/// and for a sum of unknown length.
+fn picked(a: &Analysis, x: &Product, product: usize, side: usize, column: u64) -> Option<Picks> {
+    let view = view(x, side)?;
+    let lines = match picks(x, side) {
+        Some(lines) => lines,
+        None if place(a, x, side).is_none() => near(x, side)?,
+        None => return None,
+    };
     let depth = x.k.known()?;
     let (line, step) = axes(view, side);
-    let (near, far) = if lines { (step, line) } else { (line, step) };
+    let (close, far) = if lines { (step, line) } else { (line, step) };
     // Pieces along the sum end with it; those across it may go on past the last line, where there is something.
     let ends = lines && depth % PIECE == 0 || !lines && side == 1 && x.n.known().is_some_and(|n| n % PIECE == 0);
     let first = view.offset.iter().all(|(n, s)| (n * s.factor).is_multiple_of(PIECE)) && column.is_multiple_of(PIECE);
-    let pieces = ends && first && near.known() == Some(1) && far.factor % PIECE == 0;
+    let pieces = ends && first && close.known() == Some(1) && far.factor % PIECE == 0;
     Some(Picks { product, side, column, lines, elements: !pieces })
 }
 
@@ -239,7 +245,7 @@ fn shape(a: &Analysis) -> Option<(Shape, Vec<Vec<Taken>>)> {
     // A sum of unknown length ends within a stage, where what is past its end is cleared: whole lines.
     let fits = |x: &Product| {
         let side = |s: usize| {
-            place(a, x, s).is_some_and(|p| x.k.known().is_some() || !p.along) || picked(x, 0, s, 0).is_some()
+            place(a, x, s).is_some_and(|p| x.k.known().is_some() || !p.along) || picked(a, x, 0, s, 0).is_some()
         };
         x.dtype == DType::BF16 && x.k.known() != Some(0) && side(0) && (side(1) || coded(a, x).is_some())
     };
@@ -250,10 +256,10 @@ fn shape(a: &Analysis) -> Option<(Shape, Vec<Vec<Taken>>)> {
     let scaled = a.groups.iter().any(|g| g.products.iter().filter(|p| p.1.is_some()).count() > 1);
     let sets = a.groups.len() as i64 + i64::from(scaled);
     let parts = order.iter().map(|p| p.len()).max().unwrap_or(1) as i64;
-    let lies = |x: &Product| coded(a, x).or(picks(x, 1)).or(place(a, x, 1).map(|p| p.along));
+    let lies = |x: &Product| coded(a, x).or(picks(x, 1)).or(place(a, x, 1).map(|p| p.along)).or(near(x, 1));
     let across = a.products.iter().any(|x| lies(x) == Some(false));
-    let picked = |x: &Product| (0..2).any(|s| picks(x, s).is_some());
-    let decodes = a.products.iter().any(|x| coded(a, x).is_some() || picked(x));
+    let by_threads = |x: &Product| (0..2).any(|s| picked(a, x, 0, s, 0).is_some());
+    let decodes = a.products.iter().any(|x| coded(a, x).is_some() || by_threads(x));
     let length = |p: &Vec<Taken>| a.products[p[0].1].k.known().unwrap_or(TYPICAL_ROWS).div_ceil(STEP as u64);
     let depth: u64 = order.iter().map(length).sum();
     Some((Shape { rows: rows.unwrap_or(TYPICAL_ROWS), columns, sets, parts, depth, across, decodes }, order))
@@ -280,7 +286,7 @@ pub(super) fn form(
     let mut passes = vec![];
     for pass in order {
         let mut operand = |i: usize, side: usize, offset: u64| -> Result<Option<Source>, CodegenError> {
-            if let Some(x) = picked(&a.products[i], i, side, offset) {
+            if let Some(x) = picked(a, &a.products[i], i, side, offset) {
                 return Ok(Some(Source::Picked(x)));
             }
             let Some(at) = place(a, &a.products[i], side) else { return Ok(None) };

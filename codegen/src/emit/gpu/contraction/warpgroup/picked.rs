@@ -1,4 +1,5 @@
-//! Operands of which indices pick rows or columns: the first warpgroup reads them into the stages that copies fill with all else.
+//! Operands of which indices pick rows or columns, and those without whole pieces of 16 bytes: the first warpgroup reads them into the stages that
+//! copies fill with all else.
 //!
 //! A stage holds what tensor copies would have left there: lines of 128 bytes whose pieces are permuted. Pieces of 16 bytes lie along the axis
 //! that is not picked: where its elements are neighbours in memory they are read as they are, else element by element.
@@ -7,7 +8,7 @@ use super::form::{BLOCK, Cut, Pass, Picks, ROWS, STEP, Source};
 use crate::emit::contraction::analyze::Analysis;
 use crate::emit::func::{Func, Val};
 use crate::emit::gpu::blocks;
-use crate::emit::gpu::contraction::operand::{PIECE, Picked, picked};
+use crate::emit::gpu::contraction::operand::{PIECE, Picked, by_element};
 use crate::emit::gpu::launch::shared_at;
 use crate::emit::gpu::pull::Pull;
 use crate::emit::gpu::ring::Ring;
@@ -41,7 +42,7 @@ impl Picker {
             let Source::Picked(picks) = *source else { continue };
             let product = &a.products[picks.product];
             let steps = product.k.known().map_or(STEP, |k| (k as i64).min(STEP));
-            if let Some(x) = picked(f, p, product, picks.side, &[], picks.column) {
+            if let Some(x) = by_element(f, p, product, picks.side, &[], picks.column) {
                 out.push(Picker { x, picks, start, lines, steps });
             }
         }
@@ -61,7 +62,12 @@ impl Picker {
         tid: &Val,
     ) {
         let (side, along) = (self.picks.side, self.picks.lines);
-        let (row, piece) = (f.divc(tid, STEP / PIECE), f.remc(tid, STEP / PIECE));
+        // Of a short sum no product reads the pieces behind its end: threads take more lines in a turn.
+        let needed = ((self.steps as u64).div_ceil(16) * 2).next_power_of_two() as i64;
+        let fits = |n: &i64| *n >= needed && self.lines % (THREADS / n) == 0;
+        let pieces = [2, 4].into_iter().find(fits).filter(|_| along).unwrap_or(STEP / PIECE);
+        let turn = THREADS / pieces;
+        let (row, piece) = (f.divc(tid, pieces), f.remc(tid, pieces));
         let (turned, bytes) = (f.remc(&row, 8), f.mulc(&row, LINE));
         let turned = f.op(format!("arith.xori {piece}, {turned} : i64"));
         let (at, within) = (f.mulc(&turned, 16), f.mulc(&piece, PIECE));
@@ -78,7 +84,7 @@ impl Picker {
         // Hidden from LLVM, which would keep the places of all pieces for all turns.
         let hidden = wgmma::settled(f, &[line, first], "i64", "l");
         let all: Vec<[i64; 3]> = if along {
-            (0..self.lines / TURN).map(|i| [TURN * i, 0, TURN * i * LINE]).collect()
+            (0..self.lines / turn).map(|i| [turn * i, 0, turn * i * LINE]).collect()
         } else {
             // Blocks of 64 lines; steps that no product reads are left out.
             let steps = (self.steps as u64).div_ceil(TURN as u64) as i64;

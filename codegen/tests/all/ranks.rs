@@ -1,0 +1,119 @@
+//! Products of a rank that 8 does not divide: every product of a low-rank branch, forward and backward, goes through matrix instructions on
+//! either chip, compared with the interpreter, and the assembler spills nothing.
+
+use crate::simulated::{Build, simulate};
+use pleach_codegen::emit::gpu::GpuChip;
+use pleach_codegen::ptxas;
+use pleach_ir::{Class, DType, Dim, Kernel, Op, Sym};
+
+const T: Dim = Dim::Symbol(Sym::T);
+const RANKS: [u64; 8] = [1, 2, 3, 4, 5, 6, 12, 20];
+const WIDTH: Dim = Dim::Known(72);
+const OUT: Dim = Dim::Known(136);
+
+/// Runs a kernel on both chips. `by_warpgroups`: whether the newer one takes the products of its own.
+fn run(b: &mut Build, k: &Kernel, by_warpgroups: bool) {
+    for chip in GpuChip::ALL {
+        let (ptx, counts) = simulate(k, chip, &b.operands, &[(Sym::T, 70)], 1e-2);
+        let own = if chip == GpuChip::Sm90a && by_warpgroups { "wgmma.mma_async" } else { "mma.sync" };
+        assert!(counts.of(own) > 0, "{} on {}", k.name, chip.name());
+        let Some(program) = crate::kit::ptxas() else {
+            eprintln!("skipped: nothing is assembled, there is no ptxas; set PLEACH_PTXAS or run `make setup`");
+            continue;
+        };
+        let all = ptxas::assemble(&program, ptx.as_bytes(), chip.name()).unwrap();
+        assert!(all.values().all(|r| r.spills == 0 && r.stack == 0), "{} on {}: {all:?}", k.name, chip.name());
+    }
+}
+
+fn build() -> Build {
+    Build::new(&[(Sym::T, 70)])
+}
+
+/// x · Aᵀ.
+#[test]
+fn down() {
+    for r in RANKS {
+        let mut b = build();
+        let (x, down) = (b.input(DType::BF16, &[T, WIDTH]), b.input(DType::BF16, &[r.into(), WIDTH]));
+        let h = b.product(x, down, false, true);
+        let h = b.push(Op::Cast(DType::BF16), &[h]);
+        let k = b.named(&format!("down{r}"), Class::Contraction, &[h]);
+        run(&mut b, &k, r % 4 == 0);
+    }
+}
+
+/// x · Wᵀ + s · h · Bᵀ, and dY · W + s · dH · A.
+#[test]
+fn beside_a_weight() {
+    for r in RANKS {
+        for turned in [false, true] {
+            let mut b = build();
+            let (x, w) = (b.input(DType::BF16, &[T, WIDTH]), [OUT, WIDTH]);
+            let w = b.input(DType::BF16, &if turned { [w[1], w[0]] } else { w });
+            let (h, up) = (b.input(DType::BF16, &[T, r.into()]), [OUT, r.into()]);
+            let up = b.input(DType::BF16, &if turned { [up[1], up[0]] } else { up });
+            let s = b.input(DType::F32, &[]);
+            let y = b.product(x, w, false, !turned);
+            let branch = b.product(h, up, false, !turned);
+            let branch = b.mul(branch, s);
+            let y = b.push(Op::Add, &[y, branch]);
+            let y = b.push(Op::Cast(DType::BF16), &[y]);
+            let k = b.named(&format!("beside{r}{turned}"), Class::Contraction, &[y]);
+            run(&mut b, &k, true);
+        }
+    }
+}
+
+/// dY · B.
+#[test]
+fn back() {
+    for r in RANKS {
+        let mut b = build();
+        let (y, up) = (b.input(DType::BF16, &[T, OUT]), b.input(DType::BF16, &[OUT, r.into()]));
+        let h = b.product(y, up, false, false);
+        let h = b.push(Op::Cast(DType::BF16), &[h]);
+        let k = b.named(&format!("back{r}"), Class::Contraction, &[h]);
+        run(&mut b, &k, r % 4 == 0);
+    }
+}
+
+/// dYᵀ · h and dHᵀ · x, added in place: sums over all tokens.
+#[test]
+fn gradients() {
+    for r in RANKS {
+        for rows in [OUT, r.into()] {
+            let columns = if rows == OUT { r.into() } else { OUT };
+            let mut b = build();
+            let (x, y) = (b.input(DType::BF16, &[T, rows]), b.input(DType::BF16, &[T, columns]));
+            let before = b.input(DType::F32, &[rows, columns]);
+            let z = b.product(x, y, true, false);
+            let z = b.push(Op::Add, &[before, z]);
+            let mut k = b.named(&format!("gradient{r}{}", rows == OUT), Class::Contraction, &[z]);
+            k.aliases = vec![Some(2)];
+            run(&mut b, &k, false);
+        }
+    }
+}
+
+/// silu-like gates of two branches: groups of accumulators that share a left operand.
+#[test]
+fn two_groups() {
+    for r in [3, 4, 12] {
+        let mut b = build();
+        let x = b.input(DType::BF16, &[T, WIDTH]);
+        let parts = [0, 1].map(|_| {
+            let w = b.input(DType::BF16, &[96.into(), WIDTH]);
+            let (h, up) = (b.input(DType::BF16, &[T, r.into()]), b.input(DType::BF16, &[96.into(), r.into()]));
+            let s = b.input(DType::F32, &[]);
+            let y = b.product(x, w, false, true);
+            let branch = b.product(h, up, false, true);
+            let branch = b.mul(branch, s);
+            b.push(Op::Add, &[y, branch])
+        });
+        let y = b.mul(parts[0], parts[1]);
+        let y = b.push(Op::Cast(DType::BF16), &[y]);
+        let k = b.named(&format!("gates{r}"), Class::Contraction, &[y]);
+        run(&mut b, &k, true);
+    }
+}
