@@ -211,7 +211,7 @@ pub(super) fn cheapest(e: &Entry, gradient: &[bool], costs: &[Cost]) -> Vec<bool
     at.iter().map(|x| x.is_some_and(|(_, again)| reached[again.index()])).collect()
 }
 
-/// Which values a result needs that depends on no gradient but the loss itself.
+/// Which values the loss needs. A result that is made of gradients, such as their norm, needs none of the forward half by itself.
 pub(super) fn forward(e: &Entry, gradient: &[bool]) -> Vec<bool> {
     let mut out = vec![false; e.nodes.len()];
     for r in &e.roots {
@@ -219,8 +219,10 @@ pub(super) fn forward(e: &Entry, gradient: &[bool]) -> Vec<bool> {
             out[r.value.index()] = true;
         }
     }
+    let result = out.clone();
     for v in e.values().rev() {
-        if out[v.index()] {
+        // The loss is scaled as its gradient is.
+        if out[v.index()] && (result[v.index()] || !gradient[v.index()]) {
             e.node(v).inputs.iter().for_each(|i| out[i.index()] = true);
         }
     }

@@ -120,6 +120,11 @@ mod tests {
     /// Blocks that widen a stream of 8 columns, bend it, narrow it again, and add the result to the stream (`skip`) or take its
     /// place; then the gradient of the stream's sum back through them. Also the values of the stream after each block.
     fn blocks(count: usize, width: u64, skip: bool) -> (Graph, Vec<ValueId>) {
+        blocks_and(count, width, skip, false)
+    }
+
+    /// The same; `normed`: the gradient's square is a result too, and the backward half computes slopes from what is bent.
+    fn blocks_and(count: usize, width: u64, skip: bool, normed: bool) -> (Graph, Vec<ValueId>) {
         let (wide, thin) = (format!("f32[T,{width}]"), "f32[T,8]");
         let mut text = format!(
             "graph core\nparam @0 \"up\" f32[8,{width}] frozen checkpoint(\"up\")\n\
@@ -148,13 +153,20 @@ mod tests {
         let mut dy = push(format!("broadcast(%1) {{axes = []}} : {thin}"));
         for exp in bent.iter().rev() {
             let dexp = push(format!("matmul(%{dy}, %3) {{tb}} : {wide}"));
-            let dup = push(format!("mul(%{dexp}, %{exp}) : {wide}"));
+            let slope = if normed { push(format!("mul(%{exp}, %{exp}) : {wide}")) } else { *exp };
+            let dup = push(format!("mul(%{dexp}, %{slope}) : {wide}"));
             let dx = push(format!("matmul(%{dup}, %2) {{tb}} : {thin}"));
             dy = if skip { push(format!("add(%{dy}, %{dx}) : {thin}")) } else { dx };
         }
         let dw = push(format!("matmul(%0, %{dy}) {{ta}} : f32[8,8]"));
         let g = push(format!("add(%4, %{dw}) : f32[8,8]"));
-        text += &format!("output \"loss\" %{loss}\nassign @2 %{g}\n}}\n");
+        let norm = normed.then(|| {
+            let squares = push(format!("mul(%{dw}, %{dw}) : f32[8,8]"));
+            let rows = push(format!("reduce_sum(%{squares}) {{axis = 1}} : f32[8]"));
+            push(format!("reduce_sum(%{rows}) {{axis = 0}} : f32[]"))
+        });
+        let norm = norm.map(|n| format!("output \"grad_norm\" %{n}\n")).unwrap_or_default();
+        text += &format!("output \"loss\" %{loss}\n{norm}assign @2 %{g}\n}}\n");
         (parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}")), streams)
     }
 
@@ -177,6 +189,12 @@ mod tests {
         assert_eq!(crossing(&g, 2), [streams[1], streams[3]]);
         assert_eq!(crossing(&g, 4), [streams[3]]);
         assert_eq!(crossing(&g, 0), []);
+    }
+
+    #[test]
+    fn what_a_gradients_norm_is_made_of_crosses_nothing() {
+        let (g, streams) = blocks_and(5, 64, true, true);
+        assert_eq!(crossing(&g, 1), streams[..4]);
     }
 
     #[test]
