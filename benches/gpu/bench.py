@@ -5,9 +5,9 @@
 
 First what is right: every kernel kind against PyTorch on random values with a poisoned arena, then loss and gradients of a step against
 PyTorch in f32. Only what is right is timed: products against cuBLAS, attention against SDPA, optimizer steps against PEFT (its
-default with f32 adapters, and all in bf16), a PaCA in PyTorch, and after all of these torch.compile, and Liger or Unsloth where they
-can be imported. Rows are random, weights are made here. What does not fit into the time is left out and said so; the file is
-written after every part, so that a run that is stopped leaves what it had.
+default with f32 adapters, and all in bf16), a PaCA in PyTorch, weights in blocks beside the same weights as numbers, and after all of
+these torch.compile, and Liger or Unsloth where they can be imported. Rows are random, weights are made here. What does not fit into
+the time is left out and said so; the file is written after every part, so that a run that is stopped leaves what it had.
 """
 
 import time
@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 
 import cases
 import reference
+from blocks import Blocks
 from checks import Checks
 
 # Rivals that replace parts of the library when they are loaded: package -> name.
@@ -60,13 +61,13 @@ NOTES = {
 }
 
 
-class Bench(Checks):
+class Bench(Blocks, Checks):
     def __init__(self, a):
         self.a, self.device, self.start = a, a.device, START
         self.bundle = a.bundle
         self.index = json.loads((a.bundle / "plans/index.json").read_text())
         self.scratch = tempfile.TemporaryDirectory(prefix="pleach-gpu-")
-        self.results = {"limits": {}, "checks": [], "products": [], "attention": [], "steps": [], "skipped": [], "notes": NOTES}
+        self.results = {"limits": {}, "checks": [], "products": [], "attention": [], "steps": [], "blocks": [], "skipped": [], "notes": NOTES}
         self.machine = None
         self.lacks = [n for n in NEEDED if not importlib.util.find_spec(n)]
 
@@ -152,6 +153,10 @@ class Bench(Checks):
         if self.device == "cuda":
             torch.cuda.synchronize()
 
+    def warm(self):
+        """Milliseconds of work before anything is timed."""
+        return WARM if self.device == "cuda" else 0
+
     def limits(self):
         """What the machine reaches in this run: a large product by its library, and a copy; bytes read and written."""
         n = 8192 if self.device == "cuda" else 256
@@ -199,7 +204,7 @@ class Bench(Checks):
         at = rest.index("--entry") + 1
         for entry, run in rivals.items():
             words = [*rest[:at], entry, *rest[at + 1:]]
-            said = self.measure(plan, *words, "--warm", WARM if self.device == "cuda" else 0, "--repeat", 5, "--profile")
+            said = self.measure(plan, *words, "--warm", self.warm(), "--repeat", 5, "--profile")
             # Both with events around the whole of it.
             profile, ours = said["profile"], statistics.median(said["replay_ms"])
             rival = self.event_ms(run)
@@ -222,7 +227,7 @@ class Bench(Checks):
         t = rows * length
         said = self.measure(
             plan["file"], "--entry", "accumulate,update", "--shared-weights", "--slot", f"0={slot}", "--inputs", inputs,
-            "--capacity", f"T={t},L={t},S={rows},P={length},C=1", "--warm", WARM if self.device == "cuda" else 0,
+            "--capacity", f"T={t},L={t},S={rows},P={length},C=1", "--warm", self.warm(),
             "--repeat", self.a.repeat, "--profile", limit=self.call(plan),
         )
         replay = statistics.median(said["replay_ms"])
@@ -248,7 +253,7 @@ class Bench(Checks):
         t = rows * length
         said = self.measure(
             f"forms.{self.target()}.pleach", "--entry", "accumulate,update", "--shared-weights", "--slot", f"0={slot}", "--inputs",
-            inputs, "--capacity", f"T={t},L={t},S={rows},P={length},C=1", "--warm", WARM if self.device == "cuda" else 0,
+            inputs, "--capacity", f"T={t},L={t},S={rows},P={length},C=1", "--warm", self.warm(),
             "--repeat", 3, "--forms", limit=max(LONG_CALL, self.a.limit),
         )
         self.results["forms"] = said["forms"]
@@ -351,6 +356,8 @@ class Bench(Checks):
         plans = [p for p in self.index["plans"] if p["target"] == self.target()]
         if not plans:
             raise SystemExit(f"there are no plans for {self.target()} in {self.bundle / 'plans'}")
+        # What an earlier run wrote is not taken for this one's.
+        self.a.out.unlink(missing_ok=True)
         self.attempt("limits", 10, self.limits, "steps")
         right = set()
         if "checks" in only or "kernels" in only:
@@ -370,6 +377,10 @@ class Bench(Checks):
                     later.append((p, who))
                 else:
                     self.attempt(f"{p['name']} {who}", p["seconds"], lambda: self.time_rival(p, who), "steps")
+        for p in [p for p in self.index.get("blocks", []) if p["target"] == self.target()]:
+            check, timed = "checks" in only, p["time"] and "steps" in only
+            if check or timed:
+                self.attempt(p["name"], 30, lambda: self.blocks(p, check, timed), "checks" if check else "blocks")
         # A newer GPU runs the older target's code too: it is checked, and not timed.
         for older in self.targets()[:-1] if "checks" in only else []:
             for c in cases.cases(self.index.get("tiny", False)):
@@ -385,7 +396,7 @@ class Bench(Checks):
             self.attempt(f"{p['name']} {who}", least, lambda: self.apart(p, who), "steps")
         good = self.write()
         bad = [c for c in self.results["checks"] if not c.get("ok")]
-        failed = [r for k in ("products", "attention", "steps") for r in self.results[k] if "error" in r]
+        failed = [r for k in ("products", "attention", "steps", "blocks") for r in self.results[k] if "error" in r]
         self.say(f"{self.a.out}: {len(self.results['checks']) - len(bad)} checks right, {len(bad)} wrong, {len(failed)} failed, "
                  f"{len(self.results['skipped'])} left out")
         return good
@@ -443,7 +454,7 @@ class Bench(Checks):
         part = self.a.out.with_name(self.a.out.name + ".part")
         part.write_text(json.dumps(out, indent=1) + "\n")
         part.replace(self.a.out)
-        failed = any("error" in r for k in ("products", "attention", "steps") for r in self.results[k])
+        failed = any("error" in r for k in ("products", "attention", "steps", "blocks") for r in self.results[k])
         return all(c.get("ok") for c in self.results["checks"]) and not failed
 
 

@@ -13,7 +13,7 @@ rm -rf "$out"
 mkdir -p "$out/plans/kernels"
 cp "$measure" "$out/measure"
 strip "$out/measure" 2>/dev/null || true
-cp benches/gpu/{run.sh,bench.py,cases.py,checks.py,reference.py} "$out/"
+cp benches/gpu/{run.sh,bench.py,blocks.py,cases.py,checks.py,reference.py,shapes.py} "$out/"
 
 targets="sm_80 sm_90a"
 for name in $("$python" benches/gpu/cases.py "$work/kernels" $tiny); do
@@ -62,8 +62,33 @@ print(json.dumps({
 END
 }
 
+blocks=$work/blocks
+: >"$blocks"
+# The same graph over weights in blocks and over the same weights as numbers; method "none": prompts and tokens without adapters.
+coded() {
+    local family=$1 config=$2 layers=$3 method=$4 rank=$5 batch=$6 length=$7 target=$8 timed=$9
+    local model=$work/$family-$layers-blocks name=$family-$layers-blocks-$method
+    [ -d "$model" ] || "$python" benches/gpu/shapes.py "benches/gpu/configs/$config.json" "$layers" "$model" --blocks
+    local asked=(--entry infer,generate)
+    [ "$method" = none ] || asked=(--method "$method" --r "$rank" --alpha $((2 * rank)) --target-modules all-linear --entry train --batch "$batch" --max-length "$length")
+    for kind in blocks numbers; do
+        local flags=()
+        [ $kind = blocks ] || flags=(--no-blocks)
+        "$pleach" compile "$model" "${asked[@]}" "${flags[@]}" --dtype bf16 --target "$target" -o "$out/plans/$name-$kind.$target.pleach" --quiet --no-cache
+    done
+    "$python" - "$model/config.json" >>"$blocks" <<END
+import json, sys
+print(json.dumps({
+    "name": "$name", "family": "$family-$layers", "target": "$target", "method": None if "$method" == "none" else "$method", "rank": $rank, "batch": $batch,
+    "length": $length, "time": $timed, "files": {k: f"$name-{k}.$target.pleach" for k in ("blocks", "numbers")}, "config": json.load(open(sys.argv[1])),
+}))
+END
+}
+
 if [ -n "$tiny" ]; then
     for target in $targets; do
+        coded tiny tiny 2 lora 4 2 12 $target True
+        coded tiny tiny 2 none 0 2 12 $target True
         plan tiny tiny 2 lora 4 2 12 $target True True 5 1
         plan tiny tiny 2 paca 4 2 12 $target True True 5 2
         plan tiny tiny 2 frozen 4 2 12 $target False True 5 3
@@ -87,6 +112,8 @@ else
             plan smollm2 smollm2-135m 30 $kind 16 4 512 $target False True 30 $((order++))
         done
         infer smollm2 smollm2-135m 2 512 $target
+        coded smollm2 smollm2-135m 30 lora 16 4 512 $target True
+        coded smollm2 smollm2-135m 30 none 0 4 512 $target True
     done
 fi
 
@@ -104,10 +131,11 @@ if [ -n "$tiny" ]; then for target in $targets; do forms tiny tiny 2 4 2 12 $tar
 find "$out/plans" -name '*.pleach' -exec gzip -9 -n {} +
 
 commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)
-"$python" - "$index" "$inferring" "$out/plans/index.json" "$commit" "$tiny" <<'END'
+"$python" - "$index" "$inferring" "$blocks" "$out/plans/index.json" "$commit" "$tiny" <<'END'
 import json, sys
-plans, infer = ([json.loads(line) for line in open(p)] for p in sys.argv[1:3])
-json.dump({"commit": sys.argv[4], "tiny": bool(sys.argv[5]), "plans": plans, "infer": infer}, open(sys.argv[3], "w"), indent=1)
+plans, infer, blocks = ([json.loads(line) for line in open(p)] for p in sys.argv[1:4])
+facts = {"commit": sys.argv[5], "tiny": bool(sys.argv[6]), "plans": plans, "infer": infer, "blocks": blocks}
+json.dump(facts, open(sys.argv[4], "w"), indent=1)
 END
 bytes=$(du -sb "$out" | cut -f1)
 echo "$out: $bytes bytes, $(ls "$out"/plans/*.pleach.gz | wc -l) plans, $(ls "$out"/plans/kernels | wc -l) kernel plans"

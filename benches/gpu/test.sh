@@ -37,12 +37,14 @@ import json, sys
 
 out, newer = (json.load(open(p)) for p in sys.argv[1:])
 assert newer["target"] == "sm_90a" and all(c["ok"] for c in newer["checks"]), newer["checks"]
-assert [sum(c["target"] == t for c in newer["checks"]) for t in ("sm_90a", "sm_80")] == [16, 16], newer["checks"]
+assert [sum(c["target"] == t for c in newer["checks"]) for t in ("sm_90a", "sm_80")] == [18, 16], newer["checks"]
 assert not [r for r in newer["steps"] if "error" in r] and len(newer["adapter_overhead"]) == 2 and newer["attention"], newer["steps"]
 checks = out["checks"]
-assert len(checks) == 16 and all(c["ok"] for c in checks), checks
+assert len(checks) == 18 and all(c["ok"] for c in checks), checks
 assert all(c["same_bits"] in (True, {"graph": True, "launches": True}) for c in checks if "infer" not in c["what"]), checks
 assert all(r["replay_ms"] > 0 and r["in_a_row_ms"] > 0 and r["checked"] for r in out["steps"] if r["who"] == "pleach"), out["steps"]
+assert {r["what"] for r in out["blocks"]} == {"tiny-2-blocks-lora", "tiny-2-blocks-none"}, out["blocks"]
+assert all(r["blocks_ms"] > 0 and r["blocks_weights_bytes"] < r["numbers_weights_bytes"] for r in out["blocks"]), out["blocks"]
 assert out["limits"]["product_tflops"] > 0 and out["limits"]["copy_tb_per_s"] > 0, out["limits"]
 assert not [r for r in out["steps"] if "error" in r] and {r["plan"] for r in out["adapter_overhead"]} == {
     "tiny-2-lora-r4", "tiny-2-paca-r4"}, out["adapter_overhead"]
@@ -96,7 +98,7 @@ import json, sys
 
 out = json.load(open(sys.argv[1]))
 bad = [c for c in out["checks"] if not c.get("ok")]
-assert len(bad) == 1 and "took longer than 120 s" in bad[0]["error"] and len(out["checks"]) == 13, out["checks"]
+assert len(bad) == 1 and "took longer than 120 s" in bad[0]["error"] and len(out["checks"]) == 15, out["checks"]
 assert [r["who"] for r in out["steps"]] == ["pleach"] * 3 and not any(r["checked"] for r in out["steps"]), out["steps"]
 assert any("no package transformers" in s["why"] for s in out["skipped"]), out["skipped"]
 END
