@@ -141,7 +141,10 @@ impl Portfolio {
                 found
             } else {
                 if hunt.turn == 0 {
-                    hunt.tried.sort_by(|a, b| (b.share / b.tries).total_cmp(&(a.share / a.tries)));
+                    let mut shares: Vec<(f64, u32)> =
+                        hunt.tried.iter().zip(0..).map(|(a, i)| (a.share / a.tries, i)).collect();
+                    super::sort::falling(&mut shares);
+                    hunt.tried = shares.iter().map(|(_, i)| hunt.tried[*i as usize]).collect();
                 }
                 let arm = hunt.tried.get(hunt.turn).copied()?;
                 self.order(&arm, [0.03, 0.1, 0.3, 0.6][hunt.draw.below(4)], &mut hunt.draw);

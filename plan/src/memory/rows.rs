@@ -271,7 +271,7 @@ pub(super) fn rows(list: &[Request], bound: u64, way: Way, work: (u64, &mut u64)
         r.price = sums(&prices(&r.load, reached - height, CROWDED));
         r.spend(4 * count / PASS as usize);
         let mut first: Vec<u32> = r.open(&(0..count)).filter(|i| r.span[*i as usize].contains(&section)).collect();
-        first.sort_unstable_by_key(|i| (Reverse(r.size[*i as usize]), *i));
+        super::sort::by_key(&mut first, &|i| (u128::from(u64::MAX - r.size[i as usize]), 0));
         let mut best: Option<Row> = None;
         for &i in first.iter().take(TRIES) {
             r.take_back();

@@ -229,8 +229,12 @@ pub(super) struct Waiting {
 
 impl Waiting {
     pub(super) fn new(span: &[Range<usize>], sections: usize) -> Waiting {
-        let mut items: Vec<(u32, u32)> = span.iter().zip(0..).map(|(s, i)| (s.end as u32, i)).collect();
-        items.sort_unstable_by_key(|x| (span[x.1 as usize].start, Reverse(x.0), x.1));
+        let mut order: Vec<u32> = (0..span.len() as u32).collect();
+        super::sort::by_key(&mut order, &|i| {
+            let s = &span[i as usize];
+            (s.start as u128, u128::MAX - s.end as u128)
+        });
+        let items: Vec<(u32, u32)> = order.into_iter().map(|i| (span[i as usize].end as u32, i)).collect();
         let mut count = vec![0u32; sections];
         span.iter().for_each(|s| count[s.start] += 1);
         let mut sum = 0;
