@@ -121,13 +121,14 @@ impl<'a> Trials<'a> {
     fn search(&self, whole: u64, weights: &dyn TensorSource) -> Result<Option<Price>> {
         let floor = Price::floor(self.request.options().target.bytes_per_s).byte_us;
         let ladder = LADDER.map(|(times, every)| Price { every, ..Price::flat(times * floor) });
-        let (mut low, mut high) = (floor, None);
+        let (mut low, mut high): (Price, Option<Price>) =
+            (Price { every: ladder[0].every, ..Price::flat(floor) }, None);
         for pair in ladder.chunks(2) {
             for (price, size) in pair.iter().zip(self.sizes(pair)?) {
                 if size <= self.budget {
                     high = high.or(Some(*price));
                 } else if high.is_none() {
-                    low = price.byte_us;
+                    low = *price;
                 }
             }
             if high.is_some() {
@@ -135,6 +136,8 @@ impl<'a> Trials<'a> {
             }
         }
         let Some(mut high) = high else { return self.smallest(&ladder, whole, weights) };
+        // With fewer stops the same price keeps less: nothing is known of lower ones.
+        let mut low = if low.every == high.every { low.byte_us } else { floor };
         // Dearer and dearer candidates; the first that fits bounds from above, the one before it from below.
         let middle = (low * high.byte_us).sqrt();
         let candidates = [(low * middle).sqrt(), middle];
