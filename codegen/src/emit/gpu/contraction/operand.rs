@@ -61,6 +61,20 @@ pub(super) struct Picked {
 }
 
 impl Picked {
+    /// An operand from a column on, of which lines or steps are taken: by indices, or all; how many there are.
+    fn of(
+        f: &mut Func,
+        p: &mut Pull<'_>,
+        (x, side): (&Product, usize),
+        batch: &[Val],
+        column: u64,
+        (lines, indices, size): (bool, Option<Val>, Val),
+    ) -> Picked {
+        let first = if lines { column } else { 0 };
+        let matrix = matrix(f, p, x, side, batch, column - first);
+        Picked { matrix, lines, indices, first: first as i64, size }
+    }
+
     /// Where the picked line or step `at` lies in the matrix.
     pub(super) fn place(&self, f: &mut Func, at: &Val) -> Val {
         let at = f.addc(at, self.first);
@@ -192,11 +206,8 @@ pub(super) fn by_element(
     if picks(x, side).is_some() {
         return picked(f, p, x, side, batch, column);
     }
-    let lines = near(x, side)?;
-    let first = if lines { column } else { 0 };
-    let matrix = matrix(f, p, x, side, batch, column - first);
-    let size = p.dim(f, x.k);
-    Some(Picked { matrix, lines, indices: None, first: first as i64, size })
+    let (lines, size) = (near(x, side)?, p.dim(f, x.k));
+    Some(Picked::of(f, p, (x, side), batch, column, (lines, None, size)))
 }
 
 /// Whether neighbours in memory lie along the sum (true) or across it, where one must be said: what is as near either way counts as along.
@@ -216,9 +227,7 @@ pub(super) fn picked(
 ) -> Option<Picked> {
     let (lines, of) = (picks(x, side)?, view(x, side)?.picked?);
     let (indices, size) = (Some(f.arg(&format!("p{}", of.arg))), p.dim(f, of.size));
-    let first = if lines { column } else { 0 };
-    let matrix = matrix(f, p, x, side, batch, column - first);
-    Some(Picked { matrix, lines, indices, first: first as i64, size })
+    Some(Picked::of(f, p, (x, side), batch, column, (lines, indices, size)))
 }
 
 fn stride(f: &mut Func, p: &mut Pull<'_>, s: &Stride) -> Val {
