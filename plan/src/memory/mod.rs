@@ -156,3 +156,14 @@ fn place_sorted(rounded: &[Request], goal: Option<u64>, effort: u64, until: Opti
     let Best { total, offsets, proven } = best;
     Placement { offsets, total, lower_bound: bound, optimal: total <= proven }
 }
+
+/// Numbers below a limit, drawn by a xorshift; for tests.
+#[cfg(test)]
+fn draws(mut x: u64) -> impl FnMut(u64) -> u64 {
+    move |below| {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        (x >> 11) % below
+    }
+}

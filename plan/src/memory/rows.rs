@@ -309,13 +309,7 @@ mod tests {
 
     /// Lives of up to a twentieth, sizes drawn from a list.
     fn random(n: usize, seed: u64, sizes: &[u64]) -> Vec<Request> {
-        let mut x = seed | 1;
-        let mut draw = |below: u64| {
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^= x << 17;
-            (x >> 11) % below
-        };
+        let mut draw = super::super::draws(seed | 1);
         (0..n)
             .map(|_| {
                 let first = draw(100_000);

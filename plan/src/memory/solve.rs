@@ -181,13 +181,7 @@ mod tests {
 
     #[test]
     fn two_threads_find_what_one_does() {
-        let mut x = 9u64;
-        let mut draw = |below: u64| {
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^= x << 17;
-            (x >> 11) % below
-        };
+        let mut draw = super::super::draws(9);
         let mut searched = 0;
         for case in 0..12 {
             // A rectangle cut into pieces, with and without some of them.

@@ -176,13 +176,7 @@ mod tests {
     const WAY: Way = Way { spared: 32, steep: false, tries: 12 };
 
     fn random(n: usize, seed: u64) -> Vec<Request> {
-        let mut x = seed | 1;
-        let mut draw = |below: u64| {
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^= x << 17;
-            (x >> 11) % below
-        };
+        let mut draw = super::super::draws(seed | 1);
         (0..n)
             .map(|_| {
                 let (a, b) = (draw(100_000), draw(100_000));
