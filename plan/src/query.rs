@@ -3,7 +3,7 @@
 use crate::error::PlanError;
 use crate::expr::{Expr, ExprError};
 use crate::memory::{self, Placement, Request};
-use crate::types::{BufferKind, Check, Entry, Kernel, Loop, Plan, Residency, Source, Symbol};
+use crate::types::{BufferKind, Check, Entry, Kernel, Launch, Loop, Plan, Residency, Source, Symbol};
 use std::collections::BTreeSet;
 
 /// Alignment of every buffer in the arena and of every owned parameter on a host, bytes: a cache line and an AVX-512
@@ -29,6 +29,13 @@ pub struct ArenaLayout {
     pub lower_bound: u64,
     /// The planner's requests, as (buffer, request), for checkers and reports.
     pub requests: Vec<(u32, Request)>,
+}
+
+impl Kernel {
+    /// The launches of a GPU's kernel: its own, then those beside a library's products.
+    pub fn all_launches(&self) -> impl Iterator<Item = &Launch> {
+        self.launches.iter().chain(self.library.iter().flat_map(|y| &y.launches))
+    }
 }
 
 impl Entry {

@@ -174,7 +174,7 @@ fn launches(plan: &Plan, k: &Kernel, envs: &[Vec<u64>], f: &mut Faults) {
     f.check(ptx != k.launches.is_empty(), || format!("kernel {s}: launches go with PTX, and PTX with launches"));
     let buffers = (k.operands.len() + k.results.len()) as u32;
     by_library(k, envs, f);
-    for l in k.launches.iter().chain(k.library.iter().flat_map(|y| &y.launches)) {
+    for l in k.all_launches() {
         let ok = !l.function.is_empty() && l.block > 0 && l.block <= 1024 && l.block % 32 == 0;
         f.check(ok, || format!("kernel {s}: a launch of {} threads of `{}`", l.block, l.function));
         let positive = |e: &Expr| values(e, envs).is_some_and(|v| v.iter().all(|n| *n > 0));

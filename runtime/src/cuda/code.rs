@@ -61,7 +61,7 @@ impl Code {
                 return Err(RuntimeError::Target(format!("kernel {} is not compiled for a GPU", k.symbol)));
             }
             let mut list = vec![];
-            for l in k.launches.iter().chain(k.library.iter().flat_map(|y| &y.launches)) {
+            for l in k.all_launches() {
                 if l.shared_bytes as i64 > i64::from(gpu.shared) {
                     return Err(RuntimeError::Target(format!(
                         "kernel {} needs {} bytes of shared memory, the GPU ({}) has {} for a block; compile it for \

@@ -149,7 +149,7 @@ impl Graph {
         let mut n = 0;
         steps.waves(env, &mut |wave| {
             let kernels = wave.works.iter().map(|w| &steps.plan.kernels[w.kernel as usize]);
-            let launches = kernels.flat_map(|k| k.launches.iter().chain(k.library.iter().flat_map(|y| &y.launches)));
+            let launches = kernels.flat_map(|k| k.all_launches());
             n += launches.map(|l| pointers_of(l).len()).sum::<usize>();
             Ok(())
         })?;

@@ -177,8 +177,7 @@ impl Cuda {
         };
         out.scratch = out.allocate(scratch, "scratch", false)? as u64;
         out.dims = out.allocate(size_of_val(env) as u64, "counts", false)? as u64;
-        let launches =
-            plan.kernels.iter().flat_map(|k| k.launches.iter().chain(k.library.iter().flat_map(|y| &y.launches)));
+        let launches = plan.kernels.iter().flat_map(|k| k.all_launches());
         let pointers = launches.map(|l| table(l).len()).max().unwrap_or(0);
         out.table = out.allocate((pointers * size_of::<u64>()) as u64, "addresses", false)? as u64;
         if plan.kernels.iter().any(|k| k.library.is_some()) {

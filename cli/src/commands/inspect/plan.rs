@@ -156,18 +156,13 @@ pub(super) fn kernels(plan: &Plan, only: Option<&str>, given: &[Count]) -> Resul
     Ok(format!("{}per launch at {}\n{}", t.text(), shown(plan, &env), resources(plan, only)?))
 }
 
-/// The launches of a kernel: its own, then those beside a library's products.
-fn all_launches(k: &pleach_plan::Kernel) -> impl Iterator<Item = &pleach_plan::Launch> {
-    k.launches.iter().chain(k.library.iter().flat_map(|y| &y.launches))
-}
-
 /// What entries of GPU code take of a multiprocessor: registers of a thread, bytes of static shared memory, bytes spilled.
 type Taken = BTreeMap<String, [u32; 3]>;
 
 /// The launches of a GPU plan with what they take, where there is an assembler to ask.
 fn resources(plan: &Plan, only: Option<&str>) -> Result<String> {
     let kernels = plan.kernels.iter().filter(|k| only.is_none_or(|o| k.symbol.contains(o)));
-    let launches: Vec<&pleach_plan::Launch> = kernels.flat_map(all_launches).collect();
+    let launches: Vec<&pleach_plan::Launch> = kernels.flat_map(|k| k.all_launches()).collect();
     if launches.is_empty() {
         return Ok(String::new());
     }
@@ -218,7 +213,7 @@ pub(super) fn kernels_json(plan: &Plan, given: &[Count]) -> Result<Value> {
         Ok(json!({
             "name": k.symbol, "class": k.class, "launches": n, "prepare_launches": p, "tasks": k.tasks.eval(&env)?,
             "flops": k.flops.eval(&env)?, "bytes": k.bytes.eval(&env)?, "scratch_bytes": k.scratch_bytes.eval(&env)?,
-            "gpu": all_launches(k).map(launch).collect::<Vec<_>>(),
+            "gpu": k.all_launches().map(launch).collect::<Vec<_>>(),
             "library_products": k.library.as_ref().map(|y| y.products.len()),
         }))
     };
