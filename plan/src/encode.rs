@@ -21,8 +21,9 @@ use std::path::Path;
 
 /// First bytes of a plan.
 pub const MAGIC: &[u8; 8] = b"PLEACHPL";
-/// What this crate reads and writes.
-pub const FORMAT_VERSION: u32 = 1;
+/// What this crate reads and writes. It counts up whenever a manifest is spelled otherwise or its words, or what kernels are handed,
+/// mean something else; a plan of another version is refused as such.
+pub const FORMAT_VERSION: u32 = 2;
 
 const MAX_SECTIONS: u32 = 4096;
 

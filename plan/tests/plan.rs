@@ -124,6 +124,79 @@ fn round_trip_and_same_bytes() {
     assert!(p.write(std::path::Path::new("/nowhere/x.pleach")).is_err());
 }
 
+/// The sample with a kernel of a GPU, which has one of every parameter and products by a library.
+fn with_launches() -> Plan {
+    let mut p = sample();
+    let t = p.sym("T").unwrap();
+    let map = TensorMap {
+        buffer: 0,
+        dtype: DType::BF16,
+        sizes: vec![k(64), t.clone()],
+        strides: vec![k(128)],
+        boxes: vec![64, 8],
+        swizzle: 128,
+    };
+    let launch = |function: &str, params, above, most| Launch {
+        function: function.into(),
+        grid: [t.clone().ceil_div(8), k(1), k(1)],
+        block: 128,
+        shared_bytes: 1024,
+        params,
+        when: Some(When { count: t.clone(), above, most }),
+    };
+    let all = vec![
+        LaunchParam::Buffer(0),
+        LaunchParam::Table(vec![0, 1, 2]),
+        LaunchParam::Scratch,
+        LaunchParam::Dims,
+        LaunchParam::TensorMap(map),
+    ];
+    let product = Product {
+        rows: t.clone(),
+        columns: 8,
+        depth: 64,
+        left: Matrix { buffer: 0, offset: 0, stride: 64, across: false },
+        right: Matrix { buffer: 1, offset: 16, stride: 8, across: true },
+        scale: Some(2),
+        adds: true,
+        to: ProductTarget { buffer: Some(3), dtype: DType::F32, offset: 0, stride: 8 },
+        when: Some(When { count: t.clone(), above: 8, most: Some(1 << 20) }),
+    };
+    p.kernels.push(Kernel {
+        symbol: "wide".into(),
+        blob: 1,
+        class: "contraction".into(),
+        tasks: k(1),
+        scratch_bytes: t.clone().mul(256),
+        operands: vec![t.clone().mul(128), k(1040), k(4)],
+        results: vec![t.clone().mul(32)],
+        aliases: vec![None],
+        flops: t.clone().mul(1024),
+        bytes: t.clone().mul(160),
+        launches: vec![launch("wide_few", all.clone(), 0, Some(8)), launch("wide_many", all, 8, None)],
+        library: Some(ByLibrary {
+            products: vec![product],
+            launches: vec![launch("wide_rest", vec![LaunchParam::Buffer(3)], 8, None)],
+        }),
+    });
+    p
+}
+
+#[test]
+fn a_manifest_that_is_spelled_otherwise_has_another_version() {
+    let plan = with_launches();
+    assert_eq!(Plan::from_bytes(&plan.to_bytes().unwrap()).unwrap(), plan);
+    let text = serde_json::to_string_pretty(&plan).unwrap() + "\n";
+    let name = format!("tests/manifests/v{FORMAT_VERSION}.json");
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(&name);
+    // What a version once was is never written again.
+    if !path.exists() && std::env::var_os("PLEACH_BLESS").is_some() {
+        std::fs::write(&path, &text).unwrap();
+    }
+    let old = std::fs::read_to_string(&path).unwrap_or_else(|_| panic!("{name} is missing; PLEACH_BLESS=1 writes it"));
+    assert!(text == old, "manifests are no longer spelled as in {name}: count FORMAT_VERSION up, then PLEACH_BLESS=1");
+}
+
 #[test]
 fn layouts_are_spelled_the_same_for_good() {
     let manifest = sample().to_bytes().unwrap();
