@@ -10,9 +10,6 @@ use std::ffi::{CString, c_void};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// Dynamic shared memory that every function may use without being asked for.
-const SHARED: u32 = 48 << 10;
-
 /// Bytes of a message of the driver's assembler.
 const LOG: usize = 8 << 10;
 
@@ -161,7 +158,8 @@ fn function(m: CUmodule, name: &str, shared: u32) -> Result<CUfunction> {
         CUresult::CUDA_ERROR_NOT_FOUND => return Err(RuntimeError::Code(format!("there is no function `{name}`"))),
         e => return Err(RuntimeError::Code(format!("function `{name}`: the NVIDIA driver says {e:?} ({})", e as u32))),
     }
-    if shared > SHARED {
+    // A function may use 48 KiB without being asked for, less what it declares itself.
+    if shared > 0 {
         let a = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the function is of a loaded module.
         check(unsafe { sys::cuFuncSetAttribute(f, a, shared as i32) }, "shared memory of a kernel")?;
