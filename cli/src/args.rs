@@ -285,10 +285,10 @@ pub(crate) struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub max_new_tokens: u64,
     /// 0 takes the likeliest token
-    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
     pub temperature: f32,
     /// Sample from the likeliest tokens that together have this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
     pub top_p: f32,
     /// Seed of the samples
     #[arg(long, value_name = "S", default_value_t = 0)]

@@ -33,12 +33,23 @@ mod text;
 #[cfg(feature = "models")]
 mod training;
 
-use clap::Parser;
+use clap::{Command, CommandFactory, FromArgMatches};
 use std::process::ExitCode;
+
+/// Every option takes numbers below zero, so that what refuses one says why.
+fn with_negative_numbers(c: Command) -> Command {
+    let c = c.mut_args(|a| if a.get_action().takes_values() { a.allow_negative_numbers(true) } else { a });
+    c.mut_subcommands(with_negative_numbers)
+}
+
+fn parse() -> Result<args::Cli, clap::Error> {
+    let mut matches = with_negative_numbers(args::Cli::command()).try_get_matches()?;
+    args::Cli::from_arg_matches_mut(&mut matches)
+}
 
 fn main() -> ExitCode {
     pleach_runtime::map_large_blocks();
-    let asked = match args::Cli::try_parse() {
+    let asked = match parse() {
         Ok(asked) => asked,
         Err(said) => return ExitCode::from(u8::try_from(report::parser(&said)).unwrap_or(2)),
     };

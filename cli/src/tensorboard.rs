@@ -12,6 +12,30 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// Folder of the event files in a run's folder.
 pub(crate) const FOLDER: &str = "tensorboard";
 
+/// What the names of event files begin with, and what those of this program hold.
+const NAME: [&str; 2] = ["events.out.tfevents.", ".pleach."];
+
+/// Removes the event files of earlier runs in a run's folder, and their folder if nothing else is in it.
+///
+/// # Errors
+/// What the system refuses.
+pub(crate) fn remove(dir: &Path) -> Result<()> {
+    let folder = dir.join(FOLDER);
+    if !folder.is_dir() {
+        return Ok(());
+    }
+    for entry in std::fs::read_dir(&folder).map_err(Failure::io("read", &folder))? {
+        let path = entry.map_err(Failure::io("read", &folder))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with(NAME[0]) && name.contains(NAME[1]) {
+            std::fs::remove_file(&path).map_err(Failure::io("remove", &path))?;
+        }
+    }
+    // Fails where there is something else, which stays.
+    let _ = std::fs::remove_dir(&folder);
+    Ok(())
+}
+
 /// An event file that is written.
 #[derive(Debug)]
 pub(crate) struct Events {
@@ -30,7 +54,7 @@ impl Events {
         let now = now();
         let mut n = 0;
         loop {
-            let name = format!("events.out.tfevents.{:010}.pleach.{}.{n}", now as u64, std::process::id());
+            let name = format!("{}{:010}{}{}.{n}", NAME[0], now as u64, NAME[1], std::process::id());
             let path = folder.join(name);
             match OpenOptions::new().write(true).create_new(true).open(&path) {
                 Ok(file) => {

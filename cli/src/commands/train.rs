@@ -52,7 +52,7 @@ pub(crate) fn train(ui: &Ui, args: &TrainArgs) -> Result<()> {
     // Nothing old goes before everything that can be refused was looked at, nor before the adapter was read.
     if args.overwrite {
         train::remove_results(&args.out)?;
-        let _ = std::fs::remove_dir_all(args.out.join(tensorboard::FOLDER));
+        tensorboard::remove(&args.out)?;
     }
     ui.note(&format!(
         "{} trained values; planned {} for weights, adapter, optimizer and activations",
@@ -115,7 +115,7 @@ fn prepare_folder(args: &TrainArgs) -> Result<Resume> {
         }
     };
     if resume == Resume::No && !args.overwrite && train::holds_results(out) {
-        return Err(Failure::usage(format!(
+        return Err(Failure::new(format!(
             "{}: holds results of a run; go on with --resume, replace them with --overwrite, or name another folder",
             out.display()
         )));

@@ -377,7 +377,7 @@ fn refusals_say_what_to_do() {
         let e = c.pleach.fails(code, &c.args(&out, &[&LORA[..6], more].concat()));
         assert!(e.contains(why), "{more:?}: {e}");
     };
-    fails(2, &[], "--overwrite");
+    fails(1, &[], "--overwrite");
     fails(1, &["--resume", "checkpoint-77"], "there is no such checkpoint");
     fails(1, &["--resume", "latest", "--seed", "9"], "seed was 0, is 9");
     fails(1, &["--resume", "latest", "--alpha", "32"], "lora_alpha was 8, is 32");
@@ -409,11 +409,37 @@ fn refusals_say_what_to_do() {
     fails(2, &["--method", "lora", "--set", "foo=true"], "--set foo: the method `lora` has no `foo`");
     fails(2, &["--method", "lora", "--alpha", "nan"], "must be finite");
     fails(2, &["--method", "lora", "--threads", "5000"], "at most 1024");
+    fails(2, &["--method", "lora", "--r", "-1"], "invalid value '-1' for '--r");
+    fails(2, &["--method", "lora", "--lr", "-1"], "the learning rate must be a number of at least 0");
     let state = Path::new(&out).join("checkpoint-8/trainer_state.json");
     std::fs::remove_file(&state).unwrap();
     let e = c.pleach.fails(1, &c.args(&out, &[&LORA[..6], &["--resume", "latest"]].concat()));
     assert!(e.contains("resume from another checkpoint"), "{e}");
     fails(2, &["--method", "lora", "--warmup", "x"], "no warm-up");
+}
+
+#[test]
+fn overwriting_leaves_what_no_run_has_written() {
+    let c = Case::new("train-overwrite");
+    let out = c.out("run");
+    let logged = [&LORA[..], &["--log", "jsonl,tensorboard"]].concat();
+    c.train(&out, &logged);
+    let folder = Path::new(&out).join("tensorboard");
+    let files = || -> Vec<String> {
+        let names = std::fs::read_dir(&folder).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned());
+        let mut all: Vec<String> = names.collect();
+        all.sort();
+        all
+    };
+    let first = files();
+    for other in ["events.out.tfevents.1.elsewhere.0", "notes.txt"] {
+        std::fs::write(folder.join(other), "kept").unwrap();
+    }
+    c.train(&out, &[&logged[..], &["--overwrite"]].concat());
+    let now = files();
+    assert!(now.len() == 3 && !now.contains(&first[0]) && now.contains(&"notes.txt".to_string()), "{first:?} {now:?}");
+    c.train(&out, &[&LORA[..], &["--overwrite"]].concat());
+    assert_eq!(files(), ["events.out.tfevents.1.elsewhere.0", "notes.txt"]);
 }
 
 #[test]
