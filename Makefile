@@ -40,9 +40,11 @@ test: setup
 	    echo "ptxas could not be fetched: its tests are skipped" >&2; \
 	set -x; cargo test --workspace --features pleach-tests/llvm
 
+# The sweep is of little use without ptxas.
 test-gpu-full: setup
-	PLEACH_GPU_FULL=1 cargo test -p pleach-tests --features llvm --test trials -- gpu_ --nocapture
-	cargo test -p pleach-tests --features llvm --test all -- gpu:: --ignored --nocapture
+	@ptxas=$$($(PYTHON) scripts/fetch_ptxas.py) || exit 1; export PLEACH_PTXAS="$$ptxas"; set -ex; \
+	PLEACH_GPU_FULL=1 cargo test --workspace --features pleach-tests/llvm --test trials -- gpu_ --nocapture; \
+	cargo test --workspace --features pleach-tests/llvm --test all -- gpu:: --ignored --nocapture
 
 bench: build models
 	@bash benches/run.sh
