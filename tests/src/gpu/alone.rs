@@ -48,50 +48,69 @@ struct Wanted {
     results: Vec<Tensor>,
 }
 
-/// Signs of operands that are tried where functions of the body give no numbers.
-const SIGNS: u64 = 64;
+/// Starts of the search for signs of operands, where functions of the body give no numbers.
+const STARTS: u64 = 16;
 
-/// Random operands: of both signs, or where a function of the body would give no number positive ones, or each of one sign or the other.
+/// Random operands: of both signs, or where a function of the body would give no number, each of one sign or the other. The body may be
+/// many kernels side by side, so signs are found operand by operand: a change stays that gives more results numbers.
 fn wanted(k: &Kernel, symbols: &Symbols, seed: u64) -> Result<Wanted, String> {
     let by_name = values::inputs(&k.body, symbols, seed);
     let mixed: Vec<Tensor> = k.body.inputs().iter().map(|(_, n)| by_name[*n].clone()).collect();
-    let positive = |t: &Tensor| match t.dtype() {
+    let signed = |(t, below): (&Tensor, &bool)| match t.dtype() {
         DType::I32 | DType::Bool => t.clone(),
-        d => Tensor::from_floats(d, t.shape.clone(), t.floats().iter().map(|x| 0.55 + 0.45 * x).collect()),
-    };
-    let finite = |list: &[Tensor]| list.iter().all(|t| t.floats().iter().all(|x| x.is_finite()));
-    let mut last = vec![];
-    let signed = |pattern: u64| -> Vec<Tensor> {
-        let one = |(i, t): (usize, &Tensor)| match pattern.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (i % 61) & 1 {
-            1 if t.dtype().is_float() => {
-                let t = positive(t);
-                Tensor::from_floats(t.dtype(), t.shape.clone(), t.floats().iter().map(|x| -x).collect())
-            }
-            _ => positive(t),
-        };
-        mixed.iter().enumerate().map(one).collect()
-    };
-    // The pattern 0 has positive ones alone.
-    let tried = std::iter::once(mixed.clone()).chain((0..SIGNS).map(signed));
-    for mut operands in tried {
-        let mut stored = vec![];
-        for (t, layout) in operands.iter_mut().zip(&k.operands) {
-            stored.push(match layout {
-                Layout::Blocks(format) => {
-                    *t = blocks::rounded(*format, t);
-                    blocks::stored(*format, t)?
-                }
-                _ => t.to_bytes(),
-            });
+        d => {
+            let sign = if *below { -1.0 } else { 1.0 };
+            Tensor::from_floats(d, t.shape.clone(), t.floats().iter().map(|x| sign * (0.55 + 0.45 * x)).collect())
         }
-        let results = run_kernel_with(k, &operands, symbols).map_err(|e| e.to_string())?;
-        if finite(&results) {
-            return Ok(Wanted { operands, stored, results });
-        }
-        last = results;
+    };
+    let bad = |w: &Wanted| w.results.iter().filter(|t| !t.floats().iter().all(|x| x.is_finite())).count();
+    let first = computed(k, symbols, mixed.clone())?;
+    if bad(&first) == 0 {
+        return Ok(first);
     }
-    let bad = last.iter().position(|t| !t.floats().iter().all(|x| x.is_finite())).unwrap_or(0);
-    Err(format!("{}: result {bad} has no finite value for any operands tried:\n{:?}", k.name, k.body))
+    let with = |below: &[bool]| computed(k, symbols, mixed.iter().zip(below).map(signed).collect());
+    let mut least = usize::MAX;
+    for start in 0..STARTS {
+        // The first start has positive ones alone.
+        let pattern = start.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut below: Vec<bool> = (0..mixed.len()).map(|i| pattern >> (i % 61) & 1 == 1).collect();
+        let mut best = with(&below)?;
+        loop {
+            let before = bad(&best);
+            for i in 0..below.len() {
+                if bad(&best) == 0 {
+                    return Ok(best);
+                }
+                below[i] = !below[i];
+                let other = with(&below)?;
+                match bad(&other) < bad(&best) {
+                    true => best = other,
+                    false => below[i] = !below[i],
+                }
+            }
+            if bad(&best) == before {
+                break;
+            }
+        }
+        least = least.min(bad(&best));
+    }
+    Err(format!("{}: {least} results have no finite value for any operands tried:\n{:?}", k.name, k.body))
+}
+
+/// What a kernel computes of these operands; those that are kept in blocks are rounded to what blocks hold.
+fn computed(k: &Kernel, symbols: &Symbols, mut operands: Vec<Tensor>) -> Result<Wanted, String> {
+    let mut stored = vec![];
+    for (t, layout) in operands.iter_mut().zip(&k.operands) {
+        stored.push(match layout {
+            Layout::Blocks(format) => {
+                *t = blocks::rounded(*format, t);
+                blocks::stored(*format, t)?
+            }
+            _ => t.to_bytes(),
+        });
+    }
+    let results = run_kernel_with(k, &operands, symbols).map_err(|e| e.to_string())?;
+    Ok(Wanted { operands, stored, results })
 }
 
 /// What one run of a kernel leaves.
