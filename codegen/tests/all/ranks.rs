@@ -1,5 +1,5 @@
 //! Products of a rank that 8 does not divide: every product of a low-rank branch, forward and backward, goes through matrix instructions on
-//! either chip, compared with the interpreter, and the assembler spills nothing.
+//! either chip, with many rows and, forward, by the launch for few of them, compared with the interpreter; the assembler spills nothing.
 
 use crate::simulated::{Build, simulate};
 use pleach_codegen::emit::gpu::GpuChip;
@@ -11,12 +11,20 @@ const RANKS: [u64; 8] = [1, 2, 3, 4, 5, 6, 12, 20];
 const WIDTH: Dim = Dim::Known(72);
 const OUT: Dim = Dim::Known(136);
 
+const MANY: u64 = 70;
+const FEW: u64 = 5;
+
 /// Runs a kernel on both chips. `by_warpgroups`: whether the newer one takes the products of its own.
 fn run(b: &mut Build, k: &Kernel, by_warpgroups: bool) {
     for chip in GpuChip::ALL {
-        let (ptx, counts) = simulate(k, chip, &b.operands, &[(Sym::T, 70)], 1e-2);
-        let own = if chip == GpuChip::Sm90a && by_warpgroups { "wgmma.mma_async" } else { "mma.sync" };
+        let (ptx, counts) = simulate(k, chip, &b.operands, &b.symbols, 1e-2);
+        let few = b.symbols[0].1 == FEW;
+        let own = if chip == GpuChip::Sm90a && by_warpgroups && !few { "wgmma.mma_async" } else { "mma.sync" };
         assert!(counts.of(own) > 0, "{} on {}", k.name, chip.name());
+        if few {
+            let tiles = ["ldmatrix", "cp.async", "wgmma.mma_async"].map(|i| counts.of(i));
+            assert!(ptx.contains(&format!("{}_few(", k.name)) && tiles == [0; 3], "{} on {}", k.name, chip.name());
+        }
         let Some(program) = crate::kit::ptxas() else {
             eprintln!("skipped: nothing is assembled, there is no ptxas; set PLEACH_PTXAS or run `make setup`");
             continue;
@@ -26,15 +34,15 @@ fn run(b: &mut Build, k: &Kernel, by_warpgroups: bool) {
     }
 }
 
-fn build() -> Build {
-    Build::new(&[(Sym::T, 70)])
+fn build(rows: u64) -> Build {
+    Build::new(&[(Sym::T, rows)])
 }
 
 /// x · Aᵀ.
 #[test]
 fn down() {
-    for r in RANKS {
-        let mut b = build();
+    for (r, rows) in RANKS.into_iter().flat_map(|r| [(r, MANY), (r, FEW)]) {
+        let mut b = build(rows);
         let (x, down) = (b.input(DType::BF16, &[T, WIDTH]), b.input(DType::BF16, &[r.into(), WIDTH]));
         let h = b.product(x, down, false, true);
         let h = b.push(Op::Cast(DType::BF16), &[h]);
@@ -46,9 +54,9 @@ fn down() {
 /// x · Wᵀ + s · h · Bᵀ, and dY · W + s · dH · A.
 #[test]
 fn beside_a_weight() {
-    for r in RANKS {
+    for (r, rows) in RANKS.into_iter().flat_map(|r| [(r, MANY), (r, FEW)]) {
         for turned in [false, true] {
-            let mut b = build();
+            let mut b = build(rows);
             let (x, w) = (b.input(DType::BF16, &[T, WIDTH]), [OUT, WIDTH]);
             let w = b.input(DType::BF16, &if turned { [w[1], w[0]] } else { w });
             let (h, up) = (b.input(DType::BF16, &[T, r.into()]), [OUT, r.into()]);
@@ -69,7 +77,7 @@ fn beside_a_weight() {
 #[test]
 fn back() {
     for r in RANKS {
-        let mut b = build();
+        let mut b = build(MANY);
         let (y, up) = (b.input(DType::BF16, &[T, OUT]), b.input(DType::BF16, &[OUT, r.into()]));
         let h = b.product(y, up, false, false);
         let h = b.push(Op::Cast(DType::BF16), &[h]);
@@ -84,7 +92,7 @@ fn gradients() {
     for r in RANKS {
         for rows in [OUT, r.into()] {
             let columns = if rows == OUT { r.into() } else { OUT };
-            let mut b = build();
+            let mut b = build(MANY);
             let (x, y) = (b.input(DType::BF16, &[T, rows]), b.input(DType::BF16, &[T, columns]));
             let before = b.input(DType::F32, &[rows, columns]);
             let z = b.product(x, y, true, false);
@@ -99,8 +107,8 @@ fn gradients() {
 /// silu-like gates of two branches: groups of accumulators that share a left operand.
 #[test]
 fn two_groups() {
-    for r in [3, 4, 12] {
-        let mut b = build();
+    for (r, rows) in [3, 4, 12].into_iter().flat_map(|r| [(r, MANY), (r, FEW)]) {
+        let mut b = build(rows);
         let x = b.input(DType::BF16, &[T, WIDTH]);
         let parts = [0, 1].map(|_| {
             let w = b.input(DType::BF16, &[96.into(), WIDTH]);

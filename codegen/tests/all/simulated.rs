@@ -152,7 +152,7 @@ fn in_type(t: &Tensor, dtype: DType) -> Tensor {
 pub(crate) struct Build {
     pub(crate) e: Entry,
     pub(crate) operands: Vec<Tensor>,
-    symbols: Vec<(Sym, u64)>,
+    pub(crate) symbols: Vec<(Sym, u64)>,
     valued: bool,
     inputs: usize,
 }

@@ -13,6 +13,7 @@ use pleach_ir::{DType, Dim};
 pub(super) const PIECE: i64 = 8;
 
 /// A matrix in global memory.
+#[derive(Clone)]
 pub(super) struct Matrix {
     pub(super) base: Val,
     /// Elements from one row (of the result) to the next, and along the sum.
@@ -48,6 +49,7 @@ impl Codes {
 }
 
 /// Rows or columns that indices pick of a matrix in global memory; or all of one whose pieces of 16 bytes are not whole or not aligned.
+#[derive(Clone)]
 pub(super) struct Picked {
     pub(super) matrix: Matrix,
     /// Lines of the result are picked; else steps of the sum.
@@ -208,6 +210,19 @@ pub(super) fn by_element(
     }
     let (lines, size) = (near(x, side)?, p.dim(f, x.k));
     Some(Picked::of(f, p, (x, side), batch, column, (lines, None, size)))
+}
+
+/// An operand of a product as [`operand`] whose lines are read element by element; none where it is in blocks of codes, or indices
+/// pick steps of the sum.
+pub(super) fn line_by_element(f: &mut Func, p: &mut Pull<'_>, x: &Product, side: usize, column: u64) -> Option<Picked> {
+    match picks(x, side) {
+        Some(lines) => picked(f, p, x, side, &[], column).filter(|_| lines),
+        None => {
+            view(x, side)?;
+            let size = p.dim(f, x.k);
+            Some(Picked::of(f, p, (x, side), &[], column, (true, None, size)))
+        }
+    }
 }
 
 /// Whether neighbours in memory lie along the sum (true) or across it, where one must be said: what is as near either way counts as along.

@@ -3,9 +3,10 @@
 //! A block takes 16 columns; its warps share the sum. Weights and rows of the left operand go from memory to registers 16
 //! bytes at a time and straight into `mma.sync`, the weights as its left operand: which of the summed elements meet in
 //! one instruction is free, so a lane takes 16 neighbours. The warps' sums are added in shared memory in a fixed order.
+//! Short sums whose pieces of 16 bytes are not whole or not aligned, such as those over a rank of 4, are read element by element.
 
 use super::epilogue;
-use super::operand::{Matrix, Operand, Picked, axes, matrix, operand, pair, picked, picks};
+use super::operand::{Matrix, Operand, Picked, axes, line_by_element, matrix, operand, pair, picked, picks};
 use super::passes::passes;
 use crate::emit::contraction::analyze::{Analysis, Product, Right};
 use crate::emit::contraction::view::View;
@@ -30,34 +31,46 @@ const ADDED: i64 = 4;
 /// Summed elements that a warp takes at once, and of those a lane.
 const STEP: i64 = 64;
 const OWN: i64 = 16;
-/// Columns that a thread writes.
-const TOGETHER: i64 = 4;
+/// Elements of a sum that may be read one by one, at most.
+const SHORT: u64 = 128;
+/// Columns that a thread writes, where their number divides those that there are.
+const TOGETHER: [i64; 3] = [4, 2, 1];
 /// Registers of operands that are on their way at once: two blocks of a multiprocessor leave 128 to a thread.
 const LOADED: i64 = 96;
 /// Groups of accumulators at most.
 const GROUPS: usize = 4;
 
-/// Whether both operands lie along the sum in whole aligned pieces of 16 bytes, the right one maybe in blocks; of the left one indices may
-/// pick lines or single elements.
+/// Elements in pieces of 16 bytes.
+fn whole(n: u64) -> bool {
+    n.is_multiple_of(blocks::PIECE as u64)
+}
+
+/// Whether an operand lies along the sum in whole aligned pieces of 16 bytes.
+fn in_pieces(x: &Product, view: &View, side: usize) -> bool {
+    let (line, step) = axes(view, side);
+    let aligned = step.known() == Some(1) && whole(line.factor) && view.offset.iter().all(|(n, s)| whole(n * s.factor));
+    aligned && x.k.known().is_some_and(whole)
+}
+
+/// Whether the operands can be read along the sum: in pieces, the right one maybe in blocks, or the sum is so short that elements may be read
+/// one by one. Of the left one indices may pick lines, or single elements where pieces of indices are whole.
 fn fits(x: &Product) -> bool {
-    let piece = |n: u64| n.is_multiple_of(8);
-    let along = |view: &View, side: usize| {
-        let (line, step) = axes(view, side);
-        step.known() == Some(1) && piece(line.factor) && view.offset.iter().all(|(n, s)| piece(n * s.factor))
-    };
-    let elements = picks(x, 0) == Some(false);
+    let Some(k) = x.k.known() else { return false };
+    let short = k <= SHORT;
+    let left = if picks(x, 0) == Some(false) { whole(k) } else { short || in_pieces(x, &x.left, 0) };
     let right = match &x.right {
-        Right::Rows(w) | Right::Strided(w) => w.picked.is_none() && along(w, 1),
+        Right::Rows(w) | Right::Strided(w) => w.picked.is_none() && (short || in_pieces(x, w, 1)),
         Right::Blocks(b) => b.along && b.laid.is_none(),
         Right::Panels { .. } | Right::Coded { .. } => false,
     };
-    x.dtype == DType::BF16 && x.k.known().is_some_and(piece) && (elements || along(&x.left, 0)) && right
+    x.dtype == DType::BF16 && left && right
 }
 
 /// Emits the launch, if the kernel has this form; it is right for up to [`ROWS`] rows.
 pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<(String, Launch)>, CodegenError> {
     let (Some(n), Dim::Symbol(_)) = (a.n.known(), a.m) else { return Ok(None) };
-    let few = a.groups.len() <= GROUPS && a.batch.is_empty() && n as i64 % TOGETHER == 0;
+    let few = a.groups.len() <= GROUPS && a.batch.is_empty();
+    let together = TOGETHER.into_iter().find(|t| n as i64 % t == 0).unwrap_or(1);
     if !few || !a.products.iter().all(fits) {
         return Ok(None);
     }
@@ -86,15 +99,16 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<(
             let depth = left.k.known().unwrap_or(0) as i64;
             // What lies past the ends is computed with something that exists, and not written.
             let row = clamp(f, &line, &size[0]);
-            let x = Line::left(f, &mut p, left, &row);
+            let x = Line::left(f, &mut p, left, [&row, &size[0]]);
             let mut weights = vec![];
             for (g, product, _) in pass {
-                let w = operand(f, &mut p, &a.products[*product], 1, &[], a.groups[*g].offset);
+                let w = right(f, &mut p, &a.products[*product], a.groups[*g].offset);
+                let long = p.dim(f, left.k);
                 for half in 0..halves {
                     let column = f.addc(&line, 8 * half);
                     let column = f.add(&first, &column);
                     let column = clamp(f, &column, &size[1]);
-                    weights.push(Weights::new(f, &w, &column));
+                    weights.push(Weights::new(f, &w, [&column, &size[1]], &long));
                 }
             }
             let begin: Vec<Val> = pass
@@ -137,8 +151,8 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<(
             }
         }
         barrier(f);
-        let (row, column) = (f.divc(&tid, COLUMNS / TOGETHER), f.remc(&tid, COLUMNS / TOGETHER));
-        let column = f.mulc(&column, TOGETHER);
+        let (row, column) = (f.divc(&tid, COLUMNS / together), f.remc(&tid, COLUMNS / together));
+        let column = f.mulc(&column, together);
         let rows = f.i64(ROWS);
         let within = f.min(&size[0], &rows);
         let column_of_all = f.add(&first, &column);
@@ -147,10 +161,11 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<(
         f.if_(&writes, |f| {
             let at = f.mulc(&row, COLUMNS);
             let at = f.add(&at, &column);
-            let sums = added(f, &shared, &at, groups);
-            p.together = TOGETHER;
-            let index = [At::of(f, &row, 1), At::of(f, &column_of_all, TOGETHER)];
-            epilogue(f, &mut p, a, &index, &[0, 1, 2, 3], &sums);
+            let sums = added(f, &shared, &at, groups, together);
+            p.together = together;
+            let index = [At::of(f, &row, 1), At::of(f, &column_of_all, together)];
+            let own: Vec<i64> = (0..together).collect();
+            epilogue(f, &mut p, a, &index, &own, &sums);
         });
     });
     p.finish()?;
@@ -159,9 +174,10 @@ pub(super) fn emit(k: &Kernel, symbols: &[Sym], a: &Analysis) -> Result<Option<(
 }
 
 /// Neighbouring elements of every group, each the sum over the warps in their order: from `at` of the sums in shared memory on.
-fn added(f: &mut Func, shared: &Val, at: &Val, groups: i64) -> Vec<Vec<Val>> {
+fn added(f: &mut Func, shared: &Val, at: &Val, groups: i64, together: i64) -> Vec<Vec<Val>> {
     let none = f.f32(0.0, 1);
-    let init = vec![(none, "f32".to_string()); (groups * TOGETHER) as usize];
+    let init = vec![(none, "f32".to_string()); (groups * together) as usize];
+    let vector = format!("vector<{together}xf32>");
     // Hidden from LLVM: with all turns written out the assembler starts all loads at once, and has no registers for them.
     let end = f.i64(WARPS);
     let (zero, end) = (f.i64(0), wgmma::settled(f, &[end], "i64", "l").remove(0));
@@ -170,19 +186,19 @@ fn added(f: &mut Func, shared: &Val, at: &Val, groups: i64) -> Vec<Vec<Val>> {
         let first = f.mulc(first, groups * ROWS * COLUMNS);
         let first = f.add(at, &first);
         for w in 0..ADDED {
-            for (g, sums) in sums.chunks_mut(TOGETHER as usize).enumerate() {
+            for (g, sums) in sums.chunks_mut(together as usize).enumerate() {
                 let at = f.addc(&first, (w * groups + g as i64) * ROWS * COLUMNS);
                 let from = shared_at(f, shared, &at, "f32");
-                let x = shared_load(f, &from, "vector<4xf32>", 16);
+                let x = shared_load(f, &from, &vector, 4 * together as u32);
                 for (i, s) in sums.iter_mut().enumerate() {
-                    let x = f.op(format!("vector.extract {x}[{i}] : f32 from vector<4xf32>"));
+                    let x = f.op(format!("vector.extract {x}[{i}] : f32 from {vector}"));
                     *s = f.op(format!("arith.addf {s}, {x} : f32"));
                 }
             }
         }
         sums
     });
-    all.chunks(TOGETHER as usize).map(<[Val]>::to_vec).collect()
+    all.chunks(together as usize).map(<[Val]>::to_vec).collect()
 }
 
 /// The index, or the last one there is.
@@ -191,30 +207,41 @@ fn clamp(f: &mut Func, at: &Val, size: &Val) -> Val {
     f.min(at, &last)
 }
 
+/// Where a line of a matrix begins.
+fn start(f: &mut Func, x: &Matrix, line: &Val) -> Val {
+    let at = f.mul(line, &x.line);
+    f.gep(&x.base, &at, "i16")
+}
+
 /// A line of a matrix along the sum.
-struct Line {
-    base: Val,
-    /// Indices that pick its elements.
-    picked: Option<Picked>,
+enum Line {
+    /// In whole aligned pieces of 16 bytes, from here on.
+    Pieces(Val),
+    /// Elements that indices pick of the line that begins here.
+    Picked(Val, Picked),
+    /// Element by element: the matrix, the line, how many lines there are, and how long they are.
+    Each(Picked, [Val; 3]),
 }
 
 impl Line {
     fn new(f: &mut Func, x: &Matrix, line: &Val) -> Line {
-        let at = f.mul(line, &x.line);
-        Line { base: f.gep(&x.base, &at, "i16"), picked: None }
+        Line::Pieces(start(f, x, line))
     }
 
-    /// A line of a product's left operand.
-    fn left(f: &mut Func, p: &mut Pull<'_>, x: &Product, line: &Val) -> Line {
+    /// A line of a product's left operand, of so many.
+    fn left(f: &mut Func, p: &mut Pull<'_>, x: &Product, [line, lines]: [&Val; 2]) -> Line {
+        if picks(x, 0) != Some(false) && !in_pieces(x, &x.left, 0) {
+            if let Some(own) = line_by_element(f, p, x, 0, 0) {
+                let depth = p.dim(f, x.k);
+                return Line::Each(own, [line.clone(), lines.clone(), depth]);
+            }
+        }
         match picked(f, p, x, 0, &[], 0) {
             Some(x) if x.lines => {
                 let line = x.place(f, line);
                 Line::new(f, &x.matrix, &line)
             }
-            Some(x) => {
-                let whole = Line::new(f, &x.matrix, line);
-                Line { picked: Some(x), ..whole }
-            }
+            Some(x) => Line::Picked(start(f, &x.matrix, line), x),
             None => {
                 let x = matrix(f, p, x, 0, &[], 0);
                 Line::new(f, &x, line)
@@ -224,18 +251,23 @@ impl Line {
 
     /// Eight elements as four pairs.
     fn pairs(&self, f: &mut Func, at: &Val) -> [Val; 4] {
-        if let Some(x) = &self.picked {
-            let elements = x.places(f, at).map(|place| {
-                let at = f.mul(&place, &x.matrix.step);
-                let from = f.gep(&self.base, &at, "i16");
-                let x = f.op(format!("llvm.load {from} {{alignment = 2 : i64}} : !llvm.ptr -> i16"));
-                f.op(format!("arith.extui {x} : i16 to i32"))
-            });
-            return [0, 2, 4, 6].map(|i| pair(f, &elements[i], &elements[i + 1]));
+        match self {
+            Line::Pieces(base) => {
+                let from = f.gep(base, at, "i16");
+                let x = f.op(format!("llvm.load {from} {{alignment = 16 : i64}} : !llvm.ptr -> vector<4xi32>"));
+                [0, 1, 2, 3].map(|i| f.op(format!("vector.extract {x}[{i}] : i32 from vector<4xi32>")))
+            }
+            Line::Picked(base, x) => {
+                let elements = x.places(f, at).map(|place| {
+                    let at = f.mul(&place, &x.matrix.step);
+                    let from = f.gep(base, &at, "i16");
+                    let x = f.op(format!("llvm.load {from} {{alignment = 2 : i64}} : !llvm.ptr -> i16"));
+                    f.op(format!("arith.extui {x} : i16 to i32"))
+                });
+                [0, 2, 4, 6].map(|i| pair(f, &elements[i], &elements[i + 1]))
+            }
+            Line::Each(x, [line, lines, depth]) => x.piece(f, [line, lines], [at, depth]),
         }
-        let from = f.gep(&self.base, at, "i16");
-        let x = f.op(format!("llvm.load {from} {{alignment = 16 : i64}} : !llvm.ptr -> vector<4xi32>"));
-        [0, 1, 2, 3].map(|i| f.op(format!("vector.extract {x}[{i}] : i32 from vector<4xi32>")))
     }
 
     /// Eight elements as four pairs; zeros where `ok` says so.
@@ -262,11 +294,21 @@ enum Loaded<'w> {
     Coded(&'w blocks::Matrix, blocks::Coded),
 }
 
+/// The right operand of a product from a column on.
+fn right(f: &mut Func, p: &mut Pull<'_>, x: &Product, column: u64) -> Operand {
+    let each = match &x.right {
+        Right::Rows(view) | Right::Strided(view) if !in_pieces(x, view, 1) => line_by_element(f, p, x, 1, column),
+        _ => None,
+    };
+    each.map_or_else(|| operand(f, p, x, 1, &[], column), Operand::Picked)
+}
+
 impl Weights {
-    fn new(f: &mut Func, x: &Operand, line: &Val) -> Weights {
+    /// A line of so many.
+    fn new(f: &mut Func, x: &Operand, [line, lines]: [&Val; 2], depth: &Val) -> Weights {
         match x {
-            // No weight here is picked.
-            Operand::Numbers(x) | Operand::Picked(Picked { matrix: x, .. }) => Weights::Numbers(Line::new(f, x, line)),
+            Operand::Numbers(x) => Weights::Numbers(Line::new(f, x, line)),
+            Operand::Picked(x) => Weights::Numbers(Line::Each(x.clone(), [line, lines, depth].map(Val::clone))),
             Operand::Codes(x) => Weights::Codes(x.blocks.clone(), f.addc(line, x.first)),
         }
     }
@@ -317,7 +359,7 @@ fn accumulate(
     let most = (LOADED / (2 * 4 * (1 + weights.len() as i64))).max(1);
     let together = (1..=most).rev().find(|u| depth % (round * u) == 0);
     let step = round * together.unwrap_or(1);
-    let (zero, end) = (f.i64(0), f.i64((depth + round - 1) / round * round));
+    let (zero, end) = (f.i64(0), f.i64(if depth <= round { depth } else { (depth + round - 1) / round * round }));
     // Hidden from LLVM, which would write out a short loop, and have the operands of all turns on their way.
     let end = if depth <= step { end } else { wgmma::settled(f, &[end], "i64", "l").remove(0) };
     // A lane takes two neighbouring pieces; of weights in blocks those that lie in the same bytes.
@@ -330,19 +372,22 @@ fn accumulate(
         (f.mulc(quarter, OWN), blocks::PIECE)
     };
     let shift = f.mulc(warp, STEP);
-    let own = f.add(&own, &shift);
+    // Of a sum shorter than a round some warps have no part.
+    let short = together.is_none() && depth <= round;
+    let (begin_at, own) = if short { (shift, own) } else { (zero, f.add(&own, &shift)) };
     let init: Vec<(Val, String)> = begin.into_iter().map(|x| (x, "f32".to_string())).collect();
     if (lines.rolled || most == 1) && depth > step {
         // The assembler would write turns out all the same, and has no registers for that beside the addresses, or for a second turn.
         f.note = super::ROLLED;
     }
-    f.for_(&zero, &end, step, &init, |f, at, sums| {
+    f.for_(&begin_at, &end, step, &init, |f, at, sums| {
         let at = f.add(&own, at);
         let mut loaded = vec![];
         for turn in 0..together.unwrap_or(1) {
             let pieces = [0, apart].map(|first| {
                 let at = f.addc(&at, turn * round + first);
-                if together.is_some() {
+                // What is read element by element looks for itself.
+                if together.is_some() || !whole(depth as u64) {
                     return (at, None);
                 }
                 let (end, last) = (f.i64(depth), f.i64(depth - 8));
