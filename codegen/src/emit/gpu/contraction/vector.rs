@@ -230,11 +230,10 @@ impl Line {
 
     /// A line of a product's left operand, of so many.
     fn left(f: &mut Func, p: &mut Pull<'_>, x: &Product, [line, lines]: [&Val; 2]) -> Line {
-        if picks(x, 0) != Some(false) && !in_pieces(x, &x.left, 0) {
-            if let Some(own) = line_by_element(f, p, x, 0, 0) {
-                let depth = p.dim(f, x.k);
-                return Line::Each(own, [line.clone(), lines.clone(), depth]);
-            }
+        let by_element = picks(x, 0) != Some(false) && !in_pieces(x, &x.left, 0);
+        if let Some(own) = by_element.then(|| line_by_element(f, p, x, 0, 0)).flatten() {
+            let depth = p.dim(f, x.k);
+            return Line::Each(own, [line.clone(), lines.clone(), depth]);
         }
         match picked(f, p, x, 0, &[], 0) {
             Some(x) if x.lines => {
