@@ -201,6 +201,7 @@ pages! {
     embed "docs/embed.md"
     will_it_fit "docs/will-it-fit.md"
     from_peft "docs/from-peft.md"
+    on_a_gpu "docs/on-a-gpu.md"
 }
 
 #[test]
