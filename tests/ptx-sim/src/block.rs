@@ -40,6 +40,9 @@ pub(crate) struct Mbarrier {
 #[derive(Debug, Clone)]
 pub(crate) struct Arrival {
     pub(crate) bar: u64,
+    /// Who sent for them, and where.
+    pub(crate) thread: u32,
+    pub(crate) pc: u32,
     /// Shared offset and bytes.
     pub(crate) rows: Vec<(usize, Vec<u8>)>,
 }
@@ -135,7 +138,12 @@ impl<'a> Block<'a> {
                 return Err(self.deadlock());
             }
         }
-        self.resized()?;
+        self.agree("execute setmaxnreg", |w| w.resized)?;
+        self.agree("take part in its products, or in others", |w| w.multiplied)?;
+        if let Some(a) = self.arrivals.first() {
+            let what = "the block ends while copies into its shared memory are under way";
+            return Err(self.at_end(a.pc, a.thread, Fault::Misuse(what.into())));
+        }
         [self.counts.shared_read, self.counts.shared_written] = self.sh.moved;
         counts.add(&self.counts);
         Ok(())
@@ -279,24 +287,28 @@ impl<'a> Block<'a> {
         true
     }
 
-    /// All warps of a warpgroup have executed the same `setmaxnreg`.
-    fn resized(&self) -> Result<(), SimError> {
+    /// All warps of a warpgroup have done the same: what each did as a number (0: nothing), and last where.
+    fn agree(&self, what: &str, did: fn(&Warp) -> (u64, u32)) -> Result<(), SimError> {
         for group in self.warps.chunks(4) {
-            let most =
-                group.iter().max_by_key(|w| w.resized.0).filter(|m| group.iter().any(|w| w.resized != m.resized));
-            let Some(w) = most else { continue };
-            let inst = &self.k.code[w.resized.1 as usize];
-            let what = "some warps of a warpgroup execute setmaxnreg, others do not";
-            return Err(SimError::Fault {
-                kernel: self.k.name.clone(),
-                line: inst.line,
-                text: self.k.opcodes[inst.name as usize].clone(),
-                block: self.at,
-                thread: w.id * 32,
-                fault: Box::new(Fault::Divergence(what.into())),
-            });
+            let whole = group.len() == 4 && group.iter().all(|w| did(w) == did(&group[0]));
+            let Some(w) = group.iter().find(|w| did(w).0 != 0).filter(|_| !whole) else { continue };
+            let what = format!("some warps of a warpgroup {what}, others do not");
+            return Err(self.at_end(did(w).1, w.id * 32, Fault::Divergence(what)));
         }
         Ok(())
+    }
+
+    /// A fault that shows when the block has ended.
+    fn at_end(&self, pc: u32, thread: u32, fault: Fault) -> SimError {
+        let inst = &self.k.code[pc as usize];
+        SimError::Fault {
+            kernel: self.k.name.clone(),
+            line: inst.line,
+            text: self.k.opcodes[inst.name as usize].clone(),
+            block: self.at,
+            thread,
+            fault: Box::new(fault),
+        }
     }
 
     fn deadlock(&self) -> SimError {

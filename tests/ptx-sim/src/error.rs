@@ -45,9 +45,14 @@ pub enum Fault {
     /// Two blocks touch one byte of global memory, one of them writing.
     #[error("blocks {other} and {mine} both access global memory at {address:#x} in one launch, at least one writes")]
     BlockRace { address: u64, mine: u32, other: u32 },
-    /// The asynchronous reader does not see what ordinary stores wrote without `fence.proxy.async`.
-    #[error("asynchronous read of shared memory at {address:#x}, written by thread {writer} without fence.proxy.async")]
-    Proxy { address: u64, writer: u32 },
+    /// What ordinary stores wrote is not ordered before an asynchronous read or write without `fence.proxy.async`.
+    #[error(
+        "asynchronous {what} of shared memory at {address:#x}, written by thread {writer} without fence.proxy.async between the two"
+    )]
+    Proxy { address: u64, what: &'static str, writer: u32 },
+    /// A read through the cache of constant memory (`ld.global.nc`) of bytes that the same launch writes.
+    #[error("global memory at {address:#x} is read by ld.global.nc in a launch that writes it")]
+    Constant { address: u64 },
     /// A warpgroup product that `wgmma.fence` does not order behind what was done with its registers.
     #[error("a warpgroup product without wgmma.fence: {0}")]
     Unfenced(&'static str),

@@ -393,8 +393,10 @@ pub(crate) enum Op {
         hi: Src,
         lo: Src,
     },
+    /// `constant`: by way of the cache for memory that nothing writes.
     Ld {
         space: Space,
+        constant: bool,
         ty: Ty,
         d: Box<[Option<Reg>]>,
         addr: Addr,

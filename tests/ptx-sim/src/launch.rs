@@ -3,6 +3,9 @@
 use crate::block::Block;
 use crate::{Counts, Kernel, Memory, Ptr, SimError};
 
+/// Shared memory of a block that needs not be asked for, bytes: static and dynamic together.
+const UNASKED: u64 = 48 << 10;
+
 /// When asynchronous work is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Mode {
@@ -150,6 +153,9 @@ impl Kernel {
         if !m.base.0.is_multiple_of(16) || m.strides.iter().any(|s| s % 16 != 0) {
             return bad("base and strides must be multiples of 16 bytes");
         }
+        if m.sizes.iter().any(|n| *n == 0 || *n > 1 << 32) || m.strides.iter().any(|s| *s == 0 || *s >= 1 << 40) {
+            return bad("a dimension has 1 to 2^32 elements, which are less than 2^40 bytes apart");
+        }
         if m.boxes.iter().any(|b| *b == 0 || *b > 256) || !inner.is_multiple_of(16) {
             return bad("a box has 1 to 256 elements a dimension, its rows a multiple of 16 bytes");
         }
@@ -182,6 +188,21 @@ impl Kernel {
         let limit = if self.target.starts_with("sm_9") { 232_448 } else { 166_912 };
         if shared > limit {
             return Err(self.refuse(format!("{shared} bytes of shared memory, {} has {limit}", self.target)));
+        }
+        let fixed = self.shared_top - crate::SHARED_BASE;
+        if fixed > UNASKED || u64::from(l.dynamic_shared) <= UNASKED && shared > UNASKED {
+            return Err(
+                self.refuse(format!("{shared} bytes of shared memory, {UNASKED} are there without being asked for"))
+            );
+        }
+        let [x, y, z] = l.grid;
+        if x > i32::MAX as u32 || y.max(z) > 65_535 {
+            return Err(self.refuse(format!("a grid of {x} by {y} by {z} blocks")));
+        }
+        // Since PTX 8.1, which texts for the newer chip are of.
+        let most = if self.target.starts_with("sm_9") { 32_764 } else { 4096 };
+        if self.param_bytes > most {
+            return Err(self.refuse(format!("{} bytes of parameters, at most {most} are allowed", self.param_bytes)));
         }
         let (params, maps) = self.arguments(l.params)?;
         mem.begin(l.checks.races, l.checks.uninitialised);

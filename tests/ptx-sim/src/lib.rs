@@ -7,7 +7,9 @@
 //!
 //! Registers that nothing wrote hold no number. What warpgroup products do with registers on their own is ordered by `wgmma.fence` and
 //! `wgmma.wait_group`; an mbarrier is used by those only who see its initialisation, by copies after a fence; `setmaxnreg`
-//! moves registers of one pool per block and waits where there are too few.
+//! moves registers of one pool per block and waits where there are too few. What threads stored is behind a fence between the proxies before a
+//! copy or a product of the asynchronous one touches it; what is read as constant is not written in the launch; the warps of a warpgroup take
+//! part in the same products; a block does not end before the copies into its shared memory.
 //!
 //! Results are deterministic: blocks run one after another, warps in a fixed order, which [`Order`] turns around.
 //!
@@ -15,7 +17,7 @@
 //! lives with what `setmaxnreg` leaves it, and products that the assembler puts one behind the other for lack of a safe place); clusters of
 //! several blocks and scopes of fences beyond the block; communication between blocks of one launch (reported as a fault); who
 //! sees stores to global memory when (`membar`, `fence.acq_rel` and the `.global` part of `fence.proxy.async` do nothing); waits that give
-//! up after a time; caches and their hints; dependent launches (`griddepcontrol` does nothing).
+//! up after a time; caches and their other hints; dependent launches (`griddepcontrol` does nothing).
 //! `approx` functions are computed in f64 and rounded; matrix products add their terms one by one in f32, tensor cores in an
 //! order and width of their own.
 

@@ -32,6 +32,9 @@ struct Alloc {
     /// Per byte: block (+ 1, modulo) that wrote and read it in this launch. Empty until touched.
     writer: Vec<u16>,
     reader: Vec<u16>,
+    /// Per byte: was it read as constant, or written, in this launch. Empty until touched.
+    constant: Vec<bool>,
+    written: Vec<bool>,
     /// Per sector: was it read (1) or written (2) in this launch. Empty until touched.
     sectors: Vec<u8>,
 }
@@ -217,6 +220,8 @@ impl Memory {
             a.writer.fill(0);
             a.reader.fill(0);
             a.sectors.fill(0);
+            a.constant.fill(false);
+            a.written.fill(false);
         }
     }
 
@@ -278,6 +283,21 @@ impl Memory {
         Ok(&a.bytes[r])
     }
 
+    /// A kernel's read of memory that no thread of the launch may write.
+    pub(crate) fn load_constant(&mut self, address: u64, len: u64) -> Result<&[u8], Fault> {
+        let (i, off) = self.locate(address, len, len)?;
+        let a = &mut self.allocs[i];
+        let r = off..off + len as usize;
+        if let Some(n) = a.written.get(r.clone()).and_then(|w| w.iter().position(|x| *x)) {
+            return Err(Fault::Constant { address: address + n as u64 });
+        }
+        if a.constant.is_empty() {
+            a.constant = vec![false; a.bytes.len()];
+        }
+        a.constant[r].fill(true);
+        self.load(address, len, len)
+    }
+
     /// A kernel's write. `atomic`: other blocks may write the same bytes atomically.
     pub(crate) fn store(&mut self, address: u64, data: &[u8], align: u64, atomic: bool) -> Result<(), Fault> {
         let (i, off) = self.locate(address, data.len() as u64, align)?;
@@ -285,6 +305,13 @@ impl Memory {
         let a = &mut self.allocs[i];
         let r = off..off + data.len();
         a.touch(r.clone(), 2);
+        if let Some(n) = a.constant.get(r.clone()).and_then(|c| c.iter().position(|x| *x)) {
+            return Err(Fault::Constant { address: address + n as u64 });
+        }
+        if a.written.is_empty() {
+            a.written = vec![false; a.bytes.len()];
+        }
+        a.written[r.clone()].fill(true);
         if races && !atomic {
             if a.writer.is_empty() {
                 a.writer = vec![0; a.bytes.len()];

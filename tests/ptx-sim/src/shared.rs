@@ -4,6 +4,9 @@
 //! the reads since; each warp knows up to which time it sees every other warp's accesses (a vector clock). Two accesses
 //! that neither order covers, one of them a write, are a race. Lanes of one warp are ordered by `bar.warp.sync` and by
 //! block barriers only. Work under way marks its bytes: nobody may touch what it writes, nobody may write what it reads.
+//!
+//! Copies and products of the asynchronous proxy see, and write over, what a thread stored only behind a proxy fence on the way between the
+//! two: of that thread after its store, or of all lanes of theirs after the two have met.
 
 use crate::SHARED_BASE;
 use crate::error::Fault;
@@ -24,6 +27,14 @@ struct Cell {
     incoming: u8,
 }
 
+/// A lane's last proxy fence: what it saw then of other warps and of the other lanes of its own, and when that was.
+#[derive(Debug, Clone, Copy)]
+struct Fence {
+    sees: Clock,
+    warp_sync: u32,
+    time: u32,
+}
+
 pub(crate) struct Shared {
     pub(crate) bytes: Vec<u8>,
     /// Bytes read and written.
@@ -37,7 +48,9 @@ pub(crate) struct Shared {
     sees: Vec<Clock>,
     /// Time up to which the lanes of a warp see each other.
     pub(crate) warp_sync: Vec<u32>,
-    pub(crate) proxy: Vec<u32>,
+    /// When each lane fenced its accesses for the asynchronous proxy, and what its last fence covers of others.
+    fences: Vec<[Vec<u32>; 32]>,
+    covers: Vec<[Option<Fence>; 32]>,
     races: bool,
     uninit: bool,
 }
@@ -53,7 +66,8 @@ impl Shared {
             now: 1,
             sees: vec![[0; 33]; warps],
             warp_sync: vec![0; warps],
-            proxy: vec![0; warps],
+            fences: vec![std::array::from_fn(|_| vec![]); warps],
+            covers: vec![[None; 32]; warps],
             races,
             uninit,
         }
@@ -125,8 +139,8 @@ impl Shared {
             if c.init && !self.writer_ordered(&c, warp, lane) {
                 return Err(Self::race(at, "read", Self::writer(&c)));
             }
-            if proxy && c.init && c.thread < 1024 && c.time > self.proxy[c.thread as usize / 32].max(self.proxy[warp]) {
-                return Err(Fault::Proxy { address: 2 * at as u64, writer: c.thread.into() });
+            if proxy && !self.fenced(&c, warp, lane) {
+                return Err(Fault::Proxy { address: 2 * at as u64, what: "read", writer: c.thread.into() });
             }
             if last.0 != c.readers {
                 last = (c.readers, self.join(c.readers, warp as u8, lane as u8, time));
@@ -134,6 +148,36 @@ impl Shared {
             self.cells[at].readers = last.1;
         }
         Ok(off)
+    }
+
+    /// `fence.proxy.async` of some lanes of a warp.
+    pub(crate) fn fence(&mut self, warp: usize, lanes: impl Iterator<Item = usize>) {
+        let f = Fence { sees: self.sees[warp], warp_sync: self.warp_sync[warp], time: self.now };
+        for l in lanes {
+            self.fences[warp][l].push(f.time);
+            self.covers[warp][l] = Some(f);
+        }
+    }
+
+    /// Whether a proxy fence lies between what a thread stored and an access by the asynchronous proxy that this lane (32: all of the
+    /// warp) starts.
+    fn fenced(&self, c: &Cell, warp: usize, lane: u32) -> bool {
+        let (w, l) = (c.thread as usize / 32, c.thread as u32 % 32);
+        if !c.init || c.thread == 1024 {
+            return true;
+        }
+        let own = &self.fences[w][l as usize];
+        let first = own.partition_point(|t| *t < c.time);
+        if own.get(first).is_some_and(|t| self.ordered(warp, lane, (w, l, *t))) {
+            return true;
+        }
+        let covers = |n: usize| {
+            self.covers[warp][n].is_some_and(|f| match w == warp {
+                true => c.time <= if l as usize == n { f.time } else { f.warp_sync },
+                false => c.time <= f.sees[w],
+            })
+        };
+        if lane < 32 { covers(lane as usize) } else { (0..32).all(covers) }
     }
 
     /// The set with one more reader.
@@ -154,8 +198,8 @@ impl Shared {
         id
     }
 
-    /// Checks a write by a thread. `data`: what is written, where lanes of one warp may write the same twice.
-    /// `incoming`: an asynchronous copy that is under way from now on.
+    /// Checks a write by a thread. `data`: what is written, where lanes of one warp may write the same twice; none for a copy that is
+    /// under way from now on.
     pub(crate) fn check_write(
         &mut self,
         address: u64,
@@ -196,6 +240,23 @@ impl Shared {
             }
         }
         Ok(off)
+    }
+
+    /// Checks a write by the asynchronous proxy: [`Shared::check_write`] without data, and a fence behind what threads stored there.
+    pub(crate) fn check_copy(
+        &mut self,
+        address: u64,
+        len: u64,
+        align: u64,
+        (warp, lane): (usize, u32),
+    ) -> Result<usize, Fault> {
+        let off = self.check_write(address, len, align, (warp, lane), None)?;
+        let open = |c: &&Cell| self.races && !self.fenced(c, warp, lane);
+        let cells = &self.cells[off / 2..(off + len as usize).div_ceil(2)];
+        match cells.iter().find(open) {
+            Some(c) => Err(Fault::Proxy { address: off as u64, what: "write", writer: c.thread.into() }),
+            None => Ok(off),
+        }
     }
 
     /// An asynchronous copy has arrived; it was announced by [`Shared::check_write`] without data.

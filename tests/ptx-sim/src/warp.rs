@@ -81,7 +81,9 @@ pub(crate) struct Warp {
     pub(crate) waited: bool,
     /// Registers that a thread owns at most, and how often `setmaxnreg` changed it, last where.
     pub(crate) owned: u32,
-    pub(crate) resized: (u32, u32),
+    pub(crate) resized: (u64, u32),
+    /// A number for all instructions of products so far with what has to be the same for the warpgroup, and last where.
+    pub(crate) multiplied: (u64, u32),
     access: Vec<Cell<Access>>,
     early: Cell<Option<&'static str>>,
 }
@@ -162,6 +164,14 @@ impl Warp {
             let a = &mut self.access[*r as usize];
             *a = Cell::new(Access { read: true, ..a.get() });
         }
+    }
+
+    /// An instruction of products at `pc`; `with` has to be the same for all warps of the warpgroup.
+    pub(crate) fn multiplies(&mut self, pc: u32, with: [u64; 3]) {
+        // FNV-1a.
+        let step = |h: u64, x: u64| (h ^ x).wrapping_mul(0x100_0000_01b3);
+        let start = if self.multiplied.0 == 0 { 0xcbf2_9ce4_8422_2325 } else { self.multiplied.0 };
+        self.multiplied = (with.into_iter().fold(step(start, pc.into()), step), pc);
     }
 
     /// One lane of a register.

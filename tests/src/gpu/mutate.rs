@@ -10,7 +10,7 @@ use pleach_plan::Launch;
 pub type Change = fn(&str) -> Option<String>;
 
 /// Errors that a generator could make, by name.
-pub const CHANGES: [(&str, Change); 8] = [
+pub const CHANGES: [(&str, Change); 9] = [
     ("a copy too few is waited for", |t| {
         let at = t.find("cp.async.wait_group")?;
         let digit = at + t[at..].find(|c: char| c.is_ascii_digit())?;
@@ -33,6 +33,7 @@ pub const CHANGES: [(&str, Change); 8] = [
         Some(format!("{}{turned}{}", &t[..at], &t[rest..]))
     }),
     ("a bound is one too large", |t| swap(t, "setp.ge.s64", "setp.gt.s64")),
+    ("what is written over is read as constant", constant),
 ];
 
 /// Errors that one could make where weights in blocks of codes are decoded. 0x7541 picks the second byte of a word.
@@ -43,7 +44,7 @@ pub const DECODING: [(&str, Change); 3] = [
 ];
 
 /// Errors that one could make with warpgroup products, tensor copies and mbarriers, and what one of the reports must say.
-pub const HOPPER: [(&str, Change, &[&str]); 15] = [
+pub const HOPPER: [(&str, Change, &[&str]); 17] = [
     (
         "a product too few is waited for",
         |t| last(t, "wait_group.sync.aligned \t0;", "wait_group.sync.aligned \t1;"),
@@ -102,6 +103,22 @@ pub const HOPPER: [(&str, Change, &[&str]); 15] = [
         &["need not see its initialisation"],
     ),
     ("products need not see what was stored", |t| without(t, "fence.proxy.async"), &["without fence.proxy.async"]),
+    (
+        "products see what one lane has stored",
+        |t| {
+            let fence = "fence.proxy.async.shared::cta;";
+            let alone = format!(
+                "{{ .reg .pred only; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 only, lane, 0; @only {fence} }}"
+            );
+            t.contains(fence).then(|| t.replace(fence, &alone))
+        },
+        &["without fence.proxy.async"],
+    ),
+    (
+        "a descriptor says that its pattern begins elsewhere",
+        |t| descriptor(t, |d| d ^ 1 << 49),
+        &["does not begin with its pattern"],
+    ),
     ("products are not ordered behind registers", |t| without(t, "wgmma.fence"), &["without wgmma.fence"]),
     ("the first fence of products is missing", |t| swap(t, "wgmma.fence.sync.aligned;", ""), &["without wgmma.fence"]),
     (
@@ -149,6 +166,18 @@ fn without(t: &str, instruction: &str) -> Option<String> {
 fn last(t: &str, from: &str, to: &str) -> Option<String> {
     let at = t.rfind(from)?;
     Some(format!("{}{to}{}", &t[..at], &t[at + from.len()..]))
+}
+
+/// The first read of global memory that the same entry writes, by way of the cache for memory that nothing writes.
+fn constant(t: &str) -> Option<String> {
+    let address = |l: &str| Some(format!("[{}]", l.split_once('[')?.1.split_once(']')?.0));
+    let plain = |l: &str| ![".nc", ".param", ".shared", ".local"].iter().any(|s| l.contains(s));
+    let stores = t.lines().filter(|l| l.starts_with("\tst.") && plain(l));
+    let written: Vec<String> = stores.filter_map(address).collect();
+    let over = |l: &&str| l.starts_with("\tld.") && plain(l) && address(l).is_some_and(|a| written.contains(&a));
+    let line = t.lines().find(over)?;
+    let rest = line.strip_prefix("\tld.global.").or_else(|| line.strip_prefix("\tld."))?;
+    Some(t.replacen(line, &format!("\tld.global.nc.{rest}"), 1))
 }
 
 /// Another constant part of the first matrix descriptor of a product.

@@ -5,7 +5,7 @@ use crate::isa::{AtomOp, Op, Space, Ty};
 use crate::parse::Arg;
 
 /// Cache and ordering hints without a meaning here: execution is in order and there is no cache.
-const HINTS: [&str; 22] = [
+const HINTS: [&str; 21] = [
     "weak",
     "volatile",
     "relaxed",
@@ -23,7 +23,6 @@ const HINTS: [&str; 22] = [
     "cv",
     "wb",
     "wt",
-    "nc",
     "L1::no_allocate",
     "L1::evict_first",
     "L1::evict_last",
@@ -50,13 +49,17 @@ pub(super) fn decode(head: &str, cx: &mut Cx) -> Res<Op> {
             Ok(Op::Nop)
         }
         "ld" => {
+            let constant = cx.take("nc");
             let (space, ty, n) = access(cx)?;
+            if constant && space != Space::Global {
+                return Err(cx.unknown());
+            }
             cx.count(2)?;
             let d = cx.dsts(0)?;
             if d.len() != n {
                 return Err(cx.err("the number of registers does not fit the vector"));
             }
-            Ok(Op::Ld { space, ty, d, addr: cx.addr(1)? })
+            Ok(Op::Ld { space, constant, ty, d, addr: cx.addr(1)? })
         }
         "st" => {
             let (space, ty, n) = access(cx)?;

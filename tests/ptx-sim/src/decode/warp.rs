@@ -171,8 +171,10 @@ fn fence(cx: &mut Cx) -> Res<Op> {
         if !cx.parts.first().is_some_and(|p| p.starts_with("async")) {
             return Err(cx.unknown());
         }
-        cx.ignore(&["async", "async::generic", "shared::cta", "shared::cluster", "global"]);
-        return Ok(Op::FenceProxyAsync);
+        cx.ignore(&["async", "async::generic"]);
+        // Of global memory alone it says nothing of shared memory.
+        let shared = cx.take("shared::cta") | cx.take("shared::cluster");
+        return Ok(if cx.take("global") && !shared { Op::Nop } else { Op::FenceProxyAsync });
     }
     if cx.take("mbarrier_init") {
         cx.ignore(&["release", "cluster"]);

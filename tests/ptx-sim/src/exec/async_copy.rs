@@ -15,8 +15,11 @@ pub(super) fn swizzle(a: u64, bytes: u32) -> u64 {
     a ^ ((a >> 7 & mask) << 4)
 }
 
+/// Arrivals of an mbarrier, and bytes that it waits for, at most.
+const MOST: u32 = (1 << 20) - 1;
+
 impl Block<'_> {
-    pub(super) fn async_copy(&mut self, w: &mut Warp, op: &Op, on: u32) -> Result<Next, Fault> {
+    pub(super) fn async_copy(&mut self, w: &mut Warp, op: &Op, pc: u32, on: u32) -> Result<Next, Fault> {
         match op {
             Op::CpAsync { dst, src, bytes, valid } => {
                 let (d, s) = (addresses(w, dst), addresses(w, src));
@@ -97,9 +100,9 @@ impl Block<'_> {
                         None => vec![0; len as usize],
                     };
                     self.counts.global_read += if from.is_some() { len } else { 0 };
-                    rows.push((self.sh.check_write(to, len, 1, (w.id as usize, l as u32), None)?, data));
+                    rows.push((self.sh.check_copy(to, len, 1, (w.id as usize, l as u32))?, data));
                 }
-                self.depart(Arrival { bar, rows }, (w.id as usize, l as u32))?;
+                self.depart(Arrival { bar, thread: w.id * 32 + l as u32, pc, rows }, (w.id as usize, l as u32))?;
             }
             Op::BulkLoad { dst, src, bytes, bar } => {
                 let l = self.single(on)?;
@@ -109,8 +112,9 @@ impl Block<'_> {
                 }
                 let data = self.mem.load(s, n, 16)?.to_vec();
                 self.counts.global_read += n;
-                let off = self.sh.check_write(d, n, 16, (w.id as usize, l as u32), None)?;
-                self.depart(Arrival { bar: addresses(w, bar)[l], rows: vec![(off, data)] }, (w.id as usize, l as u32))?;
+                let off = self.sh.check_copy(d, n, 16, (w.id as usize, l as u32))?;
+                let (bar, thread, rows) = (addresses(w, bar)[l], w.id * 32 + l as u32, vec![(off, data)]);
+                self.depart(Arrival { bar, thread, pc, rows }, (w.id as usize, l as u32))?;
             }
             Op::TmaStore { map, at, src, .. } => {
                 let (l, m) = self.one(w, on, address(w, map, on))?;
@@ -279,6 +283,9 @@ impl Block<'_> {
             match f {
                 Mbar::Init(n) => {
                     let n = w.get(n)[l] as u32;
+                    if !(1..=MOST).contains(&n) {
+                        return Err(Fault::Misuse(format!("an mbarrier of {n} arrivals, 1 to {MOST} are allowed")));
+                    }
                     let off = self.sh.check_write(a, 8, 8, me, Some(&[0; 8]))?;
                     self.sh.bytes[off..off + 8].fill(0);
                     let made = (w.id as usize, l as u32, self.sh.now);
@@ -307,14 +314,14 @@ impl Block<'_> {
             let n = match f {
                 Mbar::ExpectTx(n) => {
                     let n = w.get(n)[l] as u32;
-                    self.mbar(a)?.tx += i64::from(n);
+                    self.mbar(a)?.expect(n)?;
                     continue;
                 }
                 Mbar::Arrive { tx, count } => {
                     let tx = tx.map_or(0, |t| w.get(t)[l] as u32);
                     let n = count.map_or(1, |c| w.get(c)[l] as u32);
                     let b = self.mbar(a)?;
-                    b.tx += i64::from(tx);
+                    b.expect(tx)?;
                     if let Some(d) = d {
                         w.set(d, l, b.phase << 32);
                     }
@@ -339,6 +346,15 @@ fn unseen(a: u64, who: String, b: &Mbarrier, lacks: &'static str) -> Fault {
 }
 
 impl Mbarrier {
+    /// So many more bytes are announced.
+    fn expect(&mut self, bytes: u32) -> Result<(), Fault> {
+        self.tx += i64::from(bytes);
+        if self.tx > i64::from(MOST) {
+            return Err(Fault::Misuse(format!("an mbarrier waits for {} bytes, at most {MOST} are allowed", self.tx)));
+        }
+        Ok(())
+    }
+
     /// The phase ends when all have arrived and all announced bytes too.
     fn turn(&mut self) {
         if self.pending == 0 && self.tx == 0 {

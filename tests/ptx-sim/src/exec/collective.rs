@@ -80,7 +80,7 @@ impl Block<'_> {
                 self.sh.now += 1;
             }
             Op::FenceProxyAsync => {
-                self.sh.proxy[w.id as usize] = self.sh.now;
+                self.sh.fence(w.id as usize, lanes(on));
                 self.fence_mbarriers(w, on);
             }
             Op::FenceMbarrierInit => self.fence_mbarriers(w, on),

@@ -9,6 +9,14 @@ use crate::num;
 use crate::warp::{Product, Warp};
 use crate::{SHARED_BASE, isa::Src};
 
+/// The fields of a matrix descriptor: address, leading and other distance, offset of the pattern, swizzle.
+const DESCRIPTOR: u64 = 0x3fff | 0x3fff << 16 | 0x3fff << 32 | 7 << 49 | 3 << 62;
+
+/// Bytes of a descriptor's swizzle.
+fn span(desc: u64) -> u32 {
+    [0, 128, 64, 32][(desc >> 62) as usize]
+}
+
 /// Elements of a 32-bit register as f32, low half first; tf32 ignores the lower 13 bits.
 fn elements(e: Elem, x: u64) -> [f32; 2] {
     match e {
@@ -97,6 +105,9 @@ impl Block<'_> {
     }
 
     pub(super) fn warpgroup(&mut self, w: &mut Warp, op: &Op, pc: u32) -> Result<(), Fault> {
+        if !matches!(op, Op::WgMma { .. }) {
+            w.multiplies(pc, [0; 3]);
+        }
         match op {
             Op::WgFence => w.fence(),
             Op::WgCommit => w.product_group += 1,
@@ -106,9 +117,14 @@ impl Block<'_> {
                     WgA::Regs(r) => r.map(|s| w.peek(s)),
                     WgA::Desc(_) => [[0; 32]; 4],
                 };
-                let a_desc = if let WgA::Desc(s) = a { w.get(*s)[0] } else { 0 };
-                let b_desc = self.uniform(w, *b)?;
-                let keep = w.pred(*scale_d) & 1 == 1;
+                let a_desc = if let WgA::Desc(s) = a { self.descriptor(w, *s)? } else { 0 };
+                let b_desc = self.descriptor(w, *b)?;
+                let keep = w.pred(*scale_d);
+                if keep != 0 && keep != u32::MAX {
+                    return Err(Fault::Misuse("the lanes have different scales of what is added to".into()));
+                }
+                let keep = keep != 0;
+                w.multiplies(pc, [a_desc, b_desc, keep.into()]);
                 let p = Product { group: w.product_group, pc, a: a.clone(), a_desc, a_regs, b_desc, keep };
                 self.operands(w, &p)?;
                 if !self.late() {
@@ -147,12 +163,22 @@ impl Block<'_> {
         Ok(())
     }
 
-    fn uniform(&self, w: &Warp, s: Src) -> Result<u64, Fault> {
-        let v = w.get(s);
-        if v.iter().any(|x| *x != v[0]) {
-            return Err(Fault::Misuse("the lanes have different matrix descriptors".into()));
+    /// A matrix descriptor.
+    fn descriptor(&self, w: &Warp, s: Src) -> Result<u64, Fault> {
+        let (v, bad) = (w.get(s), |what: &str| Err(Fault::Misuse(what.into())));
+        let d = v[0];
+        if v.iter().any(|x| *x != d) {
+            return bad("the lanes have different matrix descriptors");
         }
-        Ok(v[0])
+        if d & !DESCRIPTOR != 0 {
+            return bad("bits of a matrix descriptor that mean nothing are set");
+        }
+        // Where a pattern of permuted pieces begins elsewhere than at a multiple of its size the descriptor would have to say so.
+        let lines = u64::from(span(d) / 16).saturating_sub(1);
+        if d >> 49 & 7 != 0 || (d & 0x3fff) << 4 >> 7 & lines != 0 {
+            return bad("a matrix does not begin with its pattern of permuted pieces");
+        }
+        Ok(d)
     }
 
     /// Shared offsets of the rows of 16 bytes (or of single elements) that a product reads, in the order of
@@ -225,12 +251,7 @@ impl Block<'_> {
 fn operand(desc: u64, rows: std::ops::Range<usize>, size: u64, mn_major: bool) -> impl Iterator<Item = u64> {
     let field = |at: u32| (desc >> at & 0x3fff) << 4;
     let (start, lead, stride) = (field(0), field(16), field(32));
-    let span = match desc >> 62 {
-        1 => 128,
-        2 => 64,
-        3 => 32,
-        _ => 0u64,
-    };
+    let span = u64::from(span(desc));
     let k = 32 / size;
     rows.flat_map(move |r| {
         (0..k).map(move |k| {

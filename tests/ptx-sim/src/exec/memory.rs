@@ -39,7 +39,7 @@ impl Block<'_> {
         &mut self,
         w: &Warp,
         lane: usize,
-        space: Space,
+        (space, constant): (Space, bool),
         a: u64,
         out: &mut [u64],
         size: usize,
@@ -64,7 +64,7 @@ impl Block<'_> {
             }
             _ => {
                 self.counts.global_read += len;
-                self.mem.load(a, len, len)?
+                if constant { self.mem.load_constant(a, len)? } else { self.mem.load(a, len, len)? }
             }
         };
         for (o, b) in out.iter_mut().zip(bytes.chunks(size)) {
@@ -102,11 +102,11 @@ impl Block<'_> {
 
     pub(super) fn memory(&mut self, w: &mut Warp, op: &Op, on: u32) -> Result<(), Fault> {
         match op {
-            Op::Ld { space, ty, d, addr } => {
+            Op::Ld { space, constant, ty, d, addr } => {
                 let (at, size, n) = (addresses(w, addr), ty.bits() as usize / 8, d.len());
                 let mut got = [[0u64; 8]; 32];
                 for l in lanes(on) {
-                    self.fetch(w, l, *space, at[l], &mut got[l][..n], size)?;
+                    self.fetch(w, l, (*space, *constant), at[l], &mut got[l][..n], size)?;
                 }
                 for (i, d) in d.iter().enumerate() {
                     if let Some(d) = d {

@@ -77,7 +77,7 @@ impl Block<'_> {
             | Op::BulkLoad { .. }
             | Op::BulkStore { .. }
             | Op::BulkCommit
-            | Op::BulkWait { .. } => return self.async_copy(w, &inst.op, on),
+            | Op::BulkWait { .. } => return self.async_copy(w, &inst.op, pc, on),
             Op::Float1 { .. } | Op::Float2 { .. } | Op::Fma { .. } | Op::Cvt { .. } | Op::CvtPack { .. } => {
                 float::exec(w, &inst.op, on);
             }

@@ -123,7 +123,9 @@ fn registers_are_asked_for_in_steps_of_eight() {
     let body = format!(
         "{HEAD} setmaxnreg.dec.sync.aligned.u32 40; setmaxnreg.inc.sync.aligned.u32 56; st.global.b32 [%d4], %r2;"
     );
-    assert_eq!(words(&body, &count(64), 64, 64).unwrap(), count(64));
+    assert_eq!(words(&body, &count(128), 128, 128).unwrap(), count(128));
+    // Half a warpgroup has none to change.
+    assert!(matches!(fault(&body), Fault::Divergence(_)));
     assert!(matches!(fault(&body.replace("40;", "44;")), Fault::Misuse(_)));
     assert!(matches!(fault(&body.replace("56;", "264;")), Fault::Misuse(_)));
 }

@@ -1,10 +1,9 @@
 //! mbarriers, bulk copies and tensor copies: what arrives, where, and what goes wrong when a wait or a fence is missing.
 
 use super::*;
-use pleach_ptx_sim::TensorMap;
 
 /// A kernel `k` with a tensor map (its address in `%d1`) and a pointer (in `%d2`); shared memory in `%d7`, the thread in `%r1`.
-fn mapped(body: &str) -> String {
+pub(super) fn mapped(body: &str) -> String {
     text(body)
         .replace(".param .u64 .ptr .global .align 1 a", ".param .align 64 .b8 a[128]")
         .replace("ld.param.b64 %d1, [a];", "mov.b64 %d9, a; cvta.param.u64 %d1, %d9; mov.b64 %d7, smem;")
@@ -22,7 +21,7 @@ fn matrix() -> Vec<u16> {
     (0..72 * SIZE[1]).map(|i| i as u16 + 1).collect()
 }
 
-fn map(mem: &mut Memory, swizzle: u32, boxes: [u32; 2]) -> (Ptr, TensorMap) {
+pub(super) fn map(mem: &mut Memory, swizzle: u32, boxes: [u32; 2]) -> (Ptr, TensorMap) {
     let bytes: Vec<u8> = matrix().iter().flat_map(|x| x.to_le_bytes()).collect();
     let base = mem.alloc_from(&bytes);
     let m = TensorMap {
@@ -42,7 +41,7 @@ fn wait(at: u32, label: &str) -> String {
 }
 
 /// Loads a box of 8 rows to shared memory at 1024, writes it out as it lies there.
-fn load(x: i32, y: i32, bytes: u32) -> String {
+pub(super) fn load(x: i32, y: i32, bytes: u32) -> String {
     let wait = wait(0, "W");
     format!(
         "setp.ne.u32 %p1, %r1, 0; @%p1 bra READY; mbarrier.init.shared.b64 [%d7], 1; fence.mbarrier_init.release.cluster;\n\
@@ -115,7 +114,7 @@ fn tensor_copies_need_their_bytes_and_their_wait() {
 }
 
 /// Every thread writes 16 bytes of a box to shared memory; one thread sends the box away.
-const STORE: &str = "mul.wide.u32 %d3, %r1, 16; add.s64 %d4, %d7, %d3; add.s32 %r2, %r1, 1000;\n\
+pub(super) const STORE: &str = "mul.wide.u32 %d3, %r1, 16; add.s64 %d4, %d7, %d3; add.s32 %r2, %r1, 1000;\n\
     st.shared.v4.b32 [%d4], {%r2, %r2, %r2, %r2}; fence.proxy.async.shared::cta; bar.sync 0;\n\
     setp.ne.u32 %p1, %r1, 0; @%p1 bra OUT; mov.b32 %r5, 48; mov.b32 %r6, 5;\n\
     cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%d1, {%r5, %r6}], [%d7]; cp.async.bulk.commit_group;\n\

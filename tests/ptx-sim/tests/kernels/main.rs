@@ -2,9 +2,10 @@
 
 mod collectives;
 mod copies;
+mod limits;
 mod products;
 
-use pleach_ptx_sim::{Checks, Counts, Fault, Launch, Memory, Mode, Module, Param, Ptr, SimError};
+use pleach_ptx_sim::{Checks, Counts, Fault, Launch, Memory, Mode, Module, Param, Ptr, SimError, TensorMap};
 
 const DECL: &str = ".reg .pred %p<8>; .reg .b16 %h<8>; .reg .b32 %r<64>; .reg .b64 %d<32>;\n";
 

@@ -231,6 +231,26 @@ fn wrong_products_are_found() {
     // One lane with another descriptor.
     let e = p.run(&body.replace("wgmma.fence", "@!%p1 add.s64 %d12, %d12, 1; wgmma.fence"), Mode::Late).unwrap_err();
     assert!(matches!(e.fault(), Some(Fault::Misuse(_))), "{e}");
+    // One warp with another descriptor, or with one product less.
+    let changed = |what: &str| {
+        p.run(&body.replace("wgmma.fence", &format!("setp.lt.u32 %p5, %r1, 32; {what} wgmma.fence")), Mode::Late)
+    };
+    let e = changed("@%p5 add.s64 %d12, %d12, 2;").unwrap_err();
+    assert!(matches!(e.fault(), Some(Fault::Divergence(_))), "{e}");
+    let (second, commit) = (body.rfind("wgmma.mma_async").unwrap(), body.find("wgmma.commit").unwrap());
+    let less = format!(
+        "{}setp.lt.u32 %p5, %r1, 32; @%p5 bra LESS; {}LESS: {}",
+        &body[..second],
+        &body[second..commit],
+        &body[commit..]
+    );
+    let e = p.run(&less, Mode::Late).unwrap_err();
+    assert!(matches!(e.fault(), Some(Fault::Divergence(_))), "{e}");
+    // A pattern that begins elsewhere, and bits that mean nothing.
+    for bit in [3, 14, 46, 49, 52] {
+        let e = changed(&format!("mov.b64 %d13, {}; or.b64 %d12, %d12, %d13;", 1u64 << bit)).unwrap_err();
+        assert!(matches!(e.fault(), Some(Fault::Misuse(_))), "bit {bit}: {e}");
+    }
 }
 
 #[test]
