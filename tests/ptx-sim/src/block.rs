@@ -244,6 +244,9 @@ impl<'a> Block<'a> {
             let clock = b.clock.unwrap_or([0; 33]);
             let now = self.sh.now;
             self.sh.now += 1;
+            if self.warps.iter().all(|w| w.live == 0 || b.warps >> w.id & 1 == 1) {
+                self.sh.all = now;
+            }
             for w in &mut self.warps {
                 let Some(g) = w.groups.iter_mut().find(|g| g.barrier == Some(id as u8)) else { continue };
                 g.barrier = None;

@@ -45,6 +45,11 @@ pub enum Fault {
     /// Two blocks touch one byte of global memory, one of them writing.
     #[error("blocks {other} and {mine} both access global memory at {address:#x} in one launch, at least one writes")]
     BlockRace { address: u64, mine: u32, other: u32 },
+    /// Two threads of a block touch one byte of global memory, one of them writing, that no barrier orders.
+    #[error(
+        "threads {other} and {mine} of a block both access global memory at {address:#x}, at least one writes, and nothing orders the two"
+    )]
+    ThreadRace { address: u64, mine: u32, other: u32 },
     /// What ordinary stores wrote is not ordered before an asynchronous read or write without `fence.proxy.async`.
     #[error(
         "asynchronous {what} of shared memory at {address:#x}, written by thread {writer} without fence.proxy.async between the two"

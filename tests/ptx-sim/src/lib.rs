@@ -2,7 +2,8 @@
 //!
 //! [`Module::parse`] reads PTX text as LLVM writes it; [`Kernel::launch`] executes a grid over a [`Memory`]. Each access
 //! of shared and global memory is checked for bounds, alignment and initialisation; shared memory for races between
-//! barriers; barriers for divergence and deadlock. Asynchronous work (`cp.async`, tensor copies, warpgroup products) can
+//! barriers, and global memory that an entry loads and stores for races of the threads of a block; barriers for divergence and
+//! deadlock. Asynchronous work (`cp.async`, tensor copies, warpgroup products) can
 //! finish as late as the program allows or at once ([`Mode`]): a correct kernel gives the same result both ways.
 //!
 //! Registers that nothing wrote hold no number. What warpgroup products do with registers on their own is ordered by `wgmma.fence` and
@@ -34,6 +35,7 @@ mod memory;
 mod num;
 mod parse;
 mod shared;
+mod touch;
 mod warp;
 
 pub use counts::Counts;

@@ -1,6 +1,7 @@
 //! Global memory: separate allocations with bounds, the bytes that were written, and who touched them in a launch.
 
 use crate::error::Fault;
+use crate::touch::{Marks, Order, Thread};
 use crate::{GLOBAL_BASE, SimError, num};
 
 /// Address bits of one allocation; a pointer that leaves its allocation never reaches another one.
@@ -35,6 +36,8 @@ struct Alloc {
     /// Per byte: was it read as constant, or written, in this launch. Empty until touched.
     constant: Vec<bool>,
     written: Vec<bool>,
+    /// Threads of the running block that touched it as memory that is written.
+    marks: Marks,
     /// Per sector: was it read (1) or written (2) in this launch. Empty until touched.
     sectors: Vec<u8>,
 }
@@ -222,6 +225,7 @@ impl Memory {
             a.sectors.fill(0);
             a.constant.fill(false);
             a.written.fill(false);
+            a.marks.clear();
         }
     }
 
@@ -296,6 +300,27 @@ impl Memory {
         }
         a.constant[r].fill(true);
         self.load(address, len, len)
+    }
+
+    /// An access of a thread, by an ordinary load or store that is within bounds, beside those of the other threads of its block.
+    pub(crate) fn touch(
+        &mut self,
+        address: u64,
+        len: u64,
+        (me, now): (Thread, u32),
+        writes: bool,
+        order: &dyn Order,
+    ) -> Result<(), Fault> {
+        let (i, off) = self.locate(address, len, 1)?;
+        let (block, r) = (self.block, off..off + len as usize);
+        let a = &mut self.allocs[i];
+        let n = a.bytes.len();
+        let other = match writes {
+            true => a.marks.write(n, &r, block, (me, now), order),
+            false => a.marks.read(n, &r, block, (me, now), order),
+        };
+        let mine = (32 * me.0) as u32 + me.1;
+        other.map_or(Ok(()), |other| Err(Fault::ThreadRace { address, mine, other: other.into() }))
     }
 
     /// A kernel's write. `atomic`: other blocks may write the same bytes atomically.

@@ -10,6 +10,7 @@
 
 use crate::SHARED_BASE;
 use crate::error::Fault;
+use crate::touch::{Order, Thread};
 use std::collections::HashMap;
 
 /// Asynchronous copies as a writer; also its place in clocks.
@@ -48,11 +49,34 @@ pub(crate) struct Shared {
     sees: Vec<Clock>,
     /// Time up to which the lanes of a warp see each other.
     pub(crate) warp_sync: Vec<u32>,
+    /// Time up to which lanes of a warp have met, in whatever way: what one has read another one may write.
+    pub(crate) met: Vec<u32>,
+    /// When all warps that there were last met.
+    pub(crate) all: u32,
     /// When each lane fenced its accesses for the asynchronous proxy, and what its last fence covers of others.
     fences: Vec<[Vec<u32>; 32]>,
     covers: Vec<[Option<Fence>; 32]>,
     races: bool,
     uninit: bool,
+}
+
+/// A thread among those of its block, for global memory.
+pub(crate) struct Among<'a>(pub(crate) &'a Shared, pub(crate) Thread);
+
+impl Order for Among<'_> {
+    fn sees(&self, (w, l): Thread, time: u32) -> bool {
+        let Among(s, (warp, lane)) = *self;
+        s.ordered(warp, lane, (w, l, time)) || w == warp && time <= s.met[warp]
+    }
+
+    fn sees_warp(&self, w: usize, time: u32) -> bool {
+        let Among(s, (warp, _)) = *self;
+        time <= if w == warp { s.warp_sync[warp].max(s.met[warp]) } else { s.sees[warp][w] }
+    }
+
+    fn sees_all(&self, time: u32) -> bool {
+        time <= self.0.all
+    }
 }
 
 impl Shared {
@@ -66,6 +90,8 @@ impl Shared {
             now: 1,
             sees: vec![[0; 33]; warps],
             warp_sync: vec![0; warps],
+            met: vec![0; warps],
+            all: 0,
             fences: vec![std::array::from_fn(|_| vec![]); warps],
             covers: vec![[None; 32]; warps],
             races,
@@ -93,6 +119,12 @@ impl Shared {
     /// Whether a thread sees what another one did at a time.
     pub(crate) fn sees(&self, (warp, lane): (usize, u32), other: (usize, u32, u32)) -> bool {
         self.ordered(warp, lane, other)
+    }
+
+    /// Lanes of a warp meet at an instruction that all of them execute together.
+    pub(crate) fn meet(&mut self, warp: usize) {
+        self.met[warp] = self.now;
+        self.now += 1;
     }
 
     fn race(at: usize, mine: &'static str, other: String) -> Fault {

@@ -8,6 +8,9 @@ use crate::warp::{Warp, lanes};
 
 impl Block<'_> {
     pub(super) fn collective(&mut self, w: &mut Warp, op: &Op, on: u32) -> Result<Next, Fault> {
+        if matches!(op, Op::Shfl { .. } | Op::Vote { .. } | Op::Redux { .. } | Op::MatchAny { .. }) && on == w.live {
+            self.sh.meet(w.id as usize);
+        }
         match op {
             Op::Shfl { f, d, p, a, b, c, members } => {
                 self.members(w, *members, on)?;

@@ -6,6 +6,7 @@ use crate::block::Block;
 use crate::error::Fault;
 use crate::isa::{AtomOp, Op, Space, Ty};
 use crate::num;
+use crate::shared::Among;
 use crate::warp::{Warp, lanes};
 use crate::{GLOBAL_BASE, LOCAL_BASE, PARAM_BASE, SHARED_BASE, SHARED_END};
 
@@ -64,6 +65,9 @@ impl Block<'_> {
             }
             _ => {
                 self.counts.global_read += len;
+                if !constant {
+                    self.beside(w, lane, a, len, false)?;
+                }
                 if constant { self.mem.load_constant(a, len)? } else { self.mem.load(a, len, len)? }
             }
         };
@@ -94,10 +98,20 @@ impl Block<'_> {
             }
             _ => {
                 self.counts.global_written += len;
+                self.beside(w, lane, a, len, true)?;
                 self.mem.store(a, data, len, false)?;
             }
         }
         Ok(())
+    }
+
+    /// Checks an access of global memory beside those of the other threads of the block.
+    fn beside(&mut self, w: &Warp, lane: usize, a: u64, len: u64, writes: bool) -> Result<(), Fault> {
+        if !self.l.checks.races {
+            return Ok(());
+        }
+        let me = (w.id as usize, lane as u32);
+        self.mem.touch(a, len, (me, self.sh.now), writes, &Among(&self.sh, me))
     }
 
     pub(super) fn memory(&mut self, w: &mut Warp, op: &Op, on: u32) -> Result<(), Fault> {

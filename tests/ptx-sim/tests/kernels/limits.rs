@@ -85,6 +85,35 @@ fn constant_memory_is_not_written() {
     assert!(Module::parse(&text("ld.nc.b32 %r3, [%d1];")).is_err());
 }
 
+#[test]
+fn threads_of_a_block_meet_between_a_read_and_a_write_of_global_memory() {
+    // Every thread adds the word of the one 32 further on to its own, in place; of the next one in its warp.
+    let shared = |apart: u32, meet: &str| {
+        let mut mem = Memory::new();
+        let a = mem.alloc_i32(&(0..64).collect::<Vec<i32>>());
+        let body = format!(
+            "{HEAD} xor.b32 %r3, %r1, {apart}; mul.wide.u32 %d8, %r3, 4; add.s64 %d8, %d1, %d8; ld.global.b32 %r4, [%d8];\n\
+             {meet} add.s32 %r4, %r4, %r2; st.global.b32 [%d4], %r4;"
+        );
+        run(&body, &mut mem, a, a, 64, Mode::Late)?;
+        mem.read_i32(a)
+    };
+    let want = |apart: i32| (0..64).map(|i| i + (i ^ apart)).collect::<Vec<i32>>();
+    assert_eq!(shared(32, "bar.sync 0;").unwrap(), want(32));
+    assert_eq!(shared(1, "bar.warp.sync -1;").unwrap(), want(1));
+    assert_eq!(shared(1, "shfl.sync.bfly.b32 %r9, %r4, 1, 31, -1;").unwrap(), want(1));
+    for (apart, meet) in [(32, ""), (32, "bar.warp.sync -1;"), (1, "")] {
+        let e = shared(apart, meet).unwrap_err();
+        assert!(matches!(e.fault(), Some(Fault::ThreadRace { .. })), "{e}");
+    }
+    // What one thread has written another one reads.
+    let e = shared(
+        0,
+        "st.global.b32 [%d4], %r4; xor.b32 %r3, %r1, 32; mul.wide.u32 %d8, %r3, 4; add.s64 %d8, %d1, %d8; ld.global.b32 %r4, [%d8];",
+    );
+    assert!(matches!(e.unwrap_err().fault(), Some(Fault::ThreadRace { .. })));
+}
+
 fn box_of(body: &str, swizzle: u32, threads: u32) -> Result<Vec<u8>, SimError> {
     let mut mem = Memory::new();
     let (base, m) = map(&mut mem, swizzle, [if swizzle == 0 { 32 } else { 64 }, 8]);
