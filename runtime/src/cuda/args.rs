@@ -7,6 +7,9 @@ use cudarc::driver::sys::{self, CUtensorMap};
 use pleach_plan::{DType, Expr, Launch, LaunchParam, TensorMap};
 use std::ffi::c_void;
 
+/// Rows of a tensor map are a multiple of so many bytes apart.
+const PIECE: u64 = 16;
+
 /// What the arguments of a launch are made from.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Given<'a> {
@@ -113,7 +116,9 @@ fn encode(m: &TensorMap, g: &Given<'_>) -> Result<CUtensorMap> {
     // A window past the end has no rows: the kernel reads none, and a map has at least one.
     let value = |e: &Expr| e.eval(g.env).map(|v| v.max(1));
     let sizes = m.sizes.iter().map(value).collect::<std::result::Result<Vec<u64>, _>>()?;
-    let strides = m.strides.iter().map(value).collect::<std::result::Result<Vec<u64>, _>>()?;
+    // Where there are no rows any distance will do that is one: a multiple of 16 bytes.
+    let stride = |e: &Expr| e.eval(g.env).map(|v| if v == 0 { PIECE } else { v });
+    let strides = m.strides.iter().map(stride).collect::<std::result::Result<Vec<u64>, _>>()?;
     let steps = vec![1u32; m.sizes.len()];
     let mut out = CUtensorMap { opaque: [0; 16] };
     // SAFETY: the arrays have as many values as the rank says, and live through the call.

@@ -248,6 +248,8 @@ impl Graph {
         let upper = table(steps, &self.windows, &self.env);
         let values =
             |t: &[i64], row: usize| t[row * symbols..][..symbols].iter().map(|v| *v as u64).collect::<Vec<_>>();
+        // Until all are set they are set for no counts.
+        self.set_for.clear();
         for m in &self.moving {
             let l = launch(&steps.plan.kernels[m.kernel as usize], m.launch);
             let dims = self.dims + (m.row * symbols * size_of::<i64>()) as u64;
