@@ -4,7 +4,7 @@
 use crate::simulated::{Build, simulate};
 use pleach_codegen::emit::gpu::GpuChip;
 use pleach_codegen::ptxas;
-use pleach_ir::{Class, DType, Dim, Kernel, Op, Sym};
+use pleach_ir::{Class, DType, Dim, Kernel, Op, Sym, ValueId};
 
 const T: Dim = Dim::Symbol(Sym::T);
 const RANKS: [u64; 8] = [1, 2, 3, 4, 5, 6, 12, 20];
@@ -123,5 +123,35 @@ fn two_groups() {
         let y = b.push(Op::Cast(DType::BF16), &[y]);
         let k = b.named(&format!("gates{r}"), Class::Contraction, &[y]);
         run(&mut b, &k, true);
+    }
+}
+
+/// dHᵀ · x of several branches of one input, added in place: x is read once for all of them, in whole pieces or not.
+#[test]
+fn gradients_of_one_input() {
+    let kernel = |r: u64, parts: u32| {
+        let mut b = build(MANY);
+        let x = b.input(DType::BF16, &[T, OUT]);
+        let mut roots: Vec<ValueId> = vec![];
+        for _ in 0..parts {
+            let h = b.input(DType::BF16, &[T, r.into()]);
+            let (s, before) = (b.input(DType::F32, &[]), b.input(DType::F32, &[r.into(), OUT]));
+            let z = b.product(h, x, true, false);
+            let z = b.mul(z, s);
+            roots.push(b.push(Op::Add, &[before, z]));
+        }
+        let mut k = b.named(&format!("gradients{r}_{parts}"), Class::Contraction, &roots);
+        k.aliases = (0..parts).map(|i| Some(3 + 3 * i)).collect();
+        (b, k)
+    };
+    for (r, parts) in [(1, 2), (4, 3), (6, 2), (16, 3), (16, 4), (32, 2)] {
+        let read = |parts: u32| {
+            let (b, k) = kernel(r, parts);
+            simulate(&k, GpuChip::Sm80, &b.operands, &b.symbols, 1e-2).1.global_read
+        };
+        let (one, all, x) = (read(1), read(parts), 2 * MANY * 136);
+        assert!(all + u64::from(parts - 1) * x <= one * u64::from(parts), "{r}, {parts}: {all} bytes, {one} for one");
+        let (mut b, k) = kernel(r, parts);
+        run(&mut b, &k, false);
     }
 }

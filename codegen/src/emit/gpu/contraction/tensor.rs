@@ -7,7 +7,7 @@
 //! what they stand for after it. So is an operand of which indices pick single elements, and one whose rows are no whole pieces, such as matrices of
 //! a rank that 8 does not divide; whole pieces that indices pick are copied.
 //! Products of one sum follow each other on the same accumulators; what is scaled comes first. Groups of accumulators that
-//! read the same left operand share its tiles. Long sums with few results are shared by blocks ([`split`]). [`fragment`]
+//! read the same left operand share its tiles, and so do groups of one product each that read the same right operand. Long sums with few results are shared by blocks ([`split`]). [`fragment`]
 //! takes the accumulators to the results.
 
 mod decode;
@@ -46,8 +46,8 @@ const RAGGED: u64 = 64;
 struct Cut {
     size: [i64; 2],
     warps: [i64; 2],
-    /// Right operands in a stage at most.
-    parts: i64,
+    /// Left and right operands in a stage at most.
+    parts: [i64; 2],
 }
 
 impl Cut {
@@ -63,7 +63,7 @@ impl Cut {
 
     /// Bytes of a stage.
     fn stage(&self) -> i64 {
-        (self.size[0] + self.parts * self.size[1]) * STEP * 2
+        (self.parts[0] * self.size[0] + self.parts[1] * self.size[1]) * STEP * 2
     }
 }
 
@@ -76,6 +76,24 @@ const TILES: [([i64; 2], [i64; 2]); 6] = [
     ([128, 32], [4, 2]),
     ([32, 128], [2, 4]),
 ];
+
+/// Products in [`passes`], but all at once where each group is one product of the same right operand.
+fn in_passes(a: &Analysis) -> Vec<Vec<Taken>> {
+    let alone = passes(a);
+    let first = alone[0][0];
+    let same = |x: &Taken| {
+        let [p, q] = [first, *x].map(|x| &a.products[x.1]);
+        p.right == q.right && p.k == q.k && a.groups[first.0].offset == a.groups[x.0].offset
+    };
+    let shared = alone.len() == a.groups.len() && alone.iter().all(|pass| pass.len() == 1 && same(&pass[0]));
+    if shared && alone.len() > 1 { vec![alone.concat()] } else { alone }
+}
+
+/// How many left and right operands a pass has.
+fn operands(a: &Analysis, pass: &[Taken]) -> [usize; 2] {
+    let left = |x: &Taken| &a.products[x.1].left;
+    if pass.iter().all(|x| left(x) == left(&pass[0])) { [1, pass.len()] } else { [pass.len(), 1] }
+}
 
 /// Ways to cut a kernel, the usual one first; none where tensor cores have no form of it.
 fn cuts(a: &Analysis, passes: &[Vec<Taken>]) -> Vec<Cut> {
@@ -94,7 +112,7 @@ fn cuts(a: &Analysis, passes: &[Vec<Taken>]) -> Vec<Cut> {
 /// The forms there are, the usual one first.
 pub(super) fn forms(a: &Analysis, limits: &Limits) -> Vec<Form> {
     let mut out = vec![];
-    for cut in cuts(a, &passes(a)) {
+    for cut in cuts(a, &in_passes(a)) {
         let parts = split::parts(a, cut.size, limits);
         out.push(cut.form(parts));
         // Sums that are shared at all may be so by fewer or more blocks.
@@ -116,12 +134,14 @@ fn cut(a: &Analysis, passes: &[Vec<Taken>]) -> Option<Cut> {
     let large = a.m.known().is_none_or(|m| m >= 1024) && a.n.known().is_some_and(|n| n >= 1024 && n % 256 == 0);
     // Codes take registers beside accumulators.
     let large = large && !decodes(a);
-    let parts = passes.iter().map(Vec::len).max().unwrap_or(1) as i64;
+    let most = |side: usize| passes.iter().map(|x| operands(a, x)[side]).max().unwrap_or(1) as i64;
+    let parts = [most(0), most(1)];
     let (size, warps) = match sets(a) {
         1 if short(a.n, 32) => ([128, 32], [4, 2]),
         1 if short(a.m, 32) => ([32, 128], [2, 4]),
         1 if large => ([128, 256], [2, 4]),
         1 => ([128, 128], [2, 4]),
+        2..=4 if short(a.m, 32) => ([32, 128], [2, 4]),
         2..=3 => ([128, 64], [4, 2]),
         _ => return None,
     };
@@ -211,7 +231,7 @@ pub(super) fn emit(
     limits: &Limits,
     wish: Option<&Form>,
 ) -> Result<Option<Parts>, CodegenError> {
-    let passes = passes(a);
+    let passes = in_passes(a);
     let fits = |c: &Cut| wish.is_none_or(|w| c.form(u64::from(w.parts)) == *w);
     let Some(cut) = cuts(a, &passes).into_iter().find(fits) else { return Ok(None) };
     let parts = wish.map_or_else(|| split::parts(a, cut.size, limits), |w| u64::from(w.parts));
@@ -262,12 +282,15 @@ pub(super) fn emit(
                 let x = single.map_or_else(|| operand(f, p, x, s, &batch_values, offset), Operand::Picked);
                 Side { x, along, elements, lines: cut.size[s], start }
             };
-            let left = side(f, &mut p, pass[0].1, 0, 0, 0);
-            let mut rights = vec![];
-            for (i, (g, product, _)) in pass.iter().enumerate() {
-                let start = (cut.size[0] + i as i64 * cut.size[1]) * STEP * 2;
-                rights.push(side(f, &mut p, *product, 1, a.groups[*g].offset, start));
+            let (mut sides, mut start) = ([vec![], vec![]], 0);
+            for (s, n) in operands(a, pass).into_iter().enumerate() {
+                for (g, product, _) in &pass[..n] {
+                    let offset = if s == 0 { 0 } else { a.groups[*g].offset };
+                    sides[s].push(side(f, &mut p, *product, s, offset, start));
+                    start += cut.size[s] * STEP * 2;
+                }
             }
+            let [lefts, rights] = sides;
             let none = f.f32(0.0, 1);
             let begin: Vec<Val> = pass
                 .iter()
@@ -278,7 +301,7 @@ pub(super) fn emit(
                 .collect();
             let depth = p.dim(f, a.products[pass[0].1].k);
             let range = share(f, &depth, &z, parts);
-            let sums = place.accumulate(f, &left, &rights, &range, begin);
+            let sums = place.accumulate(f, &lefts, &rights, &range, begin);
             for ((g, _, scale), sum) in pass.iter().zip(sums.chunks(place.elements())) {
                 let before = totals[*g].take();
                 totals[*g] = Some(match scale {
@@ -451,18 +474,18 @@ impl Place {
         mma::load(f, &at, !s.along)
     }
 
-    /// The thread's sums of products of one left operand over a range of steps, added to what is there: four for every
-    /// 16 by 8 product of a warp.
-    fn accumulate(&self, f: &mut Func, left: &Side, rights: &[Side], range: &[Val; 2], init: Vec<Val>) -> Vec<Val> {
+    /// The thread's sums of products of one left operand, or of one right operand, over a range of steps, added to what is there: four for
+    /// every 16 by 8 product of a warp.
+    fn accumulate(&self, f: &mut Func, lefts: &[Side], rights: &[Side], range: &[Val; 2], init: Vec<Val>) -> Vec<Val> {
         let stage = self.cut.stage();
         let [first, end] = range;
         let fill = |f: &mut Func, at: &Val, step: &Val| {
-            self.fill(f, 0, left, at, step, end);
+            lefts.iter().for_each(|s| self.fill(f, 0, s, at, step, end));
             rights.iter().for_each(|s| self.fill(f, 1, s, at, step, end));
             f.stmt("nvvm.cp.async.commit.group");
         };
         let coded: Vec<&Side> = rights.iter().filter(|s| matches!(s.x, Operand::Codes(_))).collect();
-        let sides = std::iter::once((0, left)).chain(rights.iter().map(|s| (1, s)));
+        let sides = lefts.iter().map(|s| (0, s)).chain(rights.iter().map(|s| (1, s)));
         let picked: Vec<(usize, &Side)> = sides.filter(|(_, s)| s.elements).collect();
         for i in 0..STAGES - 1 {
             let (at, k0) = (f.i64(i * stage), f.addc(first, i * STEP));
@@ -501,7 +524,7 @@ impl Place {
                 let read: Vec<Vec<Share>> = coded.iter().map(|s| self.read(f, s, [&k0, end], part)).collect();
                 let picks: Vec<Vec<Pick>> =
                     picked.iter().map(|(side, s)| self.pick(f, *side, s, [&k0, end], part)).collect();
-                self.multiply(f, left, rights, &now, step, &mut acc);
+                self.multiply(f, lefts, rights, &now, step, &mut acc);
                 picked.iter().zip(&picks).for_each(|((_, s), own)| self.put(f, s, own, &slot));
                 coded.iter().zip(&read).for_each(|(s, own)| self.decode(f, s, own, &slot));
             }
@@ -514,11 +537,20 @@ impl Place {
         out
     }
 
-    fn multiply(&self, f: &mut Func, left: &Side, rights: &[Side], stage: &Val, step: i64, acc: &mut [Val]) {
+    fn multiply(&self, f: &mut Func, lefts: &[Side], rights: &[Side], stage: &Val, step: i64, acc: &mut [Val]) {
         let [rows, columns] = self.cut.own();
-        let a: Vec<[Val; 4]> = (0..rows).map(|i| self.matrices(f, 0, left, stage, 16 * i, step)).collect();
-        for (right, acc) in rights.iter().zip(acc.chunks_mut(self.elements())) {
-            let b: Vec<[Val; 4]> = (0..columns / 2).map(|j| self.matrices(f, 1, right, stage, 16 * j, step)).collect();
+        let lines = |f: &mut Func, side: usize, s: &Side, n: i64| -> Vec<[Val; 4]> {
+            (0..n).map(|i| self.matrices(f, side, s, stage, 16 * i, step)).collect()
+        };
+        let (mut a, mut b) = (vec![], vec![]);
+        for (n, acc) in acc.chunks_mut(self.elements()).enumerate() {
+            // What is shared is there since the first product.
+            if let Some(left) = lefts.get(n) {
+                a = lines(f, 0, left, rows);
+            }
+            if let Some(right) = rights.get(n) {
+                b = lines(f, 1, right, columns / 2);
+            }
             for (i, a) in a.iter().enumerate() {
                 for j in 0..columns as usize {
                     let b = &b[j / 2][2 * (j % 2)..];
