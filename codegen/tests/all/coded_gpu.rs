@@ -46,8 +46,9 @@ fn products_read_blocks_whichever_way_round() {
                     let got = run(&coded, GpuChip::Sm80, &x, (&w, &blocks.bytes), room);
                     let want = run(&plain, GpuChip::Sm80, &x, (&w, &w.to_bytes()), room);
                     let at = format!("{format:?} {dtype} {n}x{k} turned {turned} T {t}");
-                    // Tiles of the same kind sum in the same order; few rows of blocks take other elements together.
-                    let few = t + room <= 8 && !turned;
+                    // Tiles of the same kind sum in the same order; few rows of blocks take other elements together, and so do few rows of
+                    // numbers across a short sum, which blocks across it have no launch for.
+                    let few = t + room <= 8 && (!turned || n <= 128);
                     let same = want.ptx.contains("mma.sync") == got.ptx.contains("mma.sync");
                     if same && !few {
                         assert!(got.results == want.results, "{at}: not the same bits");
