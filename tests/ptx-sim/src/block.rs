@@ -9,7 +9,7 @@ use crate::isa::{Collective, Inst, Op};
 use crate::launch::{Launch, Mode, Order, TensorMap};
 use crate::shared::{Clock, Shared};
 use crate::warp::{Group, Warp};
-use crate::{Counts, Kernel, Memory, SHARED_BASE, SimError};
+use crate::{Counts, Kernel, Memory, SHARED_BASE, SimError, Traffic};
 use std::collections::BTreeMap;
 
 /// A named barrier that some warps have reached.
@@ -59,6 +59,8 @@ pub(crate) struct Block<'a> {
     pub(crate) mbars: BTreeMap<u64, Mbarrier>,
     pub(crate) arrivals: Vec<Arrival>,
     pub(crate) counts: Counts,
+    /// What the accesses of each instruction came to.
+    pub(crate) traffic: &'a mut [Traffic],
     /// Registers that warps have given back.
     pub(crate) spare: u32,
     warps: Vec<Warp>,
@@ -81,9 +83,9 @@ impl<'a> Block<'a> {
         k: &'a Kernel,
         mem: &'a mut Memory,
         l: &'a Launch<'a>,
-        params: &'a [u8],
-        maps: &'a [TensorMap],
+        (params, maps): (&'a [u8], &'a [TensorMap]),
         at: [u32; 3],
+        traffic: &'a mut [Traffic],
     ) -> Self {
         let threads = l.block.iter().product::<u32>();
         let n = threads.div_ceil(32);
@@ -104,6 +106,7 @@ impl<'a> Block<'a> {
             mbars: BTreeMap::new(),
             arrivals: vec![],
             counts: Counts::default(),
+            traffic,
             spare: 0,
             warps: (0..n).map(warp).collect(),
             steps: 0,

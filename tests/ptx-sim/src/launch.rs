@@ -1,7 +1,7 @@
 //! Launching a kernel: the grid, parameters, which checks run, and when asynchronous work finishes.
 
 use crate::block::Block;
-use crate::{Counts, Kernel, Memory, Ptr, SimError};
+use crate::{Counts, Kernel, Memory, Ptr, SimError, Site, Traffic, Unit};
 
 /// Shared memory of a block that needs not be asked for, bytes: static and dynamic together.
 const UNASKED: u64 = 48 << 10;
@@ -208,6 +208,7 @@ impl Kernel {
         mem.begin(l.checks.races, l.checks.uninitialised);
         let mut counts = Counts::default();
         let mut done = vec![0u64; self.code.len()];
+        let mut traffic = vec![Traffic::default(); self.code.len()];
         let [nx, ny, nz] = l.grid.map(u64::from);
         let blocks = nx * ny * nz;
         let step = l.sample.map_or(1, |n| blocks.div_ceil(n.max(1)));
@@ -215,9 +216,16 @@ impl Kernel {
             let n = if l.order == Order::Forward { i } else { blocks - 1 - i };
             mem.enter(n);
             let at = [n % nx, n / nx % ny, n / nx / ny].map(|x| x as u32);
-            Block::new(self, mem, &l, &params, &maps, at).run(&mut counts, &mut done)?;
+            Block::new(self, mem, &l, (&params, &maps), at, &mut traffic).run(&mut counts, &mut done)?;
         }
-        for (i, n) in self.code.iter().zip(done).filter(|(_, n)| *n > 0) {
+        let newer = self.target.starts_with("sm_9");
+        for ((i, n), t) in self.code.iter().zip(done).zip(traffic).filter(|((_, n), _)| *n > 0) {
+            Unit::take(&mut counts.cycles, &i.op, newer, n);
+            if t != Traffic::default() {
+                counts.cycles[Unit::Shared as usize] += t.wavefronts as f64;
+                let opcode = self.opcodes[i.name as usize].clone();
+                counts.sites.insert((self.name.clone(), i.line), Site { opcode, traffic: t });
+            }
             *counts.by_opcode.entry(self.opcodes[i.name as usize].clone()).or_default() += n;
         }
         counts.scale(blocks, blocks.div_ceil(step));

@@ -14,7 +14,7 @@
 //!
 //! Results are deterministic: blocks run one after another, warps in a fixed order, which [`Order`] turns around.
 //!
-//! Not modelled: time, bank conflicts; how the assembler gives physical registers to those of the text (so no spills, no check that a warp
+//! Not modelled: time ([`Unit`] and [`Traffic`] have what instructions and accesses cost at least); how the assembler gives physical registers to those of the text (so no spills, no check that a warp
 //! lives with what `setmaxnreg` leaves it, and products that the assembler puts one behind the other for lack of a safe place); clusters of
 //! several blocks and scopes of fences beyond the block; communication between blocks of one launch (reported as a fault); who
 //! sees stores to global memory when (`membar`, `fence.acq_rel` and the `.global` part of `fence.proxy.async` do nothing); waits that give
@@ -36,13 +36,17 @@ mod num;
 mod parse;
 mod shared;
 mod touch;
+mod traffic;
+mod unit;
 mod warp;
 
-pub use counts::Counts;
+pub use counts::{Counts, Site};
 pub use error::{Fault, SimError};
 pub use launch::{Checks, Launch, Mode, Order, Param, TensorMap};
 pub use memory::{Memory, Ptr};
 pub use num::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
+pub use traffic::Traffic;
+pub use unit::{UNITS, Unit};
 
 /// First address of shared memory; below it a null pointer is caught.
 const SHARED_BASE: u64 = 1024;

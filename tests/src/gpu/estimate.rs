@@ -5,9 +5,10 @@
 
 use super::{Compiled, How, Place};
 use crate::values;
+use pleach_codegen::emit::gpu::GpuChip;
 use pleach_ir::interp::Symbols;
 use pleach_ir::{Class, Kernel, Node, Op, Sym, ValueId};
-use pleach_ptx_sim::{Counts, Memory, Ptr};
+use pleach_ptx_sim::{Counts, Memory, Ptr, Traffic, Unit};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
@@ -215,6 +216,88 @@ pub fn classes(rows: &[Row]) -> serde_json::Value {
         })
     };
     sums.iter().map(row).collect::<Vec<_>>().into()
+}
+
+/// Processors, clocks a second at which the data sheets' products are counted, and bytes of memory in a second: an A100 and an H200.
+const BOARDS: [(GpuChip, f64, f64, f64); 2] =
+    [(GpuChip::Sm80, 108.0, 1.41e9, 2.039e12), (GpuChip::Sm90a, 132.0, 1.83e9, 4.8e12)];
+
+/// Milliseconds of every unit and of memory, each as if nothing else took time and all processors had the same to do, longest first.
+pub fn bounds(r: &Row, chip: GpuChip) -> Vec<(String, f64)> {
+    let Some((_, processors, clock, bytes)) = BOARDS.into_iter().find(|b| b.0 == chip) else { return vec![] };
+    let unit = |u: Unit| (format!("{u:?}").to_lowercase(), r.counts.cycles(u) / processors / clock * 1e3);
+    let memory =
+        ("memory".to_string(), r.bytes.max(r.counts.sectors_read + r.counts.sectors_written) as f64 / bytes * 1e3);
+    let mut all: Vec<_> = Unit::ALL.into_iter().map(unit).chain([memory]).collect();
+    all.sort_by(|a, b| b.1.total_cmp(&a.1));
+    all
+}
+
+/// Over the least: wavefronts of shared memory, sectors of global memory.
+pub fn ratios(t: &Traffic) -> [f64; 2] {
+    let over = |n: u64, least: u64| n as f64 / least.max(1) as f64;
+    [over(t.wavefronts, t.least_wavefronts), over(t.sectors, t.least_sectors)]
+}
+
+/// How far wavefronts of shared memory may lie over the fewest possible ones.
+const CONFLICTS: f64 = 1.02;
+
+/// How far sectors of global memory may lie over the fewest possible ones, by class. Where threads take 8 elements, those of 4 bytes are read and
+/// written in two halves of a sector; attention writes heads in pieces of 16 bytes, and its statistics lie a head apart.
+fn scattered(class: Class) -> f64 {
+    match class {
+        Class::Contraction | Class::Scatter => 1.02,
+        _ => 2.0,
+    }
+}
+
+/// Whether accesses of memory take little more than their bytes need: no conflicts of banks, whole sectors.
+///
+/// # Errors
+/// The kernels where they do not, each with its worst instructions.
+pub fn held(rows: &[Row]) -> Result<(), String> {
+    let mut faults = vec![];
+    for r in rows {
+        let [wavefronts, sectors] = ratios(&r.counts.traffic());
+        if wavefronts > CONFLICTS || sectors > scattered(r.class) {
+            let sites = sites(r, 4).join("\n  ");
+            faults.push(format!(
+                "{}: {wavefronts:.2} of the wavefronts, {sectors:.2} of the sectors needed\n  {sites}",
+                r.name
+            ));
+        }
+    }
+    if faults.is_empty() { Ok(()) } else { Err(faults.join("\n")) }
+}
+
+/// The instructions that cost most beyond the least: `entry:line opcode`, and what they took of how much.
+pub fn sites(r: &Row, most: usize) -> Vec<String> {
+    let excess = |t: &Traffic| (t.wavefronts - t.least_wavefronts).max((t.sectors - t.least_sectors) / 4);
+    let mut all: Vec<_> = r.counts.sites.iter().filter(|s| excess(&s.1.traffic) > 0).collect();
+    all.sort_by_key(|s| std::cmp::Reverse(excess(&s.1.traffic)));
+    let one = |((entry, line), s): &(&(String, u32), &pleach_ptx_sim::Site)| {
+        let t = &s.traffic;
+        let (w, g) = ((t.wavefronts, t.least_wavefronts), (t.sectors, t.least_sectors));
+        let part =
+            |(n, least): (u64, u64), what: &str| if n > 0 { format!(", {n} {what} of {least}") } else { String::new() };
+        format!("{entry}:{line} {}{}{}", s.opcode, part(w, "wavefronts"), part(g, "sectors"))
+    };
+    all.iter().take(most).map(one).collect()
+}
+
+/// The rows one by one, as JSON: what bounds them, what is next, and what accesses take beyond the least.
+pub fn kernels(rows: &[Row], chip: GpuChip) -> serde_json::Value {
+    let row = |r: &Row| {
+        let bounds = bounds(r, chip);
+        let [wavefronts, sectors] = ratios(&r.counts.traffic());
+        serde_json::json!({
+            "kernel": r.name, "class": format!("{:?}", r.class).to_lowercase(), "bound": bounds[0].0,
+            "second_over_bound": bounds[1].1 / bounds[0].1.max(f64::MIN_POSITIVE), "wavefronts_over_least": wavefronts,
+            "sectors_over_least": sectors, "sites": sites(r, 4),
+            "ms": bounds.into_iter().map(|(u, t)| (u, t.into())).collect::<serde_json::Map<_, _>>(),
+        })
+    };
+    rows.iter().map(row).collect::<Vec<_>>().into()
 }
 
 /// The rows as a table for people.

@@ -90,13 +90,13 @@ fn counts(method: &str, chip: GpuChip, file: &Path) -> Result<(), String> {
     let out = serde_json::json!({
         "what": "counted by the simulator: two blocks of every launch stand for the others; an estimate, not a measurement",
         "model": "llama-3-8b, 1 layer", "method": method, "rank": 16, "dtype": "bf16", "tokens": 2048, "sequences": 1,
-        "target": chip.name(), "classes": estimate::classes(&rows),
+        "target": chip.name(), "classes": estimate::classes(&rows), "kernels": estimate::kernels(&rows, chip),
     });
     std::fs::write(file, format!("{out:#}\n")).map_err(|e| format!("{}: {e}", file.display()))
 }
 
 /// A training step of one layer of whole tiles, executed as a whole, beside the formulas of the estimate: operations of products are the same,
-/// and the sectors of memory that are touched are the operands and results, each once.
+/// and the sectors of memory that are touched are the operands and results, each once. No access takes much more than its bytes need.
 fn executed(method: &str, chip: GpuChip) -> Result<(), String> {
     let graph = pleach_tests::shaped::WHOLE_TILES.open(1)?.training(method, 32)?;
     let options = Options { dtype: DType::BF16, ..Options::default() };
@@ -104,12 +104,13 @@ fn executed(method: &str, chip: GpuChip) -> Result<(), String> {
     let (symbols, _) = alone::symbols([256, 1, 256]);
     let rows = estimate::entries(&c, &["accumulate", "update"], &symbols, u64::MAX)?;
     estimate::agree(&c, &rows)?;
+    estimate::held(&rows)?;
     let Some(folder) = std::env::var_os("PLEACH_GPU_ESTIMATE") else { return Ok(()) };
     let file = Path::new(&folder).join(format!("executed-whole-tiles-1-{method}-r32.{}.json", chip.name()));
     let out = serde_json::json!({
         "what": "executed in the simulator, all blocks of every launch, and held against the formulas; not a measurement",
         "model": "whole-tiles, 1 layer", "method": method, "rank": 32, "dtype": "bf16", "tokens": 256, "sequences": 1,
-        "target": chip.name(), "classes": estimate::classes(&rows),
+        "target": chip.name(), "classes": estimate::classes(&rows), "kernels": estimate::kernels(&rows, chip),
     });
     std::fs::write(&file, format!("{out:#}\n")).map_err(|e| format!("{}: {e}", file.display()))
 }

@@ -24,6 +24,9 @@ impl Block<'_> {
             Op::CpAsync { dst, src, bytes, valid } => {
                 let (d, s) = (addresses(w, dst), addresses(w, src));
                 let n = valid.map_or([u64::from(*bytes); 32], |v| w.get(v).map(|x| x & 0xffff_ffff));
+                let t = &mut self.traffic[pc as usize];
+                t.shared(&d, on, (*bytes).into(), false);
+                t.global(&s, on, &n);
                 for l in lanes(on) {
                     let len = u64::from(*bytes);
                     if n[l] > len {
@@ -120,7 +123,8 @@ impl Block<'_> {
                 let (l, m) = self.one(w, on, address(w, map, on))?;
                 let at: Vec<i64> = at.iter().map(|s| i64::from(w.get(*s)[l] as i32)).collect();
                 let rows = self.boxes(&m, addresses(w, src)[l], &at)?;
-                let rows = rows.into_iter().filter_map(|(s, g, n)| g.map(|g| (s, g, n))).collect();
+                let rows: Vec<_> = rows.into_iter().filter_map(|(s, g, n)| g.map(|g| (s, g, n))).collect();
+                self.traffic[pc as usize].rows(rows.iter().map(|(_, _, n)| n).sum());
                 self.store_later(w, l, rows)?;
             }
             Op::BulkStore { dst, src, bytes } => {
@@ -130,6 +134,7 @@ impl Block<'_> {
                 if !(n | from | to).is_multiple_of(16) {
                     return Err(Fault::Misuse(format!("a bulk copy of {n} bytes from {from:#x} to {to:#x}")));
                 }
+                self.traffic[pc as usize].rows(n);
                 self.store_later(w, l, vec![(addresses(w, src)[l], addresses(w, dst)[l], n)])?;
             }
             Op::BulkCommit => lanes(on).for_each(|l| w.store_group[l] += 1),
@@ -247,6 +252,8 @@ impl Block<'_> {
     /// Bytes arrive in shared memory and at their mbarrier.
     pub(crate) fn land(&mut self, job: Arrival) {
         let mut n = 0;
+        let bytes = job.rows.iter().map(|r| r.1.len() as u64).sum();
+        self.traffic[job.pc as usize].rows(bytes);
         for (off, data) in &job.rows {
             self.sh.bytes[*off..off + data.len()].copy_from_slice(data);
             self.sh.arrive(*off, data.len(), 1024);

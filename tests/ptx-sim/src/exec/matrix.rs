@@ -37,11 +37,17 @@ fn scatter(e: Elem, m: &mut [[f32; 16]], row: usize, t: usize, part: usize, x: u
     }
 }
 
+/// The lanes with the rows of so many matrices.
+fn rows(matrices: usize) -> u32 {
+    u32::MAX >> (32 - 8 * matrices)
+}
+
 impl Block<'_> {
-    pub(super) fn matrix(&mut self, w: &mut Warp, op: &Op) -> Result<(), Fault> {
+    pub(super) fn matrix(&mut self, w: &mut Warp, op: &Op, pc: u32) -> Result<(), Fault> {
         match op {
             Op::Ldmatrix { d, trans, addr } => {
                 let at = addresses(w, addr);
+                self.traffic[pc as usize].shared(&at, rows(d.len()), 16, false);
                 for (i, d) in d.iter().enumerate() {
                     let mut m = [[0u16; 8]; 8];
                     for (r, row) in m.iter_mut().enumerate() {
@@ -61,6 +67,7 @@ impl Block<'_> {
             }
             Op::Stmatrix { v, trans, addr } => {
                 let at = addresses(w, addr);
+                self.traffic[pc as usize].shared(&at, rows(v.len()), 16, false);
                 for (i, v) in v.iter().enumerate() {
                     let x = w.get(*v);
                     let mut m = [[0u16; 8]; 8];

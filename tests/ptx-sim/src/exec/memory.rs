@@ -7,7 +7,7 @@ use crate::error::Fault;
 use crate::isa::{AtomOp, Op, Space, Ty};
 use crate::num;
 use crate::shared::Among;
-use crate::warp::{Warp, lanes};
+use crate::warp::{Lanes, Warp, lanes};
 use crate::{GLOBAL_BASE, LOCAL_BASE, PARAM_BASE, SHARED_BASE, SHARED_END};
 
 fn little(b: &[u8]) -> u64 {
@@ -114,10 +114,23 @@ impl Block<'_> {
         self.mem.touch(a, len, (me, self.sh.now), writes, &Among(&self.sh, me))
     }
 
-    pub(super) fn memory(&mut self, w: &mut Warp, op: &Op, on: u32) -> Result<(), Fault> {
+    /// Counts what lanes ask of shared or global memory, so many bytes each.
+    fn asks(&mut self, pc: u32, (space, on): (Space, u32), at: &Lanes, bytes: u64, atomic: bool) -> Result<(), Fault> {
+        let space = self.space(space, at[on.trailing_zeros() as usize])?;
+        let t = &mut self.traffic[pc as usize];
+        match space {
+            Space::Shared => t.shared(at, on, bytes, atomic),
+            Space::Global => t.global(at, on, &[bytes; 32]),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    pub(super) fn memory(&mut self, w: &mut Warp, op: &Op, pc: u32, on: u32) -> Result<(), Fault> {
         match op {
             Op::Ld { space, constant, ty, d, addr } => {
                 let (at, size, n) = (addresses(w, addr), ty.bits() as usize / 8, d.len());
+                self.asks(pc, (*space, on), &at, (size * n) as u64, false)?;
                 let mut got = [[0u64; 8]; 32];
                 for l in lanes(on) {
                     self.fetch(w, l, (*space, *constant), at[l], &mut got[l][..n], size)?;
@@ -134,6 +147,7 @@ impl Block<'_> {
             }
             Op::St { space, ty, addr, v } => {
                 let (at, size) = (addresses(w, addr), ty.bits() as usize / 8);
+                self.asks(pc, (*space, on), &at, (size * v.len()) as u64, false)?;
                 let vals: Vec<_> = v.iter().map(|v| w.get(*v)).collect();
                 for l in lanes(on) {
                     let mut buf = [0u8; 32];
@@ -147,6 +161,7 @@ impl Block<'_> {
                 let (at, size) = (addresses(w, addr), u64::from(ty.bits() / 8));
                 let vals: Vec<_> = v.iter().map(|v| w.get(*v)).collect();
                 let swap = swap.map(|s| w.get(s));
+                self.asks(pc, (*space, on), &at, size * v.len() as u64, true)?;
                 for l in lanes(on) {
                     for (i, v) in vals.iter().enumerate() {
                         let a = at[l] + i as u64 * size;

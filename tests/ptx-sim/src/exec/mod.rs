@@ -43,7 +43,7 @@ impl Block<'_> {
                 let v = self.special(w, *which);
                 w.put(*d, on, &v);
             }
-            Op::Ld { .. } | Op::St { .. } | Op::Atom { .. } => self.memory(w, &inst.op, on)?,
+            Op::Ld { .. } | Op::St { .. } | Op::Atom { .. } => self.memory(w, &inst.op, pc, on)?,
             Op::Shfl { .. }
             | Op::Vote { .. }
             | Op::Redux { .. }
@@ -59,7 +59,7 @@ impl Block<'_> {
                 if on != u32::MAX {
                     return Err(Fault::Divergence("a matrix instruction needs all 32 lanes".into()));
                 }
-                self.matrix(w, &inst.op)?;
+                self.matrix(w, &inst.op, pc)?;
             }
             Op::WgFence | Op::WgMma { .. } | Op::WgCommit | Op::WgWait { .. } => {
                 if on != u32::MAX {

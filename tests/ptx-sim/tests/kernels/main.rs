@@ -2,6 +2,7 @@
 
 mod collectives;
 mod copies;
+mod costs;
 mod limits;
 mod products;
 
