@@ -104,7 +104,7 @@ fn executed(method: &str, chip: GpuChip) -> Result<(), String> {
     let (symbols, _) = alone::symbols([256, 1, 256]);
     let rows = estimate::entries(&c, &["accumulate", "update"], &symbols, u64::MAX)?;
     estimate::agree(&c, &rows)?;
-    estimate::held(&rows)?;
+    estimate::held(&c, &rows)?;
     let Some(folder) = std::env::var_os("PLEACH_GPU_ESTIMATE") else { return Ok(()) };
     let file = Path::new(&folder).join(format!("executed-whole-tiles-1-{method}-r32.{}.json", chip.name()));
     let out = serde_json::json!({
