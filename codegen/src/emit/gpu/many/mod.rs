@@ -68,10 +68,12 @@ struct Place {
     turns: i64,
 }
 
-/// Elements that a thread takes side by side: 16 bytes of the narrowest type.
+/// Elements that a thread takes side by side: 16 bytes of the narrowest type, or of f32 where that is written. Two stores of 16 bytes for 8
+/// elements would each fill half a sector of what neighbouring threads write.
 fn width(p: &Pattern) -> i64 {
     let narrow = p.one.operand_types().iter().chain(&p.one.result_types()).any(|t| t.rank() > 0 && t.dtype.size() <= 2);
-    if narrow { 8 } else { 4 }
+    let wide = p.one.result_types().iter().any(|t| t.rank() > 0 && t.dtype.size() == 4);
+    if narrow && !wide { 8 } else { 4 }
 }
 
 /// Stretches of a part: one for every block.
