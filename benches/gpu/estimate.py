@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""What training steps of large shapes take at least on GPUs that are not at hand: estimates, no measurements. Writes one JSON.
+"""What training steps of large shapes take at least on GPUs that are not at hand: estimates, no measurements. Writes OUT.json,
+and with DIR executed.json and units.json beside it.
 
     estimate.py OUT.json [--counts DIR] [--layers 1,32]
 
 PLEACH names the binary, PLEACH_PTXAS the assembler (optional: registers and spills). For every plan: bounds by `pleach inspect --estimate`
 (operations and bytes of every kernel against what a machine reaches), planned memory at capacity, and what the assembler says. DIR has the
-simulator's counts: `PLEACH_GPU_ESTIMATE=DIR cargo test -p pleach-tests --features llvm --test trials -- gpu_sim/counts`, then the same with
-`gpu_sim/executed`. Needs no package.
+simulator's counts: `PLEACH_GPU_ESTIMATE=DIR cargo test --workspace --features pleach-tests/llvm --test trials -- gpu_sim/counts`, then the
+same with `gpu_sim/executed`. units.json has what bounds each kernel. Needs no package.
 """
 
 import argparse
@@ -35,6 +36,23 @@ def run(pleach, *arguments):
     if done.returncode:
         raise SystemExit(f"{pleach} {' '.join(map(str, arguments))}: {done.stderr.strip()}")
     return done.stdout
+
+
+TRIALS = "PLEACH_GPU_ESTIMATE=DIR cargo test --workspace --features pleach-tests/llvm --test trials -- "
+OWN = "python3 benches/gpu/estimate.py benches/gpu/estimates/llama-3-8b.json --counts DIR"
+UNITS = {
+    "what": "ESTIMATE of what bounds each kernel of a training step of one layer at Llama-3-8B's sizes; nothing here was measured on a GPU. Two "
+            "blocks of every launch stand for the others: causal attention's times are off, its ratios are not",
+    "command": f"{TRIALS}gpu_sim/counts; {OWN}",
+}
+EXECUTED = {
+    "what": "executed in the simulator, all blocks of every launch of a training step, and held against the formulas that the estimates rest "
+            "on; nothing here was measured on a GPU",
+    "command": f"{TRIALS}gpu_sim/executed; {OWN}",
+}
+KERNELS = ("ESTIMATE, kernels of at least {} of the sum: ms of each unit (tensor, float, integer, special, issue, shared) of all processors of an A100 "
+           "or H200, and of memory, each alone at its data sheet's rate; bound is the longest; wavefronts of shared memory and sectors of global "
+           "memory over the fewest possible (0: no access), with the two worst instructions")
 
 
 def peft_bytes(config, layers, tokens):
@@ -76,6 +94,24 @@ def resources(kernels):
         "most_registers": max(l["registers"] for l in launches),
         "most_shared_bytes": max(l["dynamic_shared_bytes"] + l["static_shared_bytes"] for l in launches),
     }
+
+
+def rounded(x):
+    return {k: rounded(v) for k, v in x.items()} if isinstance(x, dict) else float(f"{x:.3g}") if isinstance(x, float) else x
+
+
+def write_runs(path, facts, runs, least):
+    """Runs with their kernels, a line each: those that take at least so much of the sum, longest first."""
+    lines = []
+    for r in runs:
+        own = {k["kernel"]: max(k["ms"].values()) for k in r["kernels"]}
+        kept = sorted((k for k in r["kernels"] if own[k["kernel"]] >= least * sum(own.values())), key=lambda k: -own[k["kernel"]])
+        head = json.dumps({k: v for k, v in r.items() if k != "kernels"}, indent=1)[:-2]
+        rows = [json.dumps({**rounded({k: v for k, v in x.items() if k != "sites"}), "sites": x["sites"][:2]}) for x in kept]
+        lines.append(head + ',\n "kernels": [\n  ' + ",\n  ".join(rows) + "\n ]\n}")
+    text = json.dumps(facts, indent=1)[:-2] + ',\n "runs": [\n' + ",\n".join(lines) + "\n ]\n}\n"
+    json.loads(text)
+    path.write_text(text)
 
 
 def step(estimate):
@@ -131,8 +167,10 @@ def main():
                     for kind in ("lora", "paca"):
                         over = bounds[machine, kind] / bounds[machine, "frozen"] - 1
                         overhead.append({"layers": layers, "what": kind, "machine": machine, "over_frozen": over})
-    counts = [json.loads(f.read_text()) for f in sorted(a.counts.glob("counts-*.json"))] if a.counts else []
-    executed = [json.loads(f.read_text()) for f in sorted(a.counts.glob("executed-*.json"))] if a.counts else []
+    read = lambda kind: [json.loads(f.read_text()) for f in sorted(a.counts.glob(f"{kind}-*.json"))] if a.counts else []
+    counts, executed = read("counts"), read("executed")
+    # Kernels one by one are in files of their own.
+    without = lambda runs: [{k: v for k, v in r.items() if k != "kernels"} for r in runs]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
     out = {
         "what": "ESTIMATE from counts and limits of machines; nothing here was measured on a GPU",
@@ -149,14 +187,15 @@ def main():
             "executed: all blocks of a step of a small layer of whole tiles, where the operations of products and the bytes of different sectors "
             "(sector_bytes) are held against the formulas that the bounds rest on",
         ],
-        "command": "PLEACH_GPU_ESTIMATE=DIR cargo test -p pleach-tests --features llvm --test trials -- gpu_sim/counts; "
-                   "the same with gpu_sim/executed; "
-                   "python3 benches/gpu/estimate.py benches/gpu/estimates/llama-3-8b.json --counts DIR",
-        "steps": rows, "adapter_overhead": overhead, "memory": memory, "simulated_counts": counts,
-        "executed_in_the_simulator": executed,
+        "command": f"{TRIALS}gpu_sim/counts; the same with gpu_sim/executed; {OWN}",
+        "steps": rows, "adapter_overhead": overhead, "memory": memory, "simulated_counts": without(counts),
+        "executed_in_the_simulator": without(executed),
     }
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps(out, indent=1) + "\n")
+    for name, runs, least, what in (("units", counts, 0.0003, UNITS), ("executed", executed, 0.01, EXECUTED)):
+        if runs:
+            write_runs(a.out.with_name(f"{name}.json"), {**what, "kernels": KERNELS.format(least)}, runs, least)
     for r in rows:
         print(f"{r['layers']:3} layers  {r['what']:6}  {r['machine']}  at least {r['bound_ms']:8.2f} ms + {r['gaps_ms']:.2f} ms")
 
