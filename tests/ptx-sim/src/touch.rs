@@ -29,6 +29,12 @@ pub(crate) trait Order {
 }
 
 impl Mark {
+    /// The thread that wrote last, if another one does not see that.
+    fn unseen_writer(&self, own: u16, order: &dyn Order) -> Option<u16> {
+        let seen = self.writer == 0 || self.writer == own || order.sees(thread(self.writer), self.written);
+        (!seen).then(|| self.writer - 1)
+    }
+
     /// Whether a thread sees all reads.
     fn read_before(&self, own: u16, order: &dyn Order) -> bool {
         match self.reader {
@@ -81,8 +87,8 @@ impl Marks {
     ) -> Option<u16> {
         let own = number(me);
         for m in self.at(bytes, r, block) {
-            if m.writer != 0 && m.writer != own && !order.sees(thread(m.writer), m.written) {
-                return Some(m.writer - 1);
+            if let Some(w) = m.unseen_writer(own, order) {
+                return Some(w);
             }
             let warp = me.0 as u16;
             m.reader = match () {
@@ -106,8 +112,8 @@ impl Marks {
     ) -> Option<u16> {
         let own = number(me);
         for m in self.at(bytes, r, block) {
-            if m.writer != 0 && m.writer != own && !order.sees(thread(m.writer), m.written) {
-                return Some(m.writer - 1);
+            if let Some(w) = m.unseen_writer(own, order) {
+                return Some(w);
             }
             if !m.read_before(own, order) {
                 return Some(if m.reader >= OF_WARP { 32 * m.warp().unwrap_or(0) } else { m.reader - 1 });

@@ -153,8 +153,7 @@ fn matrix_products(k: &Kernel, symbols: &Symbols) -> u64 {
 pub fn agree(c: &Compiled, rows: &[Row]) -> Result<(), String> {
     let mut faults = vec![];
     for r in rows {
-        let k = c.plan.kernels.iter().position(|k| k.symbol == r.name).map(|i| &c.schedule.kernels[i]);
-        let k = k.ok_or_else(|| format!("no kernel {}", r.name))?;
+        let k = &c.schedule.kernels[kernel(c, r)?];
         let columns = k.body.roots.first().and_then(|v| k.body.ty(v.value).shape.last()?.known()).unwrap_or(1);
         let mma = r.counts.mma_flops;
         // Of fewer columns than a tile has, all of the tile is computed.
@@ -174,6 +173,12 @@ pub fn agree(c: &Compiled, rows: &[Row]) -> Result<(), String> {
         }
     }
     if faults.is_empty() { Ok(()) } else { Err(faults.join("\n")) }
+}
+
+/// Number of the kernel that a row is of.
+fn kernel(c: &Compiled, r: &Row) -> Result<usize, String> {
+    let at = c.plan.kernels.iter().position(|k| k.symbol == r.name);
+    at.ok_or_else(|| format!("no kernel {}", r.name))
 }
 
 /// Columns that an index picks lie anywhere.
@@ -264,11 +269,11 @@ pub fn held(c: &Compiled, rows: &[Row]) -> Result<(), String> {
     let mut faults = vec![];
     for r in rows {
         let [wavefronts, sectors] = ratios(&r.counts.traffic());
-        let k = c.plan.kernels.iter().position(|k| k.symbol == r.name).map(|i| &c.schedule.kernels[i]);
-        let anywhere = k.is_some_and(|k| k.body.nodes.iter().any(picks));
+        let i = kernel(c, r)?;
+        let anywhere = c.schedule.kernels[i].body.nodes.iter().any(picks);
         // What is stepped over a table lies side by side, and is read and written once.
         let table = |l: &pleach_plan::Launch| l.params.iter().any(|p| matches!(p, LaunchParam::Table(_)));
-        let stepped = c.plan.kernels.iter().any(|k| k.symbol == r.name && k.launches.iter().any(table));
+        let stepped = c.plan.kernels[i].launches.iter().any(table);
         let most = if stepped { 1.1 } else { scattered(r.class) };
         if wavefronts > CONFLICTS || !anywhere && sectors > most {
             let sites = sites(r, 4).join("\n  ");
